@@ -1,0 +1,3 @@
+"""ssl_vit: self-supervised pre-training of Vision Transformers on your own images."""
+
+__version__ = "0.1.0"
