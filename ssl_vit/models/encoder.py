@@ -1,0 +1,59 @@
+"""The encoder contract: what every backbone offers and every objective may rely on."""
+
+from typing import NamedTuple
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+
+class Features(NamedTuple):
+    """What an encoder returns.
+
+    cls: final-norm class token; the mean of the final-norm patch tokens of a backbone that has no class token.
+    patches: final-norm patch tokens, row-major; only the kept ones, in the order of `keep`, where it is given.
+    """
+
+    cls: Float[Tensor, "b d"]
+    patches: Float[Tensor, "b n d"]
+
+
+class Encoder(nn.Module):
+    """A backbone that turns images into a class token and patch tokens.
+
+    Takes images of any size that the patch size divides, square or not. `image_size` is the size it was built for.
+    """
+
+    embed_dim: int
+    in_chans: int
+    image_size: tuple[int, int]  # (height, width) in pixels
+    patch_size: tuple[int, int]  # (height, width) in pixels
+    has_cls_token: bool
+    supports_keep: bool  # can drop tokens before the first block (MAE, I-JEPA)
+    supports_mask: bool  # can replace patch embeddings with a mask token (SimMIM, iBOT)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of patches at the size the encoder was built for."""
+        return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid_size[0] * self.grid_size[1]
+
+    def forward(
+        self,
+        images: Float[Tensor, "b c h w"],
+        *,
+        keep: Int[Tensor, "b k"] | None = None,
+        mask: Bool[Tensor, "b n"] | None = None,
+        mask_token: Float[Tensor, " d"] | None = None,
+    ) -> Features:
+        """Encode a batch.
+
+        Args:
+            images: normalised images.
+            keep: indices of the patches that enter the blocks; all others are dropped.
+            mask: True where the patch embedding is replaced by `mask_token` (before positions are added).
+            mask_token: the replacement, owned by the objective, so that no parameter of a backbone goes unused.
+        """
+        raise NotImplementedError

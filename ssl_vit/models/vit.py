@@ -1,0 +1,197 @@
+"""Every plain Vision Transformer of timm as an encoder."""
+
+import difflib
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import timm
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float, Int
+from timm.layers.patch_embed import PatchEmbed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from ssl_vit.models.encoder import Encoder, Features
+from ssl_vit.models.positions import sincos_positions
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Which Vision Transformer to build. Settings left at `null` are those of the architecture."""
+
+    arch: str = "vit_base_patch16_224"
+    """Name of any timm Vision Transformer: `timm.list_models("vit_*")`."""
+    image_size: int | tuple[int, int] = 224
+    """Training size in pixels: one number, or [height, width]. The patch size must divide it."""
+    patch_size: int | tuple[int, int] | None = None
+    """Size of a patch in pixels: one number, or [height, width]."""
+    in_chans: int = 3
+    """Channels of the images."""
+    drop_path_rate: float = 0.0
+    """Stochastic depth: the rate of the last block, growing linearly from 0 at the first."""
+    pos_embed: Literal["learned", "sincos"] = "learned"
+    """Position table: learned, or the fixed 2-D sine-cosine table of MAE."""
+    embed_dim: int | None = None
+    """Width of the tokens."""
+    depth: int | None = None
+    """Number of blocks."""
+    num_heads: int | None = None
+    """Attention heads of a block."""
+    mlp_ratio: float | None = None
+    """Width of the MLP's hidden layer over the width of the tokens."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size"):
+            value = getattr(self, name)
+            if value is not None and min(_pair(value)) < 1:
+                raise ValueError(f"{name}={value!r}: must be at least 1 pixel")
+        for name in ("in_chans", "embed_dim", "depth", "num_heads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value!r}: must be at least 1")
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate={self.drop_path_rate!r}: must lie in [0, 1)")
+        if self.mlp_ratio is not None and self.mlp_ratio <= 0:
+            raise ValueError(f"mlp_ratio={self.mlp_ratio!r}: must be above 0")
+
+    @classmethod
+    def from_plain(cls, values: dict[str, Any]) -> "ViTConfig":
+        """The config whose fields were written as YAML or JSON, where tuples are lists.
+
+        Raises:
+            ValueError: a setting that this version does not know.
+        """
+        unknown = sorted(set(values) - {item.name for item in fields(cls)})
+        if unknown:
+            raise ValueError(f"{unknown[0]}: no such setting of an encoder; was it written by a newer ssl_vit?")
+        plain: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**plain)
+
+    def build(self) -> "ViT":
+        """Build the encoder with fresh weights.
+
+        Raises:
+            ValueError: an architecture that timm does not have or that is no plain ViT, sizes that do not fit.
+        """
+        overrides = {
+            name: getattr(self, name)
+            for name in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
+            if getattr(self, name) is not None
+        }
+        _check_widths(self)
+        vit = _create(self.arch, _pair(self.image_size), self.in_chans, self.drop_path_rate, overrides)
+        return ViT(vit, config=self)
+
+
+class ViT(Encoder):
+    """A timm `VisionTransformer` behind the encoder contract; `vit` is the timm model, with timm's key names."""
+
+    supports_keep = True
+    supports_mask = True
+
+    def __init__(self, vit: VisionTransformer, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vit = vit
+        self.embed_dim = vit.embed_dim
+        self.in_chans = config.in_chans
+        self.image_size = _pair(config.image_size)
+        self.patch_size = vit.patch_embed.patch_size
+        self.has_cls_token = vit.has_class_token
+        self._check_size(*self.image_size)
+        if config.pos_embed == "sincos":
+            self._fix_positions()
+
+    def _fix_positions(self) -> None:
+        positions = self.vit.pos_embed
+        if positions is None:
+            raise ValueError(f"pos_embed='sincos': {self.config.arch} has no position table; use pos_embed='learned'")
+        table = sincos_positions(self.embed_dim, self.grid_size, positions.shape[1] - self.num_patches)
+        positions.data.copy_(table)
+        positions.requires_grad_(False)
+
+    def _check_size(self, height: int, width: int) -> None:
+        for axis, size, patch in (
+            ("height", height, self.patch_size[0]),
+            ("width", width, self.patch_size[1]),
+        ):
+            if size % patch or size < patch:
+                below, above = max(size // patch, 1) * patch, (size // patch + 1) * patch
+                raise ValueError(
+                    f"image_size={(height, width)}: the {axis} {size} is not divisible by the patch size {patch}; "
+                    f"the nearest that are: {below} and {above}"
+                )
+
+    def forward(
+        self,
+        images: Float[Tensor, "b c h w"],
+        *,
+        keep: Int[Tensor, "b k"] | None = None,
+        mask: Bool[Tensor, "b n"] | None = None,
+        mask_token: Float[Tensor, " d"] | None = None,
+    ) -> Features:
+        self._check_size(*images.shape[-2:])
+        vit = self.vit
+        tokens = vit.patch_embed(images)  # [b rows columns d]
+        if mask is not None:
+            if mask_token is None:
+                raise ValueError("mask is given without mask_token, the embedding to put in its place")
+            replaced = rearrange(mask, "b (rows columns) -> b rows columns 1", rows=tokens.shape[1])
+            tokens = torch.where(replaced, mask_token.to(tokens.dtype), tokens)
+        tokens = vit._pos_embed(tokens)  # adds positions, puts class and register tokens in front
+        num_prefix = vit.num_prefix_tokens
+        if keep is not None:
+            kept = tokens[:, num_prefix:].gather(1, repeat(keep, "b k -> b k d", d=self.embed_dim))
+            tokens = torch.cat([tokens[:, :num_prefix], kept], dim=1)
+        tokens = vit.norm(vit.blocks(vit.norm_pre(tokens)))
+        patches = tokens[:, num_prefix:]
+        return Features(cls=tokens[:, 0] if self.has_cls_token else patches.mean(dim=1), patches=patches)
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _check_widths(config: ViTConfig) -> None:
+    if config.embed_dim is not None and config.num_heads is not None and config.embed_dim % config.num_heads:
+        raise ValueError(f"embed_dim={config.embed_dim}: must be a multiple of num_heads={config.num_heads}")
+
+
+def _create(
+    arch: str, image_size: tuple[int, int], in_chans: int, drop_path_rate: float, overrides: dict[str, Any]
+) -> VisionTransformer:
+    name = arch.split(".")[0]
+    if not timm.is_model(name):
+        plain_vits = timm.list_models(module="vision_transformer") + timm.list_models(module="deit")
+        near = difflib.get_close_matches(name, plain_vits, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else 'timm.list_models("vit_*") lists them'
+        raise ValueError(f"arch={arch!r}: timm {timm.__version__} has no model of that name; {hint}")
+    entrypoint_module = timm.models.model_entrypoint(name).__module__
+    plain = ValueError(
+        f"arch={arch!r}: not a plain Vision Transformer (it comes from {entrypoint_module}); "
+        'choose one of timm.list_models("vit_*") or timm.list_models("deit_*")'
+    )
+    if entrypoint_module not in ("timm.models.vision_transformer", "timm.models.deit"):
+        raise plain
+    try:
+        # No pooling and no fc_norm: the final norm is applied to every token, whatever the architecture's head does.
+        vit = timm.create_model(
+            name,
+            num_classes=0,
+            global_pool="",
+            fc_norm=False,
+            img_size=image_size,
+            dynamic_img_size=True,
+            in_chans=in_chans,
+            drop_path_rate=drop_path_rate,
+            **overrides,
+        )
+    except (AssertionError, ValueError) as error:  # timm's own checks, e.g. that the heads divide the width
+        given = "".join(f", {key}={value!r}" for key, value in overrides.items())
+        raise ValueError(f"arch={arch!r}{given}: timm cannot build it: {error}") from error
+    if not isinstance(vit, VisionTransformer) or not isinstance(vit.patch_embed, PatchEmbed):
+        raise plain
+    return vit
