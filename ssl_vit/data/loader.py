@@ -1,0 +1,92 @@
+"""From a source to batches on the training device."""
+
+import os
+import signal
+import threading
+from collections.abc import Generator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ssl_vit.data.sampler import SampleKey, StepSampler, sample_rng
+from ssl_vit.data.sources import Source
+from ssl_vit.objectives.objective import Transform
+
+
+class TransformedSource(Dataset[dict[str, Tensor]]):
+    """Samples of a source by key: decoded, then transformed with the sample's own generator."""
+
+    def __init__(self, source: Source, transform: Transform, num_channels: int, seed: int) -> None:
+        self.source, self.transform, self.num_channels, self.seed = source, transform, num_channels, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: SampleKey) -> dict[str, Tensor]:
+        image = self.source.image(key.index, self.num_channels)
+        return self.transform(image, sample_rng(self.seed, key))
+
+
+def choose_num_workers(num_workers: int, device: torch.device) -> int:
+    """Loader processes of each training process; -1 means chosen from the machine.
+
+    None where the CPU trains: every core is busy with the step, and a worker that takes one away costs more than it
+    hides.
+    """
+    if num_workers >= 0:
+        return num_workers
+    if device.type == "cpu":
+        return 0
+    return max(1, min(16, num_cpus() // num_local_processes() - 1))
+
+
+def num_local_processes() -> int:
+    """Training processes on this machine, as the launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def num_cpus() -> int:
+    """CPUs that this process may use, which in a container are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """Ctrl-C, and a SIGTERM to the whole group, must not end the workers under a run that is about to save.
+
+    A SIGTERM is heeded a minute late, and a second one at once: it may come from a main process that ends.
+    """
+
+    def heed_later(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        timer = threading.Timer(60, os.kill, (os.getpid(), signal.SIGTERM))
+        timer.daemon = True  # must not keep a worker alive that is done
+        timer.start()
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, heed_later)
+
+
+def build_loader(
+    source: Source,
+    transform: Transform,
+    sampler: StepSampler,
+    *,
+    num_channels: int,
+    num_workers: int,
+    device: torch.device,
+) -> Generator[dict[str, Tensor], None, None]:
+    """Micro-batches in the sampler's order, on `device`, as the objective takes them.
+
+    Close it (`contextlib.closing`) to end its workers.
+    """
+    loader = DataLoader(
+        TransformedSource(source, transform, num_channels, sampler.seed),
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=4 if num_workers else None,
+        worker_init_fn=_leave_signals_to_the_main_process,
+    )
+    for batch in loader:
+        yield transform.on_device({name: value.to(device, non_blocking=True) for name, value in batch.items()})

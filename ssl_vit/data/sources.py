@@ -1,0 +1,398 @@
+"""Where the images come from: every kind of source as an indexable set of undecoded images."""
+
+import difflib
+import glob
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from ssl_vit.data import openmoji
+from ssl_vit.data.decode import decode
+
+_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+# A source that ends in one of these is a mistyped path rather than the name of a data set on the hub.
+_FILE_SUFFIXES = (*_IMAGE_SUFFIXES, "parquet", "arrow", "csv", "json", "npy", "npz", "zip", "tar", "gz")
+_KINDS = (
+    "'openmoji' (built-in demo pictures), a folder of images, a parquet file or a quoted glob of them, "
+    "a folder written by datasets' save_to_disk, or the id of a data set on the Hugging Face hub"
+)
+# Columns taken for labels if they hold integers, and preferred if there are several columns of classes.
+_LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
+# More "classes" than this are identifiers, not labels.
+_MAX_CLASSES = 1_000_000
+_Labels = tuple[Int64[np.ndarray, " n"] | None, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images to use, and how they become numbers."""
+
+    source: str = ""
+    """openmoji | folder of images | parquet file or glob | save_to_disk folder | Hugging Face hub id."""
+    split: str = "train"
+    """Split of a hub, parquet or save_to_disk source. Hub and parquet also take slices: `train[:10%]`."""
+    image_column: str | None = None
+    """Column that holds the images; found by its type where there is only one."""
+    label_column: str | None = None
+    """Column that holds the classes, for evaluation; found where possible. `none` = ignore labels."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Mean of each channel, of images scaled to [0, 1]. Their number is the number of channels."""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    """Standard deviation of each channel, of images scaled to [0, 1]."""
+    num_workers: int = -1
+    """Loader processes of each training process; -1 = chosen from the machine."""
+
+    def __post_init__(self) -> None:
+        if not self.split:
+            raise ValueError(f"split={self.split!r}: name a split, such as 'train'")
+        if not self.mean or not all(0 <= value <= 1 for value in self.mean):
+            raise ValueError(f"mean={self.mean!r}: give one number in [0, 1] per channel; divide 0-255 by 255")
+        if not all(0 < value <= 1 for value in self.std):
+            raise ValueError(f"std={self.std!r}: give one number in (0, 1] per channel; divide 0-255 by 255")
+        if len(self.std) != len(self.mean):
+            raise ValueError(f"std={self.std!r}: give as many numbers as in mean={self.mean!r}")
+        if self.num_workers < -1:
+            raise ValueError(f"num_workers={self.num_workers!r}: must be at least 0, or -1 (automatic)")
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """An indexable set of images, undecoded."""
+
+    name: str
+    """`data.source` as the user wrote it."""
+    rows: datasets.Dataset
+    """The image column alone, as `Image(decode=False)`: `{"bytes": ..., "path": ...}` per row."""
+    image_column: str
+    """Name of that column."""
+    labels: Int64[np.ndarray, " n"] | None = None
+    """Index into `class_names` of each row, -1 = no label. None if no row has a label."""
+    class_names: tuple[str, ...] = ()
+    """Names of the classes; () when there are no labels."""
+    groups: Int64[np.ndarray, " n"] | None = None
+    """Rows of one group are variants of one picture and stay on one side of any split. None: no variants."""
+    attribution: str | None = None
+    """Text that the pictures' licence asks to be shown with them."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def image(self, index: int, num_channels: int) -> UInt8[Tensor, "{num_channels} h w"]:
+        """Decode the image of one row, see `decode`.
+
+        Raises:
+            ValueError: the image cannot be decoded. Names the source, the row and, if any, the path.
+        """
+        stored = self.rows[index][self.image_column] or {}
+        path = stored.get("path")
+        data = stored.get("bytes") or path
+        try:
+            if data is None:
+                raise ValueError("the row holds no image")
+            return decode(data, num_channels)
+        except (ValueError, OSError) as error:
+            where = f"row {index}" + (f" ({path})" if path else "")
+            raise ValueError(f"data.source={self.name!r}: {where}: {error}") from error
+
+
+def open_source(config: DataConfig) -> Source:
+    """Open the images that `config` names. None is decoded yet.
+
+    Raises:
+        ValueError: nothing usable there. The text begins with the setting at fault: `data.source='...': ...`.
+    """
+    if not config.source:
+        raise _error(config, "source", f"name the images: {_KINDS}")
+    if config.source == "openmoji":
+        return _open_openmoji(config)
+    try:
+        path = Path(config.source).expanduser()
+        if path.is_dir():
+            if not _is_saved_dataset(path):
+                return _open_folder(path, config)
+            rows = _load_saved(path, config)
+        elif path.exists() or glob.has_magic(config.source):
+            rows = _load_parquet(path, config)
+        else:
+            rows = _load_from_hub(config)
+    except (OSError, RuntimeError) as error:
+        raise _error(config, "source", f"cannot be read: {error}") from error
+    return _open_rows(rows, config)
+
+
+def _error(config: DataConfig, field: str, what: str) -> ValueError:
+    """An error about one setting; use as `raise _error(...)`."""
+    return ValueError(f"data.{field}={getattr(config, field)!r}: {what}")
+
+
+def _near_match(name: str, names: list[str]) -> str:
+    matches = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {matches[0]!r}? " if matches else ""
+
+
+def _refuse_columns(config: DataConfig, what: str) -> None:
+    """Refuse settings that would have no effect on a source that has neither splits nor columns."""
+    no_effect = {"split": ("train",), "image_column": (None,), "label_column": (None, "none")}
+    for field, values in no_effect.items():
+        if getattr(config, field) not in values:
+            raise _error(config, field, f"{what} has neither splits nor columns; leave this setting out")
+
+
+def _open_openmoji(config: DataConfig) -> Source:
+    _refuse_columns(config, "the built-in source")
+    rows = openmoji.load()
+    keep_labels = config.label_column != "none"
+    return Source(
+        name=config.source,
+        rows=rows.select_columns(["image"]),
+        image_column="image",
+        labels=_integers(rows, "label") if keep_labels else None,
+        class_names=openmoji.GROUP_NAMES if keep_labels else (),
+        groups=_integers(rows, "group"),
+        attribution=openmoji.ATTRIBUTION,
+    )
+
+
+def _open_folder(root: Path, config: DataConfig) -> Source:
+    _refuse_columns(config, "a folder of images")
+    prefix = str(root).rstrip(os.sep) + os.sep
+    files = sorted(path.removeprefix(prefix) for path in _walk(str(root)))
+    images = [file for file in files if _suffix(file) in _IMAGE_SUFFIXES]
+    if not images:
+        parquet = any(_suffix(file) == "parquet" for file in files)
+        hint = f"; for its parquet files, give a quoted glob: '{prefix}**/*.parquet'" if parquet else ""
+        kinds = " ".join(_IMAGE_SUFFIXES)
+        raise _error(config, "source", f"no images in this folder or below it (looked for {kinds}){hint}")
+    # Arrow holds the paths in one block: millions of them cost little memory and are shared with the workers.
+    rows = datasets.Dataset.from_dict({"image": [prefix + file for file in images]})
+    labels, class_names = _folder_labels(images) if config.label_column != "none" else (None, ())
+    return Source(
+        name=config.source,
+        rows=rows.cast_column("image", datasets.Image(decode=False)),
+        image_column="image",
+        labels=labels,
+        class_names=class_names,
+    )
+
+
+def _walk(root: str) -> Iterator[str]:
+    """Paths of all files below a folder but hidden ones. Links are followed, each folder is read once."""
+    pending, seen = [root], set()
+    while pending:
+        folder = pending.pop()
+        status = Path(folder).stat()
+        if (status.st_dev, status.st_ino) in seen:
+            continue  # a link to a folder above it, or to one read before
+        seen.add((status.st_dev, status.st_ino))
+        subfolders = []
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                # Path's tests take a link that leads nowhere, or to itself, for no folder and no file.
+                item = Path(entry.path) if entry.is_symlink() else entry
+                if entry.name.startswith("."):
+                    continue
+                if item.is_dir():
+                    subfolders.append(entry.path)
+                elif item.is_file():
+                    yield entry.path
+        pending += sorted(subfolders, reverse=True)  # a fixed order: of two links the same one always wins
+
+
+def _suffix(file: str) -> str:
+    return file.lower().rpartition(".")[2] if "." in file else ""
+
+
+def _folder_labels(images: list[str]) -> _Labels:
+    """Labels by first-level folder, if every image lies in one and there are at least two."""
+    folders = [image.partition(os.sep)[0] for image in images if os.sep in image]
+    labels, names = _encode(folders)
+    return (labels, names) if len(folders) == len(images) and len(names) > 1 else (None, ())
+
+
+def _encode(values: list[Any]) -> tuple[Int64[np.ndarray, " n"], tuple[str, ...]]:
+    """Index of each string among the sorted different ones, -1 for None; and those strings."""
+    names = sorted(set(values) - {None})
+    index_of_name = {name: index for index, name in enumerate(names)}
+    return np.array([index_of_name.get(value, -1) for value in values], dtype=np.int64), tuple(names)
+
+
+def _is_saved_dataset(folder: Path) -> bool:
+    is_dict = (folder / "dataset_dict.json").is_file()
+    return is_dict or ((folder / "state.json").is_file() and (folder / "dataset_info.json").is_file())
+
+
+def _load_saved(folder: Path, config: DataConfig) -> datasets.Dataset:
+    try:
+        saved = datasets.load_from_disk(folder)
+    except Exception as error:  # whatever a half-written folder makes the reader stumble over
+        raise _error(config, "source", f"this save_to_disk folder is empty or incomplete: {error}") from error
+    if isinstance(saved, datasets.DatasetDict):
+        if config.split not in saved:
+            names = list(map(str, saved))
+            near = _near_match(config.split, names)
+            raise _error(config, "split", f"no such split; {near}there are: {', '.join(names)}")
+        return saved[config.split]
+    if config.split not in ("train", str(saved.split)):
+        raise _error(config, "split", "data.source is one data set without splits; leave data.split out")
+    return saved
+
+
+def _load_parquet(path: Path, config: DataConfig) -> datasets.Dataset:
+    # Path.glob refuses absolute patterns.
+    files = [str(path)] if path.is_file() else sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207
+    if not files:
+        raise _error(config, "source", "no file matches this pattern")
+    num_rows = 0
+    for file in files:
+        if _suffix(file) != "parquet":
+            raise _error(config, "source", f"{file} is not a parquet file; data.source may be {_KINDS}")
+        try:
+            num_rows += pq.read_metadata(file).num_rows
+        except pa.ArrowException as error:
+            raise _error(config, "source", f"{file} is not a readable parquet file: {error}") from error
+    if num_rows == 0:
+        raise _error(config, "source", "holds no rows")
+    try:
+        loaded = datasets.load_dataset("parquet", data_files={"train": files}, split=config.split)
+        return cast(datasets.Dataset, loaded)
+    except ValueError as error:  # what `datasets` raises for an unknown split, or a slice it cannot parse
+        raise _error(config, "split", f"{error} Parquet files are the split 'train'") from error
+    except Exception as error:
+        reason = error.__cause__ or error  # the outer error only says that there was one
+        raise _error(config, "source", f"reading the parquet files failed: {reason}") from error
+
+
+def _load_from_hub(config: DataConfig) -> datasets.Dataset:
+    source = config.source
+    starts_as_path = source.startswith(("/", ".", "~"))
+    if starts_as_path or source.count("/") > 1 or "\\" in source or _suffix(source) in _FILE_SUFFIXES:
+        raise _error(config, "source", "no such file or folder")
+    try:
+        return cast(datasets.Dataset, datasets.load_dataset(source, split=config.split))
+    except Exception as error:  # not found, not allowed, offline, unknown split, a format that needs code ...
+        what = (
+            f"no such file or folder here, and loading split {config.split!r} of the data set of this name "
+            f"from the Hugging Face hub failed: {error}. data.source may be {_KINDS}"
+        )
+        raise _error(config, "source", what) from error
+
+
+def _open_rows(rows: datasets.Dataset, config: DataConfig) -> Source:
+    if len(rows) == 0:
+        raise _error(config, "source", f"split {config.split!r} holds no rows")
+    image_column = _find_image_column(rows, config)
+    label_column = _find_label_column(rows, config)
+    labels, class_names = _read_labels(rows, label_column) if label_column else (None, ())
+    images = rows.with_format(None).select_columns([image_column])
+    return Source(
+        name=config.source,
+        rows=images.cast_column(image_column, datasets.Image(decode=False)),
+        image_column=image_column,
+        labels=labels,
+        class_names=class_names,
+    )
+
+
+def _check_column(rows: datasets.Dataset, config: DataConfig, field: str) -> str:
+    """The column named by a setting, if there is one of this name."""
+    name = getattr(config, field)
+    if name not in rows.column_names:
+        near = _near_match(name, rows.column_names)
+        raise _error(config, field, f"no such column; {near}there are: {_columns_with_types(rows)}")
+    return name
+
+
+def _columns_with_types(rows: datasets.Dataset) -> str:
+    return ", ".join(f"{name} ({_type_name(feature)})" for name, feature in rows.features.items())
+
+
+def _type_name(feature: Any) -> str:
+    return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
+
+
+def _find_image_column(rows: datasets.Dataset, config: DataConfig) -> str:
+    ranks = {name: rank for name, feature in rows.features.items() if (rank := _image_rank(feature))}
+    if config.image_column is not None:
+        name = _check_column(rows, config, "image_column")
+        if name not in ranks:
+            raise _error(config, "image_column", f"not a column of images: {_columns_with_types(rows)}")
+        return name
+    candidates = [name for name, rank in ranks.items() if rank == min(ranks.values())]
+    if not candidates:
+        raise _error(config, "source", f"no column holds images; there are: {_columns_with_types(rows)}")
+    if len(candidates) > 1:
+        listed = ", ".join(candidates)
+        raise _error(config, "image_column", f"several columns hold images, name one of them: {listed}")
+    return candidates[0]
+
+
+def _image_rank(feature: Any) -> int:
+    """1 for surely images to 3 for possibly, 0 for surely not.
+
+    A parquet file written without Hugging Face's metadata has structs or plain bytes only.
+    """
+    if isinstance(feature, datasets.Image):
+        return 1
+    if isinstance(feature, dict) and "bytes" in feature and set(feature) <= {"bytes", "path"}:
+        return 2
+    return 3 if isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary") else 0
+
+
+def _find_label_column(rows: datasets.Dataset, config: DataConfig) -> str | None:
+    if config.label_column == "none":
+        return None
+    if config.label_column is not None:
+        return _check_column(rows, config, "label_column")
+    candidates = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
+    usual = [name for name in _LABEL_COLUMNS if name in candidates]
+    if len(candidates) > 1 and not usual:
+        listed = ", ".join(candidates)
+        raise _error(config, "label_column", f"several columns hold classes, name one or 'none': {listed}")
+    integers = [name for name in _LABEL_COLUMNS if _is_integer(rows.features.get(name))]
+    return next(iter(usual + candidates + integers), None)
+
+
+def _is_integer(feature: Any) -> bool:
+    return isinstance(feature, datasets.Value) and pa.types.is_integer(feature.pa_type)
+
+
+def _read_labels(rows: datasets.Dataset, column: str) -> _Labels:
+    """Labels and class names of a column of classes, integers, booleans or strings."""
+    feature = rows.features[column]
+    dtype = _type_name(feature)
+    if isinstance(feature, datasets.ClassLabel):
+        labels, names = _integers(rows, column), tuple(feature.names)
+    elif _is_integer(feature) or dtype == "bool":
+        labels = _integers(rows, column)
+        lowest, highest = int(labels.min()), int(labels.max())
+        if lowest < -1 or highest >= _MAX_CLASSES:
+            what = f"holds {lowest} to {highest}; labels count from 0 (-1 = no label) to below {_MAX_CLASSES}"
+            raise ValueError(f"data.label_column={column!r}: {what}; name another column, or 'none'")
+        names = tuple(map(str, range(highest + 1)))
+    elif dtype in ("string", "large_string"):
+        labels, names = _encode(_arrow_column(rows, column).to_pylist())
+    else:
+        what = f"holds {dtype}; labels are classes, integers or strings"
+        raise ValueError(f"data.label_column={column!r}: {what}; name another column, or 'none'")
+    return (labels, names) if (labels >= 0).any() else (None, ())
+
+
+def _arrow_column(rows: datasets.Dataset, column: str) -> pa.ChunkedArray:
+    table: Any = rows.select_columns([column]).with_format("arrow")[:]
+    return table.column(column)
+
+
+def _integers(rows: datasets.Dataset, column: str) -> Int64[np.ndarray, " n"]:
+    """A column of integers or booleans, with -1 where there is none."""
+    values = pc.cast(_arrow_column(rows, column), pa.int64(), safe=False)
+    return np.asarray(pc.fill_null(values, -1), dtype=np.int64)

@@ -1,0 +1,64 @@
+"""Fixtures: tiny models and pictures made on the fly."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ssl_vit.models.vit import ViT, ViTConfig
+
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+GOLDEN = Path(__file__).parent / "golden"
+TINY = {"arch": "vit_small_patch16_224", "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_encoder() -> ViT:
+    return ViTConfig(image_size=32, pos_embed="sincos", **TINY).build()
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of 20 pictures: red discs and blue squares on noise."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for name, channel in (("disc", 0), ("square", 2)):
+        (folder / name).mkdir()
+        for number in range(20):
+            pixels = rng.integers(0, 80, (48, 40, 3), dtype=np.uint8)
+            y, x = np.mgrid[:48, :40]
+            row, column = rng.integers(16, 32), rng.integers(14, 26)
+            distance = np.hypot(y - row, x - column) if name == "disc" else np.maximum(abs(y - row), abs(x - column))
+            pixels[distance < 10, channel] = 255
+            Image.fromarray(pixels).save(folder / name / f"{number:02d}.png")
+    return folder
+
+
+ROOT = Path(__file__).parents[1]
+SMALL_RUN = [
+    "--encoder.arch=vit_tiny_patch16_224",
+    "--encoder.image_size=32",
+    "--encoder.patch_size=8",
+    "--encoder.embed_dim=32",
+    "--encoder.depth=2",
+    "--encoder.num_heads=2",
+    "--encoder.drop_path_rate=0.1",
+    "--objective.decoder_embed_dim=16",
+    "--objective.decoder_depth=1",
+    "--objective.decoder_num_heads=2",
+    "--batch.size=8",
+    "--optim.base_lr=0.032",
+    "--precision=no",
+    "--log_every=1",
+    "--evaluation.folds=2",
+]

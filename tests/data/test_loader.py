@@ -1,0 +1,54 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssl_vit.data.loader import build_loader, choose_num_workers
+from ssl_vit.data.sampler import StepSampler
+from ssl_vit.data.sources import DataConfig, open_source
+from ssl_vit.objectives.mae import MAEConfig
+
+CPU = torch.device("cpu")
+
+
+def batches(folder: Path, *, num_workers: int = 0, start_step: int = 0, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    source = open_source(DataConfig(source=str(folder)))
+    transform = MAEConfig().build_transform((32, 32), (8, 8), (0.5,) * 3, (0.5,) * 3)
+    sampler = StepSampler(num_samples=len(source), batch_size=8, num_steps=12, seed=seed, start_step=start_step)
+    return list(build_loader(source, transform, sampler, num_channels=3, num_workers=num_workers, device=CPU))
+
+
+def equal(first: list[dict[str, torch.Tensor]], second: list[dict[str, torch.Tensor]]) -> bool:
+    pairs = zip(first, second, strict=True)
+    return all(torch.equal(a[name], b[name]) for a, b in pairs for name in a)
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(photo_folder: Path) -> None:
+    plain = batches(photo_folder)
+    assert plain[0]["images"].shape == (8, 3, 32, 32)
+    assert plain[0]["keep"].shape == (8, 4)
+    assert equal(plain, batches(photo_folder, num_workers=2))
+
+
+def test_starting_in_the_middle_of_an_epoch_gives_the_same_batches(photo_folder: Path) -> None:
+    assert equal(batches(photo_folder)[7:], batches(photo_folder, start_step=7))
+
+
+def test_crops_and_masks_change_from_epoch_to_epoch_and_with_the_seed(photo_folder: Path) -> None:
+    plain = batches(photo_folder)
+    assert not equal(plain[:5], plain[5:10])
+    assert not equal(plain, batches(photo_folder, seed=1))
+
+
+def test_a_broken_image_is_named(tmp_path: Path) -> None:
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"row 0 \(.*broken.jpg\)"):
+        batches(tmp_path)
+
+
+def test_workers_are_chosen_from_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssl_vit.data.loader.num_cpus", lambda: 16)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert choose_num_workers(-1, CPU) == 0
+    assert choose_num_workers(-1, torch.device("cuda")) == 3
+    assert choose_num_workers(5, CPU) == 5
