@@ -1,0 +1,257 @@
+"""Masked autoencoder: He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022 (arXiv:2111.06377)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Float, Int, UInt8
+from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from ssl_vit.data.device_transforms import flip_horizontally, normalize
+from ssl_vit.data.masking import draw_keep, num_kept
+from ssl_vit.data.transforms import random_resized_crop
+from ssl_vit.models.encoder import Encoder, Features
+from ssl_vit.models.positions import sincos_positions
+from ssl_vit.objectives.objective import Objective
+
+
+@dataclass(frozen=True)
+class MAEConfig:
+    """Settings of MAE; the defaults are the paper's for ViT-B, L and H."""
+
+    mask_ratio: float = 0.75
+    """Share of the patches that is removed, between 0 and 1."""
+    norm_pix_loss: bool = True
+    """Predict each patch normalised by its own mean and deviation: better features, greyer pictures."""
+    decoder_embed_dim: int = 512
+    """Width of the decoder."""
+    decoder_depth: int = 8
+    """Blocks of the decoder."""
+    decoder_num_heads: int = 16
+    """Attention heads of a decoder block."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Smallest and largest share of the picture's area that a training crop covers."""
+    flip_prob: float = 0.5
+    """Probability of a horizontal flip."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(
+                f"mask_ratio={self.mask_ratio!r}: must lie between 0 and 1, both excluded; the paper's is 0.75"
+            )
+        for name in ("decoder_embed_dim", "decoder_depth", "decoder_num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be at least 1")
+        if self.decoder_embed_dim % self.decoder_num_heads:
+            raise ValueError(
+                f"decoder_num_heads={self.decoder_num_heads}: must divide decoder_embed_dim={self.decoder_embed_dim}"
+            )
+        if self.decoder_embed_dim % 4:
+            raise ValueError(
+                f"decoder_embed_dim={self.decoder_embed_dim}: must be a multiple of 4 (sine-cosine positions)"
+            )
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale={self.crop_scale!r}: needs 0 < smallest <= largest <= 1")
+        if not 0 <= self.flip_prob <= 1:
+            raise ValueError(f"flip_prob={self.flip_prob!r}: must lie in [0, 1]")
+
+    def build(self, encoder: Encoder) -> "MAE":
+        """Put the objective around an encoder, whose weights are re-initialised as in the paper's code.
+
+        Raises:
+            ValueError: the encoder cannot drop tokens, or the mask ratio leaves no patch to see or to predict.
+        """
+        return MAE(self, encoder)
+
+    def build_transform(
+        self,
+        image_size: tuple[int, int],
+        patch_size: tuple[int, int],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> "MAETransform":
+        """Crop, flip and mask for images of `image_size` pixels, normalised by `mean` and `std` per channel."""
+        return MAETransform(self, image_size, patch_size, mean, std)
+
+
+class MAETransform:
+    """One crop and one mask per image: `images [b c h w]` and `keep [b k]`."""
+
+    def __init__(
+        self,
+        config: MAEConfig,
+        image_size: tuple[int, int],
+        patch_size: tuple[int, int],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> None:
+        self.config = config
+        self.image_size = image_size
+        self.num_patches = (image_size[0] // patch_size[0]) * (image_size[1] // patch_size[1])
+        self.mean, self.std = mean, std
+
+    def __call__(self, image: UInt8[Tensor, "c h w"], rng: np.random.Generator) -> dict[str, Tensor]:
+        return {
+            "images": random_resized_crop(image, self.image_size, rng, scale=self.config.crop_scale),
+            "flip": torch.tensor(rng.random() < self.config.flip_prob),
+            "keep": draw_keep(self.num_patches, self.config.mask_ratio, rng),
+        }
+
+    def on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        images = flip_horizontally(batch["images"], batch["flip"])
+        return {"images": normalize(images, self.mean, self.std), "keep": batch["keep"]}
+
+
+class MAE(Objective):
+    """Reconstruct removed patches from the visible ones with a light decoder.
+
+    The encoder sees visible patches only; the mask token, the decoder and its positions belong to the objective.
+    """
+
+    decoder_pos_embed: Tensor
+
+    def __init__(self, config: MAEConfig, encoder: Encoder) -> None:
+        super().__init__()
+        if not encoder.supports_keep:
+            raise ValueError(
+                f"MAE removes tokens before the encoder, and {type(encoder).__name__} cannot drop tokens; "
+                "use a Vision Transformer, or an objective that masks in place (SimMIM's way)"
+            )
+        kept = num_kept(encoder.num_patches, config.mask_ratio)
+        if not 0 < kept < encoder.num_patches:
+            raise ValueError(
+                f"mask_ratio={config.mask_ratio!r}: keeps {kept} of {encoder.num_patches} patches; "
+                "at least one must be kept and one removed: change mask_ratio, image_size or patch_size"
+            )
+        self.config = config
+        self.encoder = encoder
+        width = config.decoder_embed_dim
+        patch_height, patch_width = encoder.patch_size
+        norm_layer: Any = partial(nn.LayerNorm, eps=1e-6)
+
+        self.decoder_embed = nn.Linear(encoder.embed_dim, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        table = sincos_positions(width, encoder.grid_size, num_prefix_tokens=int(encoder.has_cls_token))
+        self.register_buffer("decoder_pos_embed", table[None])
+        self.decoder_blocks = nn.ModuleList(
+            Block(width, config.decoder_num_heads, mlp_ratio=4, qkv_bias=True, norm_layer=norm_layer)
+            for _ in range(config.decoder_depth)
+        )
+        self.decoder_norm = norm_layer(width)
+        self.decoder_pred = nn.Linear(width, patch_height * patch_width * encoder.in_chans)
+        initialize(self)
+
+    def forward(self, batch: Mapping[str, Tensor], progress: float) -> dict[str, Tensor]:
+        images, keep = batch["images"], batch["keep"]
+        prediction = self.reconstruct(images, keep)
+        target = patchify(images, self.encoder.patch_size)
+        if self.config.norm_pix_loss:
+            target = normalize_patches(target)
+        error = (prediction.float() - target.float()).square().mean(dim=-1)  # [b n]
+        removed = torch.ones_like(error).scatter(1, keep, 0.0)
+        return {"loss": (error * removed).sum() / removed.sum()}
+
+    def reconstruct(self, images: Float[Tensor, "b c h w"], keep: Int[Tensor, "b k"]) -> Float[Tensor, "b n p"]:
+        """Predict every patch from the kept ones.
+
+        Returns:
+            Patches in row-major order, pixels of a patch in (row, column, channel) order; in units of the normalised
+            image, or of the patch normalised by its own mean and deviation with `norm_pix_loss`.
+        """
+        height, width = images.shape[-2:]
+        grid_size = height // self.encoder.patch_size[0], width // self.encoder.patch_size[1]
+        return self._decode(self.encoder(images, keep=keep), keep, grid_size)
+
+    def draw(
+        self,
+        images: Float[Tensor, "b c h w"],
+        path: Path,
+        *,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        rng: np.random.Generator,
+    ) -> bool:
+        from ssl_vit.visualize.reconstructions import (
+            draw_reconstructions,
+        )  # matplotlib takes a second to import
+
+        mask_ratio = self.config.mask_ratio
+        keep = torch.stack([draw_keep(self.encoder.num_patches, mask_ratio, rng) for _ in images])
+        with torch.inference_mode():
+            reconstruction = self.reconstruct(images, keep.to(images.device))
+        draw_reconstructions(
+            images.cpu(),
+            reconstruction.float().cpu(),
+            keep,
+            patch_size=self.encoder.patch_size,
+            mean=mean,
+            std=std,
+            norm_pix_loss=self.config.norm_pix_loss,
+            path=path,
+            title=f"{mask_ratio:.0%} of the patches removed",
+        )
+        return True
+
+    def _decode(
+        self, features: Features, keep: Int[Tensor, "b k"], grid_size: tuple[int, int]
+    ) -> Float[Tensor, "b n p"]:
+        visible = self.decoder_embed(features.patches)
+        num_patches = grid_size[0] * grid_size[1]
+        tokens = repeat(self.mask_token.to(visible.dtype), "1 1 d -> b n d", b=len(keep), n=num_patches)
+        tokens = tokens.scatter(1, repeat(keep, "b k -> b k d", d=visible.shape[-1]), visible)
+        if self.encoder.has_cls_token:
+            tokens = torch.cat([self.decoder_embed(features.cls)[:, None], tokens], dim=1)
+        tokens = tokens + self._positions(grid_size)
+        for block in self.decoder_blocks:
+            tokens = block(tokens)
+        tokens = tokens[:, tokens.shape[1] - num_patches :]
+        return self.decoder_pred(self.decoder_norm(tokens))
+
+    def _positions(self, grid_size: tuple[int, int]) -> Float[Tensor, "1 n d"]:
+        return resample_abs_pos_embed(
+            self.decoder_pos_embed,
+            new_size=list(grid_size),
+            old_size=list(self.encoder.grid_size),
+            num_prefix_tokens=int(self.encoder.has_cls_token),
+        )
+
+
+def initialize(objective: MAE) -> None:
+    """Initialise as the paper's code does.
+
+    Linear layers Xavier uniform with zero bias, the patch projection likewise as if it were linear, class and mask
+    token normal with deviation .02, norms 1 and 0. Fixed position tables are left alone.
+    """
+    for module in objective.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight.data.flatten(1))
+    nn.init.normal_(objective.mask_token, std=0.02)
+    for name, parameter in objective.encoder.named_parameters():
+        if name.endswith("cls_token"):
+            nn.init.normal_(parameter, std=0.02)
+
+
+def patchify(images: Float[Tensor, "b c h w"], patch_size: tuple[int, int]) -> Float[Tensor, "b n p"]:
+    """Cut images into patches, row-major, pixels of a patch in (row, column, channel) order."""
+    return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch_size[0], q=patch_size[1])
+
+
+def normalize_patches(patches: Float[Tensor, "b n p"]) -> Float[Tensor, "b n p"]:
+    """Give each patch zero mean and unit (unbiased) variance over its pixels and channels."""
+    variance, mean = torch.var_mean(patches.float(), dim=-1, keepdim=True)
+    return (patches - mean) / (variance + 1e-6).sqrt()

@@ -1,0 +1,99 @@
+"""The objective contract: what the training loop may rely on, whatever is learned."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from ssl_vit.models.encoder import Encoder
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """Parameters that share an optimizer setting.
+
+    freeze_until: progress in [0, 1] before which they take no step at all: no gradient, no decay, no moments.
+    """
+
+    params: list[tuple[str, nn.Parameter]]
+    lr_scale: float = 1.0
+    weight_decay_scale: float = 1.0
+    freeze_until: float = 0.0
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """What an objective does to images, in two places.
+
+    Calling it turns one decoded image into one sample (uint8, in a loader worker), drawing everything random from
+    the sample's own generator. `on_device` turns a collated batch into the objective's batch on the training device.
+    """
+
+    def __call__(self, image: UInt8[Tensor, "c h w"], rng: np.random.Generator) -> dict[str, Tensor]: ...
+
+    def on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]: ...
+
+
+@runtime_checkable
+class ObjectiveConfig(Protocol):
+    """Settings of an objective; its class builds the objective and its transform."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def build(self, encoder: Encoder) -> "Objective": ...
+
+    def build_transform(
+        self,
+        image_size: tuple[int, int],
+        patch_size: tuple[int, int],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> Transform: ...
+
+
+class Objective(nn.Module):
+    """An encoder with all that its training needs: heads, decoder, teacher, centre and loss."""
+
+    encoder: Encoder  # the one that receives gradients
+
+    def forward(self, batch: Mapping[str, Tensor], progress: float) -> dict[str, Tensor]:
+        """Losses of a batch, a deterministic function of (parameters, batch, progress).
+
+        Returns:
+            Scalars. "loss" is minimised, every scalar is logged.
+        """
+        raise NotImplementedError
+
+    def after_step(self, progress: float) -> None:
+        """Called once after every real optimizer step: EMA, centre. Nothing by default."""
+
+    def backbone(self) -> Encoder:
+        """The encoder that is evaluated and exported."""
+        return self.encoder
+
+    def param_groups(self) -> list[ParamGroup]:
+        """Trainable parameters by optimizer setting. As in the papers, one-dimensional ones and biases don't decay."""
+        decayed: list[tuple[str, nn.Parameter]] = []
+        undecayed: list[tuple[str, nn.Parameter]] = []
+        for name, parameter in self._trainable():
+            (undecayed if parameter.ndim <= 1 or name.endswith(".bias") else decayed).append((name, parameter))
+        return [ParamGroup(decayed), ParamGroup(undecayed, weight_decay_scale=0.0)]
+
+    def draw(
+        self,
+        images: Float[Tensor, "b c h w"],
+        path: Path,
+        *,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        rng: np.random.Generator,
+    ) -> bool:
+        """Write a picture of what was learned about normalised `images`; False where there is nothing to show."""
+        return False
+
+    def _trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)

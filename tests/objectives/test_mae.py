@@ -1,0 +1,199 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ssl_vit.export.interop import load_reference
+from ssl_vit.models.encoder import Encoder
+from ssl_vit.models.vit import ViT, ViTConfig
+from ssl_vit.objectives.mae import MAE, MAEConfig, normalize_patches, patchify
+from tests.conftest import GOLDEN, TINY
+
+SMALL_DECODER = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
+
+
+def build(encoder: Encoder, **settings) -> MAE:
+    return MAEConfig(**{**SMALL_DECODER, **settings}).build(encoder)
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, torch.Tensor]:
+    return load_file(GOLDEN / "mae_reference.safetensors")
+
+
+@pytest.fixture
+def reference(tiny_encoder: ViT) -> MAE:
+    objective = build(tiny_encoder)
+    load_reference(objective, GOLDEN / "mae_reference.safetensors")
+    return objective
+
+
+def keep_of(golden: dict[str, torch.Tensor]) -> torch.Tensor:
+    return golden["noise"].argsort(dim=1)[:, :4]
+
+
+class TestAgainstThePapersCode:
+    def test_position_tables(self, golden: dict[str, torch.Tensor]) -> None:
+        fresh = build(ViTConfig(image_size=32, pos_embed="sincos", **TINY).build())
+        assert torch.equal(fresh.decoder_pos_embed, golden["model.decoder_pos_embed"])
+        assert torch.equal(fresh.encoder.vit.pos_embed, golden["model.pos_embed"])
+
+    def test_latent(self, reference: MAE, golden: dict[str, torch.Tensor]) -> None:
+        cls, patches = reference.encoder(golden["images"], keep=keep_of(golden))
+        latent = torch.cat([cls[:, None], patches], dim=1)
+        torch.testing.assert_close(latent, golden["latent"], rtol=1e-4, atol=1e-5)
+
+    def test_prediction(self, reference: MAE, golden: dict[str, torch.Tensor]) -> None:
+        prediction = reference.reconstruct(golden["images"], keep_of(golden))
+        torch.testing.assert_close(prediction, golden["pred"], rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize(("norm_pix_loss", "key"), [(True, "loss_norm_pix"), (False, "loss_raw")])
+    def test_losses(self, tiny_encoder: ViT, golden: dict[str, torch.Tensor], norm_pix_loss: bool, key: str) -> None:
+        objective = build(tiny_encoder, norm_pix_loss=norm_pix_loss)
+        load_reference(objective, GOLDEN / "mae_reference.safetensors")
+        loss = objective({"images": golden["images"], "keep": keep_of(golden)}, 0.0)["loss"]
+        assert loss.item() == pytest.approx(golden[key].item(), rel=1e-4)
+
+    def test_gradient_norm(self, reference: MAE, golden: dict[str, torch.Tensor]) -> None:
+        reference({"images": golden["images"], "keep": keep_of(golden)}, 0.0)["loss"].backward()
+        norm = torch.stack([p.grad.norm() for p in reference.parameters() if p.grad is not None]).norm()
+        assert norm.item() == pytest.approx(golden["grad_norm_norm_pix"].item(), rel=1e-4)
+
+
+class TestInitialisation:
+    @pytest.fixture
+    def objective(self) -> MAE:
+        encoder = ViTConfig(arch="vit_small_patch16_224", image_size=32, patch_size=8, depth=1, pos_embed="sincos")
+        return MAEConfig(decoder_embed_dim=256, decoder_depth=1, decoder_num_heads=4).build(encoder.build())
+
+    def test_linear_layers_are_xavier_uniform(self, objective: MAE) -> None:
+        for name, module in objective.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                bound = math.sqrt(6 / (module.in_features + module.out_features))
+                assert 0.97 * bound < module.weight.abs().max() <= bound, name
+                assert torch.equal(module.bias, torch.zeros_like(module.bias)), name
+
+    def test_the_patch_projection_is_xavier_as_a_linear_layer(self, objective: MAE) -> None:
+        weight = objective.encoder.vit.patch_embed.proj.weight
+        bound = math.sqrt(6 / (3 * 8 * 8 + 384))
+        assert 0.97 * bound < weight.abs().max() <= bound
+
+    def test_tokens_are_normal(self, objective: MAE) -> None:
+        assert objective.mask_token.std().item() == pytest.approx(0.02, rel=0.2)
+        assert objective.encoder.vit.cls_token.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+class TestLoss:
+    def test_only_removed_patches_count(self, tiny_encoder: ViT) -> None:
+        objective = build(tiny_encoder, norm_pix_loss=False)
+        images, keep = torch.randn(2, 3, 32, 32), torch.tensor([[0, 3, 9], [15, 7, 1]])
+        loss = objective({"images": images, "keep": keep}, 0.0)["loss"]
+        prediction = objective.reconstruct(images, keep)
+        errors = [
+            (prediction[row, patch] - patchify(images, (8, 8))[row, patch]).square().mean()
+            for row in range(2)
+            for patch in range(16)
+            if patch not in keep[row]
+        ]
+        assert len(errors) == 26
+        torch.testing.assert_close(loss, torch.stack(errors).mean())
+
+    def test_is_a_function_of_parameters_and_batch(self, tiny_encoder: ViT) -> None:
+        objective = build(tiny_encoder)
+        batch = {"images": torch.randn(2, 3, 32, 32), "keep": torch.tensor([[0, 3], [5, 7]])}
+        assert torch.equal(objective(batch, 0.0)["loss"], objective(batch, 0.7)["loss"])
+
+    def test_order_of_the_kept_patches_does_not_matter(self, tiny_encoder: ViT) -> None:
+        objective = build(tiny_encoder)
+        images, keep = torch.randn(2, 3, 32, 32), torch.tensor([[0, 3, 9], [15, 7, 1]])
+        forward, backward = (objective.reconstruct(images, order) for order in (keep, keep.flip(1)))
+        torch.testing.assert_close(forward, backward)
+
+    def test_normalised_patches_have_unit_unbiased_variance(self) -> None:
+        patches = normalize_patches(torch.randn(2, 4, 48) * 3 + 5)
+        torch.testing.assert_close(patches.mean(-1), torch.zeros(2, 4), atol=1e-5, rtol=0)
+        torch.testing.assert_close(patches.var(-1), torch.ones(2, 4), atol=1e-4, rtol=0)
+
+    def test_a_flat_patch_stays_finite(self) -> None:
+        assert torch.equal(normalize_patches(torch.full((1, 1, 12), 0.5)), torch.zeros(1, 1, 12))
+
+
+def test_patches_are_row_major_and_channels_last() -> None:
+    images = torch.arange(2 * 4 * 6).reshape(1, 2, 4, 6).float()
+    patches = patchify(images, (2, 3))
+    assert patches.shape == (1, 4, 12)
+    expected = [images[0, channel, row, column] for row in (0, 1) for column in (3, 4, 5) for channel in (0, 1)]
+    assert patches[0, 1].tolist() == [float(value) for value in expected]  # the patch to the right of the first
+
+
+def test_other_image_sizes_can_be_reconstructed(tiny_encoder: ViT) -> None:
+    objective = build(tiny_encoder)
+    prediction = objective.reconstruct(torch.randn(1, 3, 16, 64), torch.tensor([[0, 3, 9]]))
+    assert prediction.shape == (1, 16, 192)
+
+
+@pytest.mark.parametrize("in_chans", [1, 5])
+def test_non_square_multi_channel_images_without_a_class_token(in_chans: int) -> None:
+    encoder = ViTConfig(
+        arch="vit_medium_patch16_gap_256", image_size=(16, 48), patch_size=(8, 16), in_chans=in_chans, depth=1
+    ).build()
+    objective = build(encoder)
+    losses = objective({"images": torch.randn(2, in_chans, 16, 48), "keep": torch.tensor([[0, 3], [5, 1]])}, 0.0)
+    losses["loss"].backward()
+    assert objective.decoder_pred.out_features == 8 * 16 * in_chans
+    assert [n for n, p in objective.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_decay_groups_are_the_papers(tiny_encoder: ViT) -> None:
+    decayed, undecayed = build(tiny_encoder).param_groups()
+    names = {name for name, _ in decayed.params}
+    assert {"mask_token", "encoder.vit.cls_token", "decoder_embed.weight"} <= names
+    assert all(name.endswith((".weight", "_token")) for name in names)
+    assert undecayed.weight_decay_scale == 0
+    assert {"encoder.vit.norm.weight", "decoder_pred.bias"} <= {name for name, _ in undecayed.params}
+    assert not any("pos_embed" in name for group in (decayed, undecayed) for name, _ in group.params)
+
+
+def test_transform_draws_crop_flip_and_mask_from_the_samples_generator() -> None:
+    transform = MAEConfig(mask_ratio=0.8).build_transform((160, 160), (16, 16), (0.5,) * 3, (0.25,) * 3)
+    image = torch.randint(0, 256, (3, 200, 300), dtype=torch.uint8)
+    first, again, other = (transform(image, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert first["images"].shape == (3, 160, 160)
+    assert first["images"].dtype == torch.uint8
+    assert len(first["keep"]) == 20  # int() would truncate 19.999
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["keep"], other["keep"])
+    batch = transform.on_device({name: torch.stack([first[name], other[name]]) for name in first})
+    mirrored = first["images"].flip(-1) if first["flip"] else first["images"]
+    torch.testing.assert_close(batch["images"][0], (mirrored / 255 - 0.5) / 0.25)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mask_ratio": 1.2}, "mask_ratio=1.2"),
+        ({"mask_ratio": 0.0}, "mask_ratio=0.0"),
+        ({"decoder_embed_dim": 30, "decoder_num_heads": 4}, "decoder_num_heads=4"),
+        ({"decoder_depth": 0}, "decoder_depth=0"),
+        ({"crop_scale": (0.9, 0.2)}, "crop_scale"),
+        ({"flip_prob": -0.1}, "flip_prob=-0.1"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MAEConfig(**settings)
+
+
+def test_a_ratio_that_leaves_nothing_to_see_is_refused(tiny_encoder: ViT) -> None:
+    with pytest.raises(ValueError, match=r"mask_ratio=0.99: keeps 0 of 16"):
+        build(tiny_encoder, mask_ratio=0.99)
+
+
+def test_an_encoder_that_cannot_drop_tokens_is_refused() -> None:
+    class ConvNet(Encoder):
+        supports_keep = False
+
+    with pytest.raises(ValueError, match="ConvNet cannot drop tokens"):
+        build(ConvNet())
