@@ -1,0 +1,182 @@
+"""The result of a run: a safetensors backbone with timm's key names, and what is needed to use it."""
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import ssl_vit
+from ssl_vit.models.encoder import Encoder
+from ssl_vit.models.vit import ViT, ViTConfig
+
+BACKBONE_FILE, CONFIG_FILE = "backbone.safetensors", "config.json"
+
+
+def export_backbone(
+    encoder: Encoder,
+    folder: Path,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    provenance: dict[str, Any],
+) -> Path:
+    """Write `backbone.safetensors` and `config.json`, and prove that they load as what was trained.
+
+    The tensors carry timm's key names, so `timm.create_model(arch, num_classes=0, checkpoint_path=...)` reads them.
+    config.json follows timm's layout; our own settings stand under "ssl_vit".
+
+    Raises:
+        RuntimeError: what was written does not give the encoder's features.
+    """
+    if not isinstance(encoder, ViT):
+        raise ValueError(f"cannot export a {type(encoder).__name__}: only Vision Transformers of timm so far")
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in encoder.vit.state_dict().items()}
+    config = encoder.config
+    pooling = "token" if encoder.has_cls_token else "avg"
+    overrides = {
+        name: getattr(config, name)
+        for name in ("embed_dim", "depth", "num_heads", "mlp_ratio")
+        if getattr(config, name) is not None
+    }
+    described = {
+        "architecture": config.arch.split(".")[0],
+        "num_classes": 0,
+        "num_features": encoder.embed_dim,
+        "global_pool": pooling,
+        "model_args": {
+            "img_size": list(encoder.image_size),
+            "patch_size": encoder.patch_size[0] if len(set(encoder.patch_size)) == 1 else list(encoder.patch_size),
+            "in_chans": encoder.in_chans,
+            "fc_norm": False,
+            "dynamic_img_size": True,
+            **overrides,
+        },
+        "pretrained_cfg": {
+            "input_size": [encoder.in_chans, *encoder.image_size],
+            "fixed_input_size": False,
+            "interpolation": "bicubic",
+            "mean": list(mean),
+            "std": list(std),
+            "num_classes": 0,
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+        "ssl_vit": {
+            "version": ssl_vit.__version__,
+            "encoder": dataclasses.asdict(config),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            **provenance,
+        },
+    }
+    # Proven where nobody looks for it yet, then moved.
+    with tempfile.TemporaryDirectory(dir=folder, prefix="unfinished-") as unfinished:
+        save_file(tensors, Path(unfinished) / BACKBONE_FILE, metadata={"format": "pt"})
+        (Path(unfinished) / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n")
+        _prove_equal(encoder, Path(unfinished))
+        for name in (CONFIG_FILE, BACKBONE_FILE):
+            (Path(unfinished) / name).replace(folder / name)
+    return folder / BACKBONE_FILE
+
+
+def load_backbone(path: str | Path) -> Encoder:
+    """Build the encoder that a run exported and fill it, strictly.
+
+    Args:
+        path: a run folder, a folder with backbone.safetensors and config.json, or the safetensors file in it.
+
+    Raises:
+        ValueError: a file is missing or unreadable, or its tensors are not exactly those of the architecture.
+    """
+    path = Path(path)
+    file = path / BACKBONE_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(
+            f"{file}: no such file; a finished run has one, and `python scripts/export.py RUN` writes it at any time"
+        )
+    encoder = read_encoder_config(file.parent).build()
+    assert isinstance(encoder, ViT)
+    load_strictly(encoder.vit, read_tensors(file), file)
+    return encoder.eval()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json next to a backbone.
+
+    Raises:
+        ValueError: it is missing, no JSON, or not from ssl_vit.
+    """
+    file = folder / CONFIG_FILE
+    try:
+        config = json.loads(file.read_text())
+    except OSError as error:
+        raise ValueError(
+            f"{file}: cannot be read ({error.strerror}); a backbone needs its config.json beside it"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{file}: is no valid JSON: {error}") from error
+    if "encoder" not in config.get("ssl_vit", {}):
+        raise ValueError(f"{file}: has no ssl_vit.encoder section; it was not written by ssl_vit's export")
+    return config
+
+
+def read_encoder_config(folder: Path) -> ViTConfig:
+    """Architecture and sizes from the config.json next to a backbone."""
+    try:
+        return ViTConfig.from_plain(read_config(folder)["ssl_vit"]["encoder"])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / CONFIG_FILE}: ssl_vit.encoder.{error}") from error
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file; ValueError where it is damaged."""
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: is no whole safetensors file: {error}") from error
+
+
+def load_strictly(module: torch.nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
+    """Fill a module with exactly the tensors it has, or refuse with what is missing, unknown and of another shape."""
+    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    missing, unexpected = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
+    shapes = [
+        f"{name} {tuple(tensors[name].shape)} instead of {wanted[name]}"
+        for name in sorted(set(wanted) & set(tensors))
+        if tuple(tensors[name].shape) != wanted[name]
+    ]
+    if missing or unexpected or shapes:
+        parts = [
+            f"{len(found)} {what}: {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}"
+            for what, found in (
+                ("missing", missing),
+                ("unexpected", unexpected),
+                ("of another shape", shapes),
+            )
+            if found
+        ]
+        raise ValueError(f"{file}: does not fit {type(module).__name__}: {'; '.join(parts)}")
+    module.load_state_dict(tensors)
+
+
+def _prove_equal(encoder: ViT, folder: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    device = next(encoder.parameters()).device
+    images = torch.randn(2, encoder.in_chans, *encoder.image_size, generator=generator).to(device)
+    training = encoder.training
+    encoder.eval()
+    with torch.inference_mode():
+        expected, found = encoder(images), load_backbone(folder).to(device)(images)
+    encoder.train(training)
+    difference = max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))
+    if not difference <= 1e-5:
+        raise RuntimeError(f"{folder}: the exported backbone's features differ from the trained ones by {difference}")
