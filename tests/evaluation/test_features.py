@@ -1,0 +1,153 @@
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2 as T
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
+
+from ssl_vit.data.sources import Source
+from ssl_vit.evaluation.features import eval_transform, extract_features, pixel_features
+from ssl_vit.models.encoder import Encoder, Features
+
+
+@dataclass(frozen=True)
+class Pictures(Source):
+    """A source whose pictures are tensors that need no decoding."""
+
+    pictures: tuple[Tensor, ...] = ()
+
+    def image(self, index: int, num_channels: int) -> Tensor:
+        assert num_channels == self.pictures[index].shape[0]
+        return self.pictures[index]
+
+
+def source_of(*pictures: Tensor) -> Pictures:
+    rows = datasets.Dataset.from_dict({"image": [""] * len(pictures)})
+    return Pictures("pictures", rows, "image", None, (), None, None, pictures)
+
+
+class Averager(Encoder):
+    """Patch tokens are the channel means of the four quarters; the class token is their maximum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_dim, self.in_chans, self.has_cls_token = 3, 3, True
+        self.image_size, self.patch_size = (8, 16), (4, 8)
+        self.dropout = nn.Dropout(0.5)
+        self.frozen = nn.BatchNorm1d(3)
+        self.frozen.eval()
+
+    def forward(self, images, *, keep=None, mask=None, mask_token=None):
+        self.dtype_inside = torch.zeros(1, 1).matmul(torch.zeros(1, 1)).dtype
+        quarters = nn.functional.avg_pool2d(images, self.patch_size).flatten(2).transpose(1, 2)
+        return Features(cls=self.dropout(quarters).amax(dim=1), patches=self.dropout(quarters))
+
+
+def settings(**changes):
+    defaults = {
+        "mean": [0.0] * 3,
+        "std": [1.0] * 3,
+        "crop_pct": 1.0,
+        "batch_size": 2,
+        "device": torch.device("cpu"),
+    }
+    return defaults | changes
+
+
+def plain(*colour: int) -> Tensor:
+    return torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1).expand(3, 8, 16)
+
+
+@pytest.mark.parametrize("size", [(300, 400), (400, 300), (97, 201), (256, 256), (500, 501)])
+def test_eval_transform_is_resize_256_centre_crop_224(size):
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    usual = T.Compose([T.Resize(256, InterpolationMode.BICUBIC, antialias=True), T.CenterCrop(224)])
+    assert torch.equal(eval_transform(image, (224, 224), 0.875), usual(image))
+
+
+@pytest.mark.parametrize("image_size", [(32, 64), (64, 32), (48, 48)])
+@pytest.mark.parametrize("size", [(50, 50), (20, 90), (90, 20), (64, 129), (1, 7)])
+def test_eval_transform_covers_the_crop_at_any_shape(image_size, size):
+    image = torch.full((1, *size), 200, dtype=torch.uint8)
+    for crop_pct in (0.7, 1.0):
+        cropped = eval_transform(image, image_size, crop_pct)
+        assert cropped.shape == (1, *image_size)
+        assert (cropped == 200).all()  # a picture too small for the crop would be padded with 0
+
+
+def test_eval_transform_keeps_the_centre():
+    image = torch.zeros(1, 40, 80, dtype=torch.uint8)
+    image[..., 20:60] = 255  # the centre square
+    assert eval_transform(image, (20, 20), 1.0).float().mean() > 240
+    assert 120 < eval_transform(image, (20, 40), 1.0).float().mean() < 135
+
+
+def test_features_follow_the_indices_and_are_normalised():
+    source = source_of(plain(0, 0, 0), plain(51, 102, 153), plain(255, 255, 255))
+    indices = np.array([2, 1, 0, 1, 1])
+    features = extract_features(
+        Averager(), source, indices, **settings(mean=[0.2, 0.4, 0.6], std=[0.1, 0.5, 1.0], batch_size=2)
+    )
+    expected = torch.tensor([[8.0, 1.2, 0.4], [0, 0, 0], [-2.0, -0.8, -0.6], [0, 0, 0], [0, 0, 0]])
+    torch.testing.assert_close(features["mean"], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(features["cls"], expected, atol=1e-5, rtol=0)
+
+
+def test_cls_and_mean_are_what_they_say():
+    picture = torch.zeros(3, 8, 16, dtype=torch.uint8)
+    picture[:, :4, :8] = 255  # one quarter of four
+    features = extract_features(Averager(), source_of(picture), np.array([0]), **settings())
+    torch.testing.assert_close(features["cls"], torch.ones(1, 3))
+    torch.testing.assert_close(features["mean"], torch.full((1, 3), 0.25))
+
+
+def test_evaluation_leaves_no_trace():
+    encoder = Averager().train()
+    encoder.frozen.eval()
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    features = extract_features(encoder, source_of(plain(9, 9, 9)), np.array([0]), **settings())
+    assert torch.rand(1) == expected  # the global generator is where it was
+    assert (encoder.training, encoder.dropout.training, encoder.frozen.training) == (True, True, False)
+    torch.testing.assert_close(features["mean"], torch.full((1, 3), 9 / 255))  # and dropout was off
+    assert not features["cls"].is_inference()
+    assert not features["mean"].is_inference()
+
+
+def test_modes_come_back_after_an_error():
+    encoder = Averager().train()
+    with pytest.raises(IndexError):
+        extract_features(encoder, source_of(plain(9, 9, 9)), np.array([5]), **settings())
+    assert encoder.training
+
+
+def test_autocast_reaches_the_encoder_and_features_stay_fp32():
+    encoder = Averager()
+    for autocast_dtype, inside in ((None, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        features = extract_features(
+            encoder, source_of(plain(9, 9, 9)), np.array([0]), **settings(autocast_dtype=autocast_dtype)
+        )
+        assert encoder.dtype_inside == inside
+        assert features["cls"].dtype == features["mean"].dtype == torch.float32
+
+
+def test_progress_bar_only_on_a_terminal(capsys):
+    extract_features(Averager(), source_of(plain(9, 9, 9)), np.array([0]), **settings())
+    assert capsys.readouterr() == ("", "")
+
+
+def test_no_rows_are_refused():
+    with pytest.raises(ValueError, match=r"pictures.*nothing to encode"):
+        extract_features(Averager(), source_of(plain(9, 9, 9)), np.array([], dtype=np.int64), **settings())
+
+
+def test_pixel_features_are_the_shrunken_picture():
+    ramp = torch.arange(16, dtype=torch.uint8).mul(16).expand(3, 16, 16)
+    features = pixel_features(source_of(plain(255, 0, 51), ramp), np.array([1, 0]), 3, size=16)
+    assert features.shape == (2, 3 * 16 * 16)
+    torch.testing.assert_close(features[0].view(3, 16, 16) * 255, ramp.float())
+    torch.testing.assert_close(features[1].view(3, -1)[:, 0], torch.tensor([1.0, 0.0, 0.2]))
