@@ -1,0 +1,25 @@
+"""Pre-train a Vision Transformer with MAE; without any setting, the quickstart runs.
+
+    accelerate launch scripts/pretrain_mae.py --data.source FOLDER --output_dir runs/NAME
+
+`--help` lists all settings; configs/ holds files for `--config`.
+"""
+
+import sys
+
+from ssl_vit.config import RunConfig
+from ssl_vit.models.vit import ViTConfig
+from ssl_vit.objectives.mae import MAEConfig
+from ssl_vit.optim import OptimConfig
+from ssl_vit.train import main
+
+# The paper's setting for ViT-B/16; the batch and the length are yours to set.
+DEFAULTS = RunConfig(
+    objective=MAEConfig(),
+    epochs=800,
+    encoder=ViTConfig(arch="vit_base_patch16_224", pos_embed="sincos"),
+    optim=OptimConfig(base_lr=1.5e-4, weight_decay=0.05, betas=(0.9, 0.95), warmup=0.05),
+)
+
+if __name__ == "__main__":
+    sys.exit(main(DEFAULTS))

@@ -1,0 +1,283 @@
+"""The settings of a run, and the one function that reads them from YAML and the command line."""
+
+import dataclasses
+import difflib
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from ssl_vit.checkpoint import CheckpointConfig
+from ssl_vit.data.sources import DataConfig
+from ssl_vit.evaluation.evaluate import EvaluationConfig
+from ssl_vit.models.vit import ViTConfig
+from ssl_vit.objectives.objective import Objective, ObjectiveConfig
+from ssl_vit.optim import OptimConfig
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """How many images make a step."""
+
+    size: int = 256
+    """Images of one optimizer step, over all processes and micro-batches; the learning rate follows it."""
+    per_device: int | None = None
+    """Most images that a process takes at once; a larger share of the batch is accumulated. null: all at once."""
+
+    def __post_init__(self) -> None:
+        for name in ("size", "per_device"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value!r}: must be at least 1")
+
+    def num_micro(self, num_processes: int) -> int:
+        """Micro-batches of a step.
+
+        Raises:
+            ValueError: the batch cannot be cut evenly.
+        """
+        share, rest = divmod(self.size, num_processes)
+        if rest:
+            below, above = max(share, 1) * num_processes, (share + 1) * num_processes
+            raise ValueError(
+                f"size={self.size}: not divisible among {num_processes} processes; the nearest that are: "
+                f"{below} and {above}"
+            )
+        # The fewest micro-batches that fit and cut the share evenly.
+        largest = min(self.per_device or share, share)
+        return next(count for count in range(-(-share // largest), share + 1) if share % count == 0)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of a run. `objective` is the config class of the script's objective."""
+
+    objective: ObjectiveConfig
+    output_dir: str = ""
+    """Folder of the run; named runs/OBJECTIVE_ARCH_SOURCE where none is given. An existing run in it goes on."""
+    fresh: bool = False
+    """Start anew: an existing run is moved aside, never overwritten."""
+    seed: int = 0
+    """Everything random follows from it."""
+    epochs: float | None = None
+    """Length in passes over the data."""
+    steps: int | None = None
+    """Length in optimizer steps; wins over epochs."""
+    precision: Literal["auto", "bf16", "fp16", "no"] = "auto"
+    """Number format of the forward pass. auto: bf16 where the device computes it in hardware, else fp32 (no)."""
+    log_every: int = 50
+    """Steps between log lines."""
+    encoder: ViTConfig = field(default_factory=ViTConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps={self.steps!r}: must be at least 1")
+        if self.epochs is not None and not 0 < self.epochs < float("inf"):
+            raise ValueError(f"epochs={self.epochs!r}: must be above 0")
+        if self.log_every < 1:
+            raise ValueError(f"log_every={self.log_every!r}: must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed!r}: must be at least 0")
+
+    def num_steps(self, num_samples: int) -> int:
+        """Optimizer steps of the whole run over a source of `num_samples` images."""
+        if self.steps is not None:
+            return self.steps
+        if self.epochs is None:
+            raise ValueError("steps=None and epochs=None: give the length of the run with --epochs N or --steps N")
+        return max(1, int(self.epochs * num_samples // self.batch.size))
+
+    def build_objective(self) -> Objective:
+        """Encoder and objective with the fresh weights that the seed gives."""
+        torch.manual_seed(self.seed)
+        with section("encoder"):
+            encoder = self.encoder.build()
+        with section("objective"):
+            return self.objective.build(encoder)
+
+
+@contextmanager
+def section(name: str) -> Iterator[None]:
+    """Put a section's name in front of the key that a component's ValueError begins with."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}.{error}") from error
+
+
+def parse_run(defaults: RunConfig, args: Sequence[str] | None = None) -> RunConfig:
+    """Read a run's settings: `defaults`, then `--config` files in their order, then flags.
+
+    Raises:
+        ValueError: one line that names the file or flag, the key and its value, and what to do.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    keys = dict(_flatten(defaults))
+    files, flags = _split_config_files(args, keys)
+    for path in files:
+        _check_file(path, keys)
+    parser = _build_parser(defaults)
+    try:
+        # Files first, so that a flag wins over a file wherever it stands.
+        namespace = parser.parse_args([*(f"--config={path}" for path in files), *flags])
+    except ArgumentError as error:
+        raise ValueError(_in_one_line(str(error), keys)) from error
+    sections: dict[str, Any] = {}
+    for item in dataclasses.fields(defaults):
+        value = namespace[item.name]
+        if _is_section(defaults, item.name):
+            with section(item.name):
+                value = type(getattr(defaults, item.name))(**vars(value))
+        sections[item.name] = value
+    config = RunConfig(**sections)
+    return config if config.output_dir else dataclasses.replace(config, output_dir=_own_folder(config))
+
+
+def load_encoder_config(path: Path) -> ViTConfig:
+    """The `encoder` section of a run's config.yaml."""
+    return ViTConfig.from_plain(yaml.safe_load(path.read_text())["encoder"])
+
+
+def write_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved settings as YAML, in the form that `--config` reads."""
+    values = as_plain(config)
+    values.pop("fresh")  # belongs to one call, not to the run
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def as_plain(config: Any) -> dict[str, Any]:
+    """A config as dicts, lists and scalars."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(entry) for key, entry in value.items()}
+        return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ between two plain configs, with both values."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in [*before, *(key for key in after if key not in before)]:
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found |= differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found[f"{prefix}{key}"] = (old, new)
+    return found
+
+
+def _own_folder(config: RunConfig) -> str:
+    objective = type(config.objective).__name__.removesuffix("Config").lower()
+    source = re.sub(r"[^\w.-]+", "-", config.data.source.rstrip("/").rpartition("/")[2]).strip("-.")
+    return f"runs/{objective}_{config.encoder.arch}_{source or 'images'}"
+
+
+def _build_parser(defaults: RunConfig) -> ArgumentParser:
+    parser = ArgumentParser(
+        exit_on_error=False,
+        description="Flags win over --config files. Without arguments the quickstart runs.",
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of these settings; may be repeated.")
+    parser.add_argument("--fresh", action="store_true", help="Start anew: an existing run is moved aside.")
+    sections = [item.name for item in dataclasses.fields(defaults) if _is_section(defaults, item.name)]
+    parser.add_class_arguments(RunConfig, skip={"fresh", *sections})
+    for name in sections:
+        parser.add_class_arguments(type(getattr(defaults, name)), name)
+    parser.set_defaults(dict(_flatten(defaults)))
+    return parser
+
+
+def _is_section(config: Any, name: str) -> bool:
+    return dataclasses.is_dataclass(getattr(config, name))
+
+
+def _flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if _is_section(config, item.name):
+            yield from _flatten(value, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", value
+
+
+def _split_config_files(args: list[str], keys: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Separate `--config` files from other flags, and refuse flags that no setting has."""
+    files: list[str] = []
+    flags: list[str] = []
+    position = 0
+    while position < len(args):
+        arg = args[position]
+        name, equals, value = arg.removeprefix("--").partition("=")
+        if arg.startswith("--") and name == "config":
+            if not equals:
+                position += 1
+                if position == len(args):
+                    raise ValueError("--config: needs the path of a YAML file")
+                value = args[position]
+            files.append(value)
+        else:
+            sections = {key.split(".")[0] for key in keys if "." in key}
+            if arg.startswith("--") and name not in keys and name not in {"help", "print_config"} | sections:
+                raise ValueError(f"--{name}: no such flag{_near(name, keys, '--')}")
+            flags.append(arg)
+        position += 1
+    return files, flags
+
+
+def _check_file(path: str, keys: dict[str, Any]) -> None:
+    """Refuse a file that cannot be read, is no YAML mapping or has keys that no setting has."""
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"--config={path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: must hold `key: value` lines, holds {type(values).__name__}")
+    sections = {key.rsplit(".", 1)[0] for key in keys if "." in key}
+    for name, value in values.items():
+        if name in sections:
+            if not isinstance(value, dict):
+                raise ValueError(f"{path}: {name}={value!r}: must hold the settings of that section")
+            for key in value:
+                if f"{name}.{key}" not in keys:
+                    raise ValueError(f"{path}: {name}.{key}: no such setting{_near(f'{name}.{key}', keys)}")
+        elif name not in keys:
+            raise ValueError(f"{path}: {name}: no such setting{_near(str(name), keys)}")
+
+
+def _near(name: str, keys: dict[str, Any], prefix: str = "") -> str:
+    """A hint at the setting that was probably meant: a near spelling, with its section or without."""
+    by_leaf = {key.rsplit(".", 1)[-1]: key for key in keys}
+    near = difflib.get_close_matches(name, keys, n=1, cutoff=0.75)
+    near = near or [by_leaf[leaf] for leaf in difflib.get_close_matches(name.rsplit(".", 1)[-1], by_leaf, n=1)]
+    return f"; did you mean {prefix}{near[0]}?" if near else "; --help lists them all"
+
+
+def _in_one_line(message: str, keys: dict[str, Any]) -> str:
+    """Turn jsonargparse's message about a wrong type into one line with key, value and what is expected."""
+    key = re.search(r'[Kk]ey "([\w.]+)"', message)
+    value = re.search(r"(?:Got value|Given value): (.*)", message)
+    if key and value:
+        expected = re.findall(r"Expected an? (.*?)(?:\.? Got value.*)?$", message, flags=re.MULTILINE)
+        words = [re.sub(r"<class '(\w+)'>", r"\1", kind).replace("typing.", "").rstrip(".") for kind in expected]
+        words = ["null" if word == "NoneType" else word for word in words]
+        given = value.group(1).strip()
+        return f"{key.group(1)}={given}: expected {' or '.join(dict.fromkeys(words)) or 'another type'}"
+    return " ".join(message.split())

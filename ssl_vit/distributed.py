@@ -1,0 +1,136 @@
+"""What depends on where a run runs: precision, threads, agreement between processes, signals."""
+
+import argparse
+import os
+import signal
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+import yaml
+from torch import Tensor
+
+from ssl_vit.data.loader import num_cpus, num_local_processes
+
+EXIT_STOPPED: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + signal, the shell's convention
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """Turn `auto` into bf16 where the device computes it in hardware, and into no (fp32) elsewhere.
+
+    Raises:
+        ValueError: fp16 on a device other than CUDA, where gradients cannot be scaled.
+    """
+    if precision == "fp16" and device.type != "cuda":
+        raise ValueError(f"precision='fp16': needs a CUDA device, this is {device.type}; use auto, bf16 or no")
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    # Emulated bf16 is hundreds of times slower than fp32.
+    has_bf16 = device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    return "bf16" if has_bf16 else "no"
+
+
+def use_all_cpus(device: torch.device) -> None:
+    """Give a process that trains on the CPU its share of the CPUs.
+
+    `accelerate launch` and `torchrun` set OMP_NUM_THREADS=1 on their own; any larger number was asked for and stays.
+    """
+    if device.type == "cpu" and int(os.environ.get("OMP_NUM_THREADS", "1")) <= 1:
+        torch.set_num_threads(max(1, num_cpus() // num_local_processes()))
+
+
+def check_num_processes(num_processes: int) -> None:
+    """Find processes that do not know of each other, and say so where fewer run than were asked for.
+
+    `accelerate launch` starts one process on CPUs whatever it was asked for, without a word.
+
+    Raises:
+        ValueError: the launcher started several processes, and each believes to be alone.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != num_processes:
+        raise ValueError(f"{started} processes were started and {num_processes} found each other; use torchrun")
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ:  # not started by accelerate launch
+        return
+    asked = _asked_processes(psutil.Process(os.getppid()).cmdline())
+    if asked > num_processes:
+        warnings.warn(
+            f"{asked} processes were asked for and {num_processes} runs. On CPUs start them with "
+            f"`torchrun --standalone --nproc_per_node {asked} scripts/...`",
+            stacklevel=2,
+        )
+
+
+def _asked_processes(command: list[str]) -> int:
+    """Processes that an `accelerate launch` command line, or the config file it names, asks for."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--num_processes", "--num-processes", type=int)
+    parser.add_argument("--config_file", "--config-file")
+    script = next((i for i, word in enumerate(command) if i > 2 and word.endswith(".py")), len(command))
+    given, _ = parser.parse_known_args(command[:script])
+    if given.num_processes is None and given.config_file is not None:
+        return int((yaml.safe_load(Path(given.config_file).read_text()) or {}).get("num_processes", 1))
+    return given.num_processes or 1
+
+
+def seed_step(seed: int, step: int, micro: int, process_index: int) -> None:
+    """Seed what is drawn on the device (drop path), the one place where the process count may show."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, micro, process_index)).generate_state(1)[0]))
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """Average a tensor over all processes."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values
+
+
+class StopSignal:
+    """Notes SIGTERM and Ctrl-C, so that the loop can save before it ends; a second Ctrl-C ends at once.
+
+    All processes agree on the step to stop at. They ask each other over gloo, which works on the host and never
+    waits for the accelerator.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._group: Any = None
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self._group = dist.new_group(backend="gloo")
+        # Started by `accelerate launch`, which forwards no signals: its death is the signal.
+        self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    @contextmanager
+    def listening(self) -> Iterator["StopSignal"]:
+        """Catch the signals inside this block."""
+        before = {number: signal.signal(number, self._note) for number in EXIT_STOPPED}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def agreed(self) -> int:
+        """The signal that any process received, 0 for none; call once a step on every process."""
+        if self._launcher is not None and os.getppid() != self._launcher:
+            self.received = self.received or signal.SIGTERM
+        if self._group is None:
+            return self.received
+        flag = torch.tensor(self.received)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        return int(flag)

@@ -1,0 +1,142 @@
+"""What a run reports: metrics.jsonl always, a progress bar on a terminal, readable lines elsewhere."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ssl_vit.distributed import mean_over_processes
+
+
+class MetricLog:
+    """Averages scalars between log steps, and writes them.
+
+    Losses stay on the device until a log step, so that logging never makes the device wait.
+    """
+
+    def __init__(
+        self, path: Path, *, start_step: int, num_steps: int, batch_size: int, log_every: int, is_writer: bool
+    ) -> None:
+        self.path, self.num_steps, self.batch_size = path, num_steps, batch_size
+        self.log_every, self.is_writer = log_every, is_writer
+        self.step, self.start_step = start_step, start_step
+        self.on_terminal = sys.stderr.isatty()
+        if is_writer:
+            forget_after(path, start_step)
+        self.bar = tqdm(
+            total=num_steps,
+            initial=start_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not (is_writer and self.on_terminal),
+        )
+        self._start = time.perf_counter()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+        self._data_wait = 0.0
+        self._since = time.perf_counter()
+
+    def add_data_wait(self, seconds: float) -> None:
+        """Note time in which the step waited for its batch."""
+        self._data_wait += seconds
+
+    def add_step(
+        self, losses: dict[str, Tensor], settings: dict[str, float], progress: float, *, log_now: bool = False
+    ) -> None:
+        """Note the losses of a finished step, and log where it is time. Every process calls this every step.
+
+        Raises:
+            FloatingPointError: at a log step, a loss since the last one was not finite.
+        """
+        for name, value in losses.items():
+            self._sums[name] = self._sums.get(name, 0) + value.detach()
+        self._count += 1
+        self.step += 1
+        self.bar.update()
+        if log_now or self.step % self.log_every == 0 or self.step == self.num_steps:
+            self._log(settings, progress)
+
+    def _log(self, settings: dict[str, float], progress: float) -> None:
+        names = sorted(self._sums)
+        means = mean_over_processes(torch.stack([self._sums[name].float() for name in names]) / self._count)
+        values = dict(zip(names, means.tolist(), strict=True))
+        seconds = time.perf_counter() - self._since
+        record = {
+            "step": self.step,
+            **values,
+            **settings,
+            "progress": progress,
+            "images_per_second": self._count * self.batch_size / seconds,
+            "data_wait": self._data_wait / seconds,
+        }
+        self.write(record)
+        if not math.isfinite(values["loss"]):
+            raise FloatingPointError(
+                f"The loss became {values['loss']} between steps {self.step - self._count} and {self.step}. "
+                "Lower optim.base_lr, set optim.clip_grad, or use precision bf16 instead of fp16."
+            )
+        self._show(record)
+        self._reset()
+
+    def _show(self, record: dict[str, Any]) -> None:
+        rate, wait = record["images_per_second"], record["data_wait"]
+        if self.on_terminal:
+            self.bar.set_postfix_str(f"loss {record['loss']:.4f}, {rate:.0f} images/s, {wait:.0%} waiting for data")
+        elif self.is_writer:
+            done = self.step - self.start_step
+            left = (time.perf_counter() - self._start) / done * (self.num_steps - self.step)
+            print(
+                f"step {self.step}/{self.num_steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
+                f"{rate:.0f} images/s  {wait:.0%} waiting for data  {tqdm.format_interval(left)} left",
+                flush=True,
+            )
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
+        if self.is_writer:
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def say(self, text: str) -> None:
+        """Print above the progress bar."""
+        if self.is_writer:
+            with tqdm.external_write_mode():
+                print(text, flush=True)
+
+    def pause(self) -> float:
+        """The present time, to be given to `go_on`: what lies between is not counted as training."""
+        return time.perf_counter()
+
+    def go_on(self, paused: float) -> None:
+        """Leave the time since `paused` out of rates and estimates."""
+        self._since += time.perf_counter() - paused
+        self._start += time.perf_counter() - paused
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop what a run that was killed logged after its last checkpoint; those steps are done again."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines()
+    kept = [line for line in lines if _step_of(line) <= step]
+    if len(kept) < len(lines):
+        path.write_text("".join(line + "\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # the line that a kill cut short
+        return float("inf")

@@ -1,0 +1,90 @@
+"""AdamW over an objective's parameter groups; learning rate and decay are set from progress before every step."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ssl_vit.objectives.objective import Objective
+from ssl_vit.schedules import cosine, warmup_cosine
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW (Loshchilov & Hutter 2019) with warm-up and cosine decay, both per step."""
+
+    base_lr: float = 1.5e-4
+    """Learning rate for a global batch of 256; see lr_scaling."""
+    lr_scaling: Literal["linear", "sqrt"] = "linear"
+    """Peak rate: base_lr x batch / 256 (linear), or base_lr x sqrt(batch / 1024) (sqrt, DINOv2)."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the run."""
+    warmup: float = 0.05
+    """Share of the run over which the rate grows from 0: 40 of 800 epochs are 0.05."""
+    weight_decay: float = 0.05
+    """Decay at the start; biases and one-dimensional parameters have none."""
+    weight_decay_end: float | None = None
+    """Decay at the end, approached along a cosine; null keeps it constant."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's moment coefficients."""
+    clip_grad: float | None = None
+    """Largest total norm of the gradient; null does not clip."""
+
+    def __post_init__(self) -> None:
+        for name in ("base_lr", "clip_grad"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value!r}: must be above 0")
+        for name in ("min_lr", "weight_decay", "weight_decay_end"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value!r}: must be at least 0")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup={self.warmup!r}: is a share of the run, in [0, 1); 40 of 800 epochs are 0.05")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas!r}: both must lie in [0, 1)")
+
+    def peak_lr(self, batch_size: int) -> float:
+        """Learning rate after warm-up for a global batch of `batch_size` images."""
+        if self.lr_scaling == "linear":
+            return self.base_lr * batch_size / 256
+        return self.base_lr * math.sqrt(batch_size / 1024)
+
+
+def build_optimizer(objective: Objective, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW with one group for each of the objective's parameter groups."""
+    groups = [
+        {
+            "params": [parameter for _, parameter in group.params],
+            "lr_scale": group.lr_scale,
+            "weight_decay_scale": group.weight_decay_scale,
+            "freeze_until": group.freeze_until,
+        }
+        for group in objective.param_groups()
+        if group.params
+    ]
+    # lr and weight_decay are those of progress 0; set_schedule writes both before every step.
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+
+
+def set_schedule(
+    optimizer: torch.optim.Optimizer, config: OptimConfig, progress: float, batch_size: int
+) -> dict[str, float]:
+    """Write learning rate and weight decay for this point of the run into the optimizer's groups.
+
+    Frozen groups lose their gradients, so that neither decay nor moments touch them.
+
+    Returns:
+        The unscaled "lr" and "weight_decay", for the log.
+    """
+    lr = warmup_cosine(progress, config.warmup, config.peak_lr(batch_size), config.min_lr)
+    end = config.weight_decay if config.weight_decay_end is None else config.weight_decay_end
+    weight_decay = cosine(progress, config.weight_decay, end)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+        group["weight_decay"] = weight_decay * group["weight_decay_scale"]
+        if progress < group["freeze_until"]:
+            for parameter in group["params"]:
+                parameter.grad = None
+    return {"lr": lr, "weight_decay": weight_decay}

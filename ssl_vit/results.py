@@ -1,0 +1,202 @@
+"""What a run ends with: a backbone, scores beside an untrained one and raw pixels, and a picture."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+
+from ssl_vit.checkpoint import MODEL_FILE, STATE_FILE, newest_checkpoint
+from ssl_vit.config import RunConfig, as_plain, load_encoder_config, section
+from ssl_vit.data.device_transforms import normalize
+from ssl_vit.data.loader import choose_num_workers
+from ssl_vit.data.sources import Source, open_source
+from ssl_vit.evaluation.evaluate import check_sources, evaluate_encoder, evaluate_pixels
+from ssl_vit.evaluation.features import eval_transform
+from ssl_vit.evaluation.scores import Score, format_table, paired_interval, scores_to_json
+from ssl_vit.export.backbone import BACKBONE_FILE, export_backbone, load_strictly, read_tensors
+from ssl_vit.metrics import MetricLog
+from ssl_vit.models.encoder import Encoder
+from ssl_vit.objectives.objective import Objective
+from ssl_vit.run_folder import CONFIG_FILE, METRICS_FILE, PICTURE_FILE, RESULTS_FILE
+
+NUM_PICTURES = 8
+
+
+class Judges(NamedTuple):
+    """Labelled pictures that probes learn from, and those they are tested on (None: cross-validation)."""
+
+    labelled: Source
+    test: Source | None
+
+
+def evaluate_in_training(
+    config: RunConfig, accelerator: Accelerator, objective: Objective, judges: Judges, step: int, log: MetricLog
+) -> None:
+    """Score the backbone as it is now, on the main process."""
+    if accelerator.is_main_process:
+        scores = _evaluate(objective.backbone(), config, judges, accelerator)
+        log.write({"step": step, **{f"eval_{name}": score.accuracy for name, score in scores.items()}})
+        log.say(f"step {step}  " + "  ".join(f"{name} {score.accuracy:.1%}" for name, score in scores.items()))
+    accelerator.wait_for_everyone()
+
+
+def finish(
+    config: RunConfig,
+    accelerator: Accelerator,
+    objective: Objective,
+    source: Source,
+    judges: Judges | None,
+    step: int,
+) -> None:
+    """Export the backbone, draw the picture and print the scores; the main process does, the others wait."""
+    if accelerator.is_main_process:
+        folder = Path(config.output_dir)
+        backbone = objective.backbone()
+        provenance = {
+            "objective": type(objective).__name__,
+            "objective_config": as_plain(config.objective),
+            "source": source.name,
+            "num_images": len(source),
+            "steps": step,
+            "batch_size": config.batch.size,
+            "seed": config.seed,
+        }
+        export_backbone(backbone, folder, mean=config.data.mean, std=config.data.std, provenance=provenance)
+        written = [f"backbone   {folder / BACKBONE_FILE} (+ config.json)", f"metrics    {folder / METRICS_FILE}"]
+        if draw(config, objective, source, folder / PICTURE_FILE, accelerator.device):
+            written.insert(1, f"picture    {folder / PICTURE_FILE}")
+        if judges is not None:
+            untrained = config.build_objective().backbone().to(accelerator.device)  # the same weights as at step 0
+            print(compare(config, accelerator, backbone, untrained, judges, step))
+            written.append(f"scores     {folder / RESULTS_FILE}")
+        else:
+            print("No scores: the source has no labels. scripts/evaluate_knn.py takes a labelled one.")
+        print("\n".join(written), flush=True)
+    accelerator.wait_for_everyone()
+
+
+def draw(config: RunConfig, objective: Objective, source: Source, path: Path, device: torch.device) -> bool:
+    """Draw what was learned about a few images, the same ones for the same seed."""
+    encoder = objective.encoder
+    rng = np.random.default_rng((config.seed, 2))
+    chosen = rng.choice(len(source), size=min(NUM_PICTURES, len(source)), replace=False)
+    images = torch.stack(
+        [
+            eval_transform(source.image(int(index), encoder.in_chans), encoder.image_size, config.evaluation.crop_pct)
+            for index in chosen
+        ]
+    )
+    objective.eval()
+    try:
+        normalised = normalize(images.to(device), config.data.mean, config.data.std)
+        return objective.draw(normalised, path, mean=config.data.mean, std=config.data.std, rng=rng)
+    finally:
+        objective.train()
+
+
+def compare(
+    config: RunConfig,
+    accelerator: Accelerator,
+    trained: Encoder,
+    untrained: Encoder,
+    judges: Judges,
+    step: int,
+) -> str:
+    """Score raw pixels, the untrained and the trained backbone; write results.json; return the table as text."""
+    rows = {
+        "raw pixels": evaluate_pixels(*judges, config.evaluation, num_channels=trained.in_chans, seed=config.seed),
+        "untrained": _evaluate(untrained, config, judges, accelerator),
+        "trained": _evaluate(trained, config, judges, accelerator),
+    }
+    differences = {
+        name: paired_interval(rows["trained"][name].correct, rows["untrained"][name].correct)
+        for name in rows["trained"]
+    }
+    results: dict[str, Any] = {"step": step, "scores": scores_to_json(rows)}
+    results["trained_minus_untrained"] = {
+        name: dict(zip(("difference", "low", "high"), values, strict=True)) for name, values in differences.items()
+    }
+    (Path(config.output_dir) / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n")
+    lines = [format_table(rows, k=config.evaluation.k)]
+    for name, (difference, low, high) in differences.items():
+        verdict = "better than untrained" if low > 0 else "worse than untrained" if high < 0 else "no clear difference"
+        lines.append(
+            f"{name}: trained - untrained = {100 * difference:+.1f} points "
+            f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}): {verdict}"
+        )
+    return "\n".join(lines)
+
+
+def evaluation_sources(config: RunConfig, source: Source) -> Judges | None:
+    """The labelled pictures that judge the run; None where there are none.
+
+    Raises:
+        ValueError: a source that was named for it cannot be used.
+    """
+    settings = config.evaluation
+    if settings.source is None and settings.test_source is None:
+        usable = source.labels is not None and len(np.unique(source.labels[source.labels >= 0])) > 1
+        return Judges(source, None) if usable else None
+    # `none` is said of the images that are learned from.
+    data = config.data if config.data.label_column != "none" else dataclasses.replace(config.data, label_column=None)
+
+    def opened(name: str | None) -> Source | None:
+        return None if name is None else open_source(dataclasses.replace(data, source=name))
+
+    judges = Judges(opened(settings.source) or source, opened(settings.test_source))
+    check_sources(*judges)
+    return judges
+
+
+def _evaluate(encoder: Encoder, config: RunConfig, judges: Judges, accelerator: Accelerator) -> dict[str, Score]:
+    return evaluate_encoder(
+        encoder,
+        *judges,
+        config.evaluation,
+        mean=config.data.mean,
+        std=config.data.std,
+        device=accelerator.device,
+        num_workers=choose_num_workers(config.data.num_workers, accelerator.device),
+        autocast_dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision),
+        seed=config.seed,
+    )
+
+
+def export_run(folder: Path) -> Path:
+    """Export the backbone of a run's newest checkpoint, finished or not; returns the file.
+
+    Raises:
+        ValueError: the folder holds no run or no whole checkpoint.
+    """
+    config_file = folder / CONFIG_FILE
+    if not config_file.is_file():
+        raise ValueError(f"{folder}: holds no run ({CONFIG_FILE} is missing)")
+    checkpoint = newest_checkpoint(folder)
+    if checkpoint is None:
+        raise ValueError(f"{folder}: has no whole checkpoint yet")
+    settings = yaml.safe_load(config_file.read_text())
+    state = json.loads((checkpoint / STATE_FILE).read_text())
+    with section("encoder"):
+        encoder = load_encoder_config(config_file).build()
+    prefix = state["backbone"]
+    tensors = {
+        name.removeprefix(prefix): value
+        for name, value in read_tensors(checkpoint / MODEL_FILE).items()
+        if name.startswith(prefix)
+    }
+    load_strictly(encoder, tensors, checkpoint / MODEL_FILE)
+    provenance = {
+        "objective": state["objective"],
+        "objective_config": settings["objective"],
+        "source": settings["data"]["source"],
+        "steps": state["step"],
+        "batch_size": settings["batch"]["size"],
+        "seed": settings["seed"],
+    }
+    mean, std = tuple(settings["data"]["mean"]), tuple(settings["data"]["std"])
+    return export_backbone(encoder, folder, mean=mean, std=std, provenance=provenance)

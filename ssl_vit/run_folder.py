@@ -1,0 +1,86 @@
+"""The folder of a run: new, resumed, refused or moved aside; never overwritten silently."""
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ssl_vit.checkpoint import newest_checkpoint
+from ssl_vit.config import RunConfig, as_plain, differences, write_config
+
+CONFIG_FILE, METRICS_FILE, RESULTS_FILE, PICTURE_FILE = (
+    "config.yaml",
+    "metrics.jsonl",
+    "results.json",
+    "reconstructions.png",
+)
+
+# May change when a run goes on, since they do not change what is learned.
+FREE_SETTINGS = (
+    "output_dir",
+    "fresh",
+    "log_every",
+    "batch.per_device",
+    "data.num_workers",
+    "checkpoint.",
+    "evaluation.",
+)
+
+
+def check_run_folder(config: RunConfig) -> None:
+    """Refuse to go on with a run under other settings.
+
+    Raises:
+        ValueError: the folder holds a run that differs, or files that are no run.
+    """
+    if not config.output_dir:
+        raise ValueError("output_dir='': name the folder of the run")
+    folder = Path(config.output_dir)
+    if config.fresh or not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"output_dir={config.output_dir!r}: is a file; name a folder")
+    saved = folder / CONFIG_FILE
+    if not saved.exists():
+        if any(folder.iterdir()):
+            raise ValueError(
+                f"output_dir={config.output_dir!r}: holds files but no run ({CONFIG_FILE} is missing); "
+                "choose another --output_dir, or --fresh to move it aside"
+            )
+        return
+    changed = {
+        key: values
+        for key, values in differences(_read_config(saved), as_plain(config)).items()
+        if not key.startswith(FREE_SETTINGS)
+    }
+    if changed:
+        listed = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changed.items())
+        raise ValueError(
+            f"output_dir={config.output_dir!r}: holds a run with other settings: {listed}. Go on with its own "
+            f"(--config {saved}), choose another --output_dir, or start anew with --fresh (the old run is moved aside)"
+        )
+
+
+def open_run_folder(config: RunConfig) -> Path | None:
+    """Create the folder, or find where its run goes on; only the main process calls this.
+
+    Returns:
+        The checkpoint to go on from, None for a run that starts.
+    """
+    folder = Path(config.output_dir)
+    if config.fresh and folder.exists() and any(folder.iterdir()):
+        aside = folder.with_name(f"{folder.name}-before-{datetime.now():%Y%m%d-%H%M%S}")
+        folder.rename(aside)
+        print(f"Moved the existing run aside: {aside}")
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = newest_checkpoint(folder)
+    write_config(config, folder / CONFIG_FILE)
+    return checkpoint
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        return yaml.safe_load(path.read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error

@@ -1,0 +1,269 @@
+"""The training loop, the same for every objective, read from top to bottom."""
+
+import sys
+import time
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
+from accelerate.utils import broadcast_object_list
+
+from ssl_vit.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint
+from ssl_vit.config import RunConfig, parse_run, section
+from ssl_vit.data.loader import build_loader, choose_num_workers
+from ssl_vit.data.sampler import StepSampler
+from ssl_vit.data.sources import Source, open_source
+from ssl_vit.distributed import (
+    EXIT_STOPPED,
+    StopSignal,
+    check_num_processes,
+    resolve_precision,
+    seed_step,
+    use_all_cpus,
+)
+from ssl_vit.export.backbone import BACKBONE_FILE
+from ssl_vit.metrics import MetricLog
+from ssl_vit.objectives.objective import Objective
+from ssl_vit.optim import build_optimizer, set_schedule
+from ssl_vit.results import Judges, evaluate_in_training, evaluation_sources, finish
+from ssl_vit.run_folder import METRICS_FILE, check_run_folder, open_run_folder
+
+QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart_mae.yaml"
+
+
+@dataclass
+class Run:
+    """A run that is ready to train."""
+
+    config: RunConfig
+    accelerator: Accelerator
+    source: Source
+    judges: Judges | None  # None where nothing has labels
+    model: torch.nn.Module  # the objective as prepared by Accelerate; its forward is called through this
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    num_steps: int
+    num_micro: int
+    start_step: int
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir)
+
+
+def main(defaults: RunConfig) -> int:
+    """Entry point of the pretrain scripts: read the settings, train, return the exit code.
+
+    Without any argument the quickstart runs. Settings or data that cannot work end in one line and code 2.
+    """
+    args = sys.argv[1:]
+    if not args:
+        print(f"No settings given, so this is the quickstart: --config {QUICKSTART}")
+        args = [f"--config={QUICKSTART}"]
+    try:
+        try:
+            run = set_up(parse_run(defaults, args))
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        return train(run)
+    except FloatingPointError as error:
+        print(f"error: {error} The checkpoints before it are whole.", file=sys.stderr)
+        return 1
+    finally:
+        if torch.distributed.is_initialized():
+            PartialState().destroy_process_group()
+
+
+def set_up(config: RunConfig) -> Run:
+    """Build everything a run needs, and put it where its newest checkpoint left off.
+
+    Raises:
+        ValueError: settings or data that cannot work, in one line.
+    """
+    check_run_folder(config)
+    # Evaluation runs on the main process while the others wait, for longer than the default limit.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=4))
+    # Without an accelerator Accelerate must be told so, or the processes of a torchrun do not find each other.
+    on_cpu = not torch.accelerator.is_available()
+    state = PartialState(cpu=on_cpu, **patience.to_kwargs())
+    precision = resolve_precision(config.precision, cast(torch.device, state.device))
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[patience])
+    use_all_cpus(accelerator.device)
+    check_num_processes(accelerator.num_processes)
+    with section("batch"):
+        num_micro = config.batch.num_micro(accelerator.num_processes)
+
+    objective = config.build_objective()
+    with accelerator.main_process_first():  # the first one fills the caches
+        source = open_source(config.data)
+        judges = evaluation_sources(config, source)
+    num_steps = config.num_steps(len(source))
+
+    found = [None]
+    if accelerator.is_main_process:
+        found = [open_run_folder(config)]
+    checkpoint = cast("Path | None", broadcast_object_list(found)[0])
+    model, optimizer = accelerator.prepare(objective, build_optimizer(objective, config.optim))
+    start_step = 0
+    if checkpoint is not None:
+        start_step = resume(checkpoint, accelerator, model, optimizer)
+
+    run = Run(config, accelerator, source, judges, model, objective, optimizer, num_steps, num_micro, start_step)
+    describe(run, precision, checkpoint)
+    return run
+
+
+def resume(
+    checkpoint: Path,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> int:
+    """Fill model and optimizer from a checkpoint and return the step to go on at."""
+    state = load_checkpoint(checkpoint, model, optimizer)
+    if accelerator.scaler is not None and state["scaler"] is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    return state["step"]
+
+
+def describe(run: Run, precision: str, checkpoint: Path | None) -> None:
+    """Print what is about to be trained, on what, and how."""
+    config, accelerator = run.config, run.accelerator
+    trainable = sum(parameter.numel() for parameter in run.objective.parameters() if parameter.requires_grad)
+    processes = f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}"
+    micro = f"{run.num_micro} micro-batch{'es' if run.num_micro > 1 else ''}"
+    per_device = config.batch.size // (run.num_micro * accelerator.num_processes)
+    rule = "base_lr x batch / 256" if config.optim.lr_scaling == "linear" else "base_lr x sqrt(batch / 1024)"
+    accelerator.print(
+        f"data       {run.source.name}: {len(run.source):,} images"
+        + (f", {len(run.source.class_names)} classes" if run.source.class_names else ", no labels")
+        + (f"\n           {run.source.attribution}" if run.source.attribution else "")
+        + f"\nmodel      {config.encoder.arch}, {run.objective.encoder.embed_dim} wide, "
+        f"{type(run.objective).__name__}, {trainable / 1e6:.1f} M trainable parameters"
+        f"\ndevice     {processes} on {accelerator.device.type}, precision {precision}"
+        f"\nbatch      {config.batch.size} = {processes} x {micro} x {per_device} images"
+        f"\nlr         {config.optim.peak_lr(config.batch.size):.2e} = {rule}, base_lr {config.optim.base_lr:g}"
+        f"\nlength     {run.num_steps:,} steps = {run.num_steps * config.batch.size / len(run.source):.1f} epochs"
+        f"\nfolder     {run.folder}"
+    )
+    if checkpoint is not None:
+        accelerator.print(f"Going on from {checkpoint}, step {run.start_step:,} of {run.num_steps:,}")
+
+
+def train(run: Run) -> int:
+    """Train to the end or to a signal, saving on the way; then export and evaluate.
+
+    Returns:
+        The exit code: 0, or 130 (Ctrl-C) or 143 (SIGTERM) after saving.
+    """
+    config, accelerator, objective = run.config, run.accelerator, run.objective
+    device = accelerator.device
+    encoder = objective.encoder
+    transform = config.objective.build_transform(
+        encoder.image_size, encoder.patch_size, config.data.mean, config.data.std
+    )
+    sampler = StepSampler(
+        num_samples=len(run.source),
+        batch_size=config.batch.size,
+        num_steps=run.num_steps,
+        seed=config.seed,
+        start_step=run.start_step,
+        num_micro=run.num_micro,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+    batches = build_loader(
+        run.source,
+        transform,
+        sampler,
+        num_channels=encoder.in_chans,
+        num_workers=choose_num_workers(config.data.num_workers, device),
+        device=device,
+    )
+    log = MetricLog(
+        run.folder / METRICS_FILE,
+        start_step=run.start_step,
+        num_steps=run.num_steps,
+        batch_size=config.batch.size,
+        log_every=config.log_every,
+        is_writer=accelerator.is_main_process,
+    )
+    evaluate_every = config.evaluation.every_steps
+    run.model.train()
+    with StopSignal().listening() as stop, closing(batches):
+        for step in range(run.start_step, run.num_steps):
+            progress = step / run.num_steps
+            losses: dict[str, torch.Tensor] = {}
+            for micro in range(run.num_micro):
+                waiting = time.perf_counter()
+                batch = next(batches)
+                log.add_data_wait(time.perf_counter() - waiting)
+                seed_step(config.seed, step, micro, accelerator.process_index)
+                last = micro == run.num_micro - 1
+                with nullcontext() if last else accelerator.no_sync(run.model):
+                    parts = run.model(batch, progress)
+                    accelerator.backward(parts["loss"] / run.num_micro)
+                for name, value in parts.items():
+                    losses[name] = losses.get(name, torch.zeros((), device=device)) + value.detach() / run.num_micro
+            settings = set_schedule(run.optimizer, config.optim, progress, config.batch.size)
+            if config.optim.clip_grad is not None:
+                norm = accelerator.clip_grad_norm_(run.model.parameters(), config.optim.clip_grad)
+                losses["grad_norm"] = cast(torch.Tensor, norm)
+            run.optimizer.step()
+            if not accelerator.optimizer_step_was_skipped:  # fp16 found an overflow and skipped the step
+                objective.after_step(progress)
+            run.optimizer.zero_grad()
+
+            done = step + 1
+            save_due = done % config.checkpoint.every_steps == 0 or done == run.num_steps
+            # Logged before each save, so that weights are never saved after a loss that was not finite.
+            settings["epoch"] = done * config.batch.size / len(run.source)
+            log.add_step(losses, settings, progress, log_now=save_due)
+            signal_number = stop.agreed()
+            if save_due or signal_number:
+                paused = log.pause()
+                folder = save(run, done)
+                log.go_on(paused)
+            if signal_number:
+                log.close()
+                accelerator.print(
+                    f"Stopped by a signal at step {done:,} of {run.num_steps:,} and saved {folder}. "
+                    "The same command goes on from there."
+                )
+                return EXIT_STOPPED[signal_number]
+            if run.judges and evaluate_every and done % evaluate_every == 0 and done < run.num_steps:
+                paused = log.pause()
+                evaluate_in_training(config, accelerator, objective, run.judges, done, log)
+                log.go_on(paused)
+    log.close()
+    if run.start_step == run.num_steps and (run.folder / BACKBONE_FILE).exists():
+        accelerator.print(f"This run is finished: {run.folder / BACKBONE_FILE}. --fresh starts it anew.")
+        return 0
+    finish(config, accelerator, objective, run.source, run.judges, run.num_steps)
+    return 0
+
+
+def save(run: Run, step: int) -> Path:
+    """Save a checkpoint and delete those that need not stay."""
+    accelerator = run.accelerator
+    state: dict[str, Any] = {
+        "objective": type(run.objective).__name__,
+        "backbone": backbone_prefix(run.objective),
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+    }
+    folder = save_checkpoint(run.folder, step, run.model, run.optimizer, state, is_writer=accelerator.is_main_process)
+    if accelerator.is_main_process:
+        prune_checkpoints(run.folder, run.config.checkpoint)
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def backbone_prefix(objective: Objective) -> str:
+    """Where the backbone's parameters stand among the objective's, so that an export needs no objective."""
+    backbone = objective.backbone()
+    return next(f"{name}." for name, module in objective.named_modules() if module is backbone)

@@ -1,0 +1,102 @@
+"""Every encoder with every objective: what the loop relies on must hold for each pair."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ssl_vit.models.encoder import Encoder
+from ssl_vit.models.vit import ViTConfig
+from ssl_vit.objectives.mae import MAEConfig
+from ssl_vit.objectives.objective import Objective, ObjectiveConfig
+from tests.conftest import TINY
+
+ENCODERS = {
+    "vit": ViTConfig(image_size=32, **TINY),
+    "vit, fixed positions, not square": ViTConfig(image_size=(16, 48), pos_embed="sincos", **TINY),
+    "vit, one channel, drop path": ViTConfig(image_size=32, in_chans=1, drop_path_rate=0.3, **TINY),
+    "vit, registers, LayerScale": ViTConfig(arch="vit_small_patch14_reg4_dinov2", image_size=42, depth=1),
+    "vit, no class token": ViTConfig(arch="vit_medium_patch16_gap_256", image_size=64, depth=1),
+    "vit, SwiGLU": ViTConfig(arch="vit_giant_patch14_dinov2", image_size=42, depth=1, embed_dim=96, num_heads=4),
+}
+OBJECTIVES = {"mae": MAEConfig(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)}
+
+
+@pytest.fixture(params=ENCODERS, ids=str)
+def encoder(request: pytest.FixtureRequest) -> Encoder:
+    torch.manual_seed(0)
+    return ENCODERS[request.param].build()
+
+
+@pytest.fixture(params=OBJECTIVES, ids=str)
+def config(request: pytest.FixtureRequest) -> ObjectiveConfig:
+    return OBJECTIVES[request.param]
+
+
+@pytest.fixture
+def objective(encoder: Encoder, config: ObjectiveConfig) -> Objective:
+    return config.build(encoder)
+
+
+@pytest.fixture
+def batch(encoder: Encoder, config: ObjectiveConfig) -> dict[str, Tensor]:
+    means = (0.5,) * encoder.in_chans
+    transform = config.build_transform(encoder.image_size, encoder.patch_size, means, means)
+    image = torch.randint(0, 256, (encoder.in_chans, 70, 80), dtype=torch.uint8)
+    samples = [transform(image, np.random.default_rng(seed)) for seed in range(4)]
+    return transform.on_device({name: torch.stack([sample[name] for sample in samples]) for name in samples[0]})
+
+
+def test_losses_are_finite_scalars(objective: Objective, batch: dict[str, Tensor]) -> None:
+    losses = objective(batch, 0.5)
+    assert losses["loss"].requires_grad
+    assert all(value.ndim == 0 and value.isfinite() for value in losses.values())
+
+
+def test_every_trainable_parameter_gets_a_gradient(objective: Objective, batch: dict[str, Tensor]) -> None:
+    objective.eval()  # drop path would skip a block now and then
+    objective(batch, 0.5)["loss"].backward()
+    trainable = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    assert [name for name, p in trainable.items() if p.grad is None] == []
+    assert [name for name, p in objective.named_parameters() if not p.requires_grad and p.grad is not None] == []
+
+
+def test_groups_hold_every_trainable_parameter_once(objective: Objective) -> None:
+    names = sorted(name for group in objective.param_groups() for name, _ in group.params)
+    assert names == sorted(name for name, p in objective.named_parameters() if p.requires_grad)
+
+
+def test_a_step_changes_the_backbone_and_forward_is_deterministic(
+    objective: Objective, batch: dict[str, Tensor]
+) -> None:
+    optimizer = torch.optim.AdamW((p for p in objective.parameters() if p.requires_grad), lr=1e-2)
+    before = [p.detach().clone() for p in objective.backbone().parameters()]
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        losses.append(objective(batch, 0.5)["loss"])
+    assert torch.equal(losses[0], losses[1])
+    losses[1].backward()
+    optimizer.step()
+    objective.after_step(0.5)
+    changed = [not torch.equal(old, new) for old, new in zip(before, objective.backbone().parameters(), strict=True)]
+    assert any(changed)
+
+
+def test_the_backbone_is_part_of_the_state(objective: Objective) -> None:
+    assert any(module is objective.backbone() for module in objective.modules())
+    assert isinstance(objective.encoder, Encoder)
+
+
+def test_features_have_the_contracts_shapes(encoder: Encoder) -> None:
+    height, width = encoder.image_size
+    features = encoder(torch.randn(2, encoder.in_chans, height, width))
+    assert features.cls.shape == (2, encoder.embed_dim)
+    assert features.patches.shape == (2, encoder.num_patches, encoder.embed_dim)
+
+
+def test_only_kept_patches_come_back(encoder: Encoder) -> None:
+    if not encoder.supports_keep:
+        pytest.skip("this encoder cannot drop tokens")
+    features = encoder(torch.randn(2, encoder.in_chans, *encoder.image_size), keep=torch.tensor([[2, 0], [1, 3]]))
+    assert features.patches.shape == (2, 2, encoder.embed_dim)

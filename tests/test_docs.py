@@ -1,0 +1,75 @@
+"""README's commands and code are run as they stand, on small data."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, flags=re.DOTALL)
+# What makes a command of README short: the flags that stand last win.
+SHORT = ["--steps=2", "--batch.size=2", "--log_every=1", "--evaluation.max_images=8", "--evaluation.folds=2"]
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory, photo_folder: Path) -> Path:
+    """A folder as a newcomer's: scripts and configs, and images."""
+    folder = tmp_path_factory.mktemp("desk")
+    for name in ("scripts", "configs"):
+        (folder / name).symlink_to(ROOT / name)
+    shutil.copytree(photo_folder, folder / "my_images")
+    return folder
+
+
+def run(words: list[str], folder: Path) -> str:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def commands() -> list[str]:
+    lines = [line for language, text in BLOCKS if language == "bash" for line in text.strip().splitlines()]
+    return [part.strip() for line in lines for part in line.split("&&")]
+
+
+def test_the_first_two_commands_install_and_run_the_quickstart_and_the_tests() -> None:
+    first, second = (text.strip() for language, text in BLOCKS[:2] if language == "bash")
+    assert first.startswith('pip install -e ".[demo]" && accelerate launch scripts/pretrain_mae.py')
+    assert second == 'pip install -e ".[demo,test]" && pytest'
+
+
+def test_commands_and_code_run(desk: Path) -> None:
+    """All of them, in their order, since each builds on those before."""
+    assert len(commands()) >= 7
+    for command in commands():
+        if command.startswith("pip install") or command == "pytest":
+            continue  # what the closing check does
+        words = command.split()
+        assert words[0] in {"accelerate", "python"}, command
+        run([*words, *(SHORT if "pretrain" in command else [])], desk)
+    code = "\n".join(text for language, text in BLOCKS if language == "python")
+    shape = "assert features.cls.shape == (1, 192) and features.patches.shape == (1, 196, 192)"
+    run([sys.executable, "-c", f"{code}\n{shape}"], desk)
+    assert (desk / "runs" / "mae_vit_tiny_patch16_224_openmoji" / "backbone.safetensors").exists()
+    assert (desk / "runs" / "mine" / "knn.json").exists()
+
+
+def test_files_named_in_the_docs_exist() -> None:
+    for document in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        text = (ROOT / document).read_text()
+        for path in re.findall(r"`((?:configs|scripts|tests|docs|ssl_vit)/[\w/.]+)`", text):
+            assert "NAME" in path or (ROOT / path).exists(), f"{document} names {path}"
+
+
+def test_every_setting_named_in_readme_exists() -> None:
+    help_text = run([sys.executable, "scripts/pretrain_mae.py", "--help"], ROOT)
+    for flag in re.findall(r"`(--[a-z_.]+)", README):
+        if flag not in ("--multi_gpu", "--standalone", "--config", "--test_source"):
+            assert flag in help_text, flag

@@ -1,0 +1,54 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssl_vit.metrics import MetricLog, forget_after
+
+
+def run(path: Path, losses: list[float], start_step: int = 0) -> None:
+    log = MetricLog(
+        path, start_step=start_step, num_steps=start_step + len(losses), batch_size=8, log_every=2, is_writer=True
+    )
+    for loss in losses:
+        log.add_data_wait(0.0)
+        log.add_step({"loss": torch.tensor(loss)}, {"lr": 0.1}, progress=0.5)
+    log.close()
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_means_between_log_steps_and_the_last_step_are_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "metrics.jsonl", [1.0, 3.0, 5.0, 7.0, 9.0])
+    records = read(tmp_path / "metrics.jsonl")
+    assert [(record["step"], record["loss"]) for record in records] == [(2, 2.0), (4, 6.0), (5, 9.0)]
+    assert all(record["images_per_second"] > 0 and record["data_wait"] == 0 for record in records)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert "step 2/5  loss 2.0000  lr 1.00e-01" in lines[0]
+    assert "left" in lines[0]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_advice(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"became nan between steps 2 and 4.*base_lr"):
+        run(tmp_path / "metrics.jsonl", [1.0, 1.0, float("nan"), 1.0])
+    assert [record["step"] for record in read(tmp_path / "metrics.jsonl")] == [2, 4]
+
+
+def test_steps_that_are_done_again_are_forgotten(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"step": 8, "los')
+    forget_after(path, 4)
+    assert [record["step"] for record in read(path)] == [2, 4]
+
+
+def test_a_resumed_log_reads_as_if_never_interrupted(tmp_path: Path) -> None:
+    run(tmp_path / "a.jsonl", [1.0] * 8)
+    run(tmp_path / "b.jsonl", [1.0] * 6)
+    run(tmp_path / "b.jsonl", [1.0] * 4, start_step=4)
+    assert [r["step"] for r in read(tmp_path / "a.jsonl")] == [r["step"] for r in read(tmp_path / "b.jsonl")]

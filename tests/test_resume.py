@@ -1,0 +1,115 @@
+"""Runs that are killed, and runs of two processes, through real processes and the real script."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT, SMALL_RUN
+
+STEPS = 12
+
+
+def command(photo_folder: Path, run: Path, *flags: str) -> list[str]:
+    settings = [f"--data.source={photo_folder}", f"--output_dir={run}", f"--steps={STEPS}"]
+    return [str(ROOT / "scripts" / "pretrain_mae.py"), *SMALL_RUN, *settings, "--data.label_column=none", *flags]
+
+
+def finish(words: list[str]) -> str:
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def kill_at(words: list[str], step: int) -> None:
+    """Start a run and kill it, without warning, as soon as it has logged a step."""
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if re.match(rf"step {step}/", line):
+                process.send_signal(signal.SIGKILL)
+                break
+    assert process.returncode == -signal.SIGKILL
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    folder = run / "checkpoints" / f"step-{STEPS:08d}"
+    tensors = load_file(folder / "model.safetensors")
+    return tensors | {f"optimizer {name}": value for name, value in load_file(folder / "optimizer.safetensors").items()}
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process that nobody disturbed."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    finish([sys.executable, *command(photo_folder, run)])
+    return run
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(
+    photo_folder: Path, whole: Path, tmp_path: Path, num_workers: int
+) -> None:
+    run, step = tmp_path / "run", random.randrange(4, STEPS - 1)
+    print(f"killed after step {step}")
+    words = [
+        sys.executable,
+        *command(photo_folder, run, f"--data.num_workers={num_workers}", "--checkpoint.every_steps=3"),
+    ]
+    kill_at(words, step)
+    assert re.search(r"Going on from .*step-0000000[369]", finish(words))
+    expected, found = weights(whole), weights(run)
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert losses(run) == losses(whole)
+    assert (run / "backbone.safetensors").read_bytes() == (whole / "backbone.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_saves_although_workers_get_it_too(
+    photo_folder: Path, whole: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+    words = [sys.executable, *command(photo_folder, run, "--data.num_workers=2")]
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        lines = iter(process.stdout)
+        next(line for line in lines if line.startswith("step 4/"))
+        os.killpg(process.pid, number)
+        text = "".join(lines)
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
+    assert process.returncode == 128 + number
+    assert re.search(r"Stopped by a signal at step \d+ of 12 and saved", text)
+    finish(words)
+    assert all(torch.equal(value, weights(run)[name]) for name, value in weights(whole).items())
+
+
+def test_two_processes_learn_what_one_learns(photo_folder: Path, tmp_path: Path) -> None:
+    flags = ["--encoder.drop_path_rate=0"]  # what is drawn on the device may depend on the process
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish([sys.executable, *command(photo_folder, one, *flags)])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    text = finish([*launcher, *command(photo_folder, two, *flags, "--batch.per_device=2")])
+    assert "2 processes on cpu" in text
+    assert "8 = 2 processes x 2 micro-batches x 2 images" in text
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+    expected, found = weights(one), weights(two)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        if not name.startswith("optimizer "):
+            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)

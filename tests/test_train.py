@@ -1,0 +1,257 @@
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, PartialState
+from safetensors.torch import load_file
+
+from scripts.pretrain_mae import DEFAULTS
+from ssl_vit.checkpoint import list_checkpoints
+from ssl_vit.config import parse_run
+from ssl_vit.data.sources import Source
+from ssl_vit.export import load_backbone
+from ssl_vit.objectives.mae import MAE
+from ssl_vit.results import export_run
+from ssl_vit.train import main, set_up, train
+from tests.conftest import SMALL_RUN
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def start(photo_folder: Path, tmp_path: Path) -> Callable[..., int]:
+    def start(*flags: str, name: str = "run", steps: int = 6, labels: bool = False) -> int:
+        AcceleratorState._reset_state()
+        flags = flags if labels else ("--data.label_column=none", *flags)
+        return train(
+            set_up(
+                parse_run(
+                    DEFAULTS,
+                    [
+                        *SMALL_RUN,
+                        f"--data.source={photo_folder}",
+                        f"--output_dir={tmp_path / name}",
+                        f"--steps={steps}",
+                        *flags,
+                    ],
+                )
+            )
+        )
+
+    return start
+
+
+def losses(run: Path) -> list[float]:
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [record["loss"] for record in records if "loss" in record]
+
+
+def last_weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(list_checkpoints(run)[-1] / "model.safetensors")
+
+
+def test_a_run_ends_with_everything_it_promises(
+    start: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start("--checkpoint.every_steps=4", "--evaluation.every_steps=3", labels=True) == 0
+    run, text = tmp_path / "run", capsys.readouterr().out
+    assert {path.name for path in run.iterdir()} == {
+        "backbone.safetensors",
+        "checkpoints",
+        "config.json",
+        "config.yaml",
+        "metrics.jsonl",
+        "reconstructions.png",
+        "results.json",
+    }
+    assert [folder.name for folder in list_checkpoints(run)] == ["step-00000004", "step-00000006"]
+    assert len(losses(run)) == 6
+    backbone, weights = load_backbone(run), last_weights(run)
+    for name, value in backbone.state_dict().items():
+        assert torch.equal(value, weights[f"encoder.{name}"]), name
+    results = json.loads((run / "results.json").read_text())
+    assert set(results["scores"]) == {"raw pixels", "untrained", "trained"}
+    assert 0 <= results["scores"]["trained"]["knn"]["accuracy"] <= 1
+    assert "lr         1.00e-03 = base_lr x batch / 256, base_lr 0.032" in text
+    assert "step 6/6" in text
+    assert "trained - untrained" in text
+    evaluated = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if "eval_knn" in line]
+    assert [record["step"] for record in evaluated] == [3]
+    provenance = json.loads((run / "config.json").read_text())["ssl_vit"]
+    assert (provenance["objective"], provenance["steps"], provenance["num_images"]) == ("MAE", 6, 40)
+
+
+def test_the_untrained_row_is_the_backbone_of_step_0(start: Callable[..., int], tmp_path: Path) -> None:
+    start("--optim.base_lr=1e-12", "--optim.weight_decay=0", steps=1, labels=True)
+    scores = json.loads((tmp_path / "run" / "results.json").read_text())["scores"]
+    assert scores["trained"] == scores["untrained"]
+
+
+def test_the_written_config_repeats_the_run(start: Callable[..., int], tmp_path: Path) -> None:
+    start()
+    AcceleratorState._reset_state()
+    again = ["--config", str(tmp_path / "run" / "config.yaml"), "--output_dir", str(tmp_path / "again")]
+    assert train(set_up(parse_run(DEFAULTS, again))) == 0
+    for name, value in last_weights(tmp_path / "run").items():
+        assert torch.equal(value, last_weights(tmp_path / "again")[name]), name
+
+
+def test_accumulation_is_one_big_batch(start: Callable[..., int], tmp_path: Path) -> None:
+    start("--encoder.drop_path_rate=0", name="whole")
+    start("--encoder.drop_path_rate=0", "--batch.per_device=2", name="cut")
+    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "cut"), rel=1e-4)
+    for name, value in last_weights(tmp_path / "whole").items():
+        torch.testing.assert_close(value, last_weights(tmp_path / "cut")[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_finished_run_is_not_trained_again(
+    start: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start()
+    before = last_weights(tmp_path / "run")
+    capsys.readouterr()
+    assert start() == 0
+    text = capsys.readouterr().out
+    assert "Going on from" in text
+    assert "This run is finished" in text
+    assert all(torch.equal(value, before[name]) for name, value in last_weights(tmp_path / "run").items())
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(
+    start: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(name="whole")
+    image = Source.image
+    drawn = 0
+
+    def interrupted(self: Source, index: int, num_channels: int):
+        nonlocal drawn
+        drawn += 1
+        if drawn == 20:  # in the third step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return image(self, index, num_channels)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Source, "image", interrupted)
+        assert start() == 143
+    run = tmp_path / "run"
+    assert [folder.name for folder in list_checkpoints(run)] == ["step-00000003"]
+    assert "Stopped by a signal at step 3 of 6 and saved" in capsys.readouterr().out
+    assert not (run / "backbone.safetensors").exists()
+    assert start() == 0
+    assert losses(run) == losses(tmp_path / "whole")
+    assert all(torch.equal(value, last_weights(run)[name]) for name, value in last_weights(tmp_path / "whole").items())
+
+
+def test_other_settings_are_refused_in_an_existing_run(start: Callable[..., int], tmp_path: Path) -> None:
+    start()
+    with pytest.raises(ValueError, match=r"other settings: objective.mask_ratio 0.75 -> 0.5, seed 0 -> 1.*--fresh"):
+        start("--seed=1", "--objective.mask_ratio=0.5")
+    start("--log_every=3", "--batch.per_device=4", "--checkpoint.keep=5")  # these may change
+
+
+def test_fresh_moves_the_existing_run_aside(start: Callable[..., int], tmp_path: Path) -> None:
+    start()
+    before = (tmp_path / "run" / "backbone.safetensors").read_bytes()
+    start("--fresh", "--seed=1")
+    (aside,) = tmp_path.glob("run-before-*")
+    assert (aside / "backbone.safetensors").read_bytes() == before
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["seed"] == 1
+
+
+def test_a_folder_with_other_files_is_not_touched(start: Callable[..., int], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="holds files but no run"):
+        start()
+
+
+def test_an_unlabelled_source_has_no_scores(
+    start: Callable[..., int], photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(f"--data.source={photo_folder / 'disc'}", steps=1, labels=True) == 0
+    assert "No scores: the source has no labels" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_a_labelled_source_can_judge_an_unlabelled_one(
+    start: Callable[..., int], photo_folder: Path, tmp_path: Path
+) -> None:
+    assert (
+        start(f"--data.source={photo_folder / 'disc'}", f"--evaluation.source={photo_folder}", steps=1, labels=True)
+        == 0
+    )
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["scores"]["trained"]["knn"]["n"] == 40
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--evaluation.source=/nowhere", "data.source='/nowhere': no such file"),
+        ("--evaluation.source=DISC", r"evaluation.source='.*disc': has no labels"),
+        ("--evaluation.test_source=DISC", r"evaluation.test_source='.*disc': has no labels"),
+    ],
+)
+def test_what_cannot_judge_is_found_before_training(
+    start: Callable[..., int], photo_folder: Path, tmp_path: Path, flag: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        start(flag.replace("DISC", str(photo_folder / "disc")), labels=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_gradient_clipping_logs_the_norm(start: Callable[..., int], tmp_path: Path) -> None:
+    start("--optim.clip_grad=0.1", steps=2)
+    record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert np.isfinite(record["grad_norm"])
+    assert record["grad_norm"] > 0
+
+
+def test_a_run_under_way_can_be_exported(start: Callable[..., int], tmp_path: Path) -> None:
+    start()
+    run = tmp_path / "run"
+    finished = (run / "backbone.safetensors").read_bytes()
+    (run / "backbone.safetensors").unlink()
+    (run / "config.json").unlink()
+    assert export_run(run).read_bytes() == finished
+    assert load_backbone(run).embed_dim == 32
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(
+    start: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def broken(self: MAE, batch: dict, progress: float) -> dict[str, torch.Tensor]:
+        nonlocal calls
+        calls += 1
+        loss = self.mask_token.sum() * (float("nan") if calls == 4 else 1.0)
+        return {"loss": loss + 0 * sum(p.sum() for p in self.parameters())}
+
+    monkeypatch.setattr(MAE, "forward", broken)
+    with pytest.raises(FloatingPointError, match="became nan"):
+        start("--checkpoint.every_steps=2", "--log_every=100")
+    assert [folder.name for folder in list_checkpoints(tmp_path / "run")] == ["step-00000002"]
+
+
+def test_wrong_settings_end_in_one_line_and_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["pretrain_mae.py", "--objective.mask_ratio=1.2"])
+    assert main(DEFAULTS) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: objective.mask_ratio=1.2: must lie between 0 and 1, both excluded; the paper's is 0.75"
+    ]
