@@ -22,4 +22,4 @@ DEFAULTS = RunConfig(
 )
 
 if __name__ == "__main__":
-    sys.exit(main(DEFAULTS))
+    sys.exit(main(DEFAULTS, quickstart="quickstart_mae.yaml"))

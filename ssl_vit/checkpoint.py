@@ -126,9 +126,14 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     for key, value in load_file(folder / OPTIMIZER_FILE).items():
         name, slot = key.rsplit("/", 1)
         slots.setdefault(name, {})[slot] = value
+    # Not strict, since parameters that are still frozen have no moments yet. torch makes some up for them.
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
     set_optimizer_state_dict(
         model, optimizer, {"state": slots, "param_groups": state.pop("param_groups")}, options=options
     )
+    for name, parameter in model.named_parameters():
+        if name.removeprefix("module.") not in slots:
+            optimizer.state.pop(parameter, None)
     return state
 
 

@@ -18,7 +18,8 @@ from ssl_vit.checkpoint import CheckpointConfig
 from ssl_vit.data.sources import DataConfig
 from ssl_vit.evaluation.evaluate import EvaluationConfig
 from ssl_vit.models.vit import ViTConfig
-from ssl_vit.objectives.objective import Objective, ObjectiveConfig
+from ssl_vit.objectives.objective import Objective, ObjectiveConfig, RunSize
+from ssl_vit.objectives.recipes import resolve_warmup
 from ssl_vit.optim import OptimConfig
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -76,6 +77,8 @@ class RunConfig:
     """Number format of the forward pass. auto: bf16 where the device computes it in hardware, else fp32 (no)."""
     log_every: int = 50
     """Steps between log lines."""
+    on_collapse: Literal["warn", "stop"] = "warn"
+    """When the metrics say that the features have collapsed: warn, or also save and stop."""
     encoder: ViTConfig = field(default_factory=ViTConfig)
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
@@ -100,6 +103,23 @@ class RunConfig:
         if self.epochs is None:
             raise ValueError("steps=None and epochs=None: give the length of the run with --epochs N or --steps N")
         return max(1, int(self.epochs * num_samples // self.batch.size))
+
+    def resolve(self, num_samples: int) -> tuple["RunConfig", list[str]]:
+        """Put numbers where settings are `auto`, for a source of `num_samples` images.
+
+        Returns:
+            The settings, and a line for each number that says why.
+        """
+        size = RunSize(num_samples, self.batch.size, self.num_steps(num_samples))
+        found = self.objective.resolve(size)
+        objective = dataclasses.replace(self.objective, **{name: value.value for name, value in found.items()})
+        reasons = [f"objective.{name} {value.value:g}: {value.reason}" for name, value in found.items()]
+        optim = self.optim
+        if optim.warmup == "auto":
+            share = resolve_warmup(size)
+            optim = dataclasses.replace(optim, warmup=share.value)
+            reasons.append(f"optim.warmup {share.value:g}: {share.reason}")
+        return dataclasses.replace(self, objective=objective, optim=optim), reasons
 
     def build_objective(self) -> Objective:
         """Encoder and objective with the fresh weights that the seed gives."""

@@ -15,11 +15,14 @@ import psutil
 import torch
 import torch.distributed as dist
 import yaml
+from jaxtyping import Float
 from torch import Tensor
+from torch.distributed.nn.functional import all_gather as functional_all_gather
 
 from ssl_vit.data.loader import num_cpus, num_local_processes
 
 EXIT_STOPPED: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + signal, the shell's convention
+EXIT_COLLAPSED = 3
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -87,11 +90,37 @@ def seed_step(seed: int, step: int, micro: int, process_index: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence((seed, step, micro, process_index)).generate_state(1)[0]))
 
 
-def mean_over_processes(values: Tensor) -> Tensor:
-    """Average a tensor over all processes."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+def world_size() -> int:
+    """Training processes on all machines."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Sum a tensor over all processes, in place."""
+    if world_size() > 1:
         dist.all_reduce(values)
-        values /= dist.get_world_size()
+    return values
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """Average a tensor over all processes, in place."""
+    return sum_over_processes(values).div_(world_size()) if world_size() > 1 else values
+
+
+def max_over_processes(values: Tensor) -> Tensor:
+    """The largest of each element over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
+def gather_with_gradient(values: Float[Tensor, "b d"]) -> Float[Tensor, "n d"]:
+    """The rows of all processes, in their order; gradients flow back to the process a row came from.
+
+    Every process must hold the same number of rows.
+    """
+    if world_size() > 1:
+        return torch.cat(functional_all_gather(values))
     return values
 
 
@@ -105,7 +134,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.received = 0
         self._group: Any = None
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if world_size() > 1:
             self._group = dist.new_group(backend="gloo")
         # Started by `accelerate launch`, which forwards no signals: its death is the signal.
         self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None

@@ -49,43 +49,47 @@ class MetricLog:
         """Note time in which the step waited for its batch."""
         self._data_wait += seconds
 
-    def add_step(
-        self, losses: dict[str, Tensor], settings: dict[str, float], progress: float, *, log_now: bool = False
-    ) -> None:
-        """Note the losses of a finished step, and log where it is time. Every process calls this every step.
-
-        Raises:
-            FloatingPointError: at a log step, a loss since the last one was not finite.
-        """
+    def add_step(self, losses: dict[str, Tensor]) -> None:
+        """Note the losses of a finished step."""
         for name, value in losses.items():
             self._sums[name] = self._sums.get(name, 0) + value.detach()
         self._count += 1
         self.step += 1
         self.bar.update()
-        if log_now or self.step % self.log_every == 0 or self.step == self.num_steps:
-            self._log(settings, progress)
 
-    def _log(self, settings: dict[str, float], progress: float) -> None:
+    def is_due(self) -> bool:
+        """Whether this is a step to log at."""
+        return self.step % self.log_every == 0 or self.step == self.num_steps
+
+    def write_interval(self, values: dict[str, float], progress: float) -> dict[str, Any]:
+        """Write the averages since the last call, and `values` as they are. Every process calls this at the same steps.
+
+        Returns:
+            What was written, the same on every process but for times.
+
+        Raises:
+            FloatingPointError: a loss since the last call was not finite.
+        """
         names = sorted(self._sums)
         means = mean_over_processes(torch.stack([self._sums[name].float() for name in names]) / self._count)
-        values = dict(zip(names, means.tolist(), strict=True))
         seconds = time.perf_counter() - self._since
         record = {
             "step": self.step,
+            **dict(zip(names, means.tolist(), strict=True)),
             **values,
-            **settings,
             "progress": progress,
             "images_per_second": self._count * self.batch_size / seconds,
             "data_wait": self._data_wait / seconds,
         }
         self.write(record)
-        if not math.isfinite(values["loss"]):
+        if not math.isfinite(record["loss"]):
             raise FloatingPointError(
-                f"The loss became {values['loss']} between steps {self.step - self._count} and {self.step}. "
+                f"The loss became {record['loss']} between steps {self.step - self._count} and {self.step}. "
                 "Lower optim.base_lr, set optim.clip_grad, or use precision bf16 instead of fp16."
             )
         self._show(record)
         self._reset()
+        return record
 
     def _show(self, record: dict[str, Any]) -> None:
         rate, wait = record["images_per_second"], record["data_wait"]
@@ -123,6 +127,21 @@ class MetricLog:
 
     def close(self) -> None:
         self.bar.close()
+
+
+class CollapseAlarm:
+    """Raises once, when `patience` log intervals in a row look collapsed: one may be chance, or the start of a run."""
+
+    def __init__(self, patience: int = 3) -> None:
+        self.patience, self._row, self._raised = patience, 0, False
+
+    def raised(self, diagnosis: str | None) -> bool:
+        """Note an interval's diagnosis; True if it is the one to warn at."""
+        self._row = self._row + 1 if diagnosis else 0
+        if self._raised or self._row < self.patience:
+            return False
+        self._raised = True
+        return True
 
 
 def forget_after(path: Path, step: int) -> None:

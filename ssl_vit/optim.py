@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from ssl_vit.objectives.objective import Objective
 from ssl_vit.schedules import cosine, warmup_cosine
@@ -20,8 +21,8 @@ class OptimConfig:
     """Peak rate: base_lr x batch / 256 (linear), or base_lr x sqrt(batch / 1024) (sqrt, DINOv2)."""
     min_lr: float = 0.0
     """Learning rate at the end of the run."""
-    warmup: float = 0.05
-    """Share of the run over which the rate grows from 0: 40 of 800 epochs are 0.05."""
+    warmup: float | Literal["auto"] = 0.05
+    """Share of the run over which the rate grows from 0 (40 of 800 epochs are 0.05), or auto."""
     weight_decay: float = 0.05
     """Decay at the start; biases and one-dimensional parameters have none."""
     weight_decay_end: float | None = None
@@ -29,7 +30,9 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's moment coefficients."""
     clip_grad: float | None = None
-    """Largest total norm of the gradient; null does not clip."""
+    """Largest norm of the gradient; null does not clip."""
+    clip_over: Literal["all", "module", "parameter"] = "all"
+    """What has that norm: all parameters together, encoder and heads apart (DINOv2), or each parameter (DINO)."""
 
     def __post_init__(self) -> None:
         for name in ("base_lr", "clip_grad"):
@@ -40,7 +43,7 @@ class OptimConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"{name}={value!r}: must be at least 0")
-        if not 0 <= self.warmup < 1:
+        if self.warmup != "auto" and not 0 <= self.warmup < 1:
             raise ValueError(f"warmup={self.warmup!r}: is a share of the run, in [0, 1); 40 of 800 epochs are 0.05")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas!r}: both must lie in [0, 1)")
@@ -78,6 +81,8 @@ def set_schedule(
     Returns:
         The unscaled "lr" and "weight_decay", for the log.
     """
+    if config.warmup == "auto":
+        raise ValueError("optim.warmup='auto': follows from a run's length; use RunConfig.resolve or give a number")
     lr = warmup_cosine(progress, config.warmup, config.peak_lr(batch_size), config.min_lr)
     end = config.weight_decay if config.weight_decay_end is None else config.weight_decay_end
     weight_decay = cosine(progress, config.weight_decay, end)
@@ -88,3 +93,23 @@ def set_schedule(
             for parameter in group["params"]:
                 parameter.grad = None
     return {"lr": lr, "weight_decay": weight_decay}
+
+
+def clip_gradients(objective: Objective, config: OptimConfig) -> Tensor:
+    """Scale gradients down to `clip_grad`, over what `clip_over` says.
+
+    Returns:
+        The norm of all gradients together before clipping.
+    """
+    named = [(name, parameter) for name, parameter in objective.named_parameters() if parameter.grad is not None]
+    if config.clip_over == "all":
+        groups = [[parameter for _, parameter in named]]
+    elif config.clip_over == "parameter":
+        groups = [[parameter] for _, parameter in named]
+    else:
+        modules: dict[str, list[torch.nn.Parameter]] = {}
+        for name, parameter in named:
+            modules.setdefault(name.split(".")[0], []).append(parameter)
+        groups = list(modules.values())
+    limit = math.inf if config.clip_grad is None else config.clip_grad
+    return torch.stack([torch.nn.utils.clip_grad_norm_(group, limit) for group in groups]).norm()

@@ -22,7 +22,7 @@ from ssl_vit.export.backbone import BACKBONE_FILE, export_backbone, load_strictl
 from ssl_vit.metrics import MetricLog
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.objectives.objective import Objective
-from ssl_vit.run_folder import CONFIG_FILE, METRICS_FILE, PICTURE_FILE, RESULTS_FILE
+from ssl_vit.run_folder import CONFIG_FILE, METRICS_FILE, RESULTS_FILE
 
 NUM_PICTURES = 8
 
@@ -68,8 +68,9 @@ def finish(
         }
         export_backbone(backbone, folder, mean=config.data.mean, std=config.data.std, provenance=provenance)
         written = [f"backbone   {folder / BACKBONE_FILE} (+ config.json)", f"metrics    {folder / METRICS_FILE}"]
-        if draw(config, objective, source, folder / PICTURE_FILE, accelerator.device):
-            written.insert(1, f"picture    {folder / PICTURE_FILE}")
+        picture = folder / objective.picture_file
+        if draw(config, objective, source, picture, accelerator.device):
+            written.insert(1, f"picture    {picture}")
         if judges is not None:
             untrained = config.build_objective().backbone().to(accelerator.device)  # the same weights as at step 0
             print(compare(config, accelerator, backbone, untrained, judges, step))

@@ -9,18 +9,14 @@ import yaml
 from ssl_vit.checkpoint import newest_checkpoint
 from ssl_vit.config import RunConfig, as_plain, differences, write_config
 
-CONFIG_FILE, METRICS_FILE, RESULTS_FILE, PICTURE_FILE = (
-    "config.yaml",
-    "metrics.jsonl",
-    "results.json",
-    "reconstructions.png",
-)
+CONFIG_FILE, METRICS_FILE, RESULTS_FILE = "config.yaml", "metrics.jsonl", "results.json"
 
 # May change when a run goes on, since they do not change what is learned.
 FREE_SETTINGS = (
     "output_dir",
     "fresh",
     "log_every",
+    "on_collapse",
     "batch.per_device",
     "data.num_workers",
     "checkpoint.",
@@ -52,7 +48,7 @@ def check_run_folder(config: RunConfig) -> None:
     changed = {
         key: values
         for key, values in differences(_read_config(saved), as_plain(config)).items()
-        if not key.startswith(FREE_SETTINGS)
+        if not key.startswith(FREE_SETTINGS) and values[1] != "auto"  # not yet known; checked again once it is
     }
     if changed:
         listed = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changed.items())

@@ -13,3 +13,8 @@ def warmup_cosine(progress: float, warmup: float, peak: float, end: float) -> fl
     if progress < warmup:
         return peak * progress / warmup
     return cosine((progress - warmup) / (1 - warmup), peak, end)
+
+
+def warmup_linear(progress: float, warmup: float, start: float, end: float) -> float:
+    """A line from `start` to `end` over the first `warmup` share of the run, then `end`."""
+    return start + (end - start) * progress / warmup if progress < warmup else end

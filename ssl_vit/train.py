@@ -18,6 +18,7 @@ from ssl_vit.data.loader import build_loader, choose_num_workers
 from ssl_vit.data.sampler import StepSampler
 from ssl_vit.data.sources import Source, open_source
 from ssl_vit.distributed import (
+    EXIT_COLLAPSED,
     EXIT_STOPPED,
     StopSignal,
     check_num_processes,
@@ -26,13 +27,13 @@ from ssl_vit.distributed import (
     use_all_cpus,
 )
 from ssl_vit.export.backbone import BACKBONE_FILE
-from ssl_vit.metrics import MetricLog
+from ssl_vit.metrics import CollapseAlarm, MetricLog
 from ssl_vit.objectives.objective import Objective
-from ssl_vit.optim import build_optimizer, set_schedule
+from ssl_vit.optim import build_optimizer, clip_gradients, set_schedule
 from ssl_vit.results import Judges, evaluate_in_training, evaluation_sources, finish
 from ssl_vit.run_folder import METRICS_FILE, check_run_folder, open_run_folder
 
-QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart_mae.yaml"
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 @dataclass
@@ -55,15 +56,16 @@ class Run:
         return Path(self.config.output_dir)
 
 
-def main(defaults: RunConfig) -> int:
+def main(defaults: RunConfig, quickstart: str) -> int:
     """Entry point of the pretrain scripts: read the settings, train, return the exit code.
 
-    Without any argument the quickstart runs. Settings or data that cannot work end in one line and code 2.
+    Without any argument `quickstart`, a file in configs/, runs. Settings or data that cannot work end in one line and
+    code 2.
     """
     args = sys.argv[1:]
     if not args:
-        print(f"No settings given, so this is the quickstart: --config {QUICKSTART}")
-        args = [f"--config={QUICKSTART}"]
+        print(f"No settings given, so this is the quickstart: --config {CONFIGS / quickstart}")
+        args = [f"--config={CONFIGS / quickstart}"]
     try:
         try:
             run = set_up(parse_run(defaults, args))
@@ -98,11 +100,13 @@ def set_up(config: RunConfig) -> Run:
     with section("batch"):
         num_micro = config.batch.num_micro(accelerator.num_processes)
 
-    objective = config.build_objective()
     with accelerator.main_process_first():  # the first one fills the caches
         source = open_source(config.data)
         judges = evaluation_sources(config, source)
     num_steps = config.num_steps(len(source))
+    config, reasons = config.resolve(len(source))
+    check_run_folder(config)
+    objective = config.build_objective()
 
     found = [None]
     if accelerator.is_main_process:
@@ -115,6 +119,7 @@ def set_up(config: RunConfig) -> Run:
 
     run = Run(config, accelerator, source, judges, model, objective, optimizer, num_steps, num_micro, start_step)
     describe(run, precision, checkpoint)
+    accelerator.print("".join(f"auto       {reason}\n" for reason in reasons), end="")
     return run
 
 
@@ -159,7 +164,7 @@ def train(run: Run) -> int:
     """Train to the end or to a signal, saving on the way; then export and evaluate.
 
     Returns:
-        The exit code: 0, or 130 (Ctrl-C) or 143 (SIGTERM) after saving.
+        The exit code: 0; after saving, 130 (Ctrl-C), 143 (SIGTERM) or 3 (collapse, with `on_collapse` stop).
     """
     config, accelerator, objective = run.config, run.accelerator, run.objective
     device = accelerator.device
@@ -193,6 +198,7 @@ def train(run: Run) -> int:
         log_every=config.log_every,
         is_writer=accelerator.is_main_process,
     )
+    alarm = CollapseAlarm()
     evaluate_every = config.evaluation.every_steps
     run.model.train()
     with StopSignal().listening() as stop, closing(batches):
@@ -212,8 +218,8 @@ def train(run: Run) -> int:
                     losses[name] = losses.get(name, torch.zeros((), device=device)) + value.detach() / run.num_micro
             settings = set_schedule(run.optimizer, config.optim, progress, config.batch.size)
             if config.optim.clip_grad is not None:
-                norm = accelerator.clip_grad_norm_(run.model.parameters(), config.optim.clip_grad)
-                losses["grad_norm"] = cast(torch.Tensor, norm)
+                accelerator.unscale_gradients(run.optimizer)
+                losses["grad_norm"] = clip_gradients(objective, config.optim)
             run.optimizer.step()
             if not accelerator.optimizer_step_was_skipped:  # fp16 found an overflow and skipped the step
                 objective.after_step(progress)
@@ -223,12 +229,25 @@ def train(run: Run) -> int:
             save_due = done % config.checkpoint.every_steps == 0 or done == run.num_steps
             # Logged before each save, so that weights are never saved after a loss that was not finite.
             settings["epoch"] = done * config.batch.size / len(run.source)
-            log.add_step(losses, settings, progress, log_now=save_due)
+            log.add_step(losses)
+            collapsed = False
+            if save_due or log.is_due():
+                costly = {name: value.item() for name, value in objective.diagnostics().items()}
+                diagnosis = objective.diagnose(log.write_interval(costly | settings, progress))
+                if collapsed := alarm.raised(diagnosis):
+                    log.say(f"WARNING: collapse at step {done:,}. {diagnosis}")
+                    collapsed = config.on_collapse == "stop"
             signal_number = stop.agreed()
-            if save_due or signal_number:
+            if save_due or signal_number or collapsed:
                 paused = log.pause()
                 folder = save(run, done)
                 log.go_on(paused)
+            if collapsed:
+                log.close()
+                accelerator.print(
+                    f"Stopped at step {done:,} of {run.num_steps:,} (--on_collapse stop), saved {folder}."
+                )
+                return EXIT_COLLAPSED
             if signal_number:
                 log.close()
                 accelerator.print(

@@ -45,7 +45,7 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 ROOT = Path(__file__).parents[1]
-SMALL_RUN = [
+_SMALL_ENCODER = [
     "--encoder.arch=vit_tiny_patch16_224",
     "--encoder.image_size=32",
     "--encoder.patch_size=8",
@@ -53,12 +53,25 @@ SMALL_RUN = [
     "--encoder.depth=2",
     "--encoder.num_heads=2",
     "--encoder.drop_path_rate=0.1",
-    "--objective.decoder_embed_dim=16",
-    "--objective.decoder_depth=1",
-    "--objective.decoder_num_heads=2",
     "--batch.size=8",
-    "--optim.base_lr=0.032",
     "--precision=no",
     "--log_every=1",
     "--evaluation.folds=2",
 ]
+SMALL_RUN = [
+    *_SMALL_ENCODER,
+    "--optim.base_lr=0.032",
+    "--objective.decoder_embed_dim=16",
+    "--objective.decoder_depth=1",
+    "--objective.decoder_num_heads=2",
+]
+SMALL_DINO = [
+    *_SMALL_ENCODER,
+    "--optim.base_lr=0.032",
+    "--objective.hidden_dim=48",
+    "--objective.bottleneck_dim=16",
+    "--objective.num_local_crops=2",
+    "--objective.local_crop_size=16",
+]
+# LayerScale's 1e-5 would leave all class tokens the same for a dozen steps, and KoLeo with nothing but rounding errors.
+SMALL_DINOV2 = [*SMALL_DINO, "--optim.base_lr=0.01", "--encoder.layer_scale=1.0"]

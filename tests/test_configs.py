@@ -6,15 +6,28 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.pretrain_mae import DEFAULTS
-from ssl_vit.config import parse_run
+from scripts import pretrain_dino, pretrain_dinov2, pretrain_mae
+from ssl_vit.config import RunConfig, parse_run
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+DEFAULTS = {"mae": pretrain_mae.DEFAULTS, "dino": pretrain_dino.DEFAULTS, "dinov2": pretrain_dinov2.DEFAULTS}
+
+
+def objective_of(path: Path) -> str:
+    return path.stem.split("_")[1 if path.stem.startswith("quickstart") else 0]
+
+
+def load(path: Path) -> RunConfig:
+    return parse_run(DEFAULTS[objective_of(path)], ["--config", str(path)])
+
+
+def by_name(name: str) -> RunConfig:
+    return load(CONFIGS[0].with_name(f"{name}.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_is_loaded_and_built(path: Path) -> None:
-    config = parse_run(DEFAULTS, ["--config", str(path)])
+    config, _ = load(path).resolve(num_samples=1_281_167)
     assert config.num_steps(1_281_167) > 0
     assert config.batch.num_micro(8) >= 1
     with torch.device("meta"):
@@ -28,18 +41,18 @@ def test_config_is_loaded_and_built(path: Path) -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_header_gives_command_hardware_and_what_to_expect(path: Path) -> None:
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
-    assert f"scripts/pretrain_mae.py --config configs/{path.name}" in header
+    assert f"scripts/pretrain_{objective_of(path)}.py --config configs/{path.name}" in header
     assert re.search(r"Hardware:", header)
     assert re.search(r"Expect:", header)
 
 
-def test_the_imagenet_configs_are_the_papers() -> None:
+def test_the_imagenet_configs_of_mae_are_the_papers() -> None:
     for name, (arch, dim) in {
         "mae_vits16_imagenet1k": ("vit_small_patch16_224", 384),
         "mae_vitb16_imagenet1k": ("vit_base_patch16_224", 768),
         "mae_vitl16_imagenet1k": ("vit_large_patch16_224", 1024),
     }.items():
-        config = parse_run(DEFAULTS, ["--config", str(CONFIGS[0].with_name(f"{name}.yaml"))])
+        config = by_name(name)
         assert (config.encoder.arch, config.encoder.pos_embed) == (arch, "sincos")
         assert config.optim.peak_lr(config.batch.size) == pytest.approx(2.4e-3)
         assert (config.batch.size, config.epochs, config.optim.warmup) == (4096, 800, 0.05)
@@ -49,3 +62,46 @@ def test_the_imagenet_configs_are_the_papers() -> None:
         assert (objective.decoder_embed_dim, objective.decoder_depth, objective.decoder_num_heads) == (512, 8, 16)
         with torch.device("meta"):
             assert config.encoder.build().embed_dim == dim
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "epochs", "peak", "clip", "crops", "freeze"),
+    [
+        ("dino_vits16_imagenet1k", 512, 100, 1e-3, 3.0, (8, (0.4, 1.0), (0.05, 0.4)), 1),
+        ("dino_vitb16_imagenet1k", 1024, 400, 3e-3, 0.3, (10, (0.25, 1.0), (0.05, 0.25)), 3),
+    ],
+)
+def test_the_imagenet_configs_of_dino_are_the_papers(
+    name: str, batch: int, epochs: int, peak: float, clip: float, crops: tuple, freeze: int
+) -> None:
+    config = by_name(name)
+    objective, optim = config.objective, config.optim
+    assert (config.batch.size, config.epochs) == (batch, epochs)
+    assert optim.peak_lr(batch) == pytest.approx(peak)
+    assert optim.warmup == pytest.approx(10 / epochs)
+    assert (optim.weight_decay, optim.weight_decay_end, optim.betas) == (0.04, 0.4, (0.9, 0.999))
+    assert (optim.clip_grad, optim.clip_over) == (clip, "parameter")
+    assert (objective.num_local_crops, objective.global_crop_scale, objective.local_crop_scale) == crops
+    assert (objective.num_prototypes, objective.ema_momentum, objective.center_momentum) == (65536, 0.996, 0.9)
+    assert objective.freeze_last_layer == pytest.approx(freeze / epochs)
+    assert (objective.hidden_dim, objective.bottleneck_dim, objective.student_temp) == (2048, 256, 0.1)
+    assert (config.encoder.drop_path_rate, objective.norm_last_layer) == (0.1, True)
+
+
+def test_the_imagenet_config_of_dinov2_is_the_papers_code() -> None:
+    config = by_name("dinov2_vitl16_imagenet1k")
+    objective, optim = config.objective, config.optim
+    assert (config.batch.size, config.steps) == (2048, 125_000)
+    assert optim.peak_lr(2048) == pytest.approx(4e-3 * 2**0.5)
+    assert (optim.warmup, objective.teacher_temp_warmup, objective.freeze_last_layer) == (0.1, 0.3, 0.01)
+    assert (objective.warmup_teacher_temp, objective.teacher_temp, objective.ema_momentum) == (0.04, 0.07, 0.992)
+    assert (objective.layer_decay, objective.patch_embed_lr, optim.clip_grad, optim.clip_over) == (
+        0.9,
+        0.2,
+        3.0,
+        "module",
+    )
+    assert (objective.num_prototypes, objective.ibot_separate_head, objective.centering) == (65536, False, "center")
+    assert (objective.koleo_weight, objective.ibot_weight, objective.blur_prob) == (0.1, 1.0, "dinov2")
+    encoder = config.encoder
+    assert (encoder.drop_path_rate, encoder.drop_path_schedule, encoder.layer_scale) == (0.3, "uniform", 1e-5)

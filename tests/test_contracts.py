@@ -1,5 +1,7 @@
 """Every encoder with every objective: what the loop relies on must hold for each pair."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,8 @@ from torch import Tensor
 
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.vit import ViTConfig
+from ssl_vit.objectives.dino import DINOConfig
+from ssl_vit.objectives.dinov2 import DINOv2Config
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.objectives.objective import Objective, ObjectiveConfig
 from tests.conftest import TINY
@@ -19,7 +23,13 @@ ENCODERS = {
     "vit, no class token": ViTConfig(arch="vit_medium_patch16_gap_256", image_size=64, depth=1),
     "vit, SwiGLU": ViTConfig(arch="vit_giant_patch14_dinov2", image_size=42, depth=1, embed_dim=96, num_heads=4),
 }
-OBJECTIVES = {"mae": MAEConfig(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)}
+SMALL_HEAD = {"num_prototypes": 32, "hidden_dim": 24, "bottleneck_dim": 8, "num_local_crops": 2}
+OBJECTIVES = {
+    "mae": MAEConfig(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2),
+    "dino": DINOConfig(**SMALL_HEAD),
+    "dinov2": DINOv2Config(**SMALL_HEAD, mask_prob=1.0, ibot_separate_head=True),
+    "dinov2, centred, shared head, trainable norms": DINOv2Config(**SMALL_HEAD, mask_prob=1.0, centering="center"),
+}
 
 
 @pytest.fixture(params=ENCODERS, ids=str)
@@ -29,8 +39,11 @@ def encoder(request: pytest.FixtureRequest) -> Encoder:
 
 
 @pytest.fixture(params=OBJECTIVES, ids=str)
-def config(request: pytest.FixtureRequest) -> ObjectiveConfig:
-    return OBJECTIVES[request.param]
+def config(request: pytest.FixtureRequest, encoder: Encoder) -> ObjectiveConfig:
+    config = OBJECTIVES[request.param]
+    if isinstance(config, DINOConfig):  # one or two patches a side
+        config = dataclasses.replace(config, local_crop_size=encoder.patch_size)
+    return config
 
 
 @pytest.fixture
@@ -44,7 +57,9 @@ def batch(encoder: Encoder, config: ObjectiveConfig) -> dict[str, Tensor]:
     transform = config.build_transform(encoder.image_size, encoder.patch_size, means, means)
     image = torch.randint(0, 256, (encoder.in_chans, 70, 80), dtype=torch.uint8)
     samples = [transform(image, np.random.default_rng(seed)) for seed in range(4)]
-    return transform.on_device({name: torch.stack([sample[name] for sample in samples]) for name in samples[0]})
+    return transform.on_device(
+        {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}, torch.device("cpu")
+    )
 
 
 def test_losses_are_finite_scalars(objective: Objective, batch: dict[str, Tensor]) -> None:
@@ -59,6 +74,7 @@ def test_every_trainable_parameter_gets_a_gradient(objective: Objective, batch: 
     trainable = {name: p for name, p in objective.named_parameters() if p.requires_grad}
     assert [name for name, p in trainable.items() if p.grad is None] == []
     assert [name for name, p in objective.named_parameters() if not p.requires_grad and p.grad is not None] == []
+    assert [name for name in trainable if "teacher" in name] == []
 
 
 def test_groups_hold_every_trainable_parameter_once(objective: Objective) -> None:
@@ -81,6 +97,17 @@ def test_a_step_changes_the_backbone_and_forward_is_deterministic(
     objective.after_step(0.5)
     changed = [not torch.equal(old, new) for old, new in zip(before, objective.backbone().parameters(), strict=True)]
     assert any(changed)
+
+
+def test_diagnostics_are_finite_scalars_and_can_be_judged(objective: Objective, batch: dict[str, Tensor]) -> None:
+    values = objective(batch, 0.5) | objective.diagnostics()
+    assert all(value.ndim == 0 and value.isfinite() for value in values.values())
+    objective.diagnose({name: value.item() for name, value in values.items()})
+
+
+def test_layers_run_from_the_embeddings_to_the_last_norm(encoder: Encoder) -> None:
+    layers = [encoder.layer_of(name) for name, _ in encoder.named_parameters()]
+    assert set(layers) == set(range(encoder.num_layers + 2))
 
 
 def test_the_backbone_is_part_of_the_state(objective: Objective) -> None:

@@ -13,7 +13,9 @@ def run(path: Path, losses: list[float], start_step: int = 0) -> None:
     )
     for loss in losses:
         log.add_data_wait(0.0)
-        log.add_step({"loss": torch.tensor(loss)}, {"lr": 0.1}, progress=0.5)
+        log.add_step({"loss": torch.tensor(loss)})
+        if log.is_due():
+            log.write_interval({"lr": 0.1}, progress=0.5)
     log.close()
 
 

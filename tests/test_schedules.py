@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from ssl_vit.schedules import cosine, warmup_cosine
+from ssl_vit.schedules import cosine, warmup_cosine, warmup_linear
 
 
 def test_warm_up_is_a_line_from_zero_and_then_half_a_cosine() -> None:
@@ -28,3 +28,9 @@ def test_cosine_runs_up_as_well_as_down() -> None:
     values = [cosine(progress / 10, 0.04, 0.4) for progress in range(11)]
     assert values == sorted(values)
     assert (values[0], values[-1]) == pytest.approx((0.04, 0.4))
+
+
+def test_a_linear_warm_up_ends_at_its_end() -> None:
+    values = [warmup_linear(progress, 0.3, 0.04, 0.07) for progress in (0.0, 0.15, 0.3, 1.0)]
+    assert values == pytest.approx([0.04, 0.055, 0.07, 0.07])
+    assert warmup_linear(0.0, 0.0, 0.04, 0.07) == 0.07

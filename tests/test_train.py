@@ -11,6 +11,8 @@ import yaml
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 
+from scripts.pretrain_dino import DEFAULTS as DINO_DEFAULTS
+from scripts.pretrain_dinov2 import DEFAULTS as DINOV2_DEFAULTS
 from scripts.pretrain_mae import DEFAULTS
 from ssl_vit.checkpoint import list_checkpoints
 from ssl_vit.config import parse_run
@@ -19,7 +21,13 @@ from ssl_vit.export import load_backbone
 from ssl_vit.objectives.mae import MAE
 from ssl_vit.results import export_run
 from ssl_vit.train import main, set_up, train
-from tests.conftest import SMALL_RUN
+from tests.conftest import SMALL_DINO, SMALL_DINOV2, SMALL_RUN
+
+OBJECTIVES = {
+    "mae": (DEFAULTS, SMALL_RUN),
+    "dino": (DINO_DEFAULTS, SMALL_DINO),
+    "dinov2": (DINOV2_DEFAULTS, SMALL_DINOV2),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -33,15 +41,16 @@ def _fresh_state() -> Iterator[None]:
 
 @pytest.fixture
 def start(photo_folder: Path, tmp_path: Path) -> Callable[..., int]:
-    def start(*flags: str, name: str = "run", steps: int = 6, labels: bool = False) -> int:
+    def start(*flags: str, name: str = "run", steps: int = 6, labels: bool = False, objective: str = "mae") -> int:
         AcceleratorState._reset_state()
         flags = flags if labels else ("--data.label_column=none", *flags)
+        defaults, small = OBJECTIVES[objective]
         return train(
             set_up(
                 parse_run(
-                    DEFAULTS,
+                    defaults,
                     [
-                        *SMALL_RUN,
+                        *small,
                         f"--data.source={photo_folder}",
                         f"--output_dir={tmp_path / name}",
                         f"--steps={steps}",
@@ -109,9 +118,10 @@ def test_the_written_config_repeats_the_run(start: Callable[..., int], tmp_path:
         assert torch.equal(value, last_weights(tmp_path / "again")[name]), name
 
 
-def test_accumulation_is_one_big_batch(start: Callable[..., int], tmp_path: Path) -> None:
-    start("--encoder.drop_path_rate=0", name="whole")
-    start("--encoder.drop_path_rate=0", "--batch.per_device=2", name="cut")
+@pytest.mark.parametrize("objective", ["mae", "dino"])
+def test_accumulation_is_one_big_batch(start: Callable[..., int], tmp_path: Path, objective: str) -> None:
+    start("--encoder.drop_path_rate=0", name="whole", objective=objective)
+    start("--encoder.drop_path_rate=0", "--batch.per_device=2", name="cut", objective=objective)
     assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "cut"), rel=1e-4)
     for name, value in last_weights(tmp_path / "whole").items():
         torch.testing.assert_close(value, last_weights(tmp_path / "cut")[name], rtol=1e-3, atol=1e-4)
@@ -251,7 +261,59 @@ def test_wrong_settings_end_in_one_line_and_code_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["pretrain_mae.py", "--objective.mask_ratio=1.2"])
-    assert main(DEFAULTS) == 2
+    assert main(DEFAULTS, quickstart="quickstart_mae.yaml") == 2
     assert capsys.readouterr().err.splitlines() == [
         "error: objective.mask_ratio=1.2: must lie between 0 and 1, both excluded; the paper's is 0.75"
     ]
+
+
+@pytest.mark.parametrize("objective", ["dino", "dinov2"])
+def test_the_teacher_is_what_is_exported_and_drawn(
+    start: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], objective: str
+) -> None:
+    assert start(objective=objective) == 0
+    run, weights = tmp_path / "run", last_weights(tmp_path / "run")
+    for name, value in load_backbone(run).state_dict().items():
+        assert torch.equal(value, weights[f"teacher_encoder.{name}"]), name
+        assert name.endswith(("mask_token", "k_norm")) or value.shape == weights[f"encoder.{name}"].shape
+    assert (run / "attention.png").stat().st_size > 1000
+    record = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    signs = {"teacher_entropy", "kl", "feature_std", "rankme", "prototypes_used", "below_ln_k", "ema_momentum"}
+    assert signs <= set(record)
+    finished = (run / "backbone.safetensors").read_bytes()
+    assert export_run(run).read_bytes() == finished
+    text = capsys.readouterr().out
+    assert "auto       objective.num_prototypes 512: about one for 16 images" in text
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["objective"]["num_prototypes"] == 512
+    assert config["objective"]["ema_momentum"] == 0.9
+
+
+def test_what_auto_became_stays_when_the_run_goes_on(start: Callable[..., int], tmp_path: Path) -> None:
+    start(objective="dino")
+    start(objective="dino")
+    with pytest.raises(ValueError, match=r"objective.num_prototypes 512 -> 128"):
+        start("--objective.num_prototypes=128", objective="dino")
+    with pytest.raises(ValueError, match=r"steps 6 -> 12"):
+        start(objective="dino", steps=12)
+
+
+COLLAPSING = ("--objective.centering=none", "--objective.ema_momentum=0", "--objective.ema_momentum_end=0")
+
+
+def test_collapse_is_warned_of_once_and_stops_the_run_where_asked(
+    start: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = (*COLLAPSING, "--optim.base_lr=0.5", "--objective.freeze_last_layer=0")
+    assert start(*flags, steps=60, objective="dino", name="warned") == 0
+    assert capsys.readouterr().out.count("WARNING: collapse") == 1
+    assert start(*flags, "--on_collapse=stop", steps=60, objective="dino") == 3
+    text = capsys.readouterr().out
+    assert "WARNING: collapse at step" in text
+    assert "(on_collapse: stop), saved" in text
+    assert len(list_checkpoints(tmp_path / "run")) == 1
+
+
+def test_a_healthy_run_is_not_warned_of(start: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert start("--on_collapse=stop", steps=60, objective="dino") == 0
+    assert "WARNING" not in capsys.readouterr().out

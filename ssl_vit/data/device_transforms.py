@@ -1,19 +1,31 @@
-"""Transforms of whole batches on the training device, with parameters drawn per sample in the workers."""
+"""Transforms of whole batches on the training device, with parameters drawn per sample in the workers.
+
+Images are floats in [0, 1]. Parameters stay on the CPU, so that which images an operation touches is known there and
+no operation waits for the device.
+"""
+
+import itertools
 
 import torch
-from jaxtyping import Bool, Float, UInt8
+from einops import rearrange
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
+from torch.nn import functional as F
+
+# The 24 orders in which ColorJitter may apply brightness (0), contrast (1), saturation (2) and hue (3).
+JITTER_ORDERS = tuple(itertools.permutations(range(4)))
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow and torchvision weigh red, green and blue
 
 
-def flip_horizontally(images: UInt8[Tensor, "b c h w"], flip: Bool[Tensor, " b"]) -> UInt8[Tensor, "b c h w"]:
+def flip_horizontally(images: Num[Tensor, "b c h w"], flip: Bool[Tensor, " b"]) -> Num[Tensor, "b c h w"]:
     """Mirror the images where `flip` is True."""
     return torch.where(flip[:, None, None, None], images.flip(-1), images)
 
 
 def normalize(
-    images: UInt8[Tensor, "b c h w"], mean: tuple[float, ...], std: tuple[float, ...]
+    images: Num[Tensor, "b c h w"], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Float[Tensor, "b c h w"]:
-    """Scale uint8 images to [0, 1], then to (x - mean) / std per channel.
+    """Scale to (x - mean) / std per channel; uint8 images are scaled to [0, 1] first.
 
     Raises:
         ValueError: mean and std do not have one value a channel.
@@ -25,4 +37,132 @@ def normalize(
         )
     shift = torch.tensor(mean, device=images.device).reshape(-1, 1, 1)
     scale = torch.tensor(std, device=images.device).reshape(-1, 1, 1)
-    return (images.float() / 255 - shift) / scale
+    return (to_unit(images) - shift) / scale
+
+
+def to_unit(images: Num[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """uint8 pixels as floats in [0, 1]; floats as they are."""
+    return images if images.is_floating_point() else images.float() / 255
+
+
+def color_jitter(
+    images: Float[Tensor, "b c h w"],
+    factors: Float[Tensor, "b 4"],
+    orders: Int[Tensor, " b"],
+) -> Float[Tensor, "b c h w"]:
+    """Brightness, contrast, saturation and hue by each image's own factors, in its own order. It is
+    what torchvision's ColorJitter does, image by image.
+
+    Images of other than three channels have no saturation and no hue: those two are skipped.
+
+    Args:
+        factors: on the CPU; 1 leaves brightness, contrast and saturation as they are; the hue's is 0, in turns.
+        orders: on the CPU; index into JITTER_ORDERS.
+    """
+    images = images.clone()
+    order = torch.tensor(JITTER_ORDERS)[orders]  # [b 4]: the operation of each round
+    neutral = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    wanted = factors != neutral
+    if images.shape[1] != 3:
+        wanted[:, 2:] = False
+    for position in range(4):
+        for operation in range(4):
+            rows = ((order[:, position] == operation) & wanted[:, operation]).nonzero().flatten()
+            if not len(rows):
+                continue
+            chosen, index = _take(images, rows)
+            factor = factors[rows, operation].to(images.device)[:, None, None, None]
+            if operation == 0:
+                changed = (chosen * factor).clamp_(0, 1)
+            elif operation == 1:
+                mean = luma(chosen).mean(dim=(-2, -1), keepdim=True)
+                changed = torch.lerp(mean.expand_as(chosen), chosen, factor).clamp_(0, 1)
+            elif operation == 2:
+                changed = torch.lerp(luma(chosen).expand_as(chosen), chosen, factor).clamp_(0, 1)
+            else:
+                changed = shift_hue(chosen, factor[:, 0])
+            images = _put(images, index, changed)
+    return images
+
+
+def to_grey(images: Float[Tensor, "b c h w"], rows: Bool[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
+    """Replace the colours of the images where `rows` (on the CPU) is True by their luma; three channels only."""
+    if images.shape[1] != 3 or not rows.any():
+        return images
+    chosen, index = _take(images, rows.nonzero().flatten())
+    return _put(images, index, luma(chosen).expand_as(chosen))
+
+
+def solarize(images: Float[Tensor, "b c h w"], rows: Bool[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
+    """Invert the pixels at or above one half in the images where `rows` (on the CPU) is True."""
+    if not rows.any():
+        return images
+    chosen, index = _take(images, rows.nonzero().flatten())
+    return _put(images, index, torch.where(chosen >= 128 / 255, 1 - chosen, chosen))
+
+
+def gaussian_blur(
+    images: Float[Tensor, "b c h w"], sigmas: Float[Tensor, " b"], radius: int
+) -> Float[Tensor, "b c h w"]:
+    """Blur each image with its own deviation, borders repeated.
+
+    Args:
+        sigmas: deviations in pixels, on the CPU; 0 = not at all.
+        radius: where the kernels are cut off, in pixels; three times the largest deviation loses nothing.
+    """
+    rows = (sigmas > 0).nonzero().flatten()
+    if not len(rows):
+        return images
+    chosen, index = _take(images, rows)
+    sigma = sigmas[rows]
+    taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma[:, None]) ** 2)
+    taps = (taps / taps.sum(dim=1, keepdim=True)).to(chosen)
+    channels, width = chosen.shape[1], chosen.shape[-1]
+    kernels = taps.repeat_interleave(channels, dim=0)[:, None]  # one for each channel of each image
+    planes = rearrange(chosen, "b c h w -> 1 (b c) h w")
+    groups = planes.shape[1]
+    planes = F.conv2d(F.pad(planes, (0, 0, radius, radius), mode="replicate"), kernels[..., None], groups=groups)
+    planes = F.conv2d(F.pad(planes, (radius, radius, 0, 0), mode="replicate"), kernels[:, :, None], groups=groups)
+    return _put(images, index, rearrange(planes, "1 (b c) h w -> b c h w", c=channels, w=width))
+
+
+def luma(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h w"]:
+    """Brightness of each pixel: ITU-R BT.601 for three channels, else the mean of the channels."""
+    if images.shape[1] != 3:
+        return images.mean(dim=1, keepdim=True)
+    red, green, blue = images.unbind(dim=1)
+    return (_LUMA[0] * red).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])[:, None]
+
+
+def shift_hue(images: Float[Tensor, "b 3 h w"], turns: Float[Tensor, "b 1 1"]) -> Float[Tensor, "b 3 h w"]:
+    """Turn the hue by a share of the colour wheel; saturation and value (of HSV) stay.
+
+    In HSV a channel is V - V S max(0, min(k, 4 - k, 1)) with k = (n + 6 H) mod 6 and n = 5, 3, 1 for red, green, blue.
+    """
+    red, green, blue = images.unbind(dim=1)
+    value, chroma = images.amax(dim=1), images.amax(dim=1) - images.amin(dim=1)
+    divisor = chroma.clamp_min(1e-12)
+    # 6 H by which channel is the largest; where they are equal chroma is 0 and the hue does not matter.
+    hue = torch.where(
+        red == value,
+        (green - blue) / divisor,
+        torch.where(green == value, (blue - red) / divisor + 2, (red - green) / divisor + 4),
+    ).add_(6 * turns)
+    changed = torch.empty_like(images)
+    for channel, offset in enumerate((5, 3, 1)):
+        k = (hue + offset).remainder_(6)
+        weight = torch.minimum(k, 4 - k).clamp_(0, 1)
+        torch.sub(value, chroma * weight, out=changed[:, channel])
+    return changed
+
+
+def _take(images: Tensor, rows: Int[Tensor, " r"]) -> tuple[Tensor, Int[Tensor, " r"] | None]:
+    """The chosen images and their index on the device; None where all are chosen."""
+    if len(rows) == len(images):
+        return images, None
+    index = rows.to(images.device, non_blocking=True)
+    return images[index], index
+
+
+def _put(images: Tensor, index: Int[Tensor, " r"] | None, changed: Tensor) -> Tensor:
+    return changed if index is None else images.index_copy(0, index, changed)

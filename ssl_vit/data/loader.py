@@ -89,4 +89,4 @@ def build_loader(
         worker_init_fn=_leave_signals_to_the_main_process,
     )
     for batch in loader:
-        yield transform.on_device({name: value.to(device, non_blocking=True) for name, value in batch.items()})
+        yield transform.on_device(batch, device)

@@ -41,23 +41,18 @@ def export_backbone(
     tensors = {name: value.detach().cpu().contiguous() for name, value in encoder.vit.state_dict().items()}
     config = encoder.config
     pooling = "token" if encoder.has_cls_token else "avg"
-    overrides = {
-        name: getattr(config, name)
-        for name in ("embed_dim", "depth", "num_heads", "mlp_ratio")
-        if getattr(config, name) is not None
-    }
     described = {
         "architecture": config.arch.split(".")[0],
         "num_classes": 0,
         "num_features": encoder.embed_dim,
         "global_pool": pooling,
         "model_args": {
+            **config.timm_overrides,
             "img_size": list(encoder.image_size),
             "patch_size": encoder.patch_size[0] if len(set(encoder.patch_size)) == 1 else list(encoder.patch_size),
             "in_chans": encoder.in_chans,
             "fc_norm": False,
             "dynamic_img_size": True,
-            **overrides,
         },
         "pretrained_cfg": {
             "input_size": [encoder.in_chans, *encoder.image_size],

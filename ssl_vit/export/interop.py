@@ -1,15 +1,23 @@
 """Reference checkpoints in: the official layouts of the papers' code."""
 
 import argparse
+import math
 import pickle
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from safetensors import safe_open
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
 from ssl_vit.export.backbone import load_strictly
+from ssl_vit.models.encoder import Encoder
+from ssl_vit.objectives.dino import DINO
+from ssl_vit.objectives.dinov2 import DINOv2
 from ssl_vit.objectives.mae import MAE
 from ssl_vit.objectives.objective import Objective
 
@@ -17,20 +25,46 @@ from ssl_vit.objectives.objective import Objective
 def load_reference(objective: Objective, path: str | Path) -> None:
     """Fill an objective from an official pre-training checkpoint, or from a safetensors copy of one.
 
-    Takes MAE's layout (`{"model": state_dict}` or `model.*` keys). Nothing is unpickled but tensors.
+    Takes the layouts of MAE (`model`), DINO (`student`, `teacher`, `dino_loss`) and DINOv2 (`model` with `student.*`
+    and `teacher.*`, or its teacher alone, which is what its training leaves: student and teacher both start from it).
+    Position tables are resized to the encoder's. Nothing is unpickled but tensors.
 
     Raises:
-        ValueError: the file does not have exactly the objective's parameters, an encoder without its decoder included.
+        ValueError: the file does not have exactly the objective's parameters, an encoder without its head included.
     """
     path = Path(path)
-    if not isinstance(objective, MAE):
+    if type(objective) not in _READERS:
         raise ValueError(f"load_reference knows no official layout for {type(objective).__name__}")
-    tensors = {_mae_name(name): value for name, value in read_reference(path).items()}
+    tensors = _READERS[type(objective)](objective, read_reference(path))
+    for name, value in tensors.items():
+        if name.endswith("vit.pos_embed"):
+            tensors[name] = fit_positions(objective.encoder, value, path)
     load_strictly(objective, tensors, path)
 
 
+def fit_positions(encoder: Encoder, table: Float[Tensor, "1 n d"], path: Path) -> Float[Tensor, "1 m d"]:
+    """A position table of another image size, resized (bicubic, antialiased) to the encoder's grid.
+
+    Raises:
+        ValueError: the table is of no square grid, so what it was made for is not known.
+    """
+    vit: Any = encoder.get_submodule("vit")
+    prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+    if table.shape[1] == encoder.num_patches + prefix:
+        return table
+    side = math.isqrt(table.shape[1] - prefix)
+    if side * side != table.shape[1] - prefix:
+        raise ValueError(f"{path}: pos_embed {tuple(table.shape)}: is of no square grid and cannot be resized")
+    return resample_abs_pos_embed(
+        table, new_size=list(encoder.grid_size), old_size=[side, side], num_prefix_tokens=prefix
+    )
+
+
 def read_reference(path: Path) -> dict[str, Tensor]:
-    """The tensors of an official checkpoint, without their "model." prefix."""
+    """The tensors of an official checkpoint by dotted name, without a leading "model.".
+
+    Settings, step counters and the optimizer's state, which official files also hold, are left out.
+    """
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
@@ -42,9 +76,84 @@ def read_reference(path: Path) -> dict[str, Tensor]:
             content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: holds more than tensors, and is not unpickled since that can run code") from error
-    return content.get("model", content)
+    return dict(_flatten(content.get("model", content)))
 
 
-def _mae_name(name: str) -> str:
-    decoder = name.startswith("decoder_") or name == "mask_token"
-    return name if decoder else f"encoder.vit.{name}"
+def _flatten(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    for name, value in content.items():
+        if isinstance(value, Tensor):
+            yield prefix + name, value
+        elif isinstance(value, dict) and name != "optimizer":
+            yield from _flatten(value, f"{prefix}{name}.")
+
+
+def _read_mae(objective: Objective, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    def rename(name: str) -> str:
+        decoder = name.startswith("decoder_") or name == "mask_token"
+        return name if decoder else f"encoder.vit.{name}"
+
+    return {rename(name): value for name, value in found.items()}
+
+
+def _read_dino(objective: Objective, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    parts = {
+        "student.backbone.": "encoder.vit.",
+        "student.head.": "head.",
+        "teacher.backbone.": "teacher_encoder.vit.",
+        "teacher.head.": "teacher_head.",
+    }
+    tensors = {
+        _swap_prefix(name.replace(".module.", "."), parts): value
+        for name, value in found.items()
+        if name.startswith(("student.", "teacher."))
+    }
+    center = found.get("dino_loss.center", found.get("center"))
+    return tensors if center is None else {**tensors, "center": center}
+
+
+def _read_dinov2(objective: Objective, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    if not any(name.startswith("student.") for name in found):
+        found |= {name.replace("teacher.", "student.", 1): value for name, value in found.items()}
+    parts = {}
+    for role, prefix in (("student", ""), ("teacher", "teacher_")):
+        parts |= {
+            f"{role}.backbone.": f"{prefix}encoder.vit.",
+            f"{role}.dino_head.": f"{prefix}head.",
+            f"{role}.ibot_head.": f"{prefix}patch_head.",
+        }
+    tensors: dict[str, Tensor] = {}
+    for name, value in found.items():
+        name = re.sub(r"blocks\.\d+\.(\d+\.)", r"blocks.\1", _swap_prefix(name, parts))  # chunks of blocks
+        name = name.replace(".register_tokens", ".reg_token")
+        name = name.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")  # timm's names for SwiGLU
+        tensors[name] = value
+    own = objective.state_dict()
+    for role in ("encoder.vit.", "teacher_encoder.vit."):
+        token = tensors.pop(f"{role}mask_token", None)
+        if role == "encoder.vit." and token is not None and "mask_token" in own:
+            tensors["mask_token"] = token[0]
+        if f"{role}reg_token" in tensors:
+            # timm's architectures with registers give the class token no position of its own: it is added beforehand.
+            positions = tensors[f"{role}pos_embed"]
+            tensors[f"{role}cls_token"] = tensors[f"{role}cls_token"] + positions[:, :1]
+            tensors[f"{role}pos_embed"] = positions[:, 1:]
+    # Centres are part of the losses there; Sinkhorn-Knopp has none.
+    for name, key in (("center", "dino_loss.center"), ("patch_center", "ibot_patch_loss.center")):
+        center = tensors.pop(key, own.get(name))
+        if center is not None and name in own:
+            tensors[name] = center.reshape(own[name].shape)
+    return tensors
+
+
+def _swap_prefix(name: str, prefixes: dict[str, str]) -> str:
+    for old, new in prefixes.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+_READERS: dict[type, Callable[[Objective, dict[str, Tensor]], dict[str, Tensor]]] = {
+    MAE: _read_mae,
+    DINO: _read_dino,
+    DINOv2: _read_dinov2,
+}

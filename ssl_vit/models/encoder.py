@@ -30,6 +30,7 @@ class Encoder(nn.Module):
     has_cls_token: bool
     supports_keep: bool  # can drop tokens before the first block (MAE, I-JEPA)
     supports_mask: bool  # can replace patch embeddings with a mask token (SimMIM, iBOT)
+    num_layers: int  # blocks
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -39,6 +40,10 @@ class Encoder(nn.Module):
     @property
     def num_patches(self) -> int:
         return self.grid_size[0] * self.grid_size[1]
+
+    def layer_of(self, name: str) -> int:
+        """How deep a parameter lies: 0 for embeddings, 1 to `num_layers` for the blocks, one more for what follows."""
+        raise NotImplementedError
 
     def forward(
         self,

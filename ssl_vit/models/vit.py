@@ -8,6 +8,7 @@ import timm
 import torch
 from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
+from timm.layers.drop import DropPath
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -29,7 +30,9 @@ class ViTConfig:
     in_chans: int = 3
     """Channels of the images."""
     drop_path_rate: float = 0.0
-    """Stochastic depth: the rate of the last block, growing linearly from 0 at the first."""
+    """Stochastic depth: the rate of the last block."""
+    drop_path_schedule: Literal["linear", "uniform"] = "linear"
+    """Rate of the other blocks: growing linearly from 0 at the first, or the same in all (DINOv2)."""
     pos_embed: Literal["learned", "sincos"] = "learned"
     """Position table: learned, or the fixed 2-D sine-cosine table of MAE."""
     embed_dim: int | None = None
@@ -40,6 +43,8 @@ class ViTConfig:
     """Attention heads of a block."""
     mlp_ratio: float | None = None
     """Width of the MLP's hidden layer over the width of the tokens."""
+    layer_scale: float | None = None
+    """Initial factor of each residual branch (LayerScale); DINOv2's is 1e-5."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size"):
@@ -52,8 +57,9 @@ class ViTConfig:
                 raise ValueError(f"{name}={value!r}: must be at least 1")
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate={self.drop_path_rate!r}: must lie in [0, 1)")
-        if self.mlp_ratio is not None and self.mlp_ratio <= 0:
-            raise ValueError(f"mlp_ratio={self.mlp_ratio!r}: must be above 0")
+        for name in ("mlp_ratio", "layer_scale"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be above 0")
 
     @classmethod
     def from_plain(cls, values: dict[str, Any]) -> "ViTConfig":
@@ -70,19 +76,24 @@ class ViTConfig:
         }
         return cls(**plain)
 
+    @property
+    def timm_overrides(self) -> dict[str, Any]:
+        """Arguments of `timm.create_model` for those settings that differ from the architecture's own."""
+        names = {"layer_scale": "init_values"}
+        settings = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "layer_scale")
+        return {names.get(name, name): getattr(self, name) for name in settings if getattr(self, name) is not None}
+
     def build(self) -> "ViT":
         """Build the encoder with fresh weights.
 
         Raises:
             ValueError: an architecture that timm does not have or that is no plain ViT, sizes that do not fit.
         """
-        overrides = {
-            name: getattr(self, name)
-            for name in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
-            if getattr(self, name) is not None
-        }
         _check_widths(self)
-        vit = _create(self.arch, _pair(self.image_size), self.in_chans, self.drop_path_rate, overrides)
+        vit = _create(self.arch, _pair(self.image_size), self.in_chans, self.drop_path_rate, self.timm_overrides)
+        if self.drop_path_schedule == "uniform" and self.drop_path_rate:
+            for block in vit.blocks:
+                block.drop_path1, block.drop_path2 = DropPath(self.drop_path_rate), DropPath(self.drop_path_rate)
         return ViT(vit, config=self)
 
 
@@ -101,6 +112,7 @@ class ViT(Encoder):
         self.image_size = _pair(config.image_size)
         self.patch_size = vit.patch_embed.patch_size
         self.has_cls_token = vit.has_class_token
+        self.num_layers = len(vit.blocks)
         self._check_size(*self.image_size)
         if config.pos_embed == "sincos":
             self._fix_positions()
@@ -124,6 +136,13 @@ class ViT(Encoder):
                     f"image_size={(height, width)}: the {axis} {size} is not divisible by the patch size {patch}; "
                     f"the nearest that are: {below} and {above}"
                 )
+
+    def layer_of(self, name: str) -> int:
+        name = name.removeprefix("vit.")
+        if name.startswith("blocks."):
+            return int(name.split(".")[1]) + 1
+        embeds = name.startswith(("patch_embed.", "pos_embed", "cls_token", "reg_token", "norm_pre."))
+        return 0 if embeds else self.num_layers + 1
 
     def forward(
         self,

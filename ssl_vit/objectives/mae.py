@@ -19,7 +19,7 @@ from ssl_vit.data.masking import draw_keep, num_kept
 from ssl_vit.data.transforms import random_resized_crop
 from ssl_vit.models.encoder import Encoder, Features
 from ssl_vit.models.positions import sincos_positions
-from ssl_vit.objectives.objective import Objective
+from ssl_vit.objectives.objective import Objective, Resolved, RunSize
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,10 @@ class MAEConfig:
         if not 0 <= self.flip_prob <= 1:
             raise ValueError(f"flip_prob={self.flip_prob!r}: must lie in [0, 1]")
 
+    def resolve(self, size: RunSize) -> dict[str, Resolved]:
+        """Nothing of MAE follows from the data."""
+        return {}
+
     def build(self, encoder: Encoder) -> "MAE":
         """Put the objective around an encoder, whose weights are re-initialised as in the paper's code.
 
@@ -105,7 +109,8 @@ class MAETransform:
             "keep": draw_keep(self.num_patches, self.config.mask_ratio, rng),
         }
 
-    def on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def on_device(self, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         images = flip_horizontally(batch["images"], batch["flip"])
         return {"images": normalize(images, self.mean, self.std), "keep": batch["keep"]}
 
@@ -116,6 +121,7 @@ class MAE(Objective):
     The encoder sees visible patches only; the mask token, the decoder and its positions belong to the objective.
     """
 
+    picture_file = "reconstructions.png"
     decoder_pos_embed: Tensor
 
     def __init__(self, config: MAEConfig, encoder: Encoder) -> None:

@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
@@ -30,12 +31,37 @@ class Transform(Protocol):
     """What an objective does to images, in two places.
 
     Calling it turns one decoded image into one sample (uint8, in a loader worker), drawing everything random from
-    the sample's own generator. `on_device` turns a collated batch into the objective's batch on the training device.
+    the sample's own generator. `on_device` turns a collated batch, still on the CPU, into the objective's batch on the
+    training device.
     """
 
     def __call__(self, image: UInt8[Tensor, "c h w"], rng: np.random.Generator) -> dict[str, Tensor]: ...
 
-    def on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]: ...
+    def on_device(self, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class RunSize:
+    """What settings of `auto` follow from."""
+
+    num_samples: int
+    """Images of the source."""
+    batch_size: int
+    """Images of an optimizer step, over all processes."""
+    num_steps: int
+    """Optimizer steps of the whole run."""
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the data."""
+        return self.num_steps * self.batch_size / self.num_samples
+
+
+class Resolved(NamedTuple):
+    """A setting of `auto` in numbers, and why it is so."""
+
+    value: float
+    reason: str
 
 
 @runtime_checkable
@@ -43,6 +69,10 @@ class ObjectiveConfig(Protocol):
     """Settings of an objective; its class builds the objective and its transform."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def resolve(self, size: RunSize) -> dict[str, Resolved]:
+        """Values for those settings that are `auto`, by name."""
+        ...
 
     def build(self, encoder: Encoder) -> "Objective": ...
 
@@ -59,6 +89,7 @@ class Objective(nn.Module):
     """An encoder with all that its training needs: heads, decoder, teacher, centre and loss."""
 
     encoder: Encoder  # the one that receives gradients
+    picture_file = "picture.png"  # what `draw` writes
 
     def forward(self, batch: Mapping[str, Tensor], progress: float) -> dict[str, Tensor]:
         """Losses of a batch, a deterministic function of (parameters, batch, progress).
@@ -70,6 +101,14 @@ class Objective(nn.Module):
 
     def after_step(self, progress: float) -> None:
         """Called once after every real optimizer step: EMA, centre. Nothing by default."""
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Scalars that are too costly for every step; called on every process at log steps, after `forward`."""
+        return {}
+
+    def diagnose(self, values: Mapping[str, float]) -> str | None:
+        """What is wrong and what to change, by the averages of a log interval; None if all is well."""
+        return None
 
     def backbone(self) -> Encoder:
         """The encoder that is evaluated and exported."""

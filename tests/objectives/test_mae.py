@@ -165,7 +165,7 @@ def test_transform_draws_crop_flip_and_mask_from_the_samples_generator() -> None
     assert len(first["keep"]) == 20  # int() would truncate 19.999
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["keep"], other["keep"])
-    batch = transform.on_device({name: torch.stack([first[name], other[name]]) for name in first})
+    batch = transform.on_device({name: torch.stack([first[name], other[name]]) for name in first}, torch.device("cpu"))
     mirrored = first["images"].flip(-1) if first["flip"] else first["images"]
     torch.testing.assert_close(batch["images"][0], (mirrored / 255 - 0.5) / 0.25)
 

@@ -1,0 +1,41 @@
+"""Pre-train a Vision Transformer with DINO; without any setting, the quickstart runs.
+
+    accelerate launch scripts/pretrain_dino.py --data.source FOLDER --output_dir runs/NAME
+
+`--help` lists all settings; configs/ holds files for `--config`.
+"""
+
+import sys
+
+from ssl_vit.config import BatchConfig, RunConfig
+from ssl_vit.models.vit import ViTConfig
+from ssl_vit.objectives.dino import DINOConfig
+from ssl_vit.optim import OptimConfig
+from ssl_vit.train import main
+
+# The paper's setting for ViT-S/16, but for what follows from your data: `auto`.
+DEFAULTS = RunConfig(
+    objective=DINOConfig(
+        num_prototypes="auto",
+        teacher_temp="auto",
+        teacher_temp_warmup="auto",
+        ema_momentum="auto",
+        freeze_last_layer="auto",
+    ),
+    epochs=100,
+    encoder=ViTConfig(arch="vit_small_patch16_224", drop_path_rate=0.1),
+    optim=OptimConfig(
+        base_lr=5e-4,
+        min_lr=1e-6,
+        warmup="auto",
+        weight_decay=0.04,
+        weight_decay_end=0.4,
+        betas=(0.9, 0.999),
+        clip_grad=3.0,
+        clip_over="parameter",
+    ),
+    batch=BatchConfig(size=512),
+)
+
+if __name__ == "__main__":
+    sys.exit(main(DEFAULTS, quickstart="quickstart_dino.yaml"))

@@ -1,0 +1,42 @@
+"""Pre-train a Vision Transformer with DINOv2; without any setting, the quickstart runs.
+
+    accelerate launch scripts/pretrain_dinov2.py --data.source FOLDER --output_dir runs/NAME
+
+`--help` lists all settings; configs/ holds files for `--config`.
+"""
+
+import sys
+
+from ssl_vit.config import BatchConfig, RunConfig
+from ssl_vit.models.vit import ViTConfig
+from ssl_vit.objectives.dinov2 import DINOv2Config
+from ssl_vit.optim import OptimConfig
+from ssl_vit.train import main
+
+# The setting of the paper's code for ImageNet-1k, on ViT-S/16, but for what follows from your data: `auto`.
+DEFAULTS = RunConfig(
+    objective=DINOv2Config(
+        num_prototypes="auto",
+        teacher_temp="auto",
+        teacher_temp_warmup="auto",
+        ema_momentum="auto",
+        freeze_last_layer="auto",
+    ),
+    epochs=100,
+    encoder=ViTConfig(arch="vit_small_patch16_224", drop_path_rate=0.1, drop_path_schedule="uniform", layer_scale=1e-5),
+    optim=OptimConfig(
+        base_lr=4e-3,
+        lr_scaling="sqrt",
+        min_lr=1e-6,
+        warmup="auto",
+        weight_decay=0.04,
+        weight_decay_end=0.4,
+        betas=(0.9, 0.999),
+        clip_grad=3.0,
+        clip_over="module",
+    ),
+    batch=BatchConfig(size=512),
+)
+
+if __name__ == "__main__":
+    sys.exit(main(DEFAULTS, quickstart="quickstart_dinov2.yaml"))

@@ -1,0 +1,356 @@
+"""DINO: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021 (arXiv:2104.14294)."""
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from ssl_vit.data.multicrop import MultiCropConfig
+from ssl_vit.distributed import mean_over_processes, sum_over_processes
+from ssl_vit.ema import update_ema
+from ssl_vit.models.encoder import Encoder, Features
+from ssl_vit.objectives.collapse import PrototypeUse, diagnose, feature_std, rankme
+from ssl_vit.objectives.heads import DINOHead
+from ssl_vit.objectives.objective import Objective, ParamGroup, Resolved, RunSize
+from ssl_vit.objectives.recipes import resolve_distillation
+from ssl_vit.schedules import cosine, warmup_linear
+
+Auto = Literal["auto"]
+
+
+@dataclass(frozen=True)
+class DINOConfig(MultiCropConfig):
+    """Settings of DINO; the defaults are the paper's for ViT-S/16 and 100 epochs of ImageNet-1k.
+
+    Settings that may be `auto` follow from the number of images, the batch and the length of the run.
+    """
+
+    num_prototypes: int | Auto = 65536
+    """Prototypes, the dimensions of the output (K), or auto."""
+    hidden_dim: int = 2048
+    """Width of the head's hidden layers."""
+    bottleneck_dim: int = 256
+    """Width of the head's last layer before the prototypes."""
+    norm_last_layer: bool = True
+    """Keep the prototypes' norms at 1: steadier. The paper lets them learn for ViT-S only."""
+    student_temp: float = 0.1
+    """Temperature of the student's softmax."""
+    teacher_temp: float | Auto = 0.04
+    """Temperature of the teacher's softmax after its warm-up, or auto: lower is sharper, above .07 is unstable."""
+    warmup_teacher_temp: float = 0.04
+    """Temperature of the teacher's softmax at the start."""
+    teacher_temp_warmup: float | Auto = 0.3
+    """Share of the run over which the teacher's temperature goes from the one to the other, or auto."""
+    centering: Literal["center", "sinkhorn", "none"] = "center"
+    """What keeps the teacher from one answer for all: a moving centre (DINO), Sinkhorn-Knopp (DINOv2), or nothing."""
+    center_momentum: float = 0.9
+    """Share of the old centre that a step keeps."""
+    ema_momentum: float | Auto = 0.996
+    """Share of the old teacher that a step keeps, at the start, or auto."""
+    ema_momentum_end: float = 1.0
+    """The same at the end, approached along a cosine."""
+    freeze_last_layer: float | Auto = 0.01
+    """Share of the run in which the prototypes do not learn, or auto: 1 of 100 epochs is .01."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, low, high in (
+            ("num_prototypes", 2, None),
+            ("hidden_dim", 1, None),
+            ("bottleneck_dim", 1, None),
+            ("center_momentum", 0, 1),
+            ("ema_momentum", 0, 1),
+            ("ema_momentum_end", 0, 1),
+            ("freeze_last_layer", 0, 1),
+            ("teacher_temp_warmup", 0, 1),
+        ):
+            value = getattr(self, name)
+            if value == "auto":
+                continue
+            if value < low or (high is not None and value > high):
+                allowed = f"must be at least {low}" if high is None else f"must lie in [{low}, {high}]"
+                raise ValueError(f"{name}={value!r}: {allowed}")
+        for name in ("student_temp", "teacher_temp", "warmup_teacher_temp"):
+            value = getattr(self, name)
+            if value != "auto" and not value > 0:
+                raise ValueError(f"{name}={value!r}: must be above 0")
+
+    def resolve(self, size: RunSize) -> dict[str, Resolved]:
+        """Values for those settings that are `auto`, by name, each with its reason."""
+        found = resolve_distillation(size, warmup_teacher_temp=self.warmup_teacher_temp)
+        return {name: value for name, value in found.items() if getattr(self, name, None) == "auto"}
+
+    def check_resolved(self) -> None:
+        """Refuse to be built while a setting is still `auto`."""
+        for item in fields(self):
+            if getattr(self, item.name) == "auto":
+                raise ValueError(
+                    f"{item.name}='auto': follows from the data and the length of a run; use resolve() or give a number"
+                )
+
+    def build(self, encoder: Encoder) -> "DINO":
+        """Put the objective around an encoder; the teacher starts as its copy.
+
+        Raises:
+            ValueError: a setting is still `auto`.
+        """
+        self.check_resolved()
+        return DINO(self, encoder)
+
+
+class DINO(Objective):
+    """A student that agrees, on all crops, with what a slower copy of itself makes of the global ones."""
+
+    picture_file = "attention.png"
+    center: Tensor
+
+    def __init__(self, config: DINOConfig, encoder: Encoder) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = encoder
+        self.head = self._build_head(encoder.embed_dim)
+        self.teacher_encoder = freeze(copy.deepcopy(encoder))
+        self.teacher_head = freeze(copy.deepcopy(self.head))
+        self.register_buffer("center", torch.zeros(1, self.num_prototypes))
+        self._teacher_sums = RunningMean()
+        self._prototype_use = PrototypeUse()
+        self._teacher_cls: Tensor | None = None
+
+    @property
+    def num_prototypes(self) -> int:
+        return int(self.config.num_prototypes)
+
+    def _build_head(self, embed_dim: int) -> DINOHead:
+        config = self.config
+        return DINOHead(
+            embed_dim,
+            num_prototypes=self.num_prototypes,
+            hidden_dim=config.hidden_dim,
+            bottleneck_dim=config.bottleneck_dim,
+            norm_last_layer=config.norm_last_layer,
+        )
+
+    def train(self, mode: bool = True) -> "DINO":
+        """As of any module, but the teacher always stays in eval mode, without drop path."""
+        super().train(mode)
+        for name, module in self.named_children():
+            if name.startswith("teacher_"):
+                module.eval()
+        return self
+
+    def forward(self, batch: Mapping[str, Tensor], progress: float) -> dict[str, Tensor]:
+        temp = self.teacher_temp(progress)
+        with torch.no_grad():
+            teacher = self.encode(self.teacher_encoder, batch["global_crops"])
+            teacher_logits = self.teacher_head(teacher.cls)
+            teacher_probs = self.center_probs(teacher_logits, self.center, temp)
+            self._teacher_sums.add(rearrange(teacher_logits, "v b k -> (v b) k"), progress)
+        student_cls = torch.cat([self.encode(self.encoder, crops).cls for crops in by_size(batch)])
+        loss = dino_loss(self.head(student_cls), teacher_probs, self.config.student_temp)
+        return {
+            "loss": loss,
+            **self.observe(loss, teacher.cls, teacher_probs),
+            **self._schedules(progress, loss.device),
+        }
+
+    def encode(self, encoder: Encoder, crops: Float[Tensor, "b v c h w"], **kwargs: Tensor) -> Features:
+        """Features of all crops of one size in one call, views first: cls [v b d], patches [v b n d]."""
+        cls, patches = encoder(rearrange(crops, "b v c h w -> (v b) c h w"), **kwargs)
+        views = crops.shape[1]
+        return Features(
+            rearrange(cls, "(v b) d -> v b d", v=views), rearrange(patches, "(v b) n d -> v b n d", v=views)
+        )
+
+    def center_probs(
+        self, logits: Float[Tensor, "*v b k"], center: Float[Tensor, "1 k"], temp: float
+    ) -> Float[Tensor, "*v b k"]:
+        """The teacher's probabilities, centred as `centering` says; Sinkhorn-Knopp view by view."""
+        if self.config.centering == "sinkhorn":
+            from ssl_vit.objectives.dinov2 import sinkhorn_knopp  # which builds on this module
+
+            return torch.stack([sinkhorn_knopp(view, temp) for view in logits])
+        return ((logits.float() - center) / temp).softmax(dim=-1)
+
+    def teacher_temp(self, progress: float) -> float:
+        """Temperature of the teacher at this point of the run."""
+        config = self.config
+        start, end = config.warmup_teacher_temp, float(config.teacher_temp)
+        return warmup_linear(progress, float(config.teacher_temp_warmup), start, end)
+
+    def ema_momentum(self, progress: float) -> float:
+        """Share of the old teacher that a step keeps at this point of the run."""
+        return cosine(progress, float(self.config.ema_momentum), self.config.ema_momentum_end)
+
+    def after_step(self, progress: float) -> None:
+        momentum = self.ema_momentum(progress)
+        update_ema(self.teacher_encoder, self.encoder, momentum)
+        update_ema(self.teacher_head, self.head, momentum)
+        if self.config.centering == "center":
+            self._teacher_sums.move(self.center, self.config.center_momentum)
+
+    def observe(
+        self, loss: Tensor, teacher_cls: Float[Tensor, "v b d"], teacher_probs: Float[Tensor, "v b k"]
+    ) -> dict[str, Tensor]:
+        """Signs of collapse that cost little, in nats, and what `diagnostics` will need."""
+        with torch.no_grad():
+            entropy = torch.special.entr(teacher_probs).sum(dim=-1).mean()
+            self._prototype_use.note(rearrange(teacher_probs, "v b k -> (v b) k"))
+            self._teacher_cls = teacher_cls.detach()
+            return {
+                "teacher_entropy": entropy,
+                "kl": loss.detach() - entropy,
+                "below_ln_k": float(np.log(self.num_prototypes)) - loss.detach(),
+            }
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        assert self._teacher_cls is not None, "forward comes first"
+        views = self._teacher_cls
+        # Of one view: a second view of the same images would only repeat them.
+        return {
+            "feature_std": mean_over_processes(torch.stack([feature_std(view) for view in views]).mean()),
+            "rankme": mean_over_processes(rankme(views[0])),
+            "prototypes_used": self._prototype_use.read(),
+        }
+
+    def diagnose(self, values: Mapping[str, float]) -> str | None:
+        return diagnose(values, self.num_prototypes)
+
+    def backbone(self) -> Encoder:
+        return self.teacher_encoder
+
+    def param_groups(self) -> list[ParamGroup]:
+        """The usual groups, with the last layers apart: they wait until `freeze_last_layer`."""
+        groups: list[ParamGroup] = []
+        for group in super().param_groups():
+            for is_last, until in ((False, 0.0), (True, float(self.config.freeze_last_layer))):
+                params = [item for item in group.params if ("last_layer." in item[0]) == is_last]
+                if params:
+                    groups.append(dataclasses.replace(group, params=params, freeze_until=until))
+        return groups
+
+    def draw(
+        self,
+        images: Float[Tensor, "b c h w"],
+        path: Path,
+        *,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        rng: np.random.Generator,
+    ) -> bool:
+        from ssl_vit.visualize.attention import cls_attention, draw_attention  # matplotlib takes a second to import
+
+        if not self.teacher_encoder.has_cls_token:
+            return False
+        attention = cls_attention(self.teacher_encoder, images)
+        draw_attention(images.cpu(), attention.float().cpu(), mean=mean, std=std, path=path)
+        return True
+
+    def _schedules(self, progress: float, device: torch.device) -> dict[str, Tensor]:
+        values = {"teacher_temp": self.teacher_temp(progress), "ema_momentum": self.ema_momentum(progress)}
+        return {name: torch.full((), value, device=device) for name, value in values.items()}
+
+
+def by_size(batch: Mapping[str, Tensor]) -> list[Float[Tensor, "b v c h w"]]:
+    """All crops, global ones first, as few tensors as their sizes allow."""
+    crops = [batch[name] for name in ("global_crops", "local_crops") if name in batch]
+    return [torch.cat(crops, dim=1)] if len({views.shape[-2:] for views in crops}) == 1 else crops
+
+
+def freeze(module: Any) -> Any:
+    """A module as a teacher: it learns nothing, and is in eval mode."""
+    return module.requires_grad_(False).eval()
+
+
+class RunningMean:
+    """Mean of rows over the micro-batches of a step and all processes.
+
+    A step that was skipped (fp16 overflow) leaves rows behind; the next step, at another progress, drops them.
+    """
+
+    def __init__(self) -> None:
+        self._progress: float | None = None
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    def add(self, rows: Float[Tensor, "n k"], progress: float) -> None:
+        """Take the rows of a micro-batch of the step at `progress`."""
+        if progress != self._progress or self._sum is None:
+            self._progress, self._sum, self._count = progress, rows.new_zeros(1, rows.shape[-1], dtype=torch.float32), 0
+        self._sum += rows.sum(dim=0, keepdim=True, dtype=torch.float32)
+        self._count += len(rows)
+
+    def move(self, center: Float[Tensor, "1 k"], momentum: float) -> None:
+        """center = momentum x center + (1 - momentum) x mean; starts anew. Without any row the centre stays."""
+        assert self._sum is not None, "nothing was added"
+        count = torch.full_like(self._sum[:, :1], self._count)
+        total = sum_over_processes(torch.cat([self._sum, count], dim=1))
+        mean = total[:, :-1] / total[:, -1:].clamp(min=1)
+        center.lerp_(torch.where(total[:, -1:] > 0, mean, center), 1 - momentum)
+        self._sum = None
+
+
+def dino_loss(
+    student_logits: Float[Tensor, "s b k"], teacher_probs: Float[Tensor, "t b k"], student_temp: float = 0.1
+) -> Float[Tensor, ""]:
+    """Cross-entropy between teacher and student, averaged over images and pairs of views (equation 2 of the paper).
+
+    Views are stacked first, global ones before local ones; a teacher's view is not compared with the student's view of
+    the same index. Sums are taken in fp32.
+
+    No tensor of pairs exists: for one student view the sum over teacher views is a single cross-entropy with the sum of
+    their probabilities. Backward needs the logits, the probabilities and one number an image and view.
+
+    Args:
+        student_logits: before the temperature.
+        teacher_probs: after centring and softmax; they receive no gradient.
+
+    Raises:
+        ValueError: there is no pair of different views.
+    """
+    views, teachers = len(student_logits), len(teacher_probs)
+    if teachers > views or views * teachers <= teachers:
+        raise ValueError(
+            f"student_logits has {views} views and teacher_probs {teachers}: the student must see all views of the "
+            "teacher and at least two"
+        )
+    return _PairwiseCrossEntropy.apply(student_logits, teacher_probs, student_temp)  # pyright: ignore[reportReturnType]
+
+
+class _PairwiseCrossEntropy(torch.autograd.Function):
+    """`dino_loss`: one view at a time, so that nothing of the size of all logits exists but their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, probs: Tensor, temp: float) -> Tensor:
+        total = probs.sum(dim=0, dtype=torch.float32)
+        loss = torch.zeros((), device=logits.device)
+        logsumexp = torch.empty(logits.shape[:2], device=logits.device)
+        for view, row in enumerate(logits):
+            scaled = row.float() / temp
+            logsumexp[view] = scaled.logsumexp(dim=-1)
+            target = total - probs[view] if view < len(probs) else total
+            loss += (target.sum(dim=-1) * logsumexp[view]).sum() - torch.dot(target.flatten(), scaled.flatten())
+        ctx.save_for_backward(logits, probs, logsumexp)
+        ctx.temp = temp
+        ctx.num_terms = (len(logits) * len(probs) - len(probs)) * logits.shape[1]
+        return loss / ctx.num_terms
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        logits, probs, logsumexp = ctx.saved_tensors
+        total = probs.sum(dim=0, dtype=torch.float32)
+        scale = grad.float() / (ctx.temp * ctx.num_terms)
+        gradient = torch.empty_like(logits)
+        for view, row in enumerate(logits):
+            target = total - probs[view] if view < len(probs) else total
+            softmax = (row.float() / ctx.temp).sub_(logsumexp[view, :, None]).exp_()
+            gradient[view] = softmax.mul_(target.sum(dim=-1, keepdim=True)).sub_(target).mul_(scale)
+        return gradient, None, None

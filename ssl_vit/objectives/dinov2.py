@@ -1,0 +1,270 @@
+"""DINOv2: Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", 2023 (arXiv:2304.07193)."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from einops import rearrange
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssl_vit.data.masking import draw_block_mask
+from ssl_vit.data.multicrop import MultiCropTransform
+from ssl_vit.distributed import gather_with_gradient, max_over_processes, sum_over_processes, world_size
+from ssl_vit.ema import update_ema
+from ssl_vit.models.encoder import Encoder
+from ssl_vit.objectives.dino import DINO, DINOConfig, RunningMean, dino_loss, freeze
+from ssl_vit.objectives.objective import ParamGroup
+
+
+@dataclass(frozen=True)
+class DINOv2Config(DINOConfig):
+    """Settings of DINOv2: those of DINO, and what it adds. The defaults are the paper's code's for ViT-L/16 on
+    ImageNet-1k (its short recipe), but for the centring: Sinkhorn-Knopp, as in its large runs.
+    """
+
+    global_crop_scale: tuple[float, float] = (0.32, 1.0)
+    local_crop_scale: tuple[float, float] = (0.05, 0.32)
+    norm_last_layer: bool = False
+    teacher_temp: float | Literal["auto"] = 0.07
+    centering: Literal["center", "sinkhorn", "none"] = "sinkhorn"
+    ema_momentum: float | Literal["auto"] = 0.992
+    sinkhorn_iterations: int = 3
+    """Rounds of Sinkhorn-Knopp."""
+    ibot_weight: float = 1.0
+    """Weight of the loss on masked patches (iBOT); 0 masks nothing."""
+    ibot_separate_head: bool = False
+    """A head of its own for patches, as in the paper's large runs; else patches and class token share one."""
+    mask_prob: float = 0.5
+    """Share of the global crops that have masked patches."""
+    mask_ratio: tuple[float, float] = (0.1, 0.5)
+    """Smallest and largest share of the patches that is masked in such a crop, drawn uniformly."""
+    koleo_weight: float = 0.1
+    """Weight of KoLeo, which spreads the class tokens of each global crop; 0 leaves it out."""
+    layer_decay: float = 0.9
+    """Factor on the learning rate from each block to the one before it."""
+    patch_embed_lr: float = 0.2
+    """Factor on the learning rate of the patch embedding."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sinkhorn_iterations < 1:
+            raise ValueError(f"sinkhorn_iterations={self.sinkhorn_iterations!r}: must be at least 1")
+        for name in ("ibot_weight", "koleo_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be at least 0")
+        if not 0 <= self.mask_prob <= 1:
+            raise ValueError(f"mask_prob={self.mask_prob!r}: must lie in [0, 1]")
+        if not 0 < self.mask_ratio[0] <= self.mask_ratio[1] < 1:
+            raise ValueError(f"mask_ratio={self.mask_ratio!r}: needs 0 < smallest <= largest < 1")
+        for name in ("layer_decay", "patch_embed_lr"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must lie in (0, 1]")
+
+    def build(self, encoder: Encoder) -> "DINOv2":
+        """Put the objective around an encoder; the teacher starts as its copy.
+
+        Raises:
+            ValueError: a setting is still `auto`, or the encoder cannot mask patches.
+        """
+        self.check_resolved()
+        return DINOv2(self, encoder)
+
+    def build_transform(
+        self,
+        image_size: tuple[int, int],
+        patch_size: tuple[int, int],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> "MaskedMultiCropTransform":
+        """As DINO's, with a mask for each global crop."""
+        crops = super().build_transform(image_size, patch_size, mean, std)
+        grid_size = image_size[0] // patch_size[0], image_size[1] // patch_size[1]
+        return MaskedMultiCropTransform(self, crops, grid_size)
+
+
+class MaskedMultiCropTransform:
+    """Multi-crop with `masks [b v n]`: True where the student does not see a patch of a global crop."""
+
+    def __init__(self, config: DINOv2Config, crops: MultiCropTransform, grid_size: tuple[int, int]) -> None:
+        self.config, self.crops, self.grid_size = config, crops, grid_size
+
+    def __call__(self, image: UInt8[Tensor, "c h w"], rng: np.random.Generator) -> dict[str, Tensor]:
+        return {**self.crops(image, rng), "masks": torch.stack([self._draw_mask(rng) for _ in range(2)])}
+
+    def on_device(self, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        return {**self.crops.on_device(batch, device), "masks": batch["masks"].to(device, non_blocking=True)}
+
+    def _draw_mask(self, rng: np.random.Generator) -> Bool[Tensor, " n"]:
+        masked = self.config.ibot_weight > 0 and rng.random() < self.config.mask_prob
+        ratio = rng.uniform(*self.config.mask_ratio) if masked else 0.0
+        return draw_block_mask(self.grid_size, ratio, rng)
+
+
+class DINOv2(DINO):
+    """DINO on class tokens, iBOT on masked patches, KoLeo against crowding."""
+
+    config: DINOv2Config
+    patch_center: Tensor
+
+    def __init__(self, config: DINOv2Config, encoder: Encoder) -> None:
+        if config.ibot_weight and not encoder.supports_mask:
+            raise ValueError(
+                f"ibot_weight={config.ibot_weight!r}: iBOT masks patches, and {type(encoder).__name__} cannot; use a "
+                "Vision Transformer, or DINO (or ibot_weight 0)"
+            )
+        super().__init__(config, encoder)
+        self.patch_head = self.teacher_patch_head = None
+        if config.ibot_weight:
+            self.mask_token = nn.Parameter(torch.zeros(encoder.embed_dim))
+            self.register_buffer("patch_center", torch.zeros(1, self.num_prototypes))
+            self._patch_sums = RunningMean()
+            if config.ibot_separate_head:
+                self.patch_head = self._build_head(encoder.embed_dim)
+                self.teacher_patch_head = freeze(copy.deepcopy(self.patch_head))
+
+    def forward(self, batch: Mapping[str, Tensor], progress: float) -> dict[str, Tensor]:
+        config, temp = self.config, self.teacher_temp(progress)
+        global_crops = batch["global_crops"]
+        use_masks = config.ibot_weight > 0
+        masks = rearrange(batch["masks"], "b v n -> v b n") if use_masks else None
+        with torch.no_grad():
+            teacher = self.encode(self.teacher_encoder, global_crops)
+            teacher_logits = self.teacher_head(teacher.cls)
+            teacher_probs = self.center_probs(teacher_logits, self.center, temp)
+            self._teacher_sums.add(rearrange(teacher_logits, "v b k -> (v b) k"), progress)
+
+        masking = {}
+        if masks is not None:
+            masking = {"mask": rearrange(masks, "v b n -> (v b) n"), "mask_token": self.mask_token}
+        student = self.encode(self.encoder, global_crops, **masking)
+        student_cls = student.cls
+        if "local_crops" in batch:
+            student_cls = torch.cat([student_cls, self.encode(self.encoder, batch["local_crops"]).cls])
+        loss = dino_loss(self.head(student_cls), teacher_probs, config.student_temp)
+        parts = {"loss": loss, "loss_dino": loss.detach(), **self.observe(loss, teacher.cls, teacher_probs)}
+
+        if masks is not None:
+            with torch.no_grad():
+                patch_logits = (self.teacher_patch_head or self.teacher_head)(teacher.patches[masks])
+                patch_probs = self._patch_probs(patch_logits, temp)
+                self._patch_sums.add(patch_logits, progress)
+            ibot = ibot_loss(
+                (self.patch_head or self.head)(student.patches[masks]), patch_probs, masks, config.student_temp
+            )
+            parts["loss"] = parts["loss"] + config.ibot_weight * ibot
+            parts["loss_ibot"] = ibot.detach()
+        if config.koleo_weight:
+            koleo = torch.stack([koleo_loss(view) for view in student.cls]).sum()
+            parts["loss"] = parts["loss"] + config.koleo_weight * koleo
+            parts["loss_koleo"] = koleo.detach()
+        return {**parts, **self._schedules(progress, loss.device)}
+
+    def _patch_probs(self, logits: Float[Tensor, "m k"], temp: float) -> Float[Tensor, "m k"]:
+        if self.config.centering == "sinkhorn":
+            return sinkhorn_knopp(logits, temp, self.config.sinkhorn_iterations)
+        return ((logits.float() - self.patch_center) / temp).softmax(dim=-1)
+
+    def after_step(self, progress: float) -> None:
+        super().after_step(progress)
+        if self.patch_head is not None and self.teacher_patch_head is not None:
+            update_ema(self.teacher_patch_head, self.patch_head, self.ema_momentum(progress))
+        if self.config.ibot_weight and self.config.centering == "center":
+            self._patch_sums.move(self.patch_center, self.config.center_momentum)
+
+    def param_groups(self) -> list[ParamGroup]:
+        """DINO's groups, split by the learning rate's factor: layer_decay to the power of the blocks that follow."""
+        groups: dict[tuple[float, float, float], list[tuple[str, nn.Parameter]]] = {}
+        for group in super().param_groups():
+            for name, parameter in group.params:
+                scale = self._lr_scale(name)
+                key = (scale, group.weight_decay_scale, group.freeze_until)
+                groups.setdefault(key, []).append((name, parameter))
+        return [
+            ParamGroup(params, lr_scale=scale, weight_decay_scale=decay, freeze_until=until)
+            for (scale, decay, until), params in groups.items()
+        ]
+
+    def _lr_scale(self, name: str) -> float:
+        config, encoder = self.config, self.encoder
+        if name == "mask_token":
+            return config.layer_decay ** (encoder.num_layers + 1)
+        if not name.startswith("encoder."):
+            return 1.0
+        inner = name.removeprefix("encoder.")
+        scale = config.layer_decay ** (encoder.num_layers + 1 - encoder.layer_of(inner))
+        return scale * config.patch_embed_lr if "patch_embed" in inner else scale
+
+
+@torch.no_grad()
+def sinkhorn_knopp(logits: Float[Tensor, "b k"], temp: float, num_iterations: int = 3) -> Float[Tensor, "b k"]:
+    """The teacher's probabilities, balanced so that all prototypes get the same share of the batch (SwAV,
+    arXiv:2006.09882, section 3; DINOv2, section 4).
+
+    Works on logarithms, so that no exponential over- or underflows, and over the rows of all processes, however many
+    each of them has. Rows sum to one.
+    """
+    scaled = logits.float() / temp
+    # A factor for each prototype and one for each row are all that changes; rows come last in each iteration: softmax.
+    log_share = -_logsumexp_over_processes(scaled)
+    for _ in range(num_iterations - 1):
+        log_norm = (scaled + log_share).logsumexp(dim=-1, keepdim=True)
+        log_share = -_logsumexp_over_processes(scaled - log_norm)
+    return (scaled + log_share).softmax(dim=-1)
+
+
+def _logsumexp_over_processes(rows: Float[Tensor, "b k"]) -> Float[Tensor, " k"]:
+    """logsumexp over the rows of all processes."""
+    local = rows.logsumexp(dim=0)
+    if world_size() == 1:
+        return local
+    largest = max_over_processes(local.clone())
+    return sum_over_processes((local - largest).exp()).log() + largest
+
+
+def ibot_loss(
+    student_logits: Float[Tensor, "m k"],
+    teacher_probs: Float[Tensor, "m k"],
+    masks: Bool[Tensor, "*v n"],
+    student_temp: float = 0.1,
+) -> Float[Tensor, ""]:
+    """Cross-entropy between teacher and student on masked patches (iBOT, arXiv:2111.07832, equation 3).
+
+    A patch counts as one over the masked patches of its image; the sum is divided by the number of all global crops,
+    masked or not.
+
+    Args:
+        student_logits, teacher_probs: of the masked patches only, in the order of `masks`.
+        masks: True where a patch of a crop is masked.
+    """
+    scaled = student_logits.float() / student_temp
+    cross_entropy = scaled.logsumexp(dim=-1) * teacher_probs.sum(dim=-1) - (teacher_probs * scaled).sum(dim=-1)
+    weights = (masks / masks.sum(dim=-1, keepdim=True).clamp(min=1))[masks]
+    return (cross_entropy * weights).sum() / masks[..., 0].numel()
+
+
+def koleo_loss(features: Float[Tensor, "b d"], eps: float = 1e-8) -> Float[Tensor, ""]:
+    """Kozachenko-Leonenko regulariser (arXiv:1806.03198): minus the mean logarithm of the distance of each
+    L2-normalised feature to its nearest neighbour.
+
+    Neighbours are looked for among the features of all processes, where the paper's code looks among a GPU's own, so
+    that the number of processes does not change what is learned. A single feature has none, and its loss is 0.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        own = F.normalize(features.float(), eps=eps, dim=-1)
+        everyone = gather_with_gradient(own)
+        if len(everyone) < 2:
+            return own.sum() * 0
+        first = dist.get_rank() * len(own) if dist.is_initialized() else 0
+        with torch.no_grad():
+            similarity = own @ everyone.T
+            rows = torch.arange(len(own), device=own.device)
+            similarity[rows, rows + first] = -1  # not itself
+            nearest = similarity.argmax(dim=-1)
+        distance = F.pairwise_distance(own, everyone[nearest], eps=eps)
+        return -(distance + eps).log().mean()

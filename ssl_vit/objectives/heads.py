@@ -1,0 +1,55 @@
+"""Projection heads."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class DINOHead(nn.Module):
+    """DINO's head (Caron et al. 2021, arXiv:2104.14294): three linear layers with GELU, a bottleneck, L2-normalisation,
+    and prototypes whose direction and norm are separate parameters.
+
+    Parameter names are those of the paper's code.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        *,
+        num_prototypes: int,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        norm_last_layer: bool = True,
+    ) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(in_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, bottleneck_dim),
+        )
+        self.last_layer = Prototypes(bottleneck_dim, num_prototypes, trainable_norm=not norm_last_layer)
+        for module in self.mlp:
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, features: Float[Tensor, "*b d"]) -> Float[Tensor, "*b k"]:
+        """Logits: the cosine to each prototype, times its norm."""
+        # The norm is taken in fp32: squares of 256 half-precision numbers lose too much.
+        return self.last_layer(F.normalize(self.mlp(features).float(), dim=-1))
+
+
+class Prototypes(nn.Module):
+    """A linear layer without bias whose rows have a direction `weight_v` and a norm `weight_g` (weight norm)."""
+
+    def __init__(self, in_dim: int, num_prototypes: int, *, trainable_norm: bool) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=trainable_norm)
+        # The paper's code keeps torch's initialisation of a linear layer here.
+        self.weight_v = nn.Parameter(nn.Linear(in_dim, num_prototypes, bias=False).weight.detach())
+
+    def forward(self, features: Float[Tensor, "*b d"]) -> Float[Tensor, "*b k"]:
+        return F.linear(features, F.normalize(self.weight_v, dim=1) * self.weight_g)
