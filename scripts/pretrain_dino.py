@@ -8,6 +8,7 @@
 import sys
 
 from ssl_vit.config import BatchConfig, RunConfig
+from ssl_vit.evaluation.evaluate import EvaluationConfig
 from ssl_vit.models.vit import ViTConfig
 from ssl_vit.objectives.dino import DINOConfig
 from ssl_vit.optim import OptimConfig
@@ -35,6 +36,7 @@ DEFAULTS = RunConfig(
         clip_over="parameter",
     ),
     batch=BatchConfig(size=512),
+    evaluation=EvaluationConfig(feature="cls"),
 )
 
 if __name__ == "__main__":

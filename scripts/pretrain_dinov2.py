@@ -8,6 +8,7 @@
 import sys
 
 from ssl_vit.config import BatchConfig, RunConfig
+from ssl_vit.evaluation.evaluate import EvaluationConfig
 from ssl_vit.models.vit import ViTConfig
 from ssl_vit.objectives.dinov2 import DINOv2Config
 from ssl_vit.optim import OptimConfig
@@ -36,6 +37,7 @@ DEFAULTS = RunConfig(
         clip_over="module",
     ),
     batch=BatchConfig(size=512),
+    evaluation=EvaluationConfig(feature="cls"),
 )
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -17,7 +17,6 @@ import torch.distributed as dist
 import yaml
 from jaxtyping import Float
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather as functional_all_gather
 
 from ssl_vit.data.loader import num_cpus, num_local_processes
 
@@ -119,9 +118,19 @@ def gather_with_gradient(values: Float[Tensor, "b d"]) -> Float[Tensor, "n d"]:
 
     Every process must hold the same number of rows.
     """
-    if world_size() > 1:
-        return torch.cat(functional_all_gather(values))
-    return values
+    return cast(Tensor, _Gather.apply(values)) if world_size() > 1 else values
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        parts = [torch.empty_like(values) for _ in range(world_size())]
+        dist.all_gather(parts, values.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return sum_over_processes(grad.contiguous()).chunk(world_size())[dist.get_rank()]
 
 
 class StopSignal:

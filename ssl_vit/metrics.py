@@ -108,7 +108,9 @@ class MetricLog:
         """Append a line to metrics.jsonl."""
         if self.is_writer:
             with self.path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+                # JSON has no infinity, which the gradient's norm is where fp16 overflowed.
+                plain = {key: value if math.isfinite(value) else None for key, value in record.items()}
+                file.write(json.dumps(plain) + "\n")
 
     def say(self, text: str) -> None:
         """Print above the progress bar."""
@@ -130,18 +132,24 @@ class MetricLog:
 
 
 class CollapseAlarm:
-    """Raises once, when `patience` log intervals in a row look collapsed: one may be chance, or the start of a run."""
+    """Raised once when `patience` log intervals in a row look collapsed, since one alone may be chance.
 
-    def __init__(self, patience: int = 3) -> None:
-        self.patience, self._row, self._raised = patience, 0, False
+    Ten healthy ones in a row arm it again.
+    """
+
+    def __init__(self, patience: int = 3, calm: int = 10) -> None:
+        self.patience, self.calm = patience, calm
+        self._armed, self._bad, self._good = True, 0, 0
 
     def raised(self, diagnosis: str | None) -> bool:
         """Note an interval's diagnosis; True if it is the one to warn at."""
-        self._row = self._row + 1 if diagnosis else 0
-        if self._raised or self._row < self.patience:
-            return False
-        self._raised = True
-        return True
+        self._bad, self._good = (self._bad + 1, 0) if diagnosis else (0, self._good + 1)
+        if self._good == self.calm:
+            self._armed = True
+        if self._armed and self._bad == self.patience:
+            self._armed = False
+            return True
+        return False
 
 
 def forget_after(path: Path, step: int) -> None:

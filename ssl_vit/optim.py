@@ -55,7 +55,7 @@ class OptimConfig:
         return self.base_lr * math.sqrt(batch_size / 1024)
 
 
-def build_optimizer(objective: Objective, config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(objective: Objective, config: OptimConfig, precision: str = "no") -> torch.optim.AdamW:
     """AdamW with one group for each of the objective's parameter groups."""
     groups = [
         {
@@ -68,7 +68,9 @@ def build_optimizer(objective: Objective, config: OptimConfig) -> torch.optim.Ad
         if group.params
     ]
     # lr and weight_decay are those of progress 0; set_schedule writes both before every step.
-    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+    # The fused kernel skips a step that overflowed in fp16 by itself, and nobody learns that the teacher must wait too.
+    fused = precision != "fp16"
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=fused)
 
 
 def set_schedule(
@@ -109,7 +111,8 @@ def clip_gradients(objective: Objective, config: OptimConfig) -> Tensor:
     else:
         modules: dict[str, list[torch.nn.Parameter]] = {}
         for name, parameter in named:
-            modules.setdefault(name.split(".")[0], []).append(parameter)
+            # A token of the objective's own goes with the encoder that it is fed to.
+            modules.setdefault(name.split(".")[0] if "." in name else "encoder", []).append(parameter)
         groups = list(modules.values())
     limit = math.inf if config.clip_grad is None else config.clip_grad
     return torch.stack([torch.nn.utils.clip_grad_norm_(group, limit) for group in groups]).norm()

@@ -28,7 +28,9 @@ from ssl_vit.distributed import (
 )
 from ssl_vit.export.backbone import BACKBONE_FILE
 from ssl_vit.metrics import CollapseAlarm, MetricLog
-from ssl_vit.objectives.objective import Objective
+from ssl_vit.models.encoder import Encoder
+from ssl_vit.models.vit import choose_attention
+from ssl_vit.objectives.objective import Objective, Transform
 from ssl_vit.optim import build_optimizer, clip_gradients, set_schedule
 from ssl_vit.results import Judges, evaluate_in_training, evaluation_sources, finish
 from ssl_vit.run_folder import METRICS_FILE, check_run_folder, open_run_folder
@@ -44,6 +46,7 @@ class Run:
     accelerator: Accelerator
     source: Source
     judges: Judges | None  # None where nothing has labels
+    transform: Transform
     model: torch.nn.Module  # the objective as prepared by Accelerate; its forward is called through this
     objective: Objective
     optimizer: torch.optim.Optimizer
@@ -107,20 +110,43 @@ def set_up(config: RunConfig) -> Run:
     config, reasons = config.resolve(len(source))
     check_run_folder(config)
     objective = config.build_objective()
+    choose_attention(objective, objective.encoder.num_patches, accelerator.device, precision)
+    transform = build_transform(config, objective.encoder)
 
     found = [None]
     if accelerator.is_main_process:
         found = [open_run_folder(config)]
     checkpoint = cast("Path | None", broadcast_object_list(found)[0])
-    model, optimizer = accelerator.prepare(objective, build_optimizer(objective, config.optim))
+    model, optimizer = accelerator.prepare(objective, build_optimizer(objective, config.optim, precision))
     start_step = 0
     if checkpoint is not None:
         start_step = resume(checkpoint, accelerator, model, optimizer)
 
-    run = Run(config, accelerator, source, judges, model, objective, optimizer, num_steps, num_micro, start_step)
+    run = Run(
+        config, accelerator, source, judges, transform, model, objective, optimizer, num_steps, num_micro, start_step
+    )
     describe(run, precision, checkpoint)
     accelerator.print("".join(f"auto       {reason}\n" for reason in reasons), end="")
     return run
+
+
+def build_transform(config: RunConfig, encoder: Encoder) -> Transform:
+    """What happens to an image before the objective sees it.
+
+    Raises:
+        ValueError: sizes or normalisation that do not fit the encoder.
+    """
+    for name in ("mean", "std"):
+        values = getattr(config.data, name)
+        if len(values) != encoder.in_chans:
+            raise ValueError(
+                f"data.{name}={values!r}: has {len(values)} values, and encoder.in_chans is {encoder.in_chans}: "
+                "give one for each channel"
+            )
+    with section("objective"):
+        return config.objective.build_transform(
+            encoder.image_size, encoder.patch_size, config.data.mean, config.data.std
+        )
 
 
 def resume(
@@ -168,10 +194,6 @@ def train(run: Run) -> int:
     """
     config, accelerator, objective = run.config, run.accelerator, run.objective
     device = accelerator.device
-    encoder = objective.encoder
-    transform = config.objective.build_transform(
-        encoder.image_size, encoder.patch_size, config.data.mean, config.data.std
-    )
     sampler = StepSampler(
         num_samples=len(run.source),
         batch_size=config.batch.size,
@@ -184,9 +206,9 @@ def train(run: Run) -> int:
     )
     batches = build_loader(
         run.source,
-        transform,
+        run.transform,
         sampler,
-        num_channels=encoder.in_chans,
+        num_channels=objective.encoder.in_chans,
         num_workers=choose_num_workers(config.data.num_workers, device),
         device=device,
     )
@@ -230,14 +252,16 @@ def train(run: Run) -> int:
             # Logged before each save, so that weights are never saved after a loss that was not finite.
             settings["epoch"] = done * config.batch.size / len(run.source)
             log.add_step(losses)
+            signal_number = stop.agreed()
             collapsed = False
-            if save_due or log.is_due():
+            if save_due or signal_number or log.is_due():
                 costly = {name: value.item() for name, value in objective.diagnostics().items()}
-                diagnosis = objective.diagnose(log.write_interval(costly | settings, progress))
+                values = log.write_interval(costly | settings, progress)
+                # Weights that have hardly moved look like a collapse and are none.
+                diagnosis = objective.diagnose(values) if progress >= float(config.optim.warmup) else None
                 if collapsed := alarm.raised(diagnosis):
                     log.say(f"WARNING: collapse at step {done:,}. {diagnosis}")
                     collapsed = config.on_collapse == "stop"
-            signal_number = stop.agreed()
             if save_due or signal_number or collapsed:
                 paused = log.pause()
                 folder = save(run, done)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssl_vit.metrics import MetricLog, forget_after
+from ssl_vit.metrics import CollapseAlarm, MetricLog, forget_after
 
 
 def run(path: Path, losses: list[float], start_step: int = 0) -> None:
@@ -40,6 +40,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_advice(tmp_path: Path) -> 
     with pytest.raises(FloatingPointError, match=r"became nan between steps 2 and 4.*base_lr"):
         run(tmp_path / "metrics.jsonl", [1.0, 1.0, float("nan"), 1.0])
     assert [record["step"] for record in read(tmp_path / "metrics.jsonl")] == [2, 4]
+
+
+def test_what_json_cannot_say_is_null(tmp_path: Path) -> None:
+    log = MetricLog(tmp_path / "m.jsonl", start_step=0, num_steps=1, batch_size=4, log_every=1, is_writer=True)
+    log.write({"step": 1, "grad_norm": float("inf")})
+    assert read(tmp_path / "m.jsonl") == [{"step": 1, "grad_norm": None}]
+
+
+def test_the_alarm_is_raised_once_until_all_has_been_well_for_a_while() -> None:
+    alarm = CollapseAlarm(patience=2, calm=3)
+    signs = ["x", None, "x", "x", "x", None, "x", "x", None, None, None, "x", "x", "x"]
+    assert [place for place, sign in enumerate(signs) if alarm.raised(sign)] == [3, 12]
 
 
 def test_steps_that_are_done_again_are_forgotten(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import torch
 from ssl_vit.models.vit import ViT
 from ssl_vit.objectives.mae import MAE, MAEConfig
 from ssl_vit.objectives.objective import Objective, ParamGroup
-from ssl_vit.optim import OptimConfig, build_optimizer, set_schedule
+from ssl_vit.optim import OptimConfig, build_optimizer, clip_gradients, set_schedule
 
 
 @pytest.fixture
@@ -22,6 +22,11 @@ def test_every_trainable_parameter_is_in_exactly_one_group(objective: MAE) -> No
     grouped = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     trainable = [id(parameter) for parameter in objective.parameters() if parameter.requires_grad]
     assert sorted(grouped) == sorted(trainable)
+
+
+def test_fp16_needs_the_optimizer_that_lets_others_know_of_skipped_steps(objective: MAE) -> None:
+    assert not build_optimizer(objective, OptimConfig(), "fp16").defaults["fused"]
+    assert build_optimizer(objective, OptimConfig(), "bf16").defaults["fused"]
 
 
 def test_rate_and_decay_are_written_before_the_step(objective: MAE) -> None:
@@ -61,6 +66,34 @@ def test_frozen_parameters_neither_step_nor_decay_nor_gather_moments() -> None:
         optimizer.zero_grad()
     assert not torch.equal(objective.head.weight, before)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * optimizer.param_groups[1]["lr"])
+
+
+@pytest.mark.parametrize("clip_over", ["all", "module", "parameter"])
+def test_gradients_are_clipped_over_what_is_asked_for(clip_over: str) -> None:
+    objective = _Frozen()
+    gradients = {"body": torch.tensor([[3.0, 0.0], [4.0, 0.0]]), "head": torch.tensor([[0.0, 0.1], [0.0, 0.0]])}
+    objective.extra = torch.nn.Linear(1, 1)
+    objective.extra.weight.grad, objective.extra.bias.grad = torch.tensor([[2.0]]), torch.tensor([1.5])
+    for name, gradient in gradients.items():
+        getattr(objective, name).weight.grad = gradient.clone()
+    norm = clip_gradients(objective, OptimConfig(clip_grad=1.0, clip_over=clip_over))
+    total = (25 + 0.01 + 4 + 2.25) ** 0.5
+    assert norm.item() == pytest.approx(total)
+    scales = {
+        "all": (1 / total, 1 / total, 1 / total, 1 / total),
+        "module": (1 / 5, 1.0, 1 / 2.5, 1 / 2.5),  # the head's is small already
+        "parameter": (1 / 5, 1.0, 1 / 2, 1 / 1.5),
+    }[clip_over]
+    torch.testing.assert_close(objective.body.weight.grad, gradients["body"] * scales[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(objective.head.weight.grad, gradients["head"] * scales[1], rtol=1e-4, atol=1e-6)
+    assert objective.extra.weight.grad.item() == pytest.approx(2.0 * scales[2], rel=1e-4)
+    assert objective.extra.bias.grad.item() == pytest.approx(1.5 * scales[3], rel=1e-4)
+
+
+def test_an_unresolved_warm_up_is_named(objective: MAE) -> None:
+    config = OptimConfig(warmup="auto")
+    with pytest.raises(ValueError, match=r"optim\.warmup='auto'"):
+        set_schedule(build_optimizer(objective, config), config, 0.0, batch_size=8)
 
 
 @pytest.mark.parametrize(

@@ -257,6 +257,21 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(
     assert [folder.name for folder in list_checkpoints(tmp_path / "run")] == ["step-00000002"]
 
 
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--objective.local_crop_size=20", r"objective.local_crop_size=20: the height 20"),
+        ("--encoder.in_chans=5", r"data.mean=.* has 3 values, and encoder.in_chans is 5"),
+    ],
+)
+def test_what_cannot_be_cropped_or_normalised_leaves_no_run_behind(
+    start: Callable[..., int], tmp_path: Path, flag: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        start(flag, objective="dino")
+    assert not (tmp_path / "run").exists()
+
+
 def test_wrong_settings_end_in_one_line_and_code_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -304,7 +319,7 @@ COLLAPSING = ("--objective.centering=none", "--objective.ema_momentum=0", "--obj
 def test_collapse_is_warned_of_once_and_stops_the_run_where_asked(
     start: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = (*COLLAPSING, "--optim.base_lr=0.5", "--objective.freeze_last_layer=0")
+    flags = (*COLLAPSING, "--objective.freeze_last_layer=0")
     assert start(*flags, steps=60, objective="dino", name="warned") == 0
     assert capsys.readouterr().out.count("WARNING: collapse") == 1
     assert start(*flags, "--on_collapse=stop", steps=60, objective="dino") == 3
@@ -315,5 +330,6 @@ def test_collapse_is_warned_of_once_and_stops_the_run_where_asked(
 
 
 def test_a_healthy_run_is_not_warned_of(start: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
-    assert start("--on_collapse=stop", steps=60, objective="dino") == 0
+    flags = ("--optim.base_lr=0.0032", "--objective.color_jitter_prob=0", "--objective.blur_prob=[0,0,0]")
+    assert start("--on_collapse=stop", *flags, steps=60, objective="dino") == 0
     assert "WARNING" not in capsys.readouterr().out

@@ -28,7 +28,8 @@ def decode(data: bytes | str | Path, num_channels: int) -> UInt8[Tensor, "{num_c
             laid on white for 1 and 3. Any other count is given only by a file of exactly that many channels.
 
     Returns:
-        Contiguous pixels in [0, 255]. 16-bit pictures are divided by 257, so 65535 becomes 255.
+        Pixels in [0, 255], the channels of a pixel side by side in memory. 16-bit pictures are divided by 257, so
+            65535 becomes 255.
 
     Raises:
         ValueError: no picture can be read from the data, or not with `num_channels` channels. The text is the
@@ -42,7 +43,8 @@ def decode(data: bytes | str | Path, num_channels: int) -> UInt8[Tensor, "{num_c
     pixels = _decode_with_torchvision(data)
     if pixels is None:
         pixels = _decode_with_pillow(data)
-    return _to_channels(pixels, num_channels).contiguous()
+    # Pixel by pixel in memory, as decoders write them: crops are then resized more than twice as fast.
+    return _to_channels(pixels, num_channels).permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
 def _decode_with_torchvision(data: bytes) -> UInt8[Tensor, "c h w"] | None:

@@ -17,9 +17,12 @@ JITTER_ORDERS = tuple(itertools.permutations(range(4)))
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow and torchvision weigh red, green and blue
 
 
-def flip_horizontally(images: Num[Tensor, "b c h w"], flip: Bool[Tensor, " b"]) -> Num[Tensor, "b c h w"]:
-    """Mirror the images where `flip` is True."""
-    return torch.where(flip[:, None, None, None], images.flip(-1), images)
+def flip_horizontally(images: Num[Tensor, "b c h w"], rows: Bool[Tensor, " b"]) -> Num[Tensor, "b c h w"]:
+    """Mirror the images where `rows` (on the CPU) is True."""
+    if not rows.any():
+        return images
+    chosen, index = _take(images, rows.nonzero().flatten())
+    return _put(images, index, chosen.flip(-1))
 
 
 def normalize(
@@ -35,8 +38,9 @@ def normalize(
         raise ValueError(
             f"data.mean={mean!r} and data.std={std!r}: need {channels} values, one for each of the {channels} channels"
         )
-    shift = torch.tensor(mean, device=images.device).reshape(-1, 1, 1)
-    scale = torch.tensor(std, device=images.device).reshape(-1, 1, 1)
+    shift, scale = (
+        torch.tensor(values).reshape(-1, 1, 1).to(images.device, non_blocking=True) for values in (mean, std)
+    )
     return (to_unit(images) - shift) / scale
 
 
@@ -70,18 +74,22 @@ def color_jitter(
             rows = ((order[:, position] == operation) & wanted[:, operation]).nonzero().flatten()
             if not len(rows):
                 continue
-            chosen, index = _take(images, rows)
-            factor = factors[rows, operation].to(images.device)[:, None, None, None]
+            chosen, index = _take(images, rows)  # ours alone, so it may be changed in place
+            factor = factors[rows, operation].to(images.device, non_blocking=True)[:, None, None, None]
             if operation == 0:
-                changed = (chosen * factor).clamp_(0, 1)
+                chosen.mul_(factor).clamp_(0, 1)
             elif operation == 1:
                 mean = luma(chosen).mean(dim=(-2, -1), keepdim=True)
-                changed = torch.lerp(mean.expand_as(chosen), chosen, factor).clamp_(0, 1)
+                chosen.mul_(factor).add_(mean.mul_(1 - factor)).clamp_(0, 1)
             elif operation == 2:
-                changed = torch.lerp(luma(chosen).expand_as(chosen), chosen, factor).clamp_(0, 1)
+                grey = luma(chosen)
+                chosen.mul_(factor).add_(grey.mul_(1 - factor)).clamp_(0, 1)
             else:
-                changed = shift_hue(chosen, factor[:, 0])
-            images = _put(images, index, changed)
+                chosen = shift_hue(chosen, factor[:, 0])
+            if index is None:
+                images = chosen
+            else:
+                images.index_copy_(0, index, chosen)
     return images
 
 
@@ -116,7 +124,7 @@ def gaussian_blur(
     chosen, index = _take(images, rows)
     sigma = sigmas[rows]
     taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma[:, None]) ** 2)
-    taps = (taps / taps.sum(dim=1, keepdim=True)).to(chosen)
+    taps = (taps / taps.sum(dim=1, keepdim=True)).to(chosen, non_blocking=True)
     channels, width = chosen.shape[1], chosen.shape[-1]
     kernels = taps.repeat_interleave(channels, dim=0)[:, None]  # one for each channel of each image
     planes = rearrange(chosen, "b c h w -> 1 (b c) h w")
@@ -137,22 +145,24 @@ def luma(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h w"]:
 def shift_hue(images: Float[Tensor, "b 3 h w"], turns: Float[Tensor, "b 1 1"]) -> Float[Tensor, "b 3 h w"]:
     """Turn the hue by a share of the colour wheel; saturation and value (of HSV) stay.
 
-    In HSV a channel is V - V S max(0, min(k, 4 - k, 1)) with k = (n + 6 H) mod 6 and n = 5, 3, 1 for red, green, blue.
+    With the hue H in sixths of the wheel and chroma C, a channel is its least value + C x clamp(w, 0, 1), where w is
+    |H - 3| - 1 for red, 2 - |H - 2| for green and 2 - |H - 4| for blue.
     """
     red, green, blue = images.unbind(dim=1)
-    value, chroma = images.amax(dim=1), images.amax(dim=1) - images.amin(dim=1)
-    divisor = chroma.clamp_min(1e-12)
-    # 6 H by which channel is the largest; where they are equal chroma is 0 and the hue does not matter.
-    hue = torch.where(
-        red == value,
-        (green - blue) / divisor,
-        torch.where(green == value, (blue - red) / divisor + 2, (red - green) / divisor + 4),
-    ).add_(6 * turns)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    least = torch.minimum(torch.minimum(red, green), blue)
+    chroma = value - least
+    # Which channel is the largest decides; where all are equal chroma is 0 and the hue does not matter. Masks are made
+    # by arithmetic: torch.where and comparisons take ten times as long on CPUs.
+    not_red, not_green = ((value - red) * 1e12).clamp_(max=1), ((value - green) * 1e12).clamp_(max=1)
+    to_red, to_green, to_blue = green - blue, blue - red, red - green
+    hue = to_red.add_(not_red * (to_green - to_red + not_green * (to_blue - to_green)))
+    hue.div_(chroma.clamp_min(1e-12)).add_(not_green.mul_(2).add_(2).mul_(not_red)).add_(6 * turns)
+    hue.sub_((hue / 6).floor_().mul_(6))  # into [0, 6); remainder takes far longer
     changed = torch.empty_like(images)
-    for channel, offset in enumerate((5, 3, 1)):
-        k = (hue + offset).remainder_(6)
-        weight = torch.minimum(k, 4 - k).clamp_(0, 1)
-        torch.sub(value, chroma * weight, out=changed[:, channel])
+    for channel, (centre, sign, offset) in enumerate(((3, 1, -1), (2, -1, 2), (4, -1, 2))):
+        weight = (hue - centre).abs_().mul_(sign).add_(offset).clamp_(0, 1)
+        torch.add(least, weight.mul_(chroma), out=changed[:, channel])
     return changed
 
 

@@ -25,6 +25,7 @@ from ssl_vit.data.transforms import random_resized_crop
 # Probability of blur for the first global crop, the second, and local crops. DINOv2's released code hands on 1 - p
 # where p is meant (dinov2 pull request 342), and its released models were trained so.
 BLUR_PRESETS = {"dino": (1.0, 0.1, 0.5), "dinov2": (0.0, 0.9, 0.5)}
+_CACHED_PIXELS = 600_000  # values of a part of a batch on a CPU: four views of 224 pixels
 # Columns of a view's appearance, a row of floats that travels with the batch.
 _FLIP, _BRIGHTNESS, _HUE, _ORDER, _GREY, _SIGMA, _SOLARIZE = 0, 1, 4, 5, 6, 7, 8
 
@@ -103,6 +104,15 @@ class MultiCropConfig:
                     f"local_crop_size={self.local_crop_size!r}: the {axis} {size} is not divisible by the patch size "
                     f"{patch}; the nearest that are: {below} and {above}"
                 )
+        if self.num_local_crops and (self.local_size[0] > image_size[0] or self.local_size[1] > image_size[1]):
+            sizes = [
+                max(1, round(size * 96 / 224 / patch)) * patch
+                for size, patch in zip(image_size, patch_size, strict=True)
+            ]
+            raise ValueError(
+                f"local_crop_size={self.local_crop_size!r}: larger than the global crops, {image_size}; "
+                f"{sizes} would be in the papers' proportion"
+            )
         return MultiCropTransform(self, image_size, mean, std)
 
 
@@ -163,11 +173,21 @@ class MultiCropTransform:
         self, crops: UInt8[Tensor, "b v c h w"], looks: Float[Tensor, "b v 9"], device: torch.device
     ) -> Float[Tensor, "b v c h w"]:
         num_views = crops.shape[1]
-        images = to_unit(rearrange(crops.to(device, non_blocking=True), "b v c h w -> (b v) c h w"))
+        images = rearrange(crops.to(device, non_blocking=True), "b v c h w -> (b v) c h w")
         look = rearrange(looks, "b v p -> (b v) p")
-        images = flip_horizontally(images, look[:, _FLIP].bool().to(device, non_blocking=True))
+        if device.type == "cpu":
+            # A few images at a time stay in the cache through all operations.
+            size = max(1, _CACHED_PIXELS // images[0].numel())
+            parts = zip(images.split(size), look.split(size), strict=True)
+            images = torch.cat([self._dress_views(*part) for part in parts])
+        else:
+            images = self._dress_views(images, look)
+        return rearrange(images, "(b v) c h w -> b v c h w", v=num_views)
+
+    def _dress_views(self, images: UInt8[Tensor, "b c h w"], look: Float[Tensor, "b 9"]) -> Float[Tensor, "b c h w"]:
+        images = to_unit(flip_horizontally(images, look[:, _FLIP].bool()))
         images = color_jitter(images, look[:, _BRIGHTNESS : _HUE + 1], look[:, _ORDER].long())
         images = to_grey(images, look[:, _GREY].bool())
         images = gaussian_blur(images, look[:, _SIGMA], radius=math.ceil(3 * self.config.blur_sigma[1]))
         images = solarize(images, look[:, _SOLARIZE].bool())
-        return rearrange(normalize(images, self.mean, self.std), "(b v) c h w -> b v c h w", v=num_views)
+        return normalize(images, self.mean, self.std)

@@ -131,7 +131,7 @@ def _read_dinov2(objective: Objective, found: dict[str, Tensor]) -> dict[str, Te
     for role in ("encoder.vit.", "teacher_encoder.vit."):
         token = tensors.pop(f"{role}mask_token", None)
         if role == "encoder.vit." and token is not None and "mask_token" in own:
-            tensors["mask_token"] = token[0]
+            tensors["mask_token"] = token
         if f"{role}reg_token" in tensors:
             # timm's architectures with registers give the class token no position of its own: it is added beforehand.
             positions = tensors[f"{role}pos_embed"]

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from timm.layers.drop import DropPath
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_vit.models.encoder import Encoder, Features
 from ssl_vit.models.positions import sincos_positions
@@ -93,6 +93,10 @@ class ViTConfig:
         vit = _create(self.arch, _pair(self.image_size), self.in_chans, self.drop_path_rate, self.timm_overrides)
         if self.drop_path_schedule == "uniform" and self.drop_path_rate:
             for block in vit.blocks:
+                if not hasattr(block, "drop_path1"):
+                    raise ValueError(
+                        f"drop_path_schedule='uniform': the blocks of {self.arch} are no plain ones; use 'linear'"
+                    )
                 block.drop_path1, block.drop_path2 = DropPath(self.drop_path_rate), DropPath(self.drop_path_rate)
         return ViT(vit, config=self)
 
@@ -168,6 +172,23 @@ class ViT(Encoder):
         tokens = vit.norm(vit.blocks(vit.norm_pre(tokens)))
         patches = tokens[:, num_prefix:]
         return Features(cls=tokens[:, 0] if self.has_cls_token else patches.mean(dim=1), patches=patches)
+
+
+def choose_attention(model: nn.Module, num_patches: int, device: torch.device, precision: str) -> None:
+    """Leave timm's fused attention on, but where it is slower: on CPUs in bf16, up to about 256 patches.
+
+    Its backward takes up to three times as long there as that of plain attention.
+    """
+    if device.type == "cpu" and precision == "bf16" and num_patches <= 256:
+        set_fused_attention(model, False)
+
+
+def set_fused_attention(model: nn.Module, fused: bool) -> None:
+    """Let timm's blocks use fused attention or not."""
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

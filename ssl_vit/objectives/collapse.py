@@ -24,7 +24,8 @@ def rankme(features: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
 
     How many dimensions the features make use of, at most min(n, d).
     """
-    values = torch.linalg.svdvals(features.float())
+    # Not finite after a loss that was not, which is told of in better words than svdvals has.
+    values = torch.linalg.svdvals(features.float().nan_to_num())
     shares = values / values.sum().clamp_min(1e-12) + 1e-7
     return (-(shares * shares.log()).sum()).exp()
 
@@ -68,16 +69,16 @@ def diagnose(values: Mapping[str, float], num_prototypes: int) -> str | None:
             f"(teacher entropy {entropy:.2f}). Sharpen the teacher with a lower objective.teacher_temp and "
             "objective.warmup_teacher_temp, lengthen objective.freeze_last_layer, or halve optim.base_lr."
         )
+    if entropy < 0.02 * uniform and abs(kl) < 0.05 * uniform and values["prototypes_used"] < 0.1:
+        return (
+            f"All images fall on the same few prototypes ({values['prototypes_used']:.1%} of those that could be). "
+            "Make sure that the teacher is centred (objective.centering), raise objective.teacher_temp, or halve "
+            "optim.base_lr."
+        )
     if values["feature_std"] < 0.05:
         return (
             f"All images get nearly the same features (spread {values['feature_std']:.3f} of 1). Make sure that the "
             "teacher is centred (objective.centering) and moves slowly (objective.ema_momentum .99 or more), then "
             "halve optim.base_lr."
-        )
-    if entropy < 0.02 * uniform and abs(kl) < 0.02 * uniform and values["prototypes_used"] < 0.05:
-        return (
-            f"All images fall on the same few prototypes ({values['prototypes_used']:.1%} of those that could be). "
-            "Make sure that the teacher is centred (objective.centering), raise objective.teacher_temp, or halve "
-            "optim.base_lr."
         )
     return None

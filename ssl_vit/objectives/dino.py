@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ class DINOConfig(MultiCropConfig):
     Settings that may be `auto` follow from the number of images, the batch and the length of the run.
     """
 
+    teacher_images: ClassVar[int] = 128_000  # that the teacher averages over: EMA .996 = 250 steps of 512 images
     num_prototypes: int | Auto = 65536
     """Prototypes, the dimensions of the output (K), or auto."""
     hidden_dim: int = 2048
@@ -51,6 +52,8 @@ class DINOConfig(MultiCropConfig):
     """Share of the run over which the teacher's temperature goes from the one to the other, or auto."""
     centering: Literal["center", "sinkhorn", "none"] = "center"
     """What keeps the teacher from one answer for all: a moving centre (DINO), Sinkhorn-Knopp (DINOv2), or nothing."""
+    sinkhorn_iterations: int = 3
+    """Rounds of Sinkhorn-Knopp."""
     center_momentum: float = 0.9
     """Share of the old centre that a step keeps."""
     ema_momentum: float | Auto = 0.996
@@ -64,6 +67,7 @@ class DINOConfig(MultiCropConfig):
         super().__post_init__()
         for name, low, high in (
             ("num_prototypes", 2, None),
+            ("sinkhorn_iterations", 1, None),
             ("hidden_dim", 1, None),
             ("bottleneck_dim", 1, None),
             ("center_momentum", 0, 1),
@@ -85,7 +89,12 @@ class DINOConfig(MultiCropConfig):
 
     def resolve(self, size: RunSize) -> dict[str, Resolved]:
         """Values for those settings that are `auto`, by name, each with its reason."""
-        found = resolve_distillation(size, warmup_teacher_temp=self.warmup_teacher_temp)
+        found = resolve_distillation(
+            size,
+            warmup_teacher_temp=self.warmup_teacher_temp,
+            teacher_temp=None if self.teacher_temp == "auto" else self.teacher_temp,
+            teacher_images=self.teacher_images,
+        )
         return {name: value for name, value in found.items() if getattr(self, name, None) == "auto"}
 
     def check_resolved(self) -> None:
@@ -122,7 +131,8 @@ class DINO(Objective):
         self.register_buffer("center", torch.zeros(1, self.num_prototypes))
         self._teacher_sums = RunningMean()
         self._prototype_use = PrototypeUse()
-        self._teacher_cls: Tensor | None = None
+        self._teacher_cls: list[Tensor] = []  # of the micro-batches of the step at `_seen_at`
+        self._seen_at: float | None = None
 
     @property
     def num_prototypes(self) -> int:
@@ -157,7 +167,7 @@ class DINO(Objective):
         loss = dino_loss(self.head(student_cls), teacher_probs, self.config.student_temp)
         return {
             "loss": loss,
-            **self.observe(loss, teacher.cls, teacher_probs),
+            **self.observe(loss, teacher.cls, teacher_probs, progress),
             **self._schedules(progress, loss.device),
         }
 
@@ -170,13 +180,14 @@ class DINO(Objective):
         )
 
     def center_probs(
-        self, logits: Float[Tensor, "*v b k"], center: Float[Tensor, "1 k"], temp: float
-    ) -> Float[Tensor, "*v b k"]:
-        """The teacher's probabilities, centred as `centering` says; Sinkhorn-Knopp view by view."""
+        self, logits: Float[Tensor, "v b k"], center: Float[Tensor, "1 k"], temp: float
+    ) -> Float[Tensor, "v b k"]:
+        """The teacher's probabilities, centred as `centering` says; Sinkhorn-Knopp over all views together."""
         if self.config.centering == "sinkhorn":
             from ssl_vit.objectives.dinov2 import sinkhorn_knopp  # which builds on this module
 
-            return torch.stack([sinkhorn_knopp(view, temp) for view in logits])
+            rows = rearrange(logits, "v b k -> (v b) k")
+            return sinkhorn_knopp(rows, temp, self.config.sinkhorn_iterations).reshape(logits.shape)
         return ((logits.float() - center) / temp).softmax(dim=-1)
 
     def teacher_temp(self, progress: float) -> float:
@@ -197,13 +208,19 @@ class DINO(Objective):
             self._teacher_sums.move(self.center, self.config.center_momentum)
 
     def observe(
-        self, loss: Tensor, teacher_cls: Float[Tensor, "v b d"], teacher_probs: Float[Tensor, "v b k"]
+        self,
+        loss: Tensor,
+        teacher_cls: Float[Tensor, "v b d"],
+        teacher_probs: Float[Tensor, "v b k"],
+        progress: float,
     ) -> dict[str, Tensor]:
         """Signs of collapse that cost little, in nats, and what `diagnostics` will need."""
         with torch.no_grad():
             entropy = torch.special.entr(teacher_probs).sum(dim=-1).mean()
             self._prototype_use.note(rearrange(teacher_probs, "v b k -> (v b) k"))
-            self._teacher_cls = teacher_cls.detach()
+            if progress != self._seen_at:
+                self._seen_at, self._teacher_cls = progress, []
+            self._teacher_cls.append(teacher_cls)
             return {
                 "teacher_entropy": entropy,
                 "kl": loss.detach() - entropy,
@@ -211,8 +228,7 @@ class DINO(Objective):
             }
 
     def diagnostics(self) -> dict[str, Tensor]:
-        assert self._teacher_cls is not None, "forward comes first"
-        views = self._teacher_cls
+        views = torch.cat(self._teacher_cls, dim=1)
         # Of one view: a second view of the same images would only repeat them.
         return {
             "feature_std": mean_over_processes(torch.stack([feature_std(view) for view in views]).mean()),
@@ -245,9 +261,13 @@ class DINO(Objective):
         std: tuple[float, ...],
         rng: np.random.Generator,
     ) -> bool:
-        from ssl_vit.visualize.attention import cls_attention, draw_attention  # matplotlib takes a second to import
+        from ssl_vit.visualize.attention import (  # matplotlib takes a second to import
+            cls_attention,
+            draw_attention,
+            shows_attention,
+        )
 
-        if not self.teacher_encoder.has_cls_token:
+        if not shows_attention(self.teacher_encoder):
             return False
         attention = cls_attention(self.teacher_encoder, images)
         draw_attention(images.cpu(), attention.float().cpu(), mean=mean, std=std, path=path)

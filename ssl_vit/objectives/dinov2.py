@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -25,8 +25,11 @@ from ssl_vit.objectives.objective import ParamGroup
 @dataclass(frozen=True)
 class DINOv2Config(DINOConfig):
     """Settings of DINOv2: those of DINO, and what it adds. The defaults are the paper's code's for ViT-L/16 on
-    ImageNet-1k (its short recipe), but for the centring: Sinkhorn-Knopp, as in its large runs.
+    ImageNet-1k (its short recipe), but for the centring, Sinkhorn-Knopp as in its large runs, and the blur, which is
+    the intended one.
     """
+
+    teacher_images: ClassVar[int] = 256_000  # EMA .992 = 125 steps of 2048 images
 
     global_crop_scale: tuple[float, float] = (0.32, 1.0)
     local_crop_scale: tuple[float, float] = (0.05, 0.32)
@@ -34,8 +37,6 @@ class DINOv2Config(DINOConfig):
     teacher_temp: float | Literal["auto"] = 0.07
     centering: Literal["center", "sinkhorn", "none"] = "sinkhorn"
     ema_momentum: float | Literal["auto"] = 0.992
-    sinkhorn_iterations: int = 3
-    """Rounds of Sinkhorn-Knopp."""
     ibot_weight: float = 1.0
     """Weight of the loss on masked patches (iBOT); 0 masks nothing."""
     ibot_separate_head: bool = False
@@ -53,8 +54,6 @@ class DINOv2Config(DINOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sinkhorn_iterations < 1:
-            raise ValueError(f"sinkhorn_iterations={self.sinkhorn_iterations!r}: must be at least 1")
         for name in ("ibot_weight", "koleo_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be at least 0")
@@ -121,7 +120,9 @@ class DINOv2(DINO):
         super().__init__(config, encoder)
         self.patch_head = self.teacher_patch_head = None
         if config.ibot_weight:
-            self.mask_token = nn.Parameter(torch.zeros(encoder.embed_dim))
+            self.mask_token = nn.Parameter(
+                torch.zeros(1, encoder.embed_dim)
+            )  # two dimensions: it decays, as the paper's
             self.register_buffer("patch_center", torch.zeros(1, self.num_prototypes))
             self._patch_sums = RunningMean()
             if config.ibot_separate_head:
@@ -141,13 +142,13 @@ class DINOv2(DINO):
 
         masking = {}
         if masks is not None:
-            masking = {"mask": rearrange(masks, "v b n -> (v b) n"), "mask_token": self.mask_token}
+            masking = {"mask": rearrange(masks, "v b n -> (v b) n"), "mask_token": self.mask_token[0]}
         student = self.encode(self.encoder, global_crops, **masking)
         student_cls = student.cls
         if "local_crops" in batch:
             student_cls = torch.cat([student_cls, self.encode(self.encoder, batch["local_crops"]).cls])
         loss = dino_loss(self.head(student_cls), teacher_probs, config.student_temp)
-        parts = {"loss": loss, "loss_dino": loss.detach(), **self.observe(loss, teacher.cls, teacher_probs)}
+        parts = {"loss": loss, "loss_dino": loss.detach(), **self.observe(loss, teacher.cls, teacher_probs, progress)}
 
         if masks is not None:
             with torch.no_grad():

@@ -52,4 +52,5 @@ class Prototypes(nn.Module):
         self.weight_v = nn.Parameter(nn.Linear(in_dim, num_prototypes, bias=False).weight.detach())
 
     def forward(self, features: Float[Tensor, "*b d"]) -> Float[Tensor, "*b k"]:
-        return F.linear(features, F.normalize(self.weight_v, dim=1) * self.weight_g)
+        # The operation behind torch's weight_norm: unlike a division and a product it keeps one copy of the weights.
+        return F.linear(features, torch._weight_norm(self.weight_v, self.weight_g, 0))  # pyright: ignore[reportPrivateImportUsage]

@@ -110,9 +110,9 @@ class MAETransform:
         }
 
     def on_device(self, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-        images = flip_horizontally(batch["images"], batch["flip"])
-        return {"images": normalize(images, self.mean, self.std), "keep": batch["keep"]}
+        images = flip_horizontally(batch["images"].to(device, non_blocking=True), batch["flip"])
+        keep = batch["keep"].to(device, non_blocking=True)
+        return {"images": normalize(images, self.mean, self.std), "keep": keep}
 
 
 class MAE(Objective):

@@ -4,21 +4,28 @@ import math
 
 from ssl_vit.objectives.objective import Resolved, RunSize
 
-# What DINO and DINOv2 share at their published sizes, and what is known of smaller ones, ends in these rules.
-_IMAGES_OF_TEACHER = 128_000  # DINO: EMA .996 = 250 steps of 512 images; DINOv2: .992 = 125 steps of 2048, .994 at 3072
 _LARGE = 100_000  # images from which on the teacher is warmed up to the papers' .07
 
 
-def resolve_distillation(size: RunSize, *, warmup_teacher_temp: float) -> dict[str, Resolved]:
-    """Number of prototypes, the teacher's temperature and momentum, and what is frozen at first."""
+def resolve_distillation(
+    size: RunSize, *, warmup_teacher_temp: float, teacher_temp: float | None, teacher_images: int
+) -> dict[str, Resolved]:
+    """Number of prototypes, the teacher's temperature and momentum, and what is frozen at first.
+
+    Args:
+        warmup_teacher_temp: the teacher's temperature at the start.
+        teacher_temp: its temperature at the end, where that was given.
+        teacher_images: how many images the teacher averages over in the paper.
+    """
     images, epochs = f"{size.num_samples:,} images", size.epochs
     prototypes = 2 ** round(math.log2(size.num_samples / 16))
-    span = _IMAGES_OF_TEACHER / size.batch_size
+    span = teacher_images / size.batch_size
     most = size.num_steps / 20
     steps = max(min(span, most), 10)
     momentum = max(round(1 - 1 / steps, 5), 0.5)
-    sharp = size.num_samples < _LARGE
-    temp = min(warmup_teacher_temp, 0.04) if sharp else 0.07
+    few = size.num_samples < _LARGE
+    temp = min(warmup_teacher_temp, 0.04) if few else 0.07
+    rises = (temp if teacher_temp is None else teacher_temp) > warmup_teacher_temp
     freeze = min(1 / epochs, 0.1)
     return {
         "num_prototypes": Resolved(
@@ -26,15 +33,15 @@ def resolve_distillation(size: RunSize, *, warmup_teacher_temp: float) -> dict[s
             f"about one for 16 images, from 512 to 65,536, for {images}",
         ),
         "teacher_temp": Resolved(
-            temp, f"{images} are few: a sharp teacher all along" if sharp else f"the papers', for {images}"
+            temp, f"{images} are few: a sharp teacher all along" if few else f"the papers', for {images}"
         ),
         "teacher_temp_warmup": Resolved(
-            0.0 if sharp else 0.3, "the temperature does not change" if sharp else "30 of 100 epochs, as the papers"
+            0.3 if rises else 0.0, "30 of 100 epochs, as the papers" if rises else "the temperature does not rise"
         ),
         "ema_momentum": Resolved(
             momentum,
             f"the teacher averages over {steps:,.0f} steps: "
-            + (f"{_IMAGES_OF_TEACHER:,} images, as the papers" if span <= most else "a twentieth of this short run"),
+            + (f"{teacher_images:,} images, as in the paper" if span <= most else "a twentieth of this short run"),
         ),
         "freeze_last_layer": Resolved(
             round(freeze, 4), "one epoch, as the paper" if epochs >= 10 else "a tenth of the run, which is short"

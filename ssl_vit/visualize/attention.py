@@ -16,6 +16,13 @@ from ssl_vit.models.vit import ViT
 from ssl_vit.visualize.grid import channel_caption, draw_grid, to_rgb
 
 
+def shows_attention(encoder: Encoder) -> bool:
+    """Whether `cls_attention` knows this encoder: a Vision Transformer with a class token and plain blocks."""
+    if not isinstance(encoder, ViT) or not encoder.has_cls_token:
+        return False
+    return hasattr(getattr(encoder.vit.blocks[-1], "attn", None), "qkv")
+
+
 @torch.inference_mode()
 def cls_attention(encoder: Encoder, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b heads rows columns"]:
     """Attention from the class token to every patch in the last block (DINO, arXiv:2104.14294, figure 1).
@@ -25,11 +32,14 @@ def cls_attention(encoder: Encoder, images: Float[Tensor, "b c h w"]) -> Float[T
     divides.
 
     Raises:
-        ValueError: the encoder is no Vision Transformer with a class token.
+        ValueError: the encoder is no Vision Transformer with a class token and plain blocks.
     """
-    if not isinstance(encoder, ViT) or not encoder.has_cls_token:
-        raise ValueError(f"{type(encoder).__name__}: has no class token whose attention could be shown")
-    attention: Any = encoder.vit.blocks[-1].attn
+    if not shows_attention(encoder):
+        raise ValueError(
+            f"{type(encoder).__name__}: has no class token, or its blocks no attention that could be shown"
+        )
+    blocks: Any = encoder.get_submodule("vit.blocks")
+    attention = blocks[-1].attn
     inputs: list[Tensor] = []
     handle = attention.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     training = {module: module.training for module in encoder.modules()}

@@ -2,7 +2,7 @@ import pytest
 import timm
 import torch
 
-from ssl_vit.models.vit import ViT, ViTConfig
+from ssl_vit.models.vit import ViT, ViTConfig, choose_attention
 from tests.conftest import TINY
 
 ARCHS = [
@@ -139,3 +139,30 @@ def test_timm_vits_are_backbones() -> None:
             except ValueError as error:
                 refused.append(f"{arch}: {error}")
     assert refused == []
+
+
+def test_uniform_drop_path_is_the_same_in_all_blocks() -> None:
+    encoder = ViTConfig(image_size=32, drop_path_rate=0.3, drop_path_schedule="uniform", **TINY).build()
+    rates = [path.drop_prob for block in encoder.vit.blocks for path in (block.drop_path1, block.drop_path2)]
+    assert rates == [0.3] * 4
+    with pytest.raises(ValueError, match="the blocks of vit_small_patch16_18x2_224 are no plain ones"):
+        ViTConfig(arch="vit_small_patch16_18x2_224", depth=1, drop_path_rate=0.3, drop_path_schedule="uniform").build()
+
+
+def test_layer_scale_is_set() -> None:
+    encoder = ViTConfig(image_size=32, layer_scale=0.5, **TINY).build()
+    assert torch.equal(encoder.vit.blocks[0].ls1.gamma, torch.full((32,), 0.5))
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "num_patches", "fused"),
+    [("cpu", "bf16", 196, False), ("cpu", "bf16", 784, True), ("cpu", "no", 196, True), ("cuda", "bf16", 196, True)],
+)
+def test_attention_is_fused_but_where_that_is_slower(
+    tiny_encoder: ViT, device: str, precision: str, num_patches: int, fused: bool
+) -> None:
+    images = torch.randn(1, 3, 32, 32)
+    before = tiny_encoder(images)
+    choose_attention(tiny_encoder, num_patches, torch.device(device), precision)
+    assert [block.attn.fused_attn for block in tiny_encoder.vit.blocks] == [fused] * 2
+    torch.testing.assert_close(tiny_encoder(images).patches, before.patches, rtol=1e-4, atol=1e-5)

@@ -20,6 +20,10 @@ def test_rankme_counts_dimensions() -> None:
     assert rankme(torch.randn(32, 1) @ torch.randn(1, 8)).item() == pytest.approx(1, rel=1e-2)
 
 
+def test_features_that_are_not_finite_do_not_stop_it() -> None:
+    assert rankme(torch.full((4, 8), float("nan"))).isfinite()
+
+
 def test_prototypes_in_use_are_counted_over_an_interval() -> None:
     use = PrototypeUse()
     use.note(torch.eye(8)[[0, 1]])

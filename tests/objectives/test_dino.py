@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from ssl_vit.export.interop import load_reference
 from ssl_vit.models.vit import ViT, ViTConfig
 from ssl_vit.objectives.dino import DINO, DINOConfig, RunningMean, dino_loss
+from ssl_vit.objectives.dinov2 import DINOv2Config, sinkhorn_knopp
 from ssl_vit.objectives.objective import RunSize
 from tests.conftest import GOLDEN, TINY
 
@@ -225,6 +226,16 @@ class TestAuto:
         }
         assert all(found[name].reason for name in found)
 
+    def test_a_temperature_that_was_given_is_warmed_up_to(self) -> None:
+        config = DINOConfig(teacher_temp=0.07, teacher_temp_warmup="auto")
+        assert config.resolve(RunSize(20_000, 64, 5000))["teacher_temp_warmup"].value == 0.3
+        config = DINOConfig(teacher_temp=0.04, teacher_temp_warmup="auto")
+        assert config.resolve(RunSize(2_000_000, 64, 5000))["teacher_temp_warmup"].value == 0.0
+
+    def test_the_teacher_of_dinov2_is_slower(self) -> None:
+        config = DINOv2Config(ema_momentum="auto")
+        assert config.resolve(RunSize(1_281_167, 2048, 125_000))["ema_momentum"].value == 0.992
+
     def test_numbers_stay(self) -> None:
         assert DINOConfig().resolve(RunSize(100, 10, 10)) == {}
 
@@ -272,6 +283,28 @@ def test_settings_that_cannot_work_are_named(settings: dict, message: str) -> No
 def test_local_crops_must_fit_the_patches() -> None:
     with pytest.raises(ValueError, match=r"local_crop_size=20: the height 20 .*nearest that are: 16 and 24"):
         DINOConfig(local_crop_size=20).build_transform((32, 32), (8, 8), (0.5,) * 3, (0.5,) * 3)
+
+
+def test_local_crops_are_no_larger_than_global_ones() -> None:
+    with pytest.raises(ValueError, match=r"larger than the global crops, \(64, 64\); \[24, 24\] would be"):
+        DINOConfig().build_transform((64, 64), (8, 8), (0.5,) * 3, (0.5,) * 3)
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_sinkhorn_is_over_the_views_of_all_images_together(iterations: int) -> None:
+    objective = build(centering="sinkhorn", sinkhorn_iterations=iterations)
+    logits = torch.randn(2, 5, 64)
+    probs = objective.center_probs(logits, objective.center, 0.05)
+    torch.testing.assert_close(probs.flatten(0, 1), sinkhorn_knopp(logits.flatten(0, 1), 0.05, iterations))
+
+
+def test_signs_are_of_all_micro_batches_of_a_step() -> None:
+    objective = build()
+    for _ in range(4):
+        objective(random_batch(1), 0.25)
+    assert objective.diagnostics()["feature_std"].isfinite()
+    objective(random_batch(3), 0.5)
+    assert objective.diagnostics()["rankme"] <= 3.01
 
 
 def test_any_number_and_shape_of_crops() -> None:

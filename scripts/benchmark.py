@@ -1,0 +1,85 @@
+"""Measure ssl_vit beside its alternatives, in alternating rounds of one run, and print a table and JSON.
+
+python scripts/benchmark.py multicrop --data FOLDER     multi-crop input beside the paper's Pillow pipeline
+python scripts/benchmark.py memory                      DINO's head and loss beside the pairwise form
+python scripts/benchmark.py step dino --config FILE     a training step with fused and with plain attention
+"""
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from ssl_vit.benchmarks.memory import compare_memory
+from ssl_vit.benchmarks.multicrop import compare_multicrop
+from ssl_vit.benchmarks.step import compare_attention
+from ssl_vit.config import parse_run
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
+    parser.add_argument("--rounds", type=int, default=5, help="alternating rounds")
+    commands = parser.add_subparsers(dest="command", required=True)
+    multicrop = commands.add_parser("multicrop")
+    multicrop.add_argument("--data", required=True, help="a folder of images")
+    multicrop.add_argument("--num_images", type=int, default=64, help="images of a round")
+    multicrop.add_argument("--num_local_crops", type=int, default=8)
+    memory = commands.add_parser("memory")
+    memory.add_argument("--batch", type=int, default=64)
+    memory.add_argument("--num_local_crops", type=int, default=8)
+    memory.add_argument("--num_prototypes", type=int, default=65536)
+    step = commands.add_parser("step")
+    step.add_argument("objective", choices=("mae", "dino", "dinov2"))
+    step.add_argument("--num_samples", type=int, default=100_000, help="images that settings of `auto` follow from")
+    args, settings = parser.parse_known_args()
+    if settings and args.command != "step":
+        parser.error(f"unrecognized arguments: {' '.join(settings)}")
+    try:
+        result = _measure(args, settings)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if "share" in result:
+        for name, peaks in result["peak_mib"].items():
+            print(f"{name:10} {_median(peaks):8.0f} MiB")
+        print(f"ssl_vit needs {result['share']:.0%} of the pairwise form's")
+    else:
+        for name, rates in result["rates"].items():
+            ratio = result["ratios"][name]
+            spread = f"{ratio['median']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+            print(f"{name:24} {_median(rates):8.1f} images/s   {spread}")
+    print(f"{result['what']}; {', '.join(f'{key} {value}' for key, value in result['machine'].items())}")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+def _measure(args: argparse.Namespace, settings: list[str]) -> dict:
+    if args.command == "multicrop":
+        torch.set_num_threads(1)  # rates are those of one core
+        return compare_multicrop(
+            args.data, num_images=args.num_images, num_local_crops=args.num_local_crops, rounds=args.rounds
+        )
+    if args.command == "memory":
+        return compare_memory(
+            batch=args.batch,
+            num_local_crops=args.num_local_crops,
+            num_prototypes=args.num_prototypes,
+            rounds=args.rounds,
+        )
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    defaults = importlib.import_module(f"scripts.pretrain_{args.objective}").DEFAULTS
+    config, _ = parse_run(defaults, settings).resolve(args.num_samples)
+    return compare_attention(config, rounds=args.rounds)
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Multi-crop input beside the paper's Pillow pipeline, restated from torchvision's transforms."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from torchvision import transforms as T
+from torchvision.transforms import InterpolationMode
+
+from ssl_vit.benchmarks.rounds import alternate, machine, ratios
+from ssl_vit.data.multicrop import MultiCropConfig
+from ssl_vit.data.sources import DataConfig, open_source
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class PillowBlur:
+    """Gaussian blur with a probability, as DINO's code applies it."""
+
+    def __init__(self, prob: float) -> None:
+        self.prob = prob
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        if random.random() >= self.prob:
+            return image
+        return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
+
+
+def pillow_views(num_local_crops: int) -> list[T.Compose]:
+    """The paper's transform of each view (Caron et al. 2021, appendix; the values are those of its code)."""
+
+    def view(size: int, scale: tuple[float, float], blur: float, solarize: float) -> T.Compose:
+        steps = [
+            T.RandomResizedCrop(size, scale=scale, interpolation=InterpolationMode.BICUBIC),
+            T.RandomHorizontalFlip(0.5),
+            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+            T.RandomGrayscale(0.2),
+            PillowBlur(blur),
+            *([T.RandomSolarize(128, p=solarize)] if solarize else []),
+            T.ToTensor(),
+            T.Normalize(MEAN, STD),
+        ]
+        return T.Compose(steps)
+
+    locals_ = [view(96, (0.05, 0.4), 0.5, 0.0)] * num_local_crops
+    return [view(224, (0.4, 1.0), 1.0, 0.0), view(224, (0.4, 1.0), 0.1, 0.2), *locals_]
+
+
+def compare_multicrop(
+    folder: str, *, num_images: int = 64, batch_size: int = 16, rounds: int = 5, num_local_crops: int = 8
+) -> dict:
+    """Images per second of one process: the paper's pipeline, ours up to the crops, and ours whole on this device.
+
+    Args:
+        folder: a folder of images.
+        num_images: images of a round.
+        batch_size: images that are coloured at once.
+    """
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in {".jpg", ".jpeg", ".png"})
+    if not paths:
+        raise ValueError(f"--data={folder}: holds no .jpg or .png file")
+    paths = [paths[row % len(paths)] for row in range(num_images)]
+    source = open_source(DataConfig(source=folder, label_column="none"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    views = pillow_views(num_local_crops)
+    config = MultiCropConfig(num_local_crops=num_local_crops)
+    transform = config.build_transform((224, 224), (16, 16), MEAN, STD)
+
+    def pillow() -> int:
+        for path in paths:
+            with Image.open(path) as image:
+                rgb = image.convert("RGB")
+            for view in views:
+                view(rgb)
+        return len(paths)
+
+    def sample(row: int) -> dict[str, torch.Tensor]:
+        return transform(source.image(row % len(source), 3), np.random.default_rng(row))
+
+    def crops() -> int:
+        for row in range(num_images):
+            sample(row)
+        return num_images
+
+    def whole() -> int:
+        for start in range(0, num_images, batch_size):
+            samples = [sample(row) for row in range(start, min(start + batch_size, num_images))]
+            batch = {name: torch.stack([item[name] for item in samples]) for name in samples[0]}
+            transform.on_device(batch, device)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return num_images
+
+    rates = alternate(
+        {"paper (Pillow)": pillow, "crops alone": crops, f"whole, colours on {device.type}": whole}, rounds
+    )
+    return {
+        "what": f"2 + {num_local_crops} crops of {num_images} images in one process",
+        "rates": rates,
+        "ratios": {name: vars(ratio) for name, ratio in ratios(rates, "paper (Pillow)").items()},
+        "machine": machine(),
+    }

@@ -1,0 +1,71 @@
+"""Alternating rounds: what is compared is measured in turn, so that a noisy machine is noisy for all."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torchvision
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times the baseline's rate a contender reaches: median over rounds, and the range."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f}x [{self.low:.2f}, {self.high:.2f}]"
+
+
+def alternate(contenders: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
+    """Images per second of each contender in each round.
+
+    Args:
+        contenders: each works for a while and returns how many images it did; it is called once beforehand.
+        rounds: how often each is measured.
+    """
+    for work in contenders.values():
+        work()
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, work in contenders.items():
+            start = time.perf_counter()
+            images = work()
+            rates[name].append(images / (time.perf_counter() - start))
+    return rates
+
+
+def ratios(rates: dict[str, list[float]], baseline: str) -> dict[str, Ratio]:
+    """Each contender over the baseline of the same round."""
+    found = {}
+    for name, values in rates.items():
+        each = [value / base for value, base in zip(values, rates[baseline], strict=True)]
+        found[name] = Ratio(statistics.median(each), min(each), max(each))
+    return found
+
+
+def machine() -> dict[str, str]:
+    """What the figures were measured on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return {
+        "cpu": _cpu_name(),
+        "threads": str(torch.get_num_threads()),
+        "device": device,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
