@@ -77,6 +77,8 @@ def export_backbone(
     with tempfile.TemporaryDirectory(dir=folder, prefix="unfinished-") as unfinished:
         save_file(tensors, Path(unfinished) / BACKBONE_FILE, metadata={"format": "pt"})
         (Path(unfinished) / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n")
+        # safetensors lets only its owner read a file; a result is for whom the folder is for.
+        (Path(unfinished) / BACKBONE_FILE).chmod((Path(unfinished) / CONFIG_FILE).stat().st_mode)
         _prove_equal(encoder, Path(unfinished))
         for name in (CONFIG_FILE, BACKBONE_FILE):
             (Path(unfinished) / name).replace(folder / name)

@@ -132,3 +132,8 @@ def test_a_backbone_that_does_not_come_back_equal_is_not_handed_over(
     with pytest.raises(RuntimeError, match="differ from the trained ones"):
         export(tiny_encoder, tmp_path)
     assert not (tmp_path / "backbone.safetensors").exists()
+
+
+def test_whoever_may_read_the_description_may_read_the_weights(tmp_path: Path, tiny_encoder: ViT) -> None:
+    file = export_backbone(tiny_encoder, tmp_path, mean=(0.5,) * 3, std=(0.5,) * 3, provenance={})
+    assert file.stat().st_mode == (tmp_path / "config.json").stat().st_mode
