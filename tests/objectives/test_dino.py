@@ -250,7 +250,8 @@ class TestAuto:
             ("num_prototypes", "teacher_temp", "teacher_temp_warmup", "ema_momentum", "freeze_last_layer"), "auto"
         )
         found = DINOConfig(**auto).resolve(size)
-        DINOConfig(**{name: value.value for name, value in found.items()})
+        config = DINOConfig(**{name: value.value for name, value in found.items()})  # which refuses impossible values
+        assert (config.num_prototypes, config.ema_momentum) == (512, 0.9)
 
 
 class TestSignsOfCollapse:
