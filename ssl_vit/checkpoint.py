@@ -126,14 +126,22 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     for key, value in load_file(folder / OPTIMIZER_FILE).items():
         name, slot = key.rsplit("/", 1)
         slots.setdefault(name, {})[slot] = value
-    # Not strict, since parameters that are still frozen have no moments yet. torch makes some up for them.
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
+    # Parameters that are still frozen have no moments yet, which torch does not provide for: they get some to load.
+    slots_of_one: dict[str, Tensor] = next(iter(slots.values()), {})
+    frozen = []
+    for name, parameter in model.named_parameters():
+        key = name.removeprefix("module.")
+        if parameter.requires_grad and key not in slots:
+            frozen.append(parameter)
+            slots[key] = {
+                slot: torch.zeros(parameter.shape) if value.ndim else torch.zeros_like(value)
+                for slot, value in slots_of_one.items()
+            }
     set_optimizer_state_dict(
         model, optimizer, {"state": slots, "param_groups": state.pop("param_groups")}, options=options
     )
-    for name, parameter in model.named_parameters():
-        if name.removeprefix("module.") not in slots:
-            optimizer.state.pop(parameter, None)
+    for parameter in frozen:
+        optimizer.state.pop(parameter)
     return state
 
 
