@@ -6,6 +6,7 @@ import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -15,6 +16,7 @@ import psutil
 import torch
 import torch.distributed as dist
 import yaml
+from accelerate import InitProcessGroupKwargs, PartialState
 from jaxtyping import Float
 from torch import Tensor
 
@@ -22,6 +24,7 @@ from ssl_vit.data.loader import num_cpus, num_local_processes
 
 EXIT_STOPPED: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + signal, the shell's convention
 EXIT_COLLAPSED = 3
+PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=4))
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -39,6 +42,20 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     # Emulated bf16 is hundreds of times slower than fp32.
     has_bf16 = device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
     return "bf16" if has_bf16 else "no"
+
+
+def start_processes() -> PartialState:
+    """Find the other processes of a launch, and give each its share of the CPUs; alone, this one is the main one.
+
+    Raises:
+        ValueError: see `check_num_processes`.
+    """
+    # Some work is done by the main process while the others wait, for longer than the default limit.
+    # Without an accelerator Accelerate must be told so, or the processes of a torchrun do not find each other.
+    state = PartialState(cpu=not torch.accelerator.is_available(), **PATIENCE.to_kwargs())
+    use_all_cpus(cast(torch.device, state.device))
+    check_num_processes(state.num_processes)
+    return state
 
 
 def use_all_cpus(device: torch.device) -> None:
@@ -92,6 +109,11 @@ def seed_step(seed: int, step: int, micro: int, process_index: int) -> None:
 def world_size() -> int:
     """Training processes on all machines."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def process_index() -> int:
+    """Number of this process among all, 0 for the main one."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def sum_over_processes(values: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from ssl_vit.data.device_transforms import normalize
 from ssl_vit.data.loader import choose_num_workers
 from ssl_vit.data.sources import Source, open_source
 from ssl_vit.evaluation.evaluate import check_sources, evaluate_encoder, evaluate_pixels
-from ssl_vit.evaluation.features import eval_transform
+from ssl_vit.evaluation.features import centre_crop
 from ssl_vit.evaluation.scores import Score, format_table, paired_interval, scores_to_json
 from ssl_vit.export.backbone import BACKBONE_FILE, export_backbone, load_strictly, read_tensors
 from ssl_vit.metrics import MetricLog
@@ -37,9 +37,9 @@ class Judges(NamedTuple):
 def evaluate_in_training(
     config: RunConfig, accelerator: Accelerator, objective: Objective, judges: Judges, step: int, log: MetricLog
 ) -> None:
-    """Score the backbone as it is now, on the main process."""
+    """Score the backbone as it is now: all processes encode, the main one scores."""
+    scores = _evaluate(objective.backbone(), config, judges, accelerator)
     if accelerator.is_main_process:
-        scores = _evaluate(objective.backbone(), config, judges, accelerator)
         log.write({"step": step, **{f"eval_{name}": score.accuracy for name, score in scores.items()}})
         log.say(f"step {step}  " + "  ".join(f"{name} {score.accuracy:.1%}" for name, score in scores.items()))
     accelerator.wait_for_everyone()
@@ -53,10 +53,11 @@ def finish(
     judges: Judges | None,
     step: int,
 ) -> None:
-    """Export the backbone, draw the picture and print the scores; the main process does, the others wait."""
+    """Export the backbone, draw the picture and print the scores; all processes encode, the main one does the rest."""
+    folder = Path(config.output_dir)
+    backbone = objective.backbone()
+    written = []
     if accelerator.is_main_process:
-        folder = Path(config.output_dir)
-        backbone = objective.backbone()
         provenance = {
             "objective": type(objective).__name__,
             "objective_config": as_plain(config.objective),
@@ -71,13 +72,13 @@ def finish(
         picture = folder / objective.picture_file
         if draw(config, objective, source, picture, accelerator.device):
             written.insert(1, f"picture    {picture}")
-        if judges is not None:
-            untrained = config.build_objective().backbone().to(accelerator.device)  # the same weights as at step 0
-            print(compare(config, accelerator, backbone, untrained, judges, step))
-            written.append(f"scores     {folder / RESULTS_FILE}")
-        else:
-            print("No scores: the source has no labels. scripts/evaluate_knn.py takes a labelled one.")
-        print("\n".join(written), flush=True)
+    if judges is not None:
+        untrained = config.build_objective().backbone().to(accelerator.device)  # the same weights as at step 0
+        accelerator.print(compare(config, accelerator, backbone, untrained, judges, step))
+        written.append(f"scores     {folder / RESULTS_FILE}")
+    else:
+        accelerator.print("No scores: the source has no labels. scripts/evaluate_knn.py takes a labelled one.")
+    accelerator.print("\n".join(written), flush=True)
     accelerator.wait_for_everyone()
 
 
@@ -88,7 +89,7 @@ def draw(config: RunConfig, objective: Objective, source: Source, path: Path, de
     chosen = rng.choice(len(source), size=min(NUM_PICTURES, len(source)), replace=False)
     images = torch.stack(
         [
-            eval_transform(source.image(int(index), encoder.in_chans), encoder.image_size, config.evaluation.crop_pct)
+            centre_crop(source.image(int(index), encoder.in_chans), encoder.image_size, config.evaluation.crop_pct)
             for index in chosen
         ]
     )
@@ -108,12 +109,17 @@ def compare(
     judges: Judges,
     step: int,
 ) -> str:
-    """Score raw pixels, the untrained and the trained backbone; write results.json; return the table as text."""
+    """Score raw pixels, the untrained and the trained backbone; write results.json; return the table as text.
+
+    Every process calls this; the main one is given the text.
+    """
     rows = {
         "raw pixels": evaluate_pixels(*judges, config.evaluation, num_channels=trained.in_chans, seed=config.seed),
         "untrained": _evaluate(untrained, config, judges, accelerator),
         "trained": _evaluate(trained, config, judges, accelerator),
     }
+    if not accelerator.is_main_process:
+        return ""
     differences = {
         name: paired_interval(rows["trained"][name].correct, rows["untrained"][name].correct)
         for name in rows["trained"]
@@ -123,7 +129,7 @@ def compare(
         name: dict(zip(("difference", "low", "high"), values, strict=True)) for name, values in differences.items()
     }
     (Path(config.output_dir) / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n")
-    lines = [format_table(rows, k=config.evaluation.k)]
+    lines = [format_table(rows, {"knn": f"k-NN (k={config.evaluation.k})"})]
     for name, (difference, low, high) in differences.items():
         verdict = "better than untrained" if low > 0 else "worse than untrained" if high < 0 else "no clear difference"
         lines.append(

@@ -4,12 +4,11 @@ import sys
 import time
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
 from ssl_vit.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint
@@ -20,11 +19,11 @@ from ssl_vit.data.sources import Source, open_source
 from ssl_vit.distributed import (
     EXIT_COLLAPSED,
     EXIT_STOPPED,
+    PATIENCE,
     StopSignal,
-    check_num_processes,
     resolve_precision,
     seed_step,
-    use_all_cpus,
+    start_processes,
 )
 from ssl_vit.export.backbone import BACKBONE_FILE
 from ssl_vit.metrics import CollapseAlarm, MetricLog
@@ -91,15 +90,9 @@ def set_up(config: RunConfig) -> Run:
         ValueError: settings or data that cannot work, in one line.
     """
     check_run_folder(config)
-    # Evaluation runs on the main process while the others wait, for longer than the default limit.
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=4))
-    # Without an accelerator Accelerate must be told so, or the processes of a torchrun do not find each other.
-    on_cpu = not torch.accelerator.is_available()
-    state = PartialState(cpu=on_cpu, **patience.to_kwargs())
-    precision = resolve_precision(config.precision, cast(torch.device, state.device))
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[patience])
-    use_all_cpus(accelerator.device)
-    check_num_processes(accelerator.num_processes)
+    device = cast(torch.device, start_processes().device)
+    precision = resolve_precision(config.precision, device)
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=[PATIENCE])
     with section("batch"):
         num_micro = config.batch.num_micro(accelerator.num_processes)
 

@@ -1,8 +1,8 @@
-"""How good are frozen features? k-NN and linear probe with intervals, on a test set or cross-validated."""
+"""How good are frozen features? k-NN and linear probe with intervals, on a test set or without one."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -10,13 +10,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ssl_vit.data.sources import Source
-from ssl_vit.evaluation.features import extract_features, pixel_features
+from ssl_vit.distributed import process_index
+from ssl_vit.evaluation.features import EvalTransform, extract_features, pixel_features, select_feature
 from ssl_vit.evaluation.knn import knn_predict
-from ssl_vit.evaluation.linear_probe import linear_predict, stratified_folds
-from ssl_vit.evaluation.scores import Score
+from ssl_vit.evaluation.logistic import logistic_predict, stratified_folds
+from ssl_vit.evaluation.scores import Score, class_name
 from ssl_vit.models.encoder import Encoder
-
-PROBES = ("knn", "linear")
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class EvaluationConfig:
     source: str | None = None
     """Labelled pictures the probes learn from; `null` = the run's `data.source`."""
     test_source: str | None = None
-    """Labelled pictures they are tested on; `null` = cross-validation over `source`."""
+    """Labelled pictures they are tested on; `null` = `source`: leave-one-out (k-NN), cross-validation (linear)."""
     feature: Literal["cls", "mean"] = "mean"
     """What stands for a picture: the class token, or the mean of the patch tokens."""
     k: int = 20
@@ -62,78 +61,111 @@ class EvaluationConfig:
             raise ValueError(f"crop_pct={self.crop_pct!r}: must lie in (0, 1]; 1 keeps the largest centre crop")
 
 
+class Split(NamedTuple):
+    """Rows of the sources that an evaluation learns from and is tested on, and their classes."""
+
+    rows: Int[np.ndarray, " n"]
+    labels: Int[np.ndarray, " n"]
+    test_rows: Int[np.ndarray, " m"] | None
+    """None: there is no test source."""
+    test_labels: Int[np.ndarray, " m"] | None
+    class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.labels.max()) + 1
+
+
+def split_sources(train_source: Source, test_source: Source | None, max_images: int | None, seed: int = 0) -> Split:
+    """Choose the labelled pictures that count; of variants of one picture the first alone.
+
+    Args:
+        max_images: a seeded random subset of at most so many of each source, each class with its share; None = all.
+
+    Raises:
+        ValueError: no labels, fewer than two classes, or classes in the test set that the training set lacks.
+    """
+    labels = _labels(train_source, "source")
+    rows = _subset(train_source, labels, max_images, seed)
+    _check_classes(labels[rows], train_source.class_names)
+    if test_source is None:
+        return Split(rows, labels[rows], None, None, train_source.class_names)
+    _check_names(train_source, test_source)
+    test_labels = _labels(test_source, "test_source")
+    test_rows = _subset(test_source, test_labels, max_images, seed)
+    _check_test_classes(labels[rows], test_labels[test_rows], train_source.class_names)
+    return Split(rows, labels[rows], test_rows, test_labels[test_rows], train_source.class_names)
+
+
+def cross_validate(
+    labels: Int[np.ndarray, " n"],
+    folds: int,
+    seed: int,
+    predict: Callable[[Int[Tensor, " r"], Int[Tensor, " s"]], Int[np.ndarray, " s"]],
+) -> Int[np.ndarray, " n"]:
+    """Predict every row once, by a classifier that has seen none of its fold.
+
+    Args:
+        labels: classes, by which the folds are stratified.
+        folds: how many; at most one for each row is used.
+        seed: draws the folds.
+        predict: learns from the first rows and predicts the second ones.
+    """
+    fold_of_row = stratified_folds(labels, None, min(folds, len(labels)), seed)
+    predictions = np.full_like(labels, -1)
+    for fold in np.unique(fold_of_row):
+        test = fold_of_row == fold
+        train_rows, test_rows = (torch.from_numpy(np.flatnonzero(rows)) for rows in (~test, test))
+        predictions[test] = predict(train_rows, test_rows)
+    return predictions
+
+
 def evaluate_features(
     features: Float[Tensor, "n d"],
     labels: Int[np.ndarray, " n"],
     *,
-    groups: Int[np.ndarray, " n"] | None = None,
     test_features: Float[Tensor, "m d"] | None = None,
     test_labels: Int[np.ndarray, " m"] | None = None,
-    test_groups: Int[np.ndarray, " m"] | None = None,
-    class_names: Sequence[str] = (),
     k: int = 20,
     temperature: float = 0.07,
     folds: int = 5,
     seed: int = 0,
-    probes: Sequence[str] = PROBES,
 ) -> dict[str, Score]:
-    """Score features by k-NN and by linear probe.
+    """Score features by k-NN and by linear probe (logistic regression).
 
-    With a test set the probes learn from `features` and predict the test set. Without one, `features` are
-    cross-validated: in stratified folds drawn from `seed`, every picture is predicted once, by probes that
-    have seen none of its fold. Rows without a label (-1) are left out. Of each group only the first
-    labelled row is used: variants of one picture are no independent samples and would make the intervals
-    too narrow.
+    With a test set the probes learn from `features` and predict the test set. Without one every picture is predicted
+    once: in the k-NN by all others (leave-one-out), in the linear probe by one that has seen none of its fold.
 
     Args:
-        features, labels, groups: the pictures to learn from, and those to test on where there is no test set.
-        test_features, test_labels, test_groups: the test set.
-        class_names: for messages.
+        features, labels: the pictures to learn from, and those to test on where there is no test set.
+        test_features, test_labels: the test set.
         k, temperature: of the k-NN.
-        folds: of the cross-validation; at most one for each picture is used.
+        folds: of the cross-validation.
         seed: draws the folds and what the linear probe holds out to choose its strength.
-        probes: which of "knn" and "linear" to run.
 
     Returns:
-        the scores of the probes, all over the same pictures in the same order.
+        the scores "knn" and "linear", over the same pictures in the same order.
 
     Raises:
-        ValueError: features that are not finite, no labels, fewer than two classes, or classes in the test
-            set that the training set lacks.
+        ValueError: features that are not finite.
     """
-    rows = independent_rows(labels, groups)
-    features, labels = features[torch.from_numpy(rows)], labels[rows]
-    _check_classes(labels, class_names)
-    _check_finite(features)
+    check_finite(features)
+    targets = torch.from_numpy(labels).to(features.device)
     num_classes = int(labels.max()) + 1
-
-    def predict(train: Tensor, train_labels: np.ndarray, test: Tensor) -> dict[str, np.ndarray]:
-        targets = torch.from_numpy(train_labels).to(train.device)
-        predicted: dict[str, np.ndarray] = {}
-        if "knn" in probes:
-            knn = knn_predict(train, targets, test, num_classes=num_classes, k=k, temperature=temperature)
-            predicted["knn"] = knn.cpu().numpy()
-        if "linear" in probes:
-            linear = linear_predict(train, targets, test, num_classes=num_classes, seed=seed)
-            predicted["linear"] = linear.cpu().numpy()
-        return predicted
-
+    neighbours = {"num_classes": num_classes, "ks": (k,), "temperature": temperature}
     if test_features is not None and test_labels is not None:
-        rows = independent_rows(test_labels, test_groups)
-        test_features, test_labels = test_features[torch.from_numpy(rows)], test_labels[rows]
-        _check_test_classes(labels, test_labels, class_names)
-        _check_finite(test_features)
-        predictions = predict(features, labels, test_features)
-        return {probe: Score.of(test_labels, predicted) for probe, predicted in predictions.items()}
+        check_finite(test_features)
+        knn = knn_predict(features, targets, test_features, **neighbours)[k].cpu().numpy()
+        linear = logistic_predict(features, targets, test_features, num_classes=num_classes, seed=seed)
+        return {"knn": Score.of(test_labels, knn), "linear": Score.of(test_labels, linear.cpu().numpy())}
 
-    fold_of_row = stratified_folds(labels, None, min(folds, len(labels)), seed)
-    predictions = {probe: np.full_like(labels, -1) for probe in probes}
-    for fold in np.unique(fold_of_row):
-        test = fold_of_row == fold
-        test_rows, train_rows = torch.from_numpy(test), torch.from_numpy(~test)
-        for probe, predicted in predict(features[train_rows], labels[~test], features[test_rows]).items():
-            predictions[probe][test] = predicted
-    return {probe: Score.of(labels, predicted) for probe, predicted in predictions.items()}
+    def predict(train_rows: Tensor, test_rows: Tensor) -> np.ndarray:
+        train, train_targets = features[train_rows], targets[train_rows.to(targets.device)]
+        found = logistic_predict(train, train_targets, features[test_rows], num_classes=num_classes, seed=seed)
+        return found.cpu().numpy()
+
+    knn = knn_predict(features, targets, None, **neighbours)[k].cpu().numpy()
+    return {"knn": Score.of(labels, knn), "linear": Score.of(labels, cross_validate(labels, folds, seed, predict))}
 
 
 def evaluate_encoder(
@@ -148,40 +180,42 @@ def evaluate_encoder(
     num_workers: int = 0,
     autocast_dtype: torch.dtype | None = None,
     seed: int = 0,
-    probes: Sequence[str] = PROBES,
 ) -> dict[str, Score]:
     """Score an encoder's features: `extract_features`, then `evaluate_features`, on the GPU where that is the device.
+
+    Every process calls this and encodes its share; only the main one is given the scores.
 
     Args:
         encoder: the backbone, already on `device`.
         train_source: labelled pictures for the probes.
-        test_source: labelled pictures to test on; None = cross-validation over `train_source`.
+        test_source: labelled pictures to test on; None = see `evaluate_features`.
         config: feature, probes and crop; its `source` and `test_source` are not read here.
         mean, std: of the channels, for pixel values in [0, 1].
-        num_workers, autocast_dtype: see `extract_features`.
+        num_workers, autocast_dtype: see `stream_features`.
         seed: draws the subset, the folds and what the linear probe holds out.
 
     Raises:
-        ValueError: see `evaluate_features`; sources without labels or with different classes.
+        ValueError: see `split_sources` and `evaluate_features`.
     """
+    transform = EvalTransform(encoder.image_size, tuple(mean), tuple(std), config.crop_pct)
 
     def encode(source: Source, rows: np.ndarray) -> Tensor:
-        features = extract_features(
+        pieces = extract_features(
             encoder,
             source,
             rows,
-            mean=mean,
-            std=std,
-            crop_pct=config.crop_pct,
+            transform,
             batch_size=config.batch_size,
             device=device,
             num_workers=num_workers,
             autocast_dtype=autocast_dtype,
         )
-        features = features[config.feature]
+        if process_index() != 0:
+            return torch.empty(0)
+        features = select_feature(pieces, config.feature)
         return features.to(device) if device.type == "cuda" else features  # Apple's GPUs lack the probes' fp64
 
-    return _evaluate(encode, train_source, test_source, config, seed, probes)
+    return _evaluate(encode, train_source, test_source, config, seed)
 
 
 def evaluate_pixels(
@@ -192,28 +226,23 @@ def evaluate_pixels(
     num_channels: int,
     num_workers: int = 0,
     seed: int = 0,
-    probes: Sequence[str] = PROBES,
 ) -> dict[str, Score]:
-    """Score raw pixels on the pictures, crops and folds that `evaluate_encoder` uses with these arguments."""
+    """Score raw pixels on the pictures, crops and folds that `evaluate_encoder` uses with these arguments.
+
+    The main process does it, the others return nothing.
+    """
 
     def shrink(source: Source, rows: np.ndarray) -> Tensor:
+        if process_index() != 0:
+            return torch.empty(0)
         return pixel_features(source, rows, num_channels, crop_pct=config.crop_pct, num_workers=num_workers)
 
-    return _evaluate(shrink, train_source, test_source, config, seed, probes)
+    return _evaluate(shrink, train_source, test_source, config, seed)
 
 
 def check_sources(train_source: Source, test_source: Source | None) -> None:
-    """Find what is wrong with the labels before anything is trained or decoded.
-
-    Raises:
-        ValueError: no labels, fewer than two classes, or other classes in the test source.
-    """
-    labels = _labels(train_source, "source")
-    _check_classes(labels[labels >= 0], train_source.class_names)
-    if test_source is not None:
-        _check_names(train_source, test_source)
-        test_labels = _labels(test_source, "test_source")
-        _check_test_classes(labels[labels >= 0], test_labels[test_labels >= 0], train_source.class_names)
+    """Find what is wrong with the labels before anything is trained or decoded; see `split_sources`."""
+    split_sources(train_source, test_source, max_images=None)
 
 
 def independent_rows(labels: Int[np.ndarray, " n"], groups: Int[np.ndarray, " n"] | None) -> Int[np.ndarray, " r"]:
@@ -230,23 +259,24 @@ def _evaluate(
     test_source: Source | None,
     config: EvaluationConfig,
     seed: int,
-    probes: Sequence[str],
 ) -> dict[str, Score]:
     # Everything that can be wrong with the labels is found before the first picture is decoded.
-    labels = _labels(train_source, "source")
-    rows = _subset(train_source, labels, config.max_images, seed)
-    _check_classes(labels[rows], train_source.class_names)
-    settings = {"k": config.k, "temperature": config.temperature, "folds": config.folds, "seed": seed}
-    settings["probes"] = probes
-    if test_source is not None:
-        _check_names(train_source, test_source)
-        test_labels = _labels(test_source, "test_source")
-        test_rows = _subset(test_source, test_labels, config.max_images, seed)
-        _check_test_classes(labels[rows], test_labels[test_rows], train_source.class_names)
-        settings["test_features"] = featurise(test_source, test_rows)
-        settings["test_labels"] = test_labels[test_rows]
+    split = split_sources(train_source, test_source, config.max_images, seed)
+    test_features = None
+    if test_source is not None and split.test_rows is not None:
+        test_features = featurise(test_source, split.test_rows)
+    features = featurise(train_source, split.rows)
+    if process_index() != 0:
+        return {}
     return evaluate_features(
-        featurise(train_source, rows), labels[rows], class_names=train_source.class_names, **settings
+        features,
+        split.labels,
+        test_features=test_features,
+        test_labels=split.test_labels,
+        k=config.k,
+        temperature=config.temperature,
+        folds=config.folds,
+        seed=seed,
     )
 
 
@@ -269,17 +299,13 @@ def _labels(source: Source, setting: str) -> np.ndarray:
     return source.labels
 
 
-def _name(label: int, class_names: Sequence[str]) -> str:
-    return repr(class_names[label]) if label < len(class_names) else str(label)
-
-
 def _check_classes(labels: np.ndarray, class_names: Sequence[str]) -> None:
     present = np.unique(labels)
     if len(present) == 0:
         raise ValueError("no picture has a label, and an evaluation needs them: evaluate on a labelled source")
     if len(present) == 1:
         raise ValueError(
-            f"all {len(labels)} labelled pictures are of class {_name(int(present[0]), class_names)}: "
+            f"all {len(labels)} labelled pictures are of class {class_name(int(present[0]), class_names)!r}: "
             "an evaluation needs at least two classes"
         )
 
@@ -289,7 +315,7 @@ def _check_test_classes(labels: np.ndarray, test_labels: np.ndarray, class_names
         raise ValueError("no picture of the test set has a label: test on a labelled source")
     missing = np.setdiff1d(test_labels, labels)
     if len(missing):
-        names = ", ".join(_name(label, class_names) for label in missing[:10].tolist())
+        names = ", ".join(repr(class_name(label, class_names)) for label in missing[:10].tolist())
         more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
         raise ValueError(
             f"the test set has classes that the training set lacks: {names}{more}; add labelled pictures of "
@@ -313,6 +339,6 @@ def _check_names(train_source: Source, test_source: Source) -> None:
     )
 
 
-def _check_finite(features: Tensor) -> None:
+def check_finite(features: Tensor) -> None:
     if not features.isfinite().all():
         raise ValueError("some features are NaN or infinite: the encoder's weights or the pictures are broken")

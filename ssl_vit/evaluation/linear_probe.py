@@ -1,180 +1,230 @@
-"""Linear classification of frozen features: multinomial logistic regression, solved to its optimum.
+"""Linear probes trained by gradient descent: many heads at once, the best one picked on a part of the training set.
 
-Features are standardised as by the batch norm without affine that He et al., "Masked Autoencoders Are
-Scalable Vision Learners" (2022), put in front of their linear probe. Where MAE trains the classifier with a
-schedule of its own, here it is the minimum of a convex loss, as in Radford et al., "Learning Transferable
-Visual Models From Natural Language Supervision" (2021): no learning rate, nothing to tune but the L2
-strength, and that is chosen on a part of the training set.
+As Oquab et al., "DINOv2" (2023) do, a head for each learning rate and kind of feature sees the same batches, so that a
+grid costs one pass. `PRESETS["mae"]` is the protocol of He et al., "Masked Autoencoders Are Scalable Vision Learners"
+(2022): batch norm without affine in front of the classifier, and LARS.
 """
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Int
+from timm.optim.lars import Lars
+from torch import Tensor, nn
 
-L2_GRID = tuple(10.0 ** (exponent / 2) for exponent in range(2, -11, -1))
-"""Strengths tried, 10 to 1e-5. Strongest first: each fit starts from the one before, near its solution."""
-
-_HELD_OUT_FOLDS = 5  # one fifth of the training set chooses the strength
-_CHUNK_ROWS = 16384  # rows whose logits exist at once
+from ssl_vit.evaluation.features import FEATURES, select_feature
+from ssl_vit.evaluation.logistic import stratified_folds
+from ssl_vit.schedules import warmup_cosine
 
 
-def linear_predict(
-    train: Float[Tensor, "n d"],
-    train_labels: Int[Tensor, " n"],
-    test: Float[Tensor, "m d"],
+@dataclass(frozen=True)
+class LinearProbeConfig:
+    """How the heads are trained."""
+
+    features: tuple[str, ...] = FEATURES
+    """Kinds of features, each with heads of its own: cls, mean, cls+mean, cls4, cls4+mean."""
+    base_lrs: tuple[float, ...] = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
+    """Learning rates for a batch of 256, each with heads of its own; they grow in proportion to the batch."""
+    optimizer: Literal["sgd", "lars"] = "sgd"
+    """Both with momentum .9 and without weight decay."""
+    batch_norm: bool = False
+    """Standardise the features by a batch norm without affine."""
+    epochs: int = 100
+    """Passes over the training part."""
+    warmup: float = 0.0
+    """Share of the passes over which the learning rate grows from 0; a cosine to 0 follows."""
+    batch_size: int = 1024
+    """Pictures of a step; at most a tenth of those there are."""
+    views: int = 0
+    """Random crops and flips of each training picture, encoded once and taken in turns; 0 = the centre crop alone."""
+    held_out: int = 10
+    """One part in so many of the training pictures picks the best head, which is then trained again on all of them."""
+
+    def __post_init__(self) -> None:
+        for kind in self.features:
+            if kind not in FEATURES:
+                raise ValueError(f"features={self.features!r}: no feature {kind!r}; choose of {', '.join(FEATURES)}")
+        if not self.features:
+            raise ValueError("features=(): name at least one")
+        if not self.base_lrs or min(self.base_lrs) <= 0:
+            raise ValueError(f"base_lrs={self.base_lrs!r}: give numbers above 0")
+        for name, least in {"epochs": 1, "batch_size": 1, "views": 0, "held_out": 2}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be at least {least}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup={self.warmup!r}: is a share of the passes, in [0, 1)")
+
+
+PRESETS = {
+    "dinov2": LinearProbeConfig(),
+    "mae": LinearProbeConfig(
+        features=("cls", "mean"),
+        base_lrs=(0.1,),
+        optimizer="lars",
+        batch_norm=True,
+        epochs=90,
+        warmup=10 / 90,
+        batch_size=16384,
+    ),
+}
+
+
+class Head(NamedTuple):
+    """One of the heads."""
+
+    feature: str
+    base_lr: float
+    model: nn.Module
+
+
+class LinearProbe(NamedTuple):
+    """The best head, what it predicts, and how all of them fared where it was picked."""
+
+    predictions: Int[Tensor, " m"]
+    feature: str
+    base_lr: float
+    held_out: dict[tuple[str, float], float]
+    """Accuracy of each feature and learning rate on the held-out part, a share."""
+
+
+def linear_probe(
+    train: Sequence[Mapping[str, Tensor]],
+    train_labels: Int[np.ndarray, " n"],
+    test: Mapping[str, Tensor],
+    config: LinearProbeConfig,
     *,
     num_classes: int,
     train_groups: Int[np.ndarray, " n"] | None = None,
+    clean: Mapping[str, Tensor] | None = None,
     seed: int = 0,
-    l2: float | None = None,
-) -> Int[Tensor, " m"]:
-    """Classify test rows with a logistic regression fitted to the training rows.
+    device: torch.device | None = None,
+    on_step: Callable[[], object] = lambda: None,
+) -> LinearProbe:
+    """Train heads on a part of `train`, pick the best on the rest, train it again on all, and classify `test`.
 
-    The loss is the mean cross-entropy plus `l2 / 2` times the squared norm of the weights (not of the
-    biases), so `l2 = 1 / (C n)` in the terms of scikit-learn. Computed in fp64; the same call gives the
-    same result.
+    The same call gives the same result.
 
     Args:
-        train, test: finite features; both are standardised with the statistics of `train`.
-        train_labels: classes, 0 to `num_classes` - 1. A class without training rows is never predicted.
+        train: what `extract_features` returned for the training pictures, once for each view.
+        train_labels: classes, 0 to `num_classes` - 1.
+        test: the same of the pictures to classify, of the centre crop.
         train_groups: rows of one group are variants of one picture and are held out together.
-        seed: draws the part of `train` that is held out to choose `l2`.
-        l2: the strength; None = the value of `L2_GRID` with the lowest loss on a held-out fifth of `train`;
-            the regression is then fitted again on all of `train`.
-
-    Raises:
-        ValueError: no training rows, or labels outside the classes.
+        clean: the training pictures' centre crop, on which heads are compared; None = the first of `train`.
+        seed: draws the held-out part, the heads' first weights and the batches.
+        device: where the heads are trained; None = where the features are.
+        on_step: called after each step; `num_steps` says how many there are.
     """
-    if len(train) == 0:
-        raise ValueError("the linear probe needs at least one training row")
-    # A class that has no rows here would only send its bias towards minus infinity.
-    present, targets = train_labels.unique(return_inverse=True)
-    if present[0] < 0 or present[-1] >= num_classes:
-        raise ValueError(f"labels range from {present[0]} to {present[-1]}, but num_classes is {num_classes}")
-    train, test = _standardise(train, test)
-    # A rotation to uncorrelated features: the penalty and hence the solution stay as they are, but `_fit`, which
-    # scales one feature at a time, then needs tens of steps where the correlated ones can take thousands.
-    rotation = torch.linalg.eigh(train.T @ train).eigenvectors
-    train, test = train @ rotation, test @ rotation
-    if l2 is None:
-        l2 = _choose_l2(train, targets, len(present), train_groups, seed)
-    weights = _fit(train, targets, l2, train.new_zeros(len(present), train.shape[1] + 1), tolerance=1e-5)
-    return present[_logits(weights, test).argmax(dim=1)]
+    clean = train[0] if clean is None else clean
+    device = device or clean["mean"].device
+    labels = torch.from_numpy(train_labels).to(device)
+    everything = np.arange(len(train_labels))
+    settings = {"num_classes": num_classes, "seed": seed, "on_step": on_step}
+    held_out = stratified_folds(train_labels, train_groups, config.held_out, seed) == 0
+    # A class that is only among the held-out rows cannot be learned and would say nothing about the heads.
+    held_out &= np.isin(train_labels, train_labels[~held_out])
+    grid = [(kind, base_lr) for kind in config.features for base_lr in config.base_lrs]
+    if len(grid) > 1 and held_out.any():
+        heads = _train_heads(train, labels, everything[~held_out], grid, config, **settings)
+        rows = torch.from_numpy(everything[held_out])
+        answers = labels[rows.to(device)]
+        found = {
+            (head.feature, head.base_lr): float((_predict(head, clean, rows, device) == answers).float().mean())
+            for head in heads
+        }
+        best = max(found, key=lambda key: found[key])  # of equal ones the first
+    else:
+        found, best = {}, grid[0]
+    head = _train_heads(train, labels, everything, [best], config, **settings)[0]
+    predictions = _predict(head, test, torch.arange(len(test["mean"])), device)
+    return LinearProbe(predictions.cpu(), *best, found)
 
 
-def stratified_folds(
-    labels: Int[np.ndarray, " n"], groups: Int[np.ndarray, " n"] | None, num_folds: int, seed: int
-) -> Int[np.ndarray, " n"]:
-    """Deal rows into folds, at random but evenly: in size, and in each class.
-
-    Groups are dealt whole, by the label of their first row. Counts of groups, in all and of a class, differ
-    by at most one between folds; a class with fewer groups than folds is missing from some of them.
-
-    Args:
-        labels: class of each row.
-        groups: rows with the same number stay together; None = every row for itself.
-        num_folds: how many folds.
-        seed: decides who goes where.
-
-    Returns:
-        the fold of each row, 0 to `num_folds` - 1.
-    """
-    groups = np.arange(len(labels)) if groups is None else groups
-    _, first, group_of_row = np.unique(groups, return_index=True, return_inverse=True)
-    order = np.random.default_rng(seed).permutation(len(first))
-    order = order[np.argsort(labels[first][order], kind="stable")]
-    fold_of_group = np.empty(len(first), dtype=np.int64)
-    # Counting on from class to class, so that the remainders of many small classes do not all fall to fold 0.
-    fold_of_group[order] = np.arange(len(first)) % num_folds
-    return fold_of_group[group_of_row]
+def num_steps(num_rows: int, config: LinearProbeConfig) -> int:
+    """Optimizer steps over `num_rows` training pictures, in both rounds together."""
+    fit = num_rows - num_rows // config.held_out
+    grid = len(config.features) * len(config.base_lrs)
+    rounds = [fit, num_rows] if grid > 1 else [num_rows]
+    return sum(config.epochs * -(-rows // _batch_size(rows, config)) for rows in rounds)
 
 
-def _standardise(
-    train: Float[Tensor, "n d"], test: Float[Tensor, "m d"]
-) -> tuple[Float[Tensor, "n d"], Float[Tensor, "m d"]]:
-    train, test = train.double(), test.double()
-    mean = train.mean(dim=0)
-    std = (train.var(dim=0, correction=0) + 1e-6).sqrt()  # the epsilon of MAE's batch norm
-    return (train - mean) / std, (test - mean) / std
+def _batch_size(num_rows: int, config: LinearProbeConfig) -> int:
+    return max(1, min(config.batch_size, num_rows // 10))
 
 
-def _choose_l2(
-    train: Float[Tensor, "n d"],
-    targets: Int[Tensor, " n"],
+def _train_heads(
+    views: Sequence[Mapping[str, Tensor]],
+    labels: Int[Tensor, " n"],
+    rows: Int[np.ndarray, " r"],
+    grid: Sequence[tuple[str, float]],
+    config: LinearProbeConfig,
+    *,
     num_classes: int,
-    groups: Int[np.ndarray, " n"] | None,
     seed: int,
-) -> float:
-    labels = targets.cpu().numpy()
-    held_out = stratified_folds(labels, groups, _HELD_OUT_FOLDS, seed) == 0
-    # A class that is only among the held-out rows cannot be learned and would say nothing about the strength.
-    held_out &= np.isin(labels, labels[~held_out])
-    if not held_out.any():
-        return L2_GRID[len(L2_GRID) // 2]
-    fit, check = (torch.from_numpy(rows).to(train.device) for rows in (~held_out, held_out))
-    weights = train.new_zeros(num_classes, train.shape[1] + 1)
-    losses = []
-    for l2 in L2_GRID:
-        weights = _fit(train[fit], targets[fit], l2, weights, tolerance=1e-3)
-        losses.append(float(F.cross_entropy(_logits(weights, train[check]), targets[check])))
-        if len(losses) - int(np.argmin(losses)) > 2:  # twice past the minimum; the weakest strengths take longest
-            break
-    return L2_GRID[int(np.argmin(losses))]
+    on_step: Callable[[], object],
+) -> list[Head]:
+    """A head for each kind of feature and learning rate, all trained on the same batches of `rows`."""
+    device = labels.device
+    batch_size = _batch_size(len(rows), config)
+    generator = torch.Generator().manual_seed(seed)
+    heads = []
+    for kind, base_lr in grid:
+        linear = nn.Linear(select_feature(_rows(views[0], slice(1)), kind).shape[1], num_classes)
+        nn.init.normal_(linear.weight, std=0.01, generator=generator)
+        nn.init.zeros_(linear.bias)
+        norm = nn.BatchNorm1d(linear.in_features, eps=1e-6, affine=False) if config.batch_norm else nn.Identity()
+        heads.append(Head(kind, base_lr, nn.Sequential(norm, linear).to(device)))
+    optimizer = _optimizer(heads, config)
+    order = np.random.default_rng((seed, 1))
+    steps_per_epoch = -(-len(rows) // batch_size)
+    for step in range(config.epochs * steps_per_epoch):
+        epoch, position = divmod(step, steps_per_epoch)
+        if position == 0:
+            shuffled = order.permutation(rows)
+        # Evenly cut: a batch norm cannot learn from a last batch of one picture.
+        chosen = torch.from_numpy(np.array_split(shuffled, steps_per_epoch)[position])
+        batch = _rows(views[epoch % len(views)], chosen)
+        targets = labels[chosen.to(device)]
+        inputs = {kind: select_feature(batch, kind).to(device) for kind in dict.fromkeys(kind for kind, _ in grid)}
+        # Each head's loss has gradients for this head alone, so their sum trains all of them.
+        loss = torch.stack([F.cross_entropy(head.model(inputs[head.feature]), targets) for head in heads]).sum()
+        rate = warmup_cosine(step / (config.epochs * steps_per_epoch), config.warmup, 1.0, 0.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["base_lr"] * batch_size / 256
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        on_step()
+    return heads
 
 
-def _fit(
-    features: Float[Tensor, "n d"],
-    targets: Int[Tensor, " n"],
-    l2: float,
-    start: Float[Tensor, "classes d1"],
-    tolerance: float,
-) -> Float[Tensor, "classes d1"]:
-    """Minimise the loss with L-BFGS from `start`; the last column of the weights holds the biases."""
-    # In units in which every weight has about the same curvature, that of the loss at equal probabilities.
-    probability = 1 / len(start)
-    spread = max(probability * (1 - probability), 1e-3)  # a single class has none
-    unit = F.pad(features.square().mean(dim=0) * spread + l2, (0, 1), value=spread).rsqrt()
-    scaled = start / unit
-    optimizer = torch.optim.LBFGS(
-        [scaled],
-        max_iter=500,
-        max_eval=1000,
-        tolerance_grad=tolerance,
-        tolerance_change=1e-12,
-        history_size=10,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure() -> float:
-        loss, gradient = _loss_and_gradient(scaled * unit, features, targets, l2)
-        scaled.grad = gradient * unit
-        return loss
-
-    optimizer.step(closure)
-    return scaled * unit
+def _optimizer(heads: Sequence[Head], config: LinearProbeConfig) -> torch.optim.Optimizer:
+    if config.optimizer == "sgd":
+        groups = [{"params": list(head.model.parameters()), "base_lr": head.base_lr} for head in heads]
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+    groups = [
+        # LARS adapts the rate of weights, not that of biases.
+        {"params": [parameter], "base_lr": head.base_lr, "always_adapt": parameter.ndim > 1}
+        for head in heads
+        for parameter in head.model.parameters()
+    ]
+    return Lars(groups, lr=0.0, momentum=0.9, trust_coeff=0.001)  # pyright: ignore[reportArgumentType]
 
 
-def _loss_and_gradient(
-    weights: Float[Tensor, "classes d1"],
-    features: Float[Tensor, "n d"],
-    targets: Int[Tensor, " n"],
-    l2: float,
-) -> tuple[float, Float[Tensor, "classes d1"]]:
-    # The gradient is written out, not left to autograd, which could not work on features from inference mode.
-    penalised = weights.clone()
-    penalised[:, -1] = 0
-    loss = 0.5 * l2 * penalised.square().sum()
-    gradient = l2 * penalised
-    for rows, row_targets in zip(features.split(_CHUNK_ROWS), targets.split(_CHUNK_ROWS), strict=True):
-        log_probabilities = F.log_softmax(_logits(weights, rows), dim=1)
-        loss -= log_probabilities.gather(1, row_targets[:, None]).sum() / len(features)
-        error = log_probabilities.exp() - F.one_hot(row_targets, len(weights))
-        gradient[:, :-1] += error.T @ rows / len(features)
-        gradient[:, -1] += error.sum(dim=0) / len(features)
-    return float(loss), gradient
+@torch.no_grad()
+def _predict(
+    head: Head, pieces: Mapping[str, Tensor], rows: Int[Tensor, " r"], device: torch.device
+) -> Int[Tensor, " r"]:
+    head.model.eval()
+    parts = [
+        head.model(select_feature(_rows(pieces, part), head.feature).to(device)).argmax(dim=1)
+        for part in rows.split(16384)
+    ]
+    return torch.cat(parts)
 
 
-def _logits(weights: Float[Tensor, "classes d1"], features: Float[Tensor, "n d"]) -> Float[Tensor, "n classes"]:
-    return torch.addmm(weights[:, -1], features, weights[:, :-1].T)
+def _rows(pieces: Mapping[str, Tensor], rows: Tensor | slice) -> dict[str, Tensor]:
+    return {name: values[rows] for name, values in pieces.items()}

@@ -1,6 +1,8 @@
 """Accuracies with honest intervals, and how they are shown."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -19,13 +21,20 @@ class Score:
     """Upper end of the same interval."""
     balanced_accuracy: float
     """Mean over the classes of the share of their pictures that were recognised."""
-    correct: Bool[np.ndarray, " n"]
-    """Whether each picture was recognised, in the order of their rows."""
+    labels: Int[np.ndarray, " n"]
+    """Class of each picture."""
+    predictions: Int[np.ndarray, " n"]
+    """What each picture was taken for."""
+
+    @property
+    def correct(self) -> Bool[np.ndarray, " n"]:
+        """Whether each picture was recognised."""
+        return self.labels == self.predictions
 
     @property
     def n(self) -> int:
         """How many pictures."""
-        return len(self.correct)
+        return len(self.labels)
 
     @classmethod
     def of(cls, labels: Int[np.ndarray, " n"], predictions: Int[np.ndarray, " n"]) -> "Score":
@@ -33,7 +42,7 @@ class Score:
         correct = labels == predictions
         low, high = wilson_interval(int(correct.sum()), len(correct))
         balanced = np.mean([correct[labels == label].mean() for label in np.unique(labels)])
-        return cls(float(correct.mean()), low, high, float(balanced), correct)
+        return cls(float(correct.mean()), low, high, float(balanced), labels, predictions)
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
@@ -70,20 +79,27 @@ def paired_interval(correct_a: Bool[np.ndarray, " a"], correct_b: Bool[np.ndarra
     return difference, max(difference - half, -1.0), min(difference + half, 1.0)
 
 
-def format_table(rows: dict[str, dict[str, Score]], k: int = 20) -> str:
+def format_table(rows: Mapping[str, Mapping[str, Score]], titles: Mapping[str, str] | None = None) -> str:
     """Lay scores out as text: a line each, accuracies in percent with their 95 % intervals.
 
     Args:
-        rows: from the line's name to what `evaluate_features` returned.
-        k: neighbours of the k-NN, for the heading.
+        rows: from the line's name to a score for each column; a line may lack some.
+        titles: headings of columns that are not to bear their own names.
     """
-    probes = list(next(iter(rows.values())))
-    titles = {"knn": f"k-NN (k={k})", "linear": "linear"}
-    lines = [["accuracy, %", *(titles[probe] for probe in probes), "n"]]
+    columns = list(dict.fromkeys(column for scores in rows.values() for column in scores))
+    lines = [["accuracy, %", *((titles or {}).get(column, column) for column in columns), "n"]]
     for name, scores in rows.items():
-        shown = [scores[probe] for probe in probes]
-        cells = [f"{100 * s.accuracy:.1f} [{100 * s.low:.1f}, {100 * s.high:.1f}]" for s in shown]
-        lines.append([name, *cells, str(shown[0].n)])
+        cells = [_interval(scores[column]) if column in scores else "-" for column in columns]
+        lines.append([name, *cells, str(next(iter(scores.values())).n)])
+    return lay_out(lines)
+
+
+def _interval(score: Score) -> str:
+    return f"{100 * score.accuracy:.1f} [{100 * score.low:.1f}, {100 * score.high:.1f}]"
+
+
+def lay_out(lines: Sequence[Sequence[str]]) -> str:
+    """A table as text: the first line is its heading, the first column is set left and the others right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [
         "   ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
@@ -92,10 +108,53 @@ def format_table(rows: dict[str, dict[str, Score]], k: int = 20) -> str:
     return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
 
 
-def scores_to_json(rows: dict[str, dict[str, Score]]) -> dict[str, dict[str, dict[str, float]]]:
-    """The numbers of a table for `json.dump`: dictionaries of line, probe, number. Shares, not percent."""
+def scores_to_json(rows: Mapping[str, Mapping[str, Score]]) -> dict[str, dict[str, dict[str, float]]]:
+    """The numbers of a table for `json.dump`: dictionaries of line, column, number. Shares, not percent."""
     numbers = ("accuracy", "low", "high", "balanced_accuracy", "n")
     return {
-        name: {probe: {number: getattr(score, number) for number in numbers} for probe, score in scores.items()}
+        name: {column: {number: getattr(score, number) for number in numbers} for column, score in scores.items()}
         for name, scores in rows.items()
     }
+
+
+class ClassScore(NamedTuple):
+    """How one class fared. Shares, not percent."""
+
+    name: str
+    n: int
+    """Pictures of the class."""
+    recall: float
+    """Share of them that were recognised: the class's accuracy."""
+    precision: float | None
+    """Share of the pictures taken for this class that are of it; None where none was."""
+    confused_with: str | None
+    """The class that its other pictures were most often taken for; None where all were recognised."""
+
+
+def per_class(score: Score, class_names: Sequence[str]) -> list[ClassScore]:
+    """A line for each class that was tested, in the order of the classes."""
+    found = []
+    for label in np.unique(score.labels).tolist():
+        of_class, taken_for = score.labels == label, score.predictions == label
+        wrong = score.predictions[of_class & ~taken_for]
+        confused = None if len(wrong) == 0 else class_name(int(np.bincount(wrong).argmax()), class_names)
+        precision = float((of_class & taken_for).sum() / taken_for.sum()) if taken_for.any() else None
+        recall = float((of_class & taken_for).sum() / of_class.sum())
+        found.append(ClassScore(class_name(label, class_names), int(of_class.sum()), recall, precision, confused))
+    return found
+
+
+def format_classes(classes: Sequence[ClassScore], most: int = 30) -> str:
+    """The table of `per_class` as text; of more than `most` classes those with the lowest recall."""
+    shown = sorted(classes, key=lambda item: item.recall)[:most] if len(classes) > most else classes
+    lines = [["class", "n", "recall, %", "precision, %", "most taken for"]]
+    for item in shown:
+        precision = "-" if item.precision is None else f"{100 * item.precision:.1f}"
+        lines.append([item.name, str(item.n), f"{100 * item.recall:.1f}", precision, item.confused_with or "-"])
+    more = f"\nthe {most} classes of lowest recall, of {len(classes)}" if len(classes) > most else ""
+    return lay_out(lines) + more
+
+
+def class_name(label: int, class_names: Sequence[str]) -> str:
+    """The name of a class, its number where it has none."""
+    return class_names[label] if label < len(class_names) else str(label)

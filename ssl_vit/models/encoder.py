@@ -62,3 +62,12 @@ class Encoder(nn.Module):
             mask_token: the replacement, owned by the objective, so that no parameter of a backbone goes unused.
         """
         raise NotImplementedError
+
+    def last_layers(self, images: Float[Tensor, "b c h w"], num_layers: int) -> list[Features]:
+        """Features of the last `num_layers` blocks, each through the final norm, the last block last.
+
+        A backbone whose blocks differ in width or grid offers the last one only.
+        """
+        if num_layers != 1:
+            raise ValueError(f"num_layers={num_layers}: {type(self).__name__} offers the last layer only")
+        return [self(images)]

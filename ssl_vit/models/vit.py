@@ -169,8 +169,25 @@ class ViT(Encoder):
         if keep is not None:
             kept = tokens[:, num_prefix:].gather(1, repeat(keep, "b k -> b k d", d=self.embed_dim))
             tokens = torch.cat([tokens[:, :num_prefix], kept], dim=1)
-        tokens = vit.norm(vit.blocks(vit.norm_pre(tokens)))
-        patches = tokens[:, num_prefix:]
+        return self._features(vit.blocks(vit.norm_pre(tokens)))
+
+    def last_layers(self, images: Float[Tensor, "b c h w"], num_layers: int) -> list[Features]:
+        if not 1 <= num_layers <= self.num_layers:
+            raise ValueError(f"num_layers={num_layers}: {self.config.arch} has {self.num_layers} blocks; give 1 to it")
+        self._check_size(*images.shape[-2:])
+        vit = self.vit
+        tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
+        found = []
+        for number, block in enumerate(vit.blocks, start=1):
+            tokens = block(tokens)
+            if number > self.num_layers - num_layers:
+                found.append(self._features(tokens))
+        return found
+
+    def _features(self, tokens: Float[Tensor, "b t d"]) -> Features:
+        """What the blocks leave, through the final norm."""
+        tokens = self.vit.norm(tokens)
+        patches = tokens[:, self.vit.num_prefix_tokens :]
         return Features(cls=tokens[:, 0] if self.has_cls_token else patches.mean(dim=1), patches=patches)
 
 

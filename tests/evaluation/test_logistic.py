@@ -5,7 +5,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from ssl_vit.evaluation import linear_probe
-from ssl_vit.evaluation.linear_probe import linear_predict, stratified_folds
+from ssl_vit.evaluation.logistic import logistic_predict, stratified_folds
 
 
 def blobs(n, d=12, num_classes=4, spread=1.0, seed=0):
@@ -23,7 +23,7 @@ def test_agrees_with_scikit_learn(l2):
     scaler = StandardScaler().fit(train.double())
     theirs = LogisticRegression(C=1 / (l2 * len(train)), tol=1e-10, max_iter=10_000)
     theirs.fit(scaler.transform(train.double()), labels)
-    predicted = linear_predict(train, labels, test, num_classes=4, l2=l2)
+    predicted = logistic_predict(train, labels, test, num_classes=4, l2=l2)
     # Two classes can be a hair apart at one of 2,000 rows; the standardisation has a small epsilon besides.
     assert (predicted.numpy() == theirs.predict(scaler.transform(test.double()))).mean() > 0.998
 
@@ -54,13 +54,13 @@ def test_gradient_is_that_of_the_loss_and_chunks_add_up(monkeypatch):
 
 def test_separable_data_is_learned_completely():
     (train, labels), (test, test_labels) = blobs(200, spread=0.1), blobs(500, spread=0.1, seed=1)
-    assert torch.equal(linear_predict(train, labels, test, num_classes=4), test_labels)
+    assert torch.equal(logistic_predict(train, labels, test, num_classes=4), test_labels)
 
 
 def test_shuffled_labels_give_chance():
     (train, labels), (test, test_labels) = blobs(400), blobs(2000, seed=1)
     shuffled = labels[torch.randperm(400, generator=torch.Generator().manual_seed(0))]
-    accuracy = (linear_predict(train, shuffled, test, num_classes=4) == test_labels).float().mean()
+    accuracy = (logistic_predict(train, shuffled, test, num_classes=4) == test_labels).float().mean()
     assert 0.15 < accuracy < 0.35
 
 
@@ -74,7 +74,7 @@ def test_strength_is_chosen_to_generalise():
     subtle = torch.cat([shared, shared + 0.1 * (labels[:, None] - 0.5)], dim=1)
 
     def accuracy(features, l2):
-        predicted = linear_predict(features[:100], labels[:100], features[100:], num_classes=2, l2=l2)
+        predicted = logistic_predict(features[:100], labels[:100], features[100:], num_classes=2, l2=l2)
         return (predicted == labels[100:]).float().mean()
 
     assert accuracy(noisy, None) > accuracy(noisy, 1e-5) + 0.05
@@ -83,31 +83,31 @@ def test_strength_is_chosen_to_generalise():
 
 def test_the_test_set_has_no_part_in_the_fit():
     (train, labels), (test, _) = blobs(100, spread=2.0), blobs(300, spread=2.0, seed=1)
-    alone = linear_predict(train, labels, test[:50], num_classes=4)
-    together = linear_predict(train, labels, torch.cat([test[:50], 1000 * test[50:]]), num_classes=4)
+    alone = logistic_predict(train, labels, test[:50], num_classes=4)
+    together = logistic_predict(train, labels, torch.cat([test[:50], 1000 * test[50:]]), num_classes=4)
     assert torch.equal(alone, together[:50])
 
 
 def test_same_call_same_result_even_under_inference_mode():
     (train, labels), (test, _) = blobs(150, spread=2.0), blobs(500, spread=2.0, seed=1)
     torch.manual_seed(0)
-    first = linear_predict(train, labels, test, num_classes=4)
+    first = logistic_predict(train, labels, test, num_classes=4)
     torch.manual_seed(1)
     with torch.inference_mode():
-        second = linear_predict(train.clone(), labels, test.clone(), num_classes=4)
+        second = logistic_predict(train.clone(), labels, test.clone(), num_classes=4)
     assert torch.equal(first, second)
 
 
 def test_classes_without_rows_are_never_predicted():
     train, labels = blobs(80)
     labels = torch.where(labels >= 2, 7, 3)
-    assert set(linear_predict(train, labels, train, num_classes=9).tolist()) == {3, 7}
-    assert linear_predict(train, torch.full_like(labels, 5), train, num_classes=9).unique().tolist() == [5]
+    assert set(logistic_predict(train, labels, train, num_classes=9).tolist()) == {3, 7}
+    assert logistic_predict(train, torch.full_like(labels, 5), train, num_classes=9).unique().tolist() == [5]
 
 
 def test_a_single_row_of_each_class_is_enough():
     train = torch.eye(3)
-    assert linear_predict(train, torch.tensor([2, 0, 1]), train, num_classes=3).tolist() == [2, 0, 1]
+    assert logistic_predict(train, torch.tensor([2, 0, 1]), train, num_classes=3).tolist() == [2, 0, 1]
 
 
 def test_groups_are_held_out_together(monkeypatch):
@@ -117,7 +117,7 @@ def test_groups_are_held_out_together(monkeypatch):
     seen = []
     real = linear_probe._fit
     monkeypatch.setattr(linear_probe, "_fit", lambda *args, **kw: seen.append(args[0]) or real(*args, **kw))
-    linear_predict(train, labels, train, num_classes=4, train_groups=groups)
+    logistic_predict(train, labels, train, num_classes=4, train_groups=groups)
     assert [len(seen[0]), len(seen[-1])] == [96, 120]
     held_out = ~(seen[-1][:, None] == seen[0][None]).all(-1).any(1)
     assert held_out.view(-1, 3).sum(1).unique().tolist() == [0, 3]
@@ -126,11 +126,11 @@ def test_groups_are_held_out_together(monkeypatch):
 def test_bad_input_is_refused():
     features = torch.zeros(3, 2)
     with pytest.raises(ValueError, match="num_classes is 3"):
-        linear_predict(features, torch.tensor([0, 1, 3]), features, num_classes=3)
+        logistic_predict(features, torch.tensor([0, 1, 3]), features, num_classes=3)
     with pytest.raises(ValueError, match="range from -1"):
-        linear_predict(features, torch.tensor([0, -1, 1]), features, num_classes=3)
+        logistic_predict(features, torch.tensor([0, -1, 1]), features, num_classes=3)
     with pytest.raises(ValueError, match="at least one"):
-        linear_predict(features[:0], torch.tensor([], dtype=torch.int64), features, num_classes=3)
+        logistic_predict(features[:0], torch.tensor([], dtype=torch.int64), features, num_classes=3)
 
 
 def test_folds_are_even_in_size_and_in_class():

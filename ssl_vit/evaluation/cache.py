@@ -1,0 +1,106 @@
+"""Features that were extracted once are read the next time, as long as nothing they follow from has changed."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from jaxtyping import Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ssl_vit.data.sources import Source
+from ssl_vit.distributed import process_index
+from ssl_vit.evaluation.features import EvalTransform
+
+_FORMAT = 1  # raised when features are computed otherwise
+
+
+def cached_features(
+    folder: Path | None,
+    key: str,
+    num_layers: int,
+    extract: Callable[[], dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """What `extract` returns, from `folder`/`key`.safetensors where it is there with at least `num_layers` blocks.
+
+    Every process calls this, and either all read or all extract. Only the main process is given the features. A folder
+    that cannot be written is no error: the features are then extracted each time.
+
+    Args:
+        folder: where features are kept; None = nowhere.
+        key: see `feature_key`.
+    """
+    file = None if folder is None else folder / f"{key}.safetensors"
+    found = [False]
+    features: dict[str, Tensor] = {}
+    if file is not None and process_index() == 0 and file.exists():
+        try:
+            features = load_file(file)
+            found = [features["cls"].shape[1] >= num_layers]
+        except (SafetensorError, OSError, KeyError):
+            pass  # damaged; written anew
+    if broadcast_object_list(found)[0]:
+        return features
+    features = extract()
+    if file is not None and process_index() == 0:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = file.with_suffix(".unfinished")
+            save_file({name: value.contiguous() for name, value in features.items()}, unfinished)
+            unfinished.replace(file)
+        except (SafetensorError, OSError) as error:
+            print(f"Features are not kept for the next time: {error}")
+    return features
+
+
+def feature_key(
+    backbone: str, source: Source, rows: Int[np.ndarray, " n"], transform: EvalTransform, dtype: torch.dtype | None
+) -> str:
+    """A name for features that changes with all they follow from.
+
+    Args:
+        backbone: hash of the weights, see `hash_file`.
+        dtype: number format the encoder ran in; None = its own.
+    """
+    described = {
+        "format": _FORMAT,
+        "backbone": backbone,
+        "source": fingerprint(source, rows),
+        "transform": dataclasses.asdict(transform),
+        "dtype": str(dtype),
+    }
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fingerprint(source: Source, rows: Int[np.ndarray, " n"]) -> str:
+    """What tells these rows of a source from others, and from themselves after a change.
+
+    Of pictures in files of their own it is path, size and time of change, else the data set's own fingerprint.
+    """
+    digest = hashlib.sha256(np.ascontiguousarray(rows, dtype=np.int64).tobytes())
+    digest.update(f"{source.rows._fingerprint} {source.image_column}".encode())
+    first = (source.rows[int(rows[0])][source.image_column] or {}) if len(rows) else {}
+    if first.get("bytes") is None and first.get("path") is not None:
+        column = source.rows.with_format("arrow")
+        for start in range(0, len(rows), 10_000):
+            chunk: Any = column[rows[start : start + 10_000]]
+            for path in chunk.column(source.image_column).combine_chunks().field("path").to_pylist():
+                status = Path(path).stat() if path is not None and Path(path).is_file() else None
+                digest.update(f"{path} {status and (status.st_size, status.st_mtime_ns)}\n".encode())
+    return digest.hexdigest()

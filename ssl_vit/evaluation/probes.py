@@ -1,0 +1,260 @@
+"""What evaluate_knn.py, linear_probe.py and evaluate_retrieval.py do with a backbone."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ssl_vit.distributed import process_index
+from ssl_vit.evaluation import linear_probe
+from ssl_vit.evaluation.command import LabelledConfig, Task, write_result
+from ssl_vit.evaluation.evaluate import cross_validate
+from ssl_vit.evaluation.features import FEATURES, num_layers_for, select_feature
+from ssl_vit.evaluation.few_shot import FewShot, few_shot
+from ssl_vit.evaluation.knn import knn_predict
+from ssl_vit.evaluation.linear_probe import LinearProbeConfig
+from ssl_vit.evaluation.logistic import logistic_predict
+from ssl_vit.evaluation.retrieval import Retrieval, retrieve
+from ssl_vit.evaluation.scores import Score, format_classes, format_table, lay_out, per_class, scores_to_json
+
+
+@dataclass(frozen=True)
+class KNNConfig(LabelledConfig):
+    """Weighted k-NN."""
+
+    feature: str = "cls"
+    """What stands for a picture: cls, mean, cls+mean, cls4 or cls4+mean."""
+    ks: tuple[int, ...] = (10, 20, 100, 200)
+    """Neighbours that vote."""
+    temperature: float = 0.07
+    """Temperature of the votes' weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_feature(self.feature)
+        _check_ks(self.ks)
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature!r}: must be above 0; the usual value is 0.07")
+
+
+@dataclass(frozen=True)
+class RetrievalConfig(LabelledConfig):
+    """Retrieval; the source is the gallery, the test source the queries."""
+
+    feature: str = "cls"
+    """What stands for a picture: cls, mean, cls+mean, cls4 or cls4+mean."""
+    ks: tuple[int, ...] = (1, 5, 10)
+    """For recall@k."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_feature(self.feature)
+        _check_ks(self.ks)
+
+
+@dataclass(frozen=True)
+class LinearConfig(LabelledConfig):
+    """Linear probe, few-shot classification, and both together."""
+
+    logistic: bool = False
+    """Fit a logistic regression to its optimum instead of training heads: for small data, on `feature` alone."""
+    feature: str = "mean"
+    """What the logistic regression and the few-shot classification look at."""
+    shots: tuple[int, ...] = (1, 5, 10)
+    """Labelled pictures of each class for few-shot classification; [] = none."""
+    draws: int = 5
+    """Draws of these pictures."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_feature(self.feature)
+        if any(shots < 1 for shots in self.shots):
+            raise ValueError(f"shots={self.shots!r}: must be at least 1 each")
+        if self.draws < 1:
+            raise ValueError(f"draws={self.draws!r}: must be at least 1")
+
+
+def check_feature(kind: str) -> None:
+    """Refuse a kind of feature that there is not."""
+    if kind not in FEATURES:
+        raise ValueError(f"feature={kind!r}: no such feature; choose one of {', '.join(FEATURES)}")
+
+
+def evaluate_knn(path: Path, config: KNNConfig) -> None:
+    """Score a backbone by k-NN for several k: a table, and knn.json beside the backbone."""
+    task = Task.open(path, config)
+    rows: dict[str, dict[str, Score]] = {}
+    for name in (*config.baselines, "backbone"):
+        train, test = task.features(name, num_layers_for([config.feature], task.backbone.encoder))
+        if process_index() == 0:
+            rows[name] = _knn(task, train[0], test, config, "mean" if name == "pixels" else config.feature)
+    if process_index() == 0:
+        print(format_table(rows))
+        settings = {"feature": config.feature, "temperature": config.temperature}
+        write_result(task.backbone.folder, "knn", {**task.describe(), **settings, **scores_to_json(rows)})
+
+
+def _knn(
+    task: Task, train: Mapping[str, Tensor], test: Mapping[str, Tensor] | None, config: KNNConfig, kind: str
+) -> dict[str, Score]:
+    device, split = task.backbone.device, task.split
+    labels = split.labels if split.test_labels is None else split.test_labels
+    predictions = knn_predict(
+        select_feature(train, kind).to(device),
+        torch.from_numpy(split.labels).to(device),
+        None if test is None else select_feature(test, kind).to(device),
+        num_classes=split.num_classes,
+        ks=config.ks,
+        temperature=config.temperature,
+    )
+    return {f"k={k}": Score.of(labels, found.cpu().numpy()) for k, found in predictions.items()}
+
+
+def evaluate_retrieval(path: Path, config: RetrievalConfig) -> None:
+    """Score a backbone by retrieval: a table, and retrieval.json beside the backbone."""
+    task = Task.open(path, config)
+    device, split = task.backbone.device, task.split
+    found: dict[str, Retrieval] = {}
+    for name in (*config.baselines, "backbone"):
+        train, test = task.features(name, num_layers_for([config.feature], task.backbone.encoder))
+        kind = "mean" if name == "pixels" else config.feature
+        if process_index() == 0:
+            gallery = select_feature(train[0], kind).to(device)
+            queries = None if test is None else select_feature(test, kind).to(device)
+            found[name] = retrieve(gallery, split.labels, queries, split.test_labels, ks=config.ks)
+    if process_index() == 0:
+        lines = [["%", "mAP", *(f"recall@{k}" for k in config.ks), "queries"]]
+        for name, item in found.items():
+            shares = [item.mean_average_precision, *item.recall.values()]
+            lines.append([name, *(f"{100 * share:.1f}" for share in shares), str(item.num_queries)])
+        print(lay_out(lines))
+        rows = {name: item._asdict() for name, item in found.items()}
+        write_result(task.backbone.folder, "retrieval", {**task.describe(), "feature": config.feature, **rows})
+
+
+def evaluate_linear(path: Path, config: LinearConfig, probe: LinearProbeConfig) -> None:
+    """Score a backbone by a linear probe and from few labels: tables, and linear.json beside the backbone."""
+    task = Task.open(path, config)
+    kinds = [config.feature] if config.logistic else [config.feature, *probe.features]
+    views = 0 if config.logistic else probe.views
+    rows: dict[str, dict[str, Score]] = {}
+    few: dict[str, list[FewShot]] = {}
+    heads: dict[str, Any] = {}
+    for name in (*config.baselines, "backbone"):
+        train, test = task.features(name, num_layers_for(kinds, task.backbone.encoder), views)
+        if process_index() == 0:
+            pixels = name == "pixels"
+            score, heads[name] = _linear(task, train, test, config, probe, pixels, name)
+            rows[name] = {"linear": score}
+            few[name] = _few_shot(task, train[0], test, config, "mean" if pixels else config.feature)
+    if process_index() != 0:
+        return
+    print(format_table(rows))
+    for name, chosen in heads.items():
+        if chosen is not None:
+            edge = chosen["base_lr"] == max(probe.base_lrs) and len(probe.base_lrs) > 1
+            hint = ", the largest of the grid: try larger --probe.base_lrs or more --probe.epochs" if edge else ""
+            print(f"{name}: best on the held-out part is {chosen['feature']} at base_lr {chosen['base_lr']:g}{hint}")
+    classes = per_class(rows["backbone"]["linear"], task.split.class_names)
+    print(f"\n{format_classes(classes)}")
+    balanced = rows["backbone"]["linear"].balanced_accuracy
+    print(f"balanced accuracy {100 * balanced:.1f} %")
+    if config.shots:
+        print(f"\n{_format_few_shot(few, config.draws)}")
+    method = {"logistic": True, "feature": config.feature} if config.logistic else {"probe": asdict(probe)}
+    result = {**task.describe(), **method, **scores_to_json(rows), "heads": heads}
+    result["few_shot"] = {name: [item._asdict() for item in items] for name, items in few.items()}
+    result["classes"] = [item._asdict() for item in classes]
+    write_result(task.backbone.folder, "linear", result)
+
+
+def _linear(
+    task: Task,
+    train: Sequence[Mapping[str, Tensor]],
+    test: Mapping[str, Tensor] | None,
+    config: LinearConfig,
+    probe: LinearProbeConfig,
+    pixels: bool,
+    name: str,
+) -> tuple[Score, dict[str, Any] | None]:
+    """The score of the linear probe, and the head that was chosen where heads were trained."""
+    split, device = task.split, task.backbone.device
+    if pixels:
+        probe = LinearProbeConfig(**{**vars(probe), "features": ("mean",), "views": 0})
+    chosen: dict[str, Any] | None = None
+    clean, views = train[0], list(train[1:]) or [train[0]]
+    kind = "mean" if pixels else config.feature
+
+    def predict(fit: Tensor, query: Mapping[str, Tensor]) -> np.ndarray:
+        nonlocal chosen
+        labels = split.labels[fit.numpy()]
+        if config.logistic:
+            targets = torch.from_numpy(labels).to(device)
+            features = (select_feature(pieces, kind).to(device) for pieces in (_take(clean, fit), query))
+            found = logistic_predict(next(features), targets, next(features), num_classes=split.num_classes, seed=seed)
+            return found.cpu().numpy()
+        total = linear_probe.num_steps(len(fit), probe)
+        with tqdm(total=total, desc=f"linear probe, {name}", unit="step", leave=False, disable=None) as bar:
+            result = linear_probe.linear_probe(
+                [_take(view, fit) for view in views],
+                labels,
+                query,
+                probe,
+                num_classes=split.num_classes,
+                clean=_take(clean, fit),
+                seed=seed,
+                device=device,
+                on_step=bar.update,
+            )
+        if chosen is None:  # of a cross-validation the first fold's
+            grid = [{"feature": key[0], "base_lr": key[1], "accuracy": share} for key, share in result.held_out.items()]
+            chosen = {"feature": result.feature, "base_lr": result.base_lr, "held_out": grid}
+        return result.predictions.numpy()
+
+    seed = task.config.seed
+    if test is not None and split.test_labels is not None:
+        return Score.of(split.test_labels, predict(torch.arange(len(split.labels)), test)), chosen
+    predictions = cross_validate(split.labels, config.folds, seed, lambda fit, rows: predict(fit, _take(clean, rows)))
+    return Score.of(split.labels, predictions), chosen
+
+
+def _few_shot(
+    task: Task, train: Mapping[str, Tensor], test: Mapping[str, Tensor] | None, config: LinearConfig, kind: str
+) -> list[FewShot]:
+    split, device = task.split, task.backbone.device
+    features = select_feature(train, kind).to(device)
+    queries = None if test is None else select_feature(test, kind).to(device)
+    return [
+        few_shot(
+            features,
+            split.labels,
+            queries,
+            split.test_labels,
+            shots=shots,
+            num_draws=config.draws,
+            seed=config.seed,
+        )
+        for shots in config.shots
+    ]
+
+
+def _format_few_shot(few: Mapping[str, Sequence[FewShot]], draws: int) -> str:
+    heading = [f"% from so few of each class, {draws} draws", *(str(item.shots) for item in next(iter(few.values())))]
+    lines = [
+        [name, *(f"{100 * item.mean:.1f} ± {100 * item.std:.1f}" for item in items)] for name, items in few.items()
+    ]
+    return lay_out([heading, *lines])
+
+
+def _take(pieces: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    return {name: values[rows] for name, values in pieces.items()}
+
+
+def _check_ks(ks: Sequence[int]) -> None:
+    if not ks or min(ks) < 1:
+        raise ValueError(f"ks={tuple(ks)!r}: give numbers of at least 1")
