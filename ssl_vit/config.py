@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from ssl_vit.checkpoint import CheckpointConfig
 from ssl_vit.data.sources import DataConfig
 from ssl_vit.evaluation.evaluate import EvaluationConfig
+from ssl_vit.export.backbone import backbone_file, load_pretrained, read_config, read_encoder_config
 from ssl_vit.models.vit import ViTConfig
 from ssl_vit.objectives.objective import Objective, ObjectiveConfig, RunSize
 from ssl_vit.objectives.recipes import resolve_warmup
@@ -104,13 +105,13 @@ class RunConfig:
             raise ValueError("steps=None and epochs=None: give the length of the run with --epochs N or --steps N")
         return max(1, int(self.epochs * num_samples // self.batch.size))
 
-    def resolve(self, num_samples: int) -> tuple["RunConfig", list[str]]:
-        """Put numbers where settings are `auto`, for a source of `num_samples` images.
+    def resolve(self, num_samples: int, num_classes: int = 0) -> tuple["RunConfig", list[str]]:
+        """Put numbers where settings are `auto`, for a source of `num_samples` images of `num_classes` classes.
 
         Returns:
             The settings, and a line for each number that says why.
         """
-        size = RunSize(num_samples, self.batch.size, self.num_steps(num_samples))
+        size = RunSize(num_samples, self.batch.size, self.num_steps(num_samples), num_classes)
         found = self.objective.resolve(size)
         objective = dataclasses.replace(self.objective, **{name: value.value for name, value in found.items()})
         reasons = [f"objective.{name} {value.value:g}: {value.reason}" for name, value in found.items()]
@@ -126,8 +127,19 @@ class RunConfig:
         torch.manual_seed(self.seed)
         with section("encoder"):
             encoder = self.encoder.build()
+        if self.encoder.pretrained is not None:
+            with _naming_pretrained(self.encoder.pretrained):
+                load_pretrained(encoder, self.encoder.pretrained)
         with section("objective"):
             return self.objective.build(encoder)
+
+
+@contextmanager
+def _naming_pretrained(path: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"encoder.pretrained={path!r}: {error}") from error
 
 
 @contextmanager
@@ -150,12 +162,13 @@ def parse_run(defaults: RunConfig, args: Sequence[str] | None = None) -> RunConf
     files, flags = _split_config_files(args, keys)
     for path in files:
         _check_file(path, keys)
-    parser = _build_parser(defaults)
-    try:
-        # Files first, so that a flag wins over a file wherever it stands.
-        namespace = parser.parse_args([*(f"--config={path}" for path in files), *flags])
-    except ArgumentError as error:
-        raise ValueError(_in_one_line(str(error), keys)) from error
+    # Files first, so that a flag wins over a file wherever it stands.
+    words = [*(f"--config={path}" for path in files), *flags]
+    namespace = _parse(defaults, words, keys)
+    if namespace.encoder.pretrained is not None:
+        # What is not said about the encoder is as in the backbone that it starts from.
+        defaults = _start_from(defaults, namespace.encoder.pretrained)
+        namespace = _parse(defaults, words, keys)
     sections: dict[str, Any] = {}
     for item in dataclasses.fields(defaults):
         value = namespace[item.name]
@@ -165,6 +178,26 @@ def parse_run(defaults: RunConfig, args: Sequence[str] | None = None) -> RunConf
         sections[item.name] = value
     config = RunConfig(**sections)
     return config if config.output_dir else dataclasses.replace(config, output_dir=_own_folder(config))
+
+
+def _parse(defaults: RunConfig, words: list[str], keys: dict[str, Any]) -> Namespace:
+    try:
+        return _build_parser(defaults).parse_args(words)
+    except ArgumentError as error:
+        raise ValueError(_in_one_line(str(error), keys)) from error
+
+
+def _start_from(defaults: RunConfig, path: str) -> RunConfig:
+    """The defaults with the architecture, the sizes and the normalisation of an exported backbone."""
+    with _naming_pretrained(path):
+        folder = backbone_file(path).parent
+        encoder, described = read_encoder_config(folder), read_config(folder)["pretrained_cfg"]
+    own = defaults.encoder
+    encoder = dataclasses.replace(
+        encoder, drop_path_rate=own.drop_path_rate, drop_path_schedule=own.drop_path_schedule, pretrained=path
+    )
+    data = dataclasses.replace(defaults.data, mean=tuple(described["mean"]), std=tuple(described["std"]))
+    return dataclasses.replace(defaults, encoder=encoder, data=data)
 
 
 def load_encoder_config(path: Path) -> ViTConfig:

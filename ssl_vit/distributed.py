@@ -58,6 +58,11 @@ def start_processes() -> PartialState:
     return state
 
 
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """What a resolved precision has the encoder computed in; None = as it is."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+
+
 def use_all_cpus(device: torch.device) -> None:
     """Give a process that trains on the CPU its share of the CPUs.
 

@@ -14,7 +14,8 @@ from ssl_vit.checkpoint import MODEL_FILE, STATE_FILE, newest_checkpoint
 from ssl_vit.config import RunConfig, as_plain, load_encoder_config, section
 from ssl_vit.data.device_transforms import normalize
 from ssl_vit.data.loader import choose_num_workers
-from ssl_vit.data.sources import Source, open_source
+from ssl_vit.data.sources import DataConfig, Source, open_source
+from ssl_vit.distributed import autocast_dtype
 from ssl_vit.evaluation.evaluate import check_sources, evaluate_encoder, evaluate_pixels
 from ssl_vit.evaluation.features import centre_crop
 from ssl_vit.evaluation.scores import Score, format_table, paired_interval, scores_to_json
@@ -25,6 +26,7 @@ from ssl_vit.objectives.objective import Objective
 from ssl_vit.run_folder import CONFIG_FILE, METRICS_FILE, RESULTS_FILE
 
 NUM_PICTURES = 8
+FINAL_FILE = BACKBONE_FILE  # there once a run is finished
 
 
 class Judges(NamedTuple):
@@ -73,8 +75,8 @@ def finish(
         if draw(config, objective, source, picture, accelerator.device):
             written.insert(1, f"picture    {picture}")
     if judges is not None:
-        untrained = config.build_objective().backbone().to(accelerator.device)  # the same weights as at step 0
-        accelerator.print(compare(config, accelerator, backbone, untrained, judges, step))
+        before = config.build_objective().backbone().to(accelerator.device)  # the same weights as at step 0
+        accelerator.print(compare(config, accelerator, backbone, before, judges, step))
         written.append(f"scores     {folder / RESULTS_FILE}")
     else:
         accelerator.print("No scores: the source has no labels. scripts/evaluate_knn.py takes a labelled one.")
@@ -105,59 +107,69 @@ def compare(
     config: RunConfig,
     accelerator: Accelerator,
     trained: Encoder,
-    untrained: Encoder,
+    before: Encoder,
     judges: Judges,
     step: int,
 ) -> str:
-    """Score raw pixels, the untrained and the trained backbone; write results.json; return the table as text.
+    """Score raw pixels, the backbone at the start and the trained one; write results.json; return the table as text.
 
     Every process calls this; the main one is given the text.
     """
+    start = "untrained" if config.encoder.pretrained is None else "pretrained"
     rows = {
         "raw pixels": evaluate_pixels(*judges, config.evaluation, num_channels=trained.in_chans, seed=config.seed),
-        "untrained": _evaluate(untrained, config, judges, accelerator),
+        start: _evaluate(before, config, judges, accelerator),
         "trained": _evaluate(trained, config, judges, accelerator),
     }
     if not accelerator.is_main_process:
         return ""
     differences = {
-        name: paired_interval(rows["trained"][name].correct, rows["untrained"][name].correct)
-        for name in rows["trained"]
+        name: paired_interval(rows["trained"][name].correct, rows[start][name].correct) for name in rows["trained"]
     }
     results: dict[str, Any] = {"step": step, "scores": scores_to_json(rows)}
-    results["trained_minus_untrained"] = {
+    results[f"trained_minus_{start}"] = {
         name: dict(zip(("difference", "low", "high"), values, strict=True)) for name, values in differences.items()
     }
     (Path(config.output_dir) / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n")
     lines = [format_table(rows, {"knn": f"k-NN (k={config.evaluation.k})"})]
     for name, (difference, low, high) in differences.items():
-        verdict = "better than untrained" if low > 0 else "worse than untrained" if high < 0 else "no clear difference"
+        verdict = f"better than {start}" if low > 0 else f"worse than {start}" if high < 0 else "no clear difference"
         lines.append(
-            f"{name}: trained - untrained = {100 * difference:+.1f} points "
+            f"{name}: trained - {start} = {100 * difference:+.1f} points "
             f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}): {verdict}"
         )
     return "\n".join(lines)
 
 
-def evaluation_sources(config: RunConfig, source: Source) -> Judges | None:
-    """The labelled pictures that judge the run; None where there are none.
+def prepare(config: RunConfig, source: Source) -> tuple[Source, Judges | None]:
+    """The pictures to learn from, all of them, and the labelled ones that judge the run, if there are any.
 
     Raises:
         ValueError: a source that was named for it cannot be used.
     """
     settings = config.evaluation
-    if settings.source is None and settings.test_source is None:
+    test = open_test_source(config)
+    if settings.source is None and test is None:
         usable = source.labels is not None and len(np.unique(source.labels[source.labels >= 0])) > 1
-        return Judges(source, None) if usable else None
+        return source, Judges(source, None) if usable else None
+    labelled = source if settings.source is None else open_source(_judging(config, settings.source))
+    check_sources(labelled, test)
+    return source, Judges(labelled, test)
+
+
+def open_test_source(config: RunConfig) -> Source | None:
+    """The labelled pictures that a run is tested on; None where none are named."""
+    settings = config.evaluation
+    if settings.test_source is None and settings.test_split is None:
+        return None
+    data = _judging(config, settings.test_source or config.data.source)
+    return open_source(dataclasses.replace(data, split=settings.test_split or data.split))
+
+
+def _judging(config: RunConfig, source: str) -> DataConfig:
     # `none` is said of the images that are learned from.
-    data = config.data if config.data.label_column != "none" else dataclasses.replace(config.data, label_column=None)
-
-    def opened(name: str | None) -> Source | None:
-        return None if name is None else open_source(dataclasses.replace(data, source=name))
-
-    judges = Judges(opened(settings.source) or source, opened(settings.test_source))
-    check_sources(*judges)
-    return judges
+    column = config.data.label_column
+    return dataclasses.replace(config.data, source=source, label_column=None if column == "none" else column)
 
 
 def _evaluate(encoder: Encoder, config: RunConfig, judges: Judges, accelerator: Accelerator) -> dict[str, Score]:
@@ -169,7 +181,7 @@ def _evaluate(encoder: Encoder, config: RunConfig, judges: Judges, accelerator: 
         std=config.data.std,
         device=accelerator.device,
         num_workers=choose_num_workers(config.data.num_workers, accelerator.device),
-        autocast_dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision),
+        autocast_dtype=autocast_dtype(accelerator.mixed_precision),
         seed=config.seed,
     )
 

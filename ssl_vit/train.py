@@ -5,12 +5,13 @@ import time
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
+from ssl_vit import results
 from ssl_vit.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint
 from ssl_vit.config import RunConfig, parse_run, section
 from ssl_vit.data.loader import build_loader, choose_num_workers
@@ -25,16 +26,35 @@ from ssl_vit.distributed import (
     seed_step,
     start_processes,
 )
-from ssl_vit.export.backbone import BACKBONE_FILE
 from ssl_vit.metrics import CollapseAlarm, MetricLog
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.vit import choose_attention
 from ssl_vit.objectives.objective import Objective, Transform
 from ssl_vit.optim import build_optimizer, clip_gradients, set_schedule
-from ssl_vit.results import Judges, evaluate_in_training, evaluation_sources, finish
 from ssl_vit.run_folder import METRICS_FILE, check_run_folder, open_run_folder
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+class Ending(Protocol):
+    """What judges a run and what it ends with, given as a module: `results` for pre-training."""
+
+    @property
+    def FINAL_FILE(self) -> str:
+        """There in the run's folder once it is finished."""
+        ...
+
+    def prepare(self, config: RunConfig, source: Source) -> tuple[Source, Any]:
+        """The pictures to learn from, and what `judges` is in the others; None where nothing can be judged."""
+        ...
+
+    def evaluate_in_training(
+        self, config: RunConfig, accelerator: Accelerator, objective: Any, judges: Any, step: int, log: MetricLog
+    ) -> None: ...
+
+    def finish(
+        self, config: RunConfig, accelerator: Accelerator, objective: Any, source: Source, judges: Any, step: int
+    ) -> None: ...
 
 
 @dataclass
@@ -44,7 +64,8 @@ class Run:
     config: RunConfig
     accelerator: Accelerator
     source: Source
-    judges: Judges | None  # None where nothing has labels
+    judges: Any  # None where nothing has labels
+    ending: Ending
     transform: Transform
     model: torch.nn.Module  # the objective as prepared by Accelerate; its forward is called through this
     objective: Objective
@@ -58,19 +79,19 @@ class Run:
         return Path(self.config.output_dir)
 
 
-def main(defaults: RunConfig, quickstart: str) -> int:
-    """Entry point of the pretrain scripts: read the settings, train, return the exit code.
+def main(defaults: RunConfig, quickstart: str | None = None, ending: Ending = results) -> int:
+    """Entry point of the scripts that train: read the settings, train, return the exit code.
 
     Without any argument `quickstart`, a file in configs/, runs. Settings or data that cannot work end in one line and
     code 2.
     """
     args = sys.argv[1:]
-    if not args:
+    if not args and quickstart is not None:
         print(f"No settings given, so this is the quickstart: --config {CONFIGS / quickstart}")
         args = [f"--config={CONFIGS / quickstart}"]
     try:
         try:
-            run = set_up(parse_run(defaults, args))
+            run = set_up(parse_run(defaults, args), ending)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
@@ -83,7 +104,7 @@ def main(defaults: RunConfig, quickstart: str) -> int:
             PartialState().destroy_process_group()
 
 
-def set_up(config: RunConfig) -> Run:
+def set_up(config: RunConfig, ending: Ending = results) -> Run:
     """Build everything a run needs, and put it where its newest checkpoint left off.
 
     Raises:
@@ -98,9 +119,9 @@ def set_up(config: RunConfig) -> Run:
 
     with accelerator.main_process_first():  # the first one fills the caches
         source = open_source(config.data)
-        judges = evaluation_sources(config, source)
+        source, judges = ending.prepare(config, source)
     num_steps = config.num_steps(len(source))
-    config, reasons = config.resolve(len(source))
+    config, reasons = config.resolve(len(source), len(source.class_names))
     check_run_folder(config)
     objective = config.build_objective()
     choose_attention(objective, objective.encoder.num_patches, accelerator.device, precision)
@@ -116,7 +137,18 @@ def set_up(config: RunConfig) -> Run:
         start_step = resume(checkpoint, accelerator, model, optimizer)
 
     run = Run(
-        config, accelerator, source, judges, transform, model, objective, optimizer, num_steps, num_micro, start_step
+        config,
+        accelerator,
+        source,
+        judges,
+        ending,
+        transform,
+        model,
+        objective,
+        optimizer,
+        num_steps,
+        num_micro,
+        start_step,
     )
     describe(run, precision, checkpoint)
     accelerator.print("".join(f"auto       {reason}\n" for reason in reasons), end="")
@@ -274,13 +306,13 @@ def train(run: Run) -> int:
                 return EXIT_STOPPED[signal_number]
             if run.judges and evaluate_every and done % evaluate_every == 0 and done < run.num_steps:
                 paused = log.pause()
-                evaluate_in_training(config, accelerator, objective, run.judges, done, log)
+                run.ending.evaluate_in_training(config, accelerator, objective, run.judges, done, log)
                 log.go_on(paused)
     log.close()
-    if run.start_step == run.num_steps and (run.folder / BACKBONE_FILE).exists():
-        accelerator.print(f"This run is finished: {run.folder / BACKBONE_FILE}. --fresh starts it anew.")
+    if run.start_step == run.num_steps and (run.folder / run.ending.FINAL_FILE).exists():
+        accelerator.print(f"This run is finished: {run.folder / run.ending.FINAL_FILE}. --fresh starts it anew.")
         return 0
-    finish(config, accelerator, objective, run.source, run.judges, run.num_steps)
+    run.ending.finish(config, accelerator, objective, run.source, run.judges, run.num_steps)
     return 0
 
 

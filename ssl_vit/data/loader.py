@@ -15,7 +15,10 @@ from ssl_vit.objectives.objective import Transform
 
 
 class TransformedSource(Dataset[dict[str, Tensor]]):
-    """Samples of a source by key: decoded, then transformed with the sample's own generator."""
+    """Samples of a source by key: decoded, then transformed with the sample's own generator.
+
+    Where the source has labels, a sample holds its `label` too (-1 = none).
+    """
 
     def __init__(self, source: Source, transform: Transform, num_channels: int, seed: int) -> None:
         self.source, self.transform, self.num_channels, self.seed = source, transform, num_channels, seed
@@ -25,7 +28,10 @@ class TransformedSource(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, key: SampleKey) -> dict[str, Tensor]:
         image = self.source.image(key.index, self.num_channels)
-        return self.transform(image, sample_rng(self.seed, key))
+        sample = self.transform(image, sample_rng(self.seed, key))
+        if self.source.labels is not None:
+            sample["label"] = torch.tensor(self.source.labels[key.index])
+        return sample
 
 
 def choose_num_workers(num_workers: int, device: torch.device) -> int:

@@ -4,7 +4,7 @@ import difflib
 import glob
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -86,6 +86,15 @@ class Source:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def subset(self, rows: Int64[np.ndarray, " r"]) -> "Source":
+        """Some rows of the source, in this order."""
+        return replace(
+            self,
+            rows=self.rows.select(rows),
+            labels=None if self.labels is None else self.labels[rows],
+            groups=None if self.groups is None else self.groups[rows],
+        )
 
     def image(self, index: int, num_channels: int) -> UInt8[Tensor, "{num_channels} h w"]:
         """Decode the image of one row, see `decode`.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssl_vit.data.loader import choose_num_workers
 from ssl_vit.data.sources import DataConfig, Source, open_source
-from ssl_vit.distributed import process_index, resolve_precision, start_processes
+from ssl_vit.distributed import autocast_dtype, process_index, resolve_precision, start_processes
 from ssl_vit.evaluation.cache import cached_features, feature_key, hash_file
 from ssl_vit.evaluation.evaluate import Split, check_finite, split_sources
 from ssl_vit.evaluation.features import EvalTransform, extract_features, fit_size, pixel_features
@@ -121,7 +121,7 @@ class Backbone:
         size = encoder.image_size if config.image_size is None else _pair(config.image_size)
         size, padding = fit_size(size, encoder.patch_size, config.indivisible)
         mean, std = (tuple(described["pretrained_cfg"][name]) for name in ("mean", "std"))
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolve_precision(config.precision, device))
+        dtype = autocast_dtype(resolve_precision(config.precision, device))
         transform = EvalTransform(size, mean, std, config.crop_pct, padding)
         return cls(file, encoder.to(device), transform, device, dtype, described["ssl_vit"].get("source"))
 

@@ -28,6 +28,8 @@ class EvaluationConfig:
     """Labelled pictures the probes learn from; `null` = the run's `data.source`."""
     test_source: str | None = None
     """Labelled pictures they are tested on; `null` = `source`: leave-one-out (k-NN), cross-validation (linear)."""
+    test_split: str | None = None
+    """Split of the test source; `null` = `data.split`. Given alone, it is one of `data.source`."""
     feature: Literal["cls", "mean"] = "mean"
     """What stands for a picture: the class token, or the mean of the patch tokens."""
     k: int = 20

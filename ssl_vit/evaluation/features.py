@@ -1,7 +1,7 @@
 """Frozen features of pictures: what every evaluation is given. One pass gives all kinds of them."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -205,11 +205,55 @@ def stream_features(
     Raises:
         ValueError: no rows to encode.
     """
-    loader = _loader(source, indices, encoder.in_chans, transform, batch_size, num_workers)
+
+    def encode(images: Tensor) -> dict[str, Tensor]:
+        layers = encoder.last_layers(images, num_layers)
+        batch = {
+            "cls": torch.stack([features.cls for features in layers], dim=1),
+            "mean": layers[-1].patches.float().mean(dim=1),
+        }
+        return {**batch, "patches": layers[-1].patches} if with_patches else batch
+
+    return stream(
+        encode,
+        encoder,
+        source,
+        indices,
+        transform,
+        num_channels=encoder.in_chans,
+        batch_size=batch_size,
+        device=device,
+        num_workers=num_workers,
+        autocast_dtype=autocast_dtype,
+        show_progress=show_progress,
+    )
+
+
+def stream(
+    compute: Callable[[Float[Tensor, "b c h w"]], dict[str, Tensor]],
+    module: nn.Module,
+    source: Source,
+    indices: Int[np.ndarray, " n"],
+    transform: EvalTransform,
+    *,
+    num_channels: int,
+    batch_size: int,
+    device: torch.device,
+    num_workers: int = 0,
+    autocast_dtype: torch.dtype | None = None,
+    show_progress: bool = True,
+) -> Iterator[dict[str, Tensor]]:
+    """What `compute` makes of a source's pictures, see `stream_features`.
+
+    Args:
+        compute: turns normalised images on the device into tensors with a row for each image.
+        module: what `compute` uses, which is put into eval mode meanwhile.
+    """
+    loader = _loader(source, indices, num_channels, transform, batch_size, num_workers)
     loader.pin_memory = device.type == "cuda"
     left = len(indices)
     with (
-        _eval_mode(encoder),
+        _eval_mode(module),
         tqdm(total=left, desc="features", unit="image", leave=False, disable=_no_bar(show_progress)) as bar,
     ):
         for images in loader:
@@ -217,14 +261,8 @@ def stream_features(
                 torch.inference_mode(),
                 torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None),
             ):
-                layers = encoder.last_layers(transform.on_device(images, device), num_layers)
-                batch = {
-                    "cls": torch.stack([features.cls for features in layers], dim=1).float(),
-                    "mean": layers[-1].patches.float().mean(dim=1),
-                }
-                if with_patches:
-                    batch["patches"] = layers[-1].patches.float()
-                batch = {name: gather_with_gradient(values) for name, values in batch.items()}
+                found = compute(transform.on_device(images, device))
+                batch = {name: gather_with_gradient(values.float()) for name, values in found.items()}
             count = min(left, batch_size * world_size())
             left -= count
             bar.update(count)

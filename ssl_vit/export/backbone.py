@@ -10,11 +10,12 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
 import ssl_vit
 from ssl_vit.models.encoder import Encoder
-from ssl_vit.models.vit import ViT, ViTConfig, set_fused_attention
+from ssl_vit.models.vit import ViT, ViTConfig, pair, set_fused_attention
 
 BACKBONE_FILE, CONFIG_FILE = "backbone.safetensors", "config.json"
 
@@ -37,11 +38,28 @@ def export_backbone(
     """
     if not isinstance(encoder, ViT):
         raise ValueError(f"cannot export a {type(encoder).__name__}: only Vision Transformers of timm so far")
+    described = describe(encoder, mean=mean, std=std, provenance=provenance)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in encoder.vit.state_dict().items()}
+    # Proven where nobody looks for it yet, then moved.
+    with tempfile.TemporaryDirectory(dir=folder, prefix="unfinished-") as unfinished:
+        save_file(tensors, Path(unfinished) / BACKBONE_FILE, metadata={"format": "pt"})
+        (Path(unfinished) / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n")
+        # safetensors lets only its owner read a file; a result is for whom the folder is for.
+        (Path(unfinished) / BACKBONE_FILE).chmod((Path(unfinished) / CONFIG_FILE).stat().st_mode)
+        _prove_equal(encoder, Path(unfinished))
+        for name in (CONFIG_FILE, BACKBONE_FILE):
+            (Path(unfinished) / name).replace(folder / name)
+    return folder / BACKBONE_FILE
+
+
+def describe(
+    encoder: ViT, *, mean: tuple[float, ...], std: tuple[float, ...], provenance: dict[str, Any]
+) -> dict[str, Any]:
+    """The content of config.json: timm's layout, and our own settings under "ssl_vit"."""
     config = encoder.config
     pooling = "token" if encoder.has_cls_token else "avg"
-    described = {
+    return {
         "architecture": config.arch.split(".")[0],
         "num_classes": 0,
         "num_features": encoder.embed_dim,
@@ -73,16 +91,6 @@ def export_backbone(
             **provenance,
         },
     }
-    # Proven where nobody looks for it yet, then moved.
-    with tempfile.TemporaryDirectory(dir=folder, prefix="unfinished-") as unfinished:
-        save_file(tensors, Path(unfinished) / BACKBONE_FILE, metadata={"format": "pt"})
-        (Path(unfinished) / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n")
-        # safetensors lets only its owner read a file; a result is for whom the folder is for.
-        (Path(unfinished) / BACKBONE_FILE).chmod((Path(unfinished) / CONFIG_FILE).stat().st_mode)
-        _prove_equal(encoder, Path(unfinished))
-        for name in (CONFIG_FILE, BACKBONE_FILE):
-            (Path(unfinished) / name).replace(folder / name)
-    return folder / BACKBONE_FILE
 
 
 def load_backbone(path: str | Path) -> Encoder:
@@ -94,16 +102,50 @@ def load_backbone(path: str | Path) -> Encoder:
     Raises:
         ValueError: a file is missing or unreadable, or its tensors are not exactly those of the architecture.
     """
+    file = backbone_file(path)
+    encoder = read_encoder_config(file.parent).build()
+    assert isinstance(encoder, ViT)
+    load_strictly(encoder.vit, read_tensors(file), file)
+    return encoder.eval()
+
+
+def load_pretrained(encoder: Encoder, path: str | Path) -> None:
+    """Start an encoder from an exported backbone, strictly; a position table of another size is resized.
+
+    Args:
+        path: a run folder, a folder with backbone.safetensors and config.json, or the safetensors file in it.
+
+    Raises:
+        ValueError: no backbone there, or another architecture; see `load_strictly`.
+    """
+    file = backbone_file(path)
+    assert isinstance(encoder, ViT)
+    tensors = read_tensors(file)
+    height, width = pair(read_encoder_config(file.parent).image_size)
+    grid = (height // encoder.patch_size[0], width // encoder.patch_size[1])
+    table = tensors.get("pos_embed")
+    if table is not None and grid != encoder.grid_size:
+        prefix = 0 if encoder.vit.no_embed_class else encoder.vit.num_prefix_tokens
+        tensors["pos_embed"] = resample_abs_pos_embed(
+            table, new_size=list(encoder.grid_size), old_size=list(grid), num_prefix_tokens=prefix
+        )
+    load_strictly(encoder.vit, tensors, file)
+    encoder.is_pretrained = True
+
+
+def backbone_file(path: str | Path) -> Path:
+    """The safetensors file of a backbone, or of the folder it lies in.
+
+    Raises:
+        ValueError: there is none.
+    """
     path = Path(path)
     file = path / BACKBONE_FILE if path.is_dir() else path
     if not file.is_file():
         raise ValueError(
             f"{file}: no such file; a finished run has one, and `python scripts/export.py RUN` writes it at any time"
         )
-    encoder = read_encoder_config(file.parent).build()
-    assert isinstance(encoder, ViT)
-    load_strictly(encoder.vit, read_tensors(file), file)
-    return encoder.eval()
+    return file
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Encoder(nn.Module):
     supports_keep: bool  # can drop tokens before the first block (MAE, I-JEPA)
     supports_mask: bool  # can replace patch embeddings with a mask token (SimMIM, iBOT)
     num_layers: int  # blocks
+    is_pretrained: bool = False  # holds weights to start from, which an objective must not initialise again
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -62,6 +63,10 @@ class Encoder(nn.Module):
             mask_token: the replacement, owned by the objective, so that no parameter of a backbone goes unused.
         """
         raise NotImplementedError
+
+    def remove_norm(self) -> None:
+        """Return tokens as the last block leaves them, for heads that pool before they normalise."""
+        raise ValueError(f"{type(self).__name__} has no final norm that could be left out")
 
     def last_layers(self, images: Float[Tensor, "b c h w"], num_layers: int) -> list[Features]:
         """Features of the last `num_layers` blocks, each through the final norm, the last block last.

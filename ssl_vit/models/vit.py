@@ -45,11 +45,13 @@ class ViTConfig:
     """Width of the MLP's hidden layer over the width of the tokens."""
     layer_scale: float | None = None
     """Initial factor of each residual branch (LayerScale); DINOv2's is 1e-5."""
+    pretrained: str | None = None
+    """Backbone to start from: folder of a run or an export, or its safetensors file. Settings not given are its own."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size"):
             value = getattr(self, name)
-            if value is not None and min(_pair(value)) < 1:
+            if value is not None and min(pair(value)) < 1:
                 raise ValueError(f"{name}={value!r}: must be at least 1 pixel")
         for name in ("in_chans", "embed_dim", "depth", "num_heads"):
             value = getattr(self, name)
@@ -90,7 +92,7 @@ class ViTConfig:
             ValueError: an architecture that timm does not have or that is no plain ViT, sizes that do not fit.
         """
         _check_widths(self)
-        vit = _create(self.arch, _pair(self.image_size), self.in_chans, self.drop_path_rate, self.timm_overrides)
+        vit = _create(self.arch, pair(self.image_size), self.in_chans, self.drop_path_rate, self.timm_overrides)
         if self.drop_path_schedule == "uniform" and self.drop_path_rate:
             for block in vit.blocks:
                 if not hasattr(block, "drop_path1"):
@@ -113,7 +115,7 @@ class ViT(Encoder):
         self.vit = vit
         self.embed_dim = vit.embed_dim
         self.in_chans = config.in_chans
-        self.image_size = _pair(config.image_size)
+        self.image_size = pair(config.image_size)
         self.patch_size = vit.patch_embed.patch_size
         self.has_cls_token = vit.has_class_token
         self.num_layers = len(vit.blocks)
@@ -140,6 +142,9 @@ class ViT(Encoder):
                     f"image_size={(height, width)}: the {axis} {size} is not divisible by the patch size {patch}; "
                     f"the nearest that are: {below} and {above}"
                 )
+
+    def remove_norm(self) -> None:
+        self.vit.norm = nn.Identity()
 
     def layer_of(self, name: str) -> int:
         name = name.removeprefix("vit.")
@@ -208,7 +213,8 @@ def set_fused_attention(model: nn.Module, fused: bool) -> None:
             module.fused_attn = fused
 
 
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width, of which one number gives both."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 

@@ -180,16 +180,7 @@ class DINOv2(DINO):
 
     def param_groups(self) -> list[ParamGroup]:
         """DINO's groups, split by the learning rate's factor: layer_decay to the power of the blocks that follow."""
-        groups: dict[tuple[float, float, float], list[tuple[str, nn.Parameter]]] = {}
-        for group in super().param_groups():
-            for name, parameter in group.params:
-                scale = self._lr_scale(name)
-                key = (scale, group.weight_decay_scale, group.freeze_until)
-                groups.setdefault(key, []).append((name, parameter))
-        return [
-            ParamGroup(params, lr_scale=scale, weight_decay_scale=decay, freeze_until=until)
-            for (scale, decay, until), params in groups.items()
-        ]
+        return self.split_by_lr(super().param_groups(), self._lr_scale)
 
     def _lr_scale(self, name: str) -> float:
         config, encoder = self.config, self.encoder

@@ -68,7 +68,8 @@ class MAEConfig:
         return {}
 
     def build(self, encoder: Encoder) -> "MAE":
-        """Put the objective around an encoder, whose weights are re-initialised as in the paper's code.
+        """Put the objective around an encoder, whose weights are re-initialised as in the paper's code unless they are
+        pre-trained ones.
 
         Raises:
             ValueError: the encoder cannot drop tokens, or the mask ratio leaves no patch to see or to predict.
@@ -234,9 +235,13 @@ def initialize(objective: MAE) -> None:
     """Initialise as the paper's code does.
 
     Linear layers Xavier uniform with zero bias, the patch projection likewise as if it were linear, class and mask
-    token normal with deviation .02, norms 1 and 0. Fixed position tables are left alone.
+    token normal with deviation .02, norms 1 and 0. Fixed position tables are left alone, and so is an encoder that
+    holds pre-trained weights.
     """
+    kept = set(objective.encoder.modules()) if objective.encoder.is_pretrained else set()
     for module in objective.modules():
+        if module in kept:
+            continue
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
@@ -248,7 +253,7 @@ def initialize(objective: MAE) -> None:
             nn.init.xavier_uniform_(module.weight.data.flatten(1))
     nn.init.normal_(objective.mask_token, std=0.02)
     for name, parameter in objective.encoder.named_parameters():
-        if name.endswith("cls_token"):
+        if name.endswith("cls_token") and not kept:
             nn.init.normal_(parameter, std=0.02)
 
 

@@ -1,6 +1,6 @@
 """The objective contract: what the training loop may rely on, whatever is learned."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
@@ -50,6 +50,8 @@ class RunSize:
     """Images of an optimizer step, over all processes."""
     num_steps: int
     """Optimizer steps of the whole run."""
+    num_classes: int = 0
+    """Classes of the source, 0 where it has none."""
 
     @property
     def epochs(self) -> float:
@@ -121,6 +123,18 @@ class Objective(nn.Module):
         for name, parameter in self._trainable():
             (undecayed if parameter.ndim <= 1 or name.endswith(".bias") else decayed).append((name, parameter))
         return [ParamGroup(decayed), ParamGroup(undecayed, weight_decay_scale=0.0)]
+
+    def split_by_lr(self, groups: list[ParamGroup], lr_scale: Callable[[str], float]) -> list[ParamGroup]:
+        """The same groups, cut by the learning rate's factor that a parameter's name gives."""
+        parts: dict[tuple[float, float, float], list[tuple[str, nn.Parameter]]] = {}
+        for group in groups:
+            for name, parameter in group.params:
+                key = (lr_scale(name) * group.lr_scale, group.weight_decay_scale, group.freeze_until)
+                parts.setdefault(key, []).append((name, parameter))
+        return [
+            ParamGroup(params, lr_scale=scale, weight_decay_scale=decay, freeze_until=until)
+            for (scale, decay, until), params in parts.items()
+        ]
 
     def draw(
         self,

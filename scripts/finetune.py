@@ -1,0 +1,31 @@
+"""Fine-tune a backbone on labelled pictures, all of its weights, with MAE's recipe.
+
+    accelerate launch scripts/finetune.py --encoder.pretrained runs/NAME --data.source LABELLED \\
+        --evaluation.test_source TEST
+
+Saves, resumes and is configured as pre-training is; `--help` lists all settings, configs/finetune_*.yaml are presets.
+Without a test source a fifth of the pictures is held out. Ends with a timm classifier and its accuracy.
+"""
+
+import sys
+
+from ssl_vit.config import BatchConfig, RunConfig
+from ssl_vit.evaluation import supervised
+from ssl_vit.evaluation.evaluate import EvaluationConfig
+from ssl_vit.evaluation.finetune import FineTuneConfig
+from ssl_vit.models.vit import ViTConfig
+from ssl_vit.optim import OptimConfig
+from ssl_vit.train import main
+
+# The paper's setting for ViT-B/16 on ImageNet-1k.
+DEFAULTS = RunConfig(
+    objective=FineTuneConfig(),
+    epochs=100,
+    encoder=ViTConfig(drop_path_rate=0.1),
+    optim=OptimConfig(base_lr=5e-4, min_lr=1e-6, warmup=0.05, weight_decay=0.05, betas=(0.9, 0.999)),
+    batch=BatchConfig(size=1024),
+    evaluation=EvaluationConfig(max_images=None),
+)
+
+if __name__ == "__main__":
+    sys.exit(main(DEFAULTS, ending=supervised))

@@ -1,0 +1,73 @@
+"""The result of a fine-tuning: a timm classifier in the layout that timm reads from a folder or from the hub."""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save_file
+
+from ssl_vit.evaluation.finetune import FineTune
+from ssl_vit.export.backbone import describe
+from ssl_vit.models.vit import ViT, set_fused_attention
+
+MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+
+
+def export_classifier(
+    objective: FineTune,
+    folder: Path,
+    *,
+    class_names: Sequence[str],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    crop_pct: float,
+    provenance: dict[str, Any],
+) -> Path:
+    """Write `model.safetensors` and `config.json`, and prove that timm loads them as what was trained.
+
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` gives the classifier, with class names and
+    normalisation.
+
+    Raises:
+        RuntimeError: what was written does not give the classifier's logits.
+    """
+    encoder, classifier = objective.backbone(), objective.tested_classifier()
+    assert isinstance(encoder, ViT)
+    described = describe(encoder, mean=mean, std=std, provenance=provenance)
+    num_classes = classifier.head.out_features
+    described["num_classes"] = described["pretrained_cfg"]["num_classes"] = num_classes
+    described["global_pool"] = "avg" if objective.config.pool == "mean" else "token"
+    described["model_args"] |= {"global_pool": described["global_pool"], "fc_norm": objective.config.pool == "mean"}
+    described["pretrained_cfg"]["crop_pct"] = crop_pct
+    if len(class_names) == num_classes:
+        described["label_names"] = list(class_names)
+    tensors = {**encoder.vit.state_dict(), **classifier.state_dict()}
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="unfinished-") as unfinished:
+        file, config_file = Path(unfinished) / MODEL_FILE, Path(unfinished) / CONFIG_FILE
+        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, file, metadata={"format": "pt"})
+        config_file.write_text(json.dumps(described, indent=2) + "\n")
+        file.chmod(config_file.stat().st_mode)
+        _prove_equal(objective, encoder, Path(unfinished))
+        for written in (config_file, file):
+            written.replace(folder / written.name)
+    return folder / MODEL_FILE
+
+
+def _prove_equal(objective: FineTune, encoder: ViT, folder: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    device = next(encoder.parameters()).device
+    images = torch.randn(2, encoder.in_chans, *encoder.image_size, generator=generator).to(device)
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).to(device).eval()
+    set_fused_attention(loaded, all(part.fused_attn for part in encoder.modules() if hasattr(part, "fused_attn")))
+    training = objective.training
+    objective.eval()
+    with torch.inference_mode():
+        difference = float((objective.logits(images)["head"] - loaded(images)).abs().max())
+    objective.train(training)
+    if not difference <= 1e-5:
+        raise RuntimeError(f"{folder}: the exported classifier's logits differ from the trained ones by {difference}")
