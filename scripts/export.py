@@ -1,10 +1,10 @@
-"""Export the backbone of a run's newest checkpoint, at any time: python scripts/export.py RUN."""
+"""Export the backbone, or the fine-tuned classifier, of a run's newest checkpoint: python scripts/export.py RUN."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from ssl_vit.results import export_run
+from ssl_vit.export.run import export_run
 
 
 def main() -> int:

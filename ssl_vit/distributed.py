@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from accelerate import InitProcessGroupKwargs, PartialState
-from jaxtyping import Float
+from jaxtyping import Num
 from torch import Tensor
 
 from ssl_vit.data.loader import num_cpus, num_local_processes
@@ -140,7 +140,7 @@ def max_over_processes(values: Tensor) -> Tensor:
     return values
 
 
-def gather_with_gradient(values: Float[Tensor, "b d"]) -> Float[Tensor, "n d"]:
+def gather_with_gradient(values: Num[Tensor, "b *d"]) -> Num[Tensor, "n *d"]:
     """The rows of all processes, in their order; gradients flow back to the process a row came from.
 
     Every process must hold the same number of rows.

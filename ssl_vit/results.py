@@ -7,11 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
 
-from ssl_vit.checkpoint import MODEL_FILE, STATE_FILE, newest_checkpoint
-from ssl_vit.config import RunConfig, as_plain, load_encoder_config, section
+from ssl_vit.config import RunConfig, as_plain
 from ssl_vit.data.device_transforms import normalize
 from ssl_vit.data.loader import choose_num_workers
 from ssl_vit.data.sources import DataConfig, Source, open_source
@@ -19,11 +17,11 @@ from ssl_vit.distributed import autocast_dtype
 from ssl_vit.evaluation.evaluate import check_sources, evaluate_encoder, evaluate_pixels
 from ssl_vit.evaluation.features import centre_crop
 from ssl_vit.evaluation.scores import Score, format_table, paired_interval, scores_to_json
-from ssl_vit.export.backbone import BACKBONE_FILE, export_backbone, load_strictly, read_tensors
+from ssl_vit.export.backbone import BACKBONE_FILE, export_backbone
 from ssl_vit.metrics import MetricLog
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.objectives.objective import Objective
-from ssl_vit.run_folder import CONFIG_FILE, METRICS_FILE, RESULTS_FILE
+from ssl_vit.run_folder import METRICS_FILE, RESULTS_FILE
 
 NUM_PICTURES = 8
 FINAL_FILE = BACKBONE_FILE  # there once a run is finished
@@ -184,38 +182,3 @@ def _evaluate(encoder: Encoder, config: RunConfig, judges: Judges, accelerator: 
         autocast_dtype=autocast_dtype(accelerator.mixed_precision),
         seed=config.seed,
     )
-
-
-def export_run(folder: Path) -> Path:
-    """Export the backbone of a run's newest checkpoint, finished or not; returns the file.
-
-    Raises:
-        ValueError: the folder holds no run or no whole checkpoint.
-    """
-    config_file = folder / CONFIG_FILE
-    if not config_file.is_file():
-        raise ValueError(f"{folder}: holds no run ({CONFIG_FILE} is missing)")
-    checkpoint = newest_checkpoint(folder)
-    if checkpoint is None:
-        raise ValueError(f"{folder}: has no whole checkpoint yet")
-    settings = yaml.safe_load(config_file.read_text())
-    state = json.loads((checkpoint / STATE_FILE).read_text())
-    with section("encoder"):
-        encoder = load_encoder_config(config_file).build()
-    prefix = state["backbone"]
-    tensors = {
-        name.removeprefix(prefix): value
-        for name, value in read_tensors(checkpoint / MODEL_FILE).items()
-        if name.startswith(prefix)
-    }
-    load_strictly(encoder, tensors, checkpoint / MODEL_FILE)
-    provenance = {
-        "objective": state["objective"],
-        "objective_config": settings["objective"],
-        "source": settings["data"]["source"],
-        "steps": state["step"],
-        "batch_size": settings["batch"]["size"],
-        "seed": settings["seed"],
-    }
-    mean, std = tuple(settings["data"]["mean"]), tuple(settings["data"]["std"])
-    return export_backbone(encoder, folder, mean=mean, std=std, provenance=provenance)

@@ -5,7 +5,7 @@ import time
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -36,6 +36,7 @@ from ssl_vit.run_folder import METRICS_FILE, check_run_folder, open_run_folder
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
+@runtime_checkable
 class Ending(Protocol):
     """What judges a run and what it ends with, given as a module: `results` for pre-training."""
 
@@ -322,6 +323,7 @@ def save(run: Run, step: int) -> Path:
     state: dict[str, Any] = {
         "objective": type(run.objective).__name__,
         "backbone": backbone_prefix(run.objective),
+        "class_names": list(run.source.class_names),
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
     }
     folder = save_checkpoint(run.folder, step, run.model, run.optimizer, state, is_writer=accelerator.is_main_process)

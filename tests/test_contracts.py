@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ssl_vit.evaluation.finetune import FineTuneConfig
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.vit import ViTConfig
 from ssl_vit.objectives.dino import DINOConfig
@@ -28,6 +29,10 @@ OBJECTIVES = {
     "mae": MAEConfig(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2),
     "dino": DINOConfig(**SMALL_HEAD),
     "dinov2": DINOv2Config(**SMALL_HEAD, mask_prob=1.0, ibot_separate_head=True),
+    "finetune, mean": FineTuneConfig(num_classes=3, rand_augment=None),
+    "finetune, class token, average of weights": FineTuneConfig(
+        num_classes=3, pool="cls", model_ema=0.9, rand_augment=None
+    ),
     "dinov2, centred, shared head, trainable norms": DINOv2Config(**SMALL_HEAD, mask_prob=1.0, centering="center"),
 }
 
@@ -56,7 +61,7 @@ def batch(encoder: Encoder, config: ObjectiveConfig) -> dict[str, Tensor]:
     means = (0.5,) * encoder.in_chans
     transform = config.build_transform(encoder.image_size, encoder.patch_size, means, means)
     image = torch.randint(0, 256, (encoder.in_chans, 70, 80), dtype=torch.uint8)
-    samples = [transform(image, np.random.default_rng(seed)) for seed in range(4)]
+    samples = [transform(image, np.random.default_rng(seed)) | {"label": torch.tensor(seed % 3)} for seed in range(4)]
     return transform.on_device(
         {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}, torch.device("cpu")
     )

@@ -18,8 +18,8 @@ from ssl_vit.checkpoint import list_checkpoints
 from ssl_vit.config import parse_run
 from ssl_vit.data.sources import Source
 from ssl_vit.export import load_backbone
+from ssl_vit.export.run import export_run
 from ssl_vit.objectives.mae import MAE
-from ssl_vit.results import export_run
 from ssl_vit.train import main, set_up, train
 from tests.conftest import SMALL_DINO, SMALL_DINOV2, SMALL_RUN
 

@@ -262,7 +262,8 @@ def stream(
                 torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None),
             ):
                 found = compute(transform.on_device(images, device))
-                batch = {name: gather_with_gradient(values.float()) for name, values in found.items()}
+                found = {name: v.float() if v.is_floating_point() else v for name, v in found.items()}
+                batch = {name: gather_with_gradient(values) for name, values in found.items()}
             count = min(left, batch_size * world_size())
             left -= count
             bar.update(count)

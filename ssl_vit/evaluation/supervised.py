@@ -151,7 +151,7 @@ def _test(config: RunConfig, accelerator: Accelerator, objective: Supervised, so
     encoder, data = objective.encoder, config.data
 
     def classify(images: Tensor) -> dict[str, Tensor]:
-        return {name: values.float().argmax(dim=1) for name, values in objective.logits(images).items()}
+        return {name: values.argmax(dim=1) for name, values in objective.logits(images).items()}
 
     batches = stream(
         classify,
@@ -168,6 +168,6 @@ def _test(config: RunConfig, accelerator: Accelerator, objective: Supervised, so
     parts: dict[str, list[np.ndarray]] = {}
     for batch in batches:
         for name, values in batch.items():
-            parts.setdefault(name, []).append(values.numpy().astype(np.int64))
+            parts.setdefault(name, []).append(values.numpy())
     assert source.labels is not None
     return {name: Score.of(source.labels, np.concatenate(found)) for name, found in parts.items()}

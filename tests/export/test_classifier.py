@@ -1,0 +1,47 @@
+"""Classifiers that leave as timm's: proven equal when they are written, and again here."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from ssl_vit.evaluation.finetune import FineTuneConfig
+from ssl_vit.export.classifier import export_classifier
+from ssl_vit.models.vit import ViTConfig
+from tests.conftest import TINY
+
+SETTINGS = {"class_names": ("a", "b", "c"), "mean": (0.1,) * 3, "std": (0.2,) * 3, "crop_pct": 0.9, "provenance": {}}
+ENCODERS = {
+    "square": ViTConfig(image_size=32, pos_embed="sincos", **TINY),
+    "not square": ViTConfig(image_size=(16, 48), **TINY),
+    "registers": ViTConfig(arch="vit_small_patch14_reg4_dinov2", image_size=42, depth=1),
+    "no class token": ViTConfig(arch="vit_medium_patch16_gap_256", image_size=64, depth=1),
+}
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_timm_loads_what_was_trained(tmp_path: Path, name: str, pool: str) -> None:
+    encoder = ENCODERS[name].build()
+    if pool == "cls" and not encoder.has_cls_token:
+        pytest.skip("no class token to classify")
+    objective = FineTuneConfig(num_classes=3, pool=pool, head_init=0.5, model_ema=0.9).build(encoder).eval()
+    assert export_classifier(objective, tmp_path, **SETTINGS) == tmp_path / "model.safetensors"
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = torch.randn(2, 3, *encoder.image_size)
+    torch.testing.assert_close(loaded(images), objective.logits(images)["head"], rtol=1e-4, atol=1e-5)
+    data = timm.data.resolve_model_data_config(loaded)
+    assert (data["mean"], data["std"], data["crop_pct"]) == ([0.1] * 3, [0.2] * 3, 0.9)
+    assert data["input_size"] == (3, *encoder.image_size)
+    assert json.loads((tmp_path / "config.json").read_text())["label_names"] == ["a", "b", "c"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_classifier_that_would_load_otherwise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = FineTuneConfig(num_classes=3, head_init=0.5).build(ENCODERS["square"].build())
+    monkeypatch.setattr(objective, "logits", lambda images: {"head": torch.ones(len(images), 3)})
+    with pytest.raises(RuntimeError, match="logits differ"):
+        export_classifier(objective, tmp_path, **SETTINGS)
+    assert list(tmp_path.iterdir()) == []
