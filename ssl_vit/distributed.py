@@ -140,7 +140,7 @@ def max_over_processes(values: Tensor) -> Tensor:
     return values
 
 
-def gather_with_gradient(values: Num[Tensor, "b *d"]) -> Num[Tensor, "n *d"]:
+def gather_with_gradient(values: Num[Tensor, "b ..."]) -> Num[Tensor, "n ..."]:
     """The rows of all processes, in their order; gradients flow back to the process a row came from.
 
     Every process must hold the same number of rows.

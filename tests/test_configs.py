@@ -6,11 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts import pretrain_dino, pretrain_dinov2, pretrain_mae
+from scripts import attentive_probe, finetune, pretrain_dino, pretrain_dinov2, pretrain_mae
 from ssl_vit.config import RunConfig, parse_run
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
-DEFAULTS = {"mae": pretrain_mae.DEFAULTS, "dino": pretrain_dino.DEFAULTS, "dinov2": pretrain_dinov2.DEFAULTS}
+DEFAULTS = {
+    "mae": pretrain_mae.DEFAULTS,
+    "dino": pretrain_dino.DEFAULTS,
+    "dinov2": pretrain_dinov2.DEFAULTS,
+    "finetune": finetune.DEFAULTS,
+    "attentive": attentive_probe.DEFAULTS,
+}
+SCRIPTS = {"finetune": "finetune", "attentive": "attentive_probe"}
 
 
 def objective_of(path: Path) -> str:
@@ -27,7 +34,7 @@ def by_name(name: str) -> RunConfig:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_is_loaded_and_built(path: Path) -> None:
-    config, _ = load(path).resolve(num_samples=1_281_167)
+    config, _ = load(path).resolve(num_samples=1_281_167, num_classes=1000)
     assert config.num_steps(1_281_167) > 0
     assert config.batch.num_micro(8) >= 1
     with torch.device("meta"):
@@ -41,7 +48,8 @@ def test_config_is_loaded_and_built(path: Path) -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_header_gives_command_hardware_and_what_to_expect(path: Path) -> None:
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
-    assert f"scripts/pretrain_{objective_of(path)}.py --config configs/{path.name}" in header
+    name = objective_of(path)
+    assert f"scripts/{SCRIPTS.get(name, f'pretrain_{name}')}.py --config configs/{path.name}" in header
     assert re.search(r"Hardware:", header)
     assert re.search(r"Expect:", header)
 
@@ -105,3 +113,22 @@ def test_the_imagenet_config_of_dinov2_is_the_papers_code() -> None:
     assert (objective.koleo_weight, objective.ibot_weight, objective.blur_prob) == (0.1, 1.0, "dinov2")
     encoder = config.encoder
     assert (encoder.drop_path_rate, encoder.drop_path_schedule, encoder.layer_scale) == (0.3, "uniform", 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "peak", "layer_decay", "drop_path"),
+    [("finetune_vitb16_imagenet1k", 100, 2e-3, 0.65, 0.1), ("finetune_vitl16_imagenet1k", 50, 4e-3, 0.75, 0.2)],
+)
+def test_the_configs_of_fine_tuning_are_the_papers(
+    name: str, epochs: int, peak: float, layer_decay: float, drop_path: float
+) -> None:
+    config = by_name(name)
+    objective, optim = config.objective, config.optim
+    assert (config.batch.size, config.epochs) == (1024, epochs)
+    assert optim.peak_lr(1024) == pytest.approx(peak)
+    assert optim.warmup == pytest.approx(5 / epochs)
+    assert (optim.min_lr, optim.weight_decay, optim.betas, optim.clip_grad) == (1e-6, 0.05, (0.9, 0.999), None)
+    assert (objective.layer_decay, config.encoder.drop_path_rate) == (layer_decay, drop_path)
+    assert (objective.mixup, objective.cutmix, objective.label_smoothing) == (0.8, 1.0, 0.1)
+    assert (objective.rand_augment, objective.random_erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
+    assert (objective.pool, objective.model_ema) == ("mean", None)
