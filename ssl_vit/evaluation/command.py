@@ -64,7 +64,7 @@ class LabelledConfig(PicturesConfig):
     test_source: str | None = None
     """Labelled pictures to test on; `null` = the source itself, each picture by what was learned from others."""
     test_split: str | None = None
-    """Split of the test source; `null` = that of the source."""
+    """Split of the test source; `null` = that of the source. Given alone, it is one of the source."""
     label_column: str | None = None
     """Column that holds the classes; found where possible."""
     max_images: int | None = None
@@ -102,6 +102,8 @@ class Backbone:
     autocast_dtype: torch.dtype | None
     own_source: str | None
     """What it was trained on."""
+    feature: str
+    """What stands for a picture unless another feature is named: patch mean of an MAE, class token of others."""
 
     @property
     def folder(self) -> Path:
@@ -123,7 +125,9 @@ class Backbone:
         mean, std = (tuple(described["pretrained_cfg"][name]) for name in ("mean", "std"))
         dtype = autocast_dtype(resolve_precision(config.precision, device))
         transform = EvalTransform(size, mean, std, config.crop_pct, padding)
-        return cls(file, encoder.to(device), transform, device, dtype, described["ssl_vit"].get("source"))
+        provenance = described["ssl_vit"]
+        feature = "mean" if provenance.get("objective") == "MAE" else "cls"
+        return cls(file, encoder.to(device), transform, device, dtype, provenance.get("source"), feature)
 
 
 @dataclass
@@ -145,8 +149,9 @@ class Task:
         with PartialState().main_process_first():
             train = open_source(data)
             test = None
-            if config.test_source is not None:
-                test = open_source(replace(data, source=config.test_source, split=config.test_split or data.split))
+            if config.test_source is not None or config.test_split is not None:
+                named = config.test_source or data.source
+                test = open_source(replace(data, source=named, split=config.test_split or data.split))
         return cls(backbone, config, train, test, split_sources(train, test, config.max_images, config.seed))
 
     def features(

@@ -1,7 +1,7 @@
 """What evaluate_knn.py, linear_probe.py and evaluate_retrieval.py do with a backbone."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ from ssl_vit.evaluation.scores import Score, format_classes, format_table, lay_o
 class KNNConfig(LabelledConfig):
     """Weighted k-NN."""
 
-    feature: str = "cls"
-    """What stands for a picture: cls, mean, cls+mean, cls4 or cls4+mean."""
+    feature: str | None = None
+    """What stands for a picture: cls, mean, cls+mean, cls4 or cls4+mean; `null` = mean for MAE, else cls."""
     ks: tuple[int, ...] = (10, 20, 100, 200)
     """Neighbours that vote."""
     temperature: float = 0.07
@@ -46,8 +46,8 @@ class KNNConfig(LabelledConfig):
 class RetrievalConfig(LabelledConfig):
     """Retrieval; the source is the gallery, the test source the queries."""
 
-    feature: str = "cls"
-    """What stands for a picture: cls, mean, cls+mean, cls4 or cls4+mean."""
+    feature: str | None = None
+    """What stands for a picture: cls, mean, cls+mean, cls4 or cls4+mean; `null` = mean for MAE, else cls."""
     ks: tuple[int, ...] = (1, 5, 10)
     """For recall@k."""
 
@@ -63,8 +63,8 @@ class LinearConfig(LabelledConfig):
 
     logistic: bool = False
     """Fit a logistic regression to its optimum instead of training heads: for small data, on `feature` alone."""
-    feature: str = "mean"
-    """What the logistic regression and the few-shot classification look at."""
+    feature: str | None = None
+    """What the logistic regression and the few-shot classification look at; `null` = mean for MAE, else cls."""
     shots: tuple[int, ...] = (1, 5, 10)
     """Labelled pictures of each class for few-shot classification; [] = none."""
     draws: int = 5
@@ -79,23 +79,24 @@ class LinearConfig(LabelledConfig):
             raise ValueError(f"draws={self.draws!r}: must be at least 1")
 
 
-def check_feature(kind: str) -> None:
-    """Refuse a kind of feature that there is not."""
-    if kind not in FEATURES:
+def check_feature(kind: str | None) -> None:
+    """Refuse a kind of feature that there is not; None leaves the choice to the backbone."""
+    if kind is not None and kind not in FEATURES:
         raise ValueError(f"feature={kind!r}: no such feature; choose one of {', '.join(FEATURES)}")
 
 
 def evaluate_knn(path: Path, config: KNNConfig) -> None:
     """Score a backbone by k-NN for several k: a table, and knn.json beside the backbone."""
     task = Task.open(path, config)
+    feature = config.feature or task.backbone.feature
     rows: dict[str, dict[str, Score]] = {}
     for name in (*config.baselines, "backbone"):
-        train, test = task.features(name, num_layers_for([config.feature], task.backbone.encoder))
+        train, test = task.features(name, num_layers_for([feature], task.backbone.encoder))
         if process_index() == 0:
-            rows[name] = _knn(task, train[0], test, config, "mean" if name == "pixels" else config.feature)
+            rows[name] = _knn(task, train[0], test, config, "mean" if name == "pixels" else feature)
     if process_index() == 0:
         print(format_table(rows))
-        settings = {"feature": config.feature, "temperature": config.temperature}
+        settings = {"feature": feature, "temperature": config.temperature}
         write_result(task.backbone.folder, "knn", {**task.describe(), **settings, **scores_to_json(rows)})
 
 
@@ -119,10 +120,11 @@ def evaluate_retrieval(path: Path, config: RetrievalConfig) -> None:
     """Score a backbone by retrieval: a table, and retrieval.json beside the backbone."""
     task = Task.open(path, config)
     device, split = task.backbone.device, task.split
+    feature = config.feature or task.backbone.feature
     found: dict[str, Retrieval] = {}
     for name in (*config.baselines, "backbone"):
-        train, test = task.features(name, num_layers_for([config.feature], task.backbone.encoder))
-        kind = "mean" if name == "pixels" else config.feature
+        train, test = task.features(name, num_layers_for([feature], task.backbone.encoder))
+        kind = "mean" if name == "pixels" else feature
         if process_index() == 0:
             gallery = select_feature(train[0], kind).to(device)
             queries = None if test is None else select_feature(test, kind).to(device)
@@ -134,13 +136,15 @@ def evaluate_retrieval(path: Path, config: RetrievalConfig) -> None:
             lines.append([name, *(f"{100 * share:.1f}" for share in shares), str(item.num_queries)])
         print(lay_out(lines))
         rows = {name: item._asdict() for name, item in found.items()}
-        write_result(task.backbone.folder, "retrieval", {**task.describe(), "feature": config.feature, **rows})
+        write_result(task.backbone.folder, "retrieval", {**task.describe(), "feature": feature, **rows})
 
 
 def evaluate_linear(path: Path, config: LinearConfig, probe: LinearProbeConfig) -> None:
     """Score a backbone by a linear probe and from few labels: tables, and linear.json beside the backbone."""
     task = Task.open(path, config)
-    kinds = [config.feature] if config.logistic else [config.feature, *probe.features]
+    config = replace(config, feature=config.feature or task.backbone.feature)
+    feature = str(config.feature)
+    kinds = [feature] if config.logistic else [feature, *probe.features]
     views = 0 if config.logistic else probe.views
     rows: dict[str, dict[str, Score]] = {}
     few: dict[str, list[FewShot]] = {}
@@ -151,7 +155,7 @@ def evaluate_linear(path: Path, config: LinearConfig, probe: LinearProbeConfig) 
             pixels = name == "pixels"
             score, heads[name] = _linear(task, train, test, config, probe, pixels, name)
             rows[name] = {"linear": score}
-            few[name] = _few_shot(task, train[0], test, config, "mean" if pixels else config.feature)
+            few[name] = _few_shot(task, train[0], test, config, "mean" if pixels else feature)
     if process_index() != 0:
         return
     print(format_table(rows))
@@ -166,7 +170,7 @@ def evaluate_linear(path: Path, config: LinearConfig, probe: LinearProbeConfig) 
     print(f"balanced accuracy {100 * balanced:.1f} %")
     if config.shots:
         print(f"\n{_format_few_shot(few, config.draws)}")
-    method = {"logistic": True, "feature": config.feature} if config.logistic else {"probe": asdict(probe)}
+    method = {"logistic": True, "feature": feature} if config.logistic else {"probe": asdict(probe)}
     result = {**task.describe(), **method, **scores_to_json(rows), "heads": heads}
     result["few_shot"] = {name: [item._asdict() for item in items] for name, items in few.items()}
     result["classes"] = [item._asdict() for item in classes]
@@ -188,7 +192,7 @@ def _linear(
         probe = LinearProbeConfig(**{**vars(probe), "features": ("mean",), "views": 0})
     chosen: dict[str, Any] | None = None
     clean, views = train[0], list(train[1:]) or [train[0]]
-    kind = "mean" if pixels else config.feature
+    kind = "mean" if pixels else str(config.feature)
 
     def predict(fit: Tensor, query: Mapping[str, Tensor]) -> np.ndarray:
         nonlocal chosen

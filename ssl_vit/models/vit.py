@@ -38,7 +38,7 @@ class ViTConfig:
     embed_dim: int | None = None
     """Width of the tokens."""
     depth: int | None = None
-    """Number of blocks."""
+    """Number of blocks. Without any, patches are projected and no more: a baseline beside which to judge encoders."""
     num_heads: int | None = None
     """Attention heads of a block."""
     mlp_ratio: float | None = None
@@ -53,10 +53,10 @@ class ViTConfig:
             value = getattr(self, name)
             if value is not None and min(pair(value)) < 1:
                 raise ValueError(f"{name}={value!r}: must be at least 1 pixel")
-        for name in ("in_chans", "embed_dim", "depth", "num_heads"):
+        for name, least in {"in_chans": 1, "embed_dim": 1, "depth": 0, "num_heads": 1}.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value!r}: must be at least 1")
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value!r}: must be at least {least}")
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate={self.drop_path_rate!r}: must lie in [0, 1)")
         for name in ("mlp_ratio", "layer_scale"):

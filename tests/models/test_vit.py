@@ -115,7 +115,7 @@ def test_drop_path_grows_with_depth() -> None:
         ({"embed_dim": 100}, "embed_dim=100"),
         ({"drop_path_rate": 1.5}, "drop_path_rate=1.5"),
         ({"in_chans": 0}, "in_chans=0"),
-        ({"depth": 0}, "depth=0"),
+        ({"depth": -1}, "depth=-1"),
         ({"patch_size": 0}, "patch_size=0"),
     ],
 )
@@ -166,3 +166,10 @@ def test_attention_is_fused_but_where_that_is_slower(
     choose_attention(tiny_encoder, num_patches, torch.device(device), precision)
     assert [block.attn.fused_attn for block in tiny_encoder.vit.blocks] == [fused] * 2
     torch.testing.assert_close(tiny_encoder(images).patches, before.patches, rtol=1e-4, atol=1e-5)
+
+
+def test_without_blocks_patches_are_projected_and_no_more() -> None:
+    encoder = ViTConfig(image_size=32, drop_path_rate=0.1, **(TINY | {"depth": 0})).build().eval()
+    images = torch.randn(2, 3, 32, 32)
+    expected = encoder.vit.norm(encoder.vit._pos_embed(encoder.vit.patch_embed(images)))
+    torch.testing.assert_close(encoder(images).patches, expected[:, 1:])
