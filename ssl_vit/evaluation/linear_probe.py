@@ -63,7 +63,8 @@ PRESETS = {
     "dinov2": LinearProbeConfig(),
     "mae": LinearProbeConfig(
         features=("cls", "mean"),
-        base_lrs=(0.1,),
+        # The paper's is the first. What LARS changes in a step is tiny, and small data have few steps.
+        base_lrs=(0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
         optimizer="lars",
         batch_norm=True,
         epochs=90,
@@ -169,9 +170,9 @@ def _train_heads(
     """A head for each kind of feature and learning rate, all trained on the same batches of `rows`."""
     device = labels.device
     batch_size = _batch_size(len(rows), config)
-    generator = torch.Generator().manual_seed(seed)
     heads = []
     for kind, base_lr in grid:
+        generator = torch.Generator().manual_seed(seed)  # anew, so that no head depends on which others there are
         linear = nn.Linear(select_feature(_rows(views[0], slice(1)), kind).shape[1], num_classes)
         nn.init.normal_(linear.weight, std=0.01, generator=generator)
         nn.init.zeros_(linear.bias)

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 
 from ssl_vit.data.sources import Source
-from ssl_vit.evaluation.features import eval_transform, extract_features, pixel_features
+from ssl_vit.evaluation.features import (
+    EvalTransform,
+    centre_crop,
+    extract_features,
+    fit_size,
+    pixel_features,
+    select_feature,
+    stream_features,
+)
 from ssl_vit.models.encoder import Encoder, Features
 
 
@@ -46,14 +54,11 @@ class Averager(Encoder):
         return Features(cls=self.dropout(quarters).amax(dim=1), patches=self.dropout(quarters))
 
 
+PLAIN = EvalTransform((8, 16), (0.0,) * 3, (1.0,) * 3, crop_pct=1.0)
+
+
 def settings(**changes):
-    defaults = {
-        "mean": [0.0] * 3,
-        "std": [1.0] * 3,
-        "crop_pct": 1.0,
-        "batch_size": 2,
-        "device": torch.device("cpu"),
-    }
+    defaults = {"transform": PLAIN, "batch_size": 2, "device": torch.device("cpu")}
     return defaults | changes
 
 
@@ -62,45 +67,44 @@ def plain(*colour: int) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [(300, 400), (400, 300), (97, 201), (256, 256), (500, 501)])
-def test_eval_transform_is_resize_256_centre_crop_224(size):
+def test_centre_crop_is_resize_256_centre_crop_224(size):
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     usual = T.Compose([T.Resize(256, InterpolationMode.BICUBIC, antialias=True), T.CenterCrop(224)])
-    assert torch.equal(eval_transform(image, (224, 224), 0.875), usual(image))
+    assert torch.equal(centre_crop(image, (224, 224), 0.875), usual(image))
 
 
 @pytest.mark.parametrize("image_size", [(32, 64), (64, 32), (48, 48)])
 @pytest.mark.parametrize("size", [(50, 50), (20, 90), (90, 20), (64, 129), (1, 7)])
-def test_eval_transform_covers_the_crop_at_any_shape(image_size, size):
+def test_centre_crop_covers_the_crop_at_any_shape(image_size, size):
     image = torch.full((1, *size), 200, dtype=torch.uint8)
     for crop_pct in (0.7, 1.0):
-        cropped = eval_transform(image, image_size, crop_pct)
+        cropped = centre_crop(image, image_size, crop_pct)
         assert cropped.shape == (1, *image_size)
         assert (cropped == 200).all()  # a picture too small for the crop would be padded with 0
 
 
-def test_eval_transform_keeps_the_centre():
+def test_centre_crop_keeps_the_centre():
     image = torch.zeros(1, 40, 80, dtype=torch.uint8)
     image[..., 20:60] = 255  # the centre square
-    assert eval_transform(image, (20, 20), 1.0).float().mean() > 240
-    assert 120 < eval_transform(image, (20, 40), 1.0).float().mean() < 135
+    assert centre_crop(image, (20, 20), 1.0).float().mean() > 240
+    assert 120 < centre_crop(image, (20, 40), 1.0).float().mean() < 135
 
 
 def test_features_follow_the_indices_and_are_normalised():
     source = source_of(plain(0, 0, 0), plain(51, 102, 153), plain(255, 255, 255))
     indices = np.array([2, 1, 0, 1, 1])
-    features = extract_features(
-        Averager(), source, indices, **settings(mean=[0.2, 0.4, 0.6], std=[0.1, 0.5, 1.0], batch_size=2)
-    )
+    transform = EvalTransform((8, 16), (0.2, 0.4, 0.6), (0.1, 0.5, 1.0), crop_pct=1.0)
+    features = extract_features(Averager(), source, indices, **settings(transform=transform))
     expected = torch.tensor([[8.0, 1.2, 0.4], [0, 0, 0], [-2.0, -0.8, -0.6], [0, 0, 0], [0, 0, 0]])
     torch.testing.assert_close(features["mean"], expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(features["cls"], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(features["cls"], expected[:, None], atol=1e-5, rtol=0)
 
 
 def test_cls_and_mean_are_what_they_say():
     picture = torch.zeros(3, 8, 16, dtype=torch.uint8)
     picture[:, :4, :8] = 255  # one quarter of four
     features = extract_features(Averager(), source_of(picture), np.array([0]), **settings())
-    torch.testing.assert_close(features["cls"], torch.ones(1, 3))
+    torch.testing.assert_close(features["cls"], torch.ones(1, 1, 3))
     torch.testing.assert_close(features["mean"], torch.full((1, 3), 0.25))
 
 
@@ -151,3 +155,60 @@ def test_pixel_features_are_the_shrunken_picture():
     assert features.shape == (2, 3 * 16 * 16)
     torch.testing.assert_close(features[0].view(3, 16, 16) * 255, ramp.float())
     torch.testing.assert_close(features[1].view(3, -1)[:, 0], torch.tensor([1.0, 0.0, 0.2]))
+
+
+def test_kinds_of_features_are_put_together_from_the_pieces():
+    pieces = {"cls": torch.arange(24.0).view(2, 4, 3), "mean": -torch.ones(2, 2)}
+    assert torch.equal(select_feature(pieces, "cls"), pieces["cls"][:, 3])
+    assert torch.equal(select_feature(pieces, "mean"), pieces["mean"])
+    assert torch.equal(select_feature(pieces, "cls4"), torch.arange(24.0).view(2, 12))
+    both = select_feature(pieces, "cls4+mean")
+    assert torch.equal(both, torch.cat([torch.arange(24.0).view(2, 12), pieces["mean"]], dim=1))
+    assert select_feature({**pieces, "cls": pieces["cls"][:, :1]}, "cls4+mean").shape == (2, 5)
+
+
+def test_class_tokens_of_the_last_blocks_and_patches(tiny_encoder):
+    source = source_of(*(torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8) for _ in range(3)))
+    transform = EvalTransform((32, 32), (0.5,) * 3, (0.5,) * 3, crop_pct=1.0)
+    given = settings(transform=transform, num_layers=2)
+    features = extract_features(tiny_encoder, source, np.arange(3), **given)
+    images = torch.stack(source.pictures).float() / 255 * 2 - 1
+    layers = tiny_encoder.eval().last_layers(images, 2)
+    torch.testing.assert_close(features["cls"], torch.stack([layer.cls for layer in layers], dim=1))
+    torch.testing.assert_close(features["mean"], tiny_encoder(images).patches.mean(dim=1))
+    batches = list(stream_features(tiny_encoder, source, np.arange(3), with_patches=True, **given))
+    assert [len(batch["mean"]) for batch in batches] == [2, 1]
+    torch.testing.assert_close(torch.cat([batch["patches"] for batch in batches]), layers[-1].patches)
+
+
+def test_views_are_random_crops_that_follow_from_view_and_row():
+    source = source_of(*(torch.randint(0, 256, (3, 30, 40), dtype=torch.uint8) for _ in range(2)))
+    pictures = [source.image(row, 3) for row in (0, 1)]
+    views = {
+        view: [EvalTransform((8, 16), (0.0,) * 3, (1.0,) * 3, view=view)(pictures[row], row) for row in (0, 1)]
+        for view in (0, 1)
+    }
+    again = EvalTransform((8, 16), (0.0,) * 3, (1.0,) * 3, view=0)
+    assert torch.equal(views[0][1], again(pictures[1], 1))
+    assert views[0][0].shape == (3, 8, 16)
+    assert not torch.equal(views[0][0], views[1][0])
+    assert not torch.equal(again(pictures[0], 0), again(pictures[0], 1))  # the row decides, not the picture alone
+
+
+def test_sizes_that_the_patches_do_not_divide():
+    assert fit_size((32, 48), (16, 16)) == ((32, 48), (0, 0))
+    with pytest.raises(ValueError, match=r"image_size=\(33, 48\): .*16 x 16; the nearest are: 32 x 48 and 48 x 48"):
+        fit_size((33, 48), (16, 16))
+    assert fit_size((33, 40), (16, 16), "resize") == ((32, 48), (0, 0))
+    assert fit_size((5, 41), (16, 16), "resize") == ((16, 48), (0, 0))
+    assert fit_size((33, 40), (16, 16), "pad") == ((33, 40), (15, 8))
+
+
+def test_another_size_and_padding_reach_the_encoder(tiny_encoder):
+    picture = torch.randint(0, 256, (3, 40, 44), dtype=torch.uint8)
+    size, padding = fit_size((40, 44), tiny_encoder.patch_size, "pad")
+    transform = EvalTransform(size, (0.5,) * 3, (0.5,) * 3, 1.0, padding)
+    found = extract_features(tiny_encoder, source_of(picture), np.array([0]), **settings(transform=transform))
+    images = torch.zeros(1, 3, 40, 48)
+    images[..., :44] = picture.float() / 255 * 2 - 1
+    torch.testing.assert_close(found["mean"], tiny_encoder.eval()(images).patches.mean(dim=1))

@@ -4,7 +4,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from ssl_vit.evaluation import linear_probe
+from ssl_vit.evaluation import logistic
 from ssl_vit.evaluation.logistic import logistic_predict, stratified_folds
 
 
@@ -30,9 +30,9 @@ def test_agrees_with_scikit_learn(l2):
 
 def test_weights_are_those_of_scikit_learn():
     features, labels = blobs(200, spread=2.0)
-    features, _ = linear_probe._standardise(features, features)
+    features, _ = logistic._standardise(features, features)
     theirs = LogisticRegression(C=1 / (0.01 * 200), tol=1e-12, max_iter=10_000).fit(features, labels)
-    ours = linear_probe._fit(features, labels, 0.01, features.new_zeros(4, 13), tolerance=1e-9).numpy()
+    ours = logistic._fit(features, labels, 0.01, features.new_zeros(4, 13), tolerance=1e-9).numpy()
     np.testing.assert_allclose(ours[:, :-1], theirs.coef_, atol=1e-5)
     np.testing.assert_allclose(ours[:, -1], theirs.intercept_ - theirs.intercept_.mean(), atol=1e-5)
 
@@ -46,8 +46,8 @@ def test_gradient_is_that_of_the_loss_and_chunks_add_up(monkeypatch):
     expected = torch.nn.functional.cross_entropy(logits, labels) + 0.15 * weights[:, :-1].square().sum()
     (expected_gradient,) = torch.autograd.grad(expected, weights)
     for chunk_rows in (7, 1000):
-        monkeypatch.setattr(linear_probe, "_CHUNK_ROWS", chunk_rows)
-        loss, gradient = linear_probe._loss_and_gradient(weights.detach(), features, labels, 0.3)
+        monkeypatch.setattr(logistic, "_CHUNK_ROWS", chunk_rows)
+        loss, gradient = logistic._loss_and_gradient(weights.detach(), features, labels, 0.3)
         assert loss == pytest.approx(expected.item())
         torch.testing.assert_close(gradient, expected_gradient)
 
@@ -115,8 +115,8 @@ def test_groups_are_held_out_together(monkeypatch):
     train, labels = train.repeat_interleave(3, 0), labels.repeat_interleave(3)
     groups = np.arange(120) // 3
     seen = []
-    real = linear_probe._fit
-    monkeypatch.setattr(linear_probe, "_fit", lambda *args, **kw: seen.append(args[0]) or real(*args, **kw))
+    real = logistic._fit
+    monkeypatch.setattr(logistic, "_fit", lambda *args, **kw: seen.append(args[0]) or real(*args, **kw))
     logistic_predict(train, labels, train, num_classes=4, train_groups=groups)
     assert [len(seen[0]), len(seen[-1])] == [96, 120]
     held_out = ~(seen[-1][:, None] == seen[0][None]).all(-1).any(1)
