@@ -1,65 +1,174 @@
+"""The evaluation scripts, from the command line to table and JSON."""
+
 import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import pytest
+from PIL import Image
 
-from ssl_vit.evaluation.command import main
+from ssl_vit.evaluation import command
+from ssl_vit.evaluation.linear_probe import PRESETS
+from ssl_vit.evaluation.probes import (
+    KNNConfig,
+    LinearConfig,
+    RetrievalConfig,
+    evaluate_knn,
+    evaluate_linear,
+    evaluate_retrieval,
+)
 from ssl_vit.export import export_backbone
-from ssl_vit.models.vit import ViT
+from ssl_vit.models.vit import ViT, ViTConfig
+from tests.conftest import TINY
+
+SCRIPTS: dict[str, tuple[Callable[..., None], dict]] = {
+    "knn": (evaluate_knn, {"": KNNConfig()}),
+    "retrieval": (evaluate_retrieval, {"": RetrievalConfig()}),
+    "linear": (evaluate_linear, {"": LinearConfig(), "probe": replace(PRESETS["dinov2"], epochs=5)}),
+}
+
+
+def run(name: str, *args: object) -> int:
+    evaluate, configs = SCRIPTS[name]
+    return command.main(evaluate, configs, None, [str(arg) for arg in args])
 
 
 @pytest.fixture
 def backbone(tiny_encoder: ViT, tmp_path: Path) -> Path:
-    export_backbone(tiny_encoder, tmp_path, mean=(0.5,) * 3, std=(0.5,) * 3, provenance={})
-    return tmp_path
+    export_backbone(tiny_encoder, tmp_path / "backbone", mean=(0.5,) * 3, std=(0.5,) * 3, provenance={})
+    return tmp_path / "backbone"
 
 
-@pytest.mark.parametrize("probe", ["knn", "linear"])
+@pytest.mark.parametrize(
+    ("name", "flags", "heading"),
+    [
+        ("knn", ["--ks=[3,5]"], "k=3"),
+        ("retrieval", ["--ks=[1,2]"], "recall@2"),
+        ("linear", ["--folds=2", "--shots=[1,3]", "--draws=2"], "linear"),
+        ("linear", ["--folds=2", "--logistic=true", "--shots=[]"], "linear"),
+        ("linear", ["--folds=2", "--probe.views=2", "--probe.features=[cls4+mean]", "--shots=[]"], "linear"),
+    ],
+)
 def test_a_table_is_printed_and_written_and_repeats_itself(
-    backbone: Path, photo_folder: Path, capsys: pytest.CaptureFixture[str], probe: str
+    backbone: Path, photo_folder: Path, capsys: pytest.CaptureFixture[str], name: str, flags: list[str], heading: str
 ) -> None:
-    command = [str(backbone), "--source", str(photo_folder), "--folds=4", "--k=5"]
-    assert main(probe, None, command) == 0
+    given = ["--source", photo_folder, "--baselines=[pixels,untrained]", *flags]
+    assert run(name, backbone, *given) == 0
     text = capsys.readouterr().out
-    assert ("k-NN (k=5)" in text) == (probe == "knn")
-    assert ("linear" in text.splitlines()[0]) == (probe == "linear")
-    result = json.loads((backbone / f"{probe}.json").read_text())
-    assert result["backbone"][probe]["n"] == 40
-    assert result["raw pixels"][probe]["accuracy"] > 0.9  # red discs and blue squares
-    assert main(probe, None, [str(backbone / "backbone.safetensors"), *command[1:]]) == 0
+    assert heading in text.splitlines()[0]
+    assert [line.split()[0] for line in text.splitlines()[2:5]] == ["pixels", "untrained", "backbone"]
+    result = json.loads((backbone / f"{name}.json").read_text())
+    assert (result["num_train"], result["num_test"], result["num_classes"]) == (40, 40, 2)
+    assert list((backbone / "features").iterdir())
+    # Again with kept features, from the file itself, and without any kept ones.
+    assert run(name, backbone / "backbone.safetensors", *given) == 0
+    assert capsys.readouterr().out == text
+    assert run(name, backbone, *given, "--cache=false") == 0
     assert capsys.readouterr().out == text
 
 
-def test_a_test_source_is_scored_instead(backbone: Path, photo_folder: Path) -> None:
-    assert main("knn", None, [str(backbone), f"--source={photo_folder}", f"--test_source={photo_folder}"]) == 0
-    result = json.loads((backbone / "knn.json").read_text())
+def test_red_discs_and_blue_squares_are_told_apart(backbone: Path, photo_folder: Path) -> None:
+    assert run("linear", backbone, f"--source={photo_folder}", f"--test_source={photo_folder}") == 0
+    result = json.loads((backbone / "linear.json").read_text())
     assert result["test_source"] == str(photo_folder)
+    assert result["pixels"]["linear"]["accuracy"] > 0.9
+    assert result["classes"][1]["name"] == "square"
+    assert len(result["heads"]["backbone"]["held_out"]) == 65
+    assert [item["shots"] for item in result["few_shot"]["backbone"]] == [1, 5, 10]
+    assert run("knn", backbone, f"--source={photo_folder}", "--feature=mean") == 0
+    result = json.loads((backbone / "knn.json").read_text())
+    assert set(result["pixels"]) == {"k=10", "k=20", "k=100", "k=200"}
+    assert result["pixels"]["k=10"]["accuracy"] > 0.9
+    assert run("retrieval", backbone, f"--source={photo_folder}") == 0
+    result = json.loads((backbone / "retrieval.json").read_text())
+    assert result["pixels"]["recall"]["1"] > 0.9
+
+
+def test_the_feature_follows_from_the_objective(tiny_encoder: ViT, photo_folder: Path, tmp_path: Path) -> None:
+    for objective, feature in (("MAE", "mean"), ("DINO", "cls")):
+        folder = tmp_path / objective
+        export_backbone(tiny_encoder, folder, mean=(0.5,) * 3, std=(0.5,) * 3, provenance={"objective": objective})
+        assert run("knn", folder, f"--source={photo_folder}", "--baselines=[]") == 0
+        assert json.loads((folder / "knn.json").read_text())["feature"] == feature
+
+
+def test_another_size(backbone: Path, photo_folder: Path) -> None:
+    for flags, size in ((["48"], [48, 48]), (["[24,40]"], [24, 40]), (["30", "--indivisible=resize"], [32, 32])):
+        assert run("knn", backbone, f"--source={photo_folder}", "--baselines=[]", "--image_size", *flags) == 0
+        assert json.loads((backbone / "knn.json").read_text())["image_size"] == size
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "--source: name the labelled images"),
+        ([], "--source: name the pictures"),
         (["--source=/nowhere"], "data.source='/nowhere': no such file or folder"),
-        (["--source=openmoji", "--k=0"], "k=0: must be at least 1"),
-        (["--source=openmoji", "--feature=patch"], "feature"),
-        (["--sauce=openmoji"], "--sauce"),
+        (["--source=PHOTOS", "--ks=[0]"], "ks=(0,): give numbers of at least 1"),
+        (["--source=PHOTOS", "--feature=patch"], "feature='patch': no such feature; choose one of cls, mean"),
+        (["--source=PHOTOS", "--baselines=[random]"], "no 'random'; choose of pixels, untrained"),
+        (["--source=PHOTOS", "--image_size=30"], "not divisible by the patch size 8 x 8; the nearest are: 24 x 24 and"),
+        (["--source=PHOTOS", "--crop_pct=0"], "crop_pct=0"),
+        (["--source=PHOTOS", "--split=test"], "data.split='test'"),
+        (["--source=PHOTOS/disc"], "has no labels"),
+        (["--source=ONE_CLASS"], "all 2 labelled pictures are of class 'disc': an evaluation needs at least two"),
+        (
+            ["--source=PARQUET", "--label_column=lable"],
+            "label_column='lable': no such column; did you mean 'label'",
+        ),
+        (["--source=PARQUET", "--label_column=image"], "data.label_column='image': holds Image; labels are classes"),
+        (["--source=PHOTOS", "--test_source=THREE"], "has 3 classes instead of 2"),
+        (["--source=PARQUET", "--test_source=MORE"], "the test set has classes that the training set lacks: 'ring'"),
+        (["--sauce=x"], "--sauce"),
     ],
 )
 def test_what_cannot_be_used_ends_in_one_line(
-    backbone: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+    backbone: Path,
+    photo_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    message: str,
 ) -> None:
-    assert main("knn", None, [str(backbone), *flags]) == 2
-    lines = capsys.readouterr().err.splitlines()
+    shutil.copytree(photo_folder, tmp_path / "three")
+    shutil.copytree(photo_folder / "disc", tmp_path / "three" / "triangle")
+    images = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "green")]
+    named = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["disc", "square", "ring"])}
+    )
+    for name, labels in {"parquet": [0, 1], "more": [0, 2], "one_class": [0, 0]}.items():
+        rows = {"image": images[:2], "label": labels}
+        datasets.Dataset.from_dict(rows, named).to_parquet(str(tmp_path / f"{name}.parquet"))
+    names = {
+        "PHOTOS": str(photo_folder),
+        "ONE_CLASS": str(tmp_path / "one_class.parquet"),
+        "PARQUET": str(tmp_path / "parquet.parquet"),
+        "MORE": str(tmp_path / "more.parquet"),
+        "THREE": str(tmp_path / "three"),
+    }
+    for key, value in names.items():
+        flags = [flag.replace(key, value) for flag in flags]
+    capsys.readouterr()
+    assert run("knn", backbone, *flags) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and "examples" not in line]
     assert len(lines) == 1
     assert message in lines[0]
 
 
-def test_unlabelled_images_are_refused(backbone: Path, photo_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main("knn", None, [str(backbone), f"--source={photo_folder / 'disc'}"]) == 2
-    assert "has no labels" in capsys.readouterr().err
+def test_pictures_of_other_channels_than_the_backbones_are_refused(
+    photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoder = ViTConfig(image_size=32, in_chans=5, **TINY).build()
+    export_backbone(encoder, tmp_path / "five", mean=(0.5,) * 5, std=(0.5,) * 5, provenance={})
+    assert run("knn", tmp_path / "five", f"--source={photo_folder}") == 2
+    text = capsys.readouterr().err
+    assert len(text.splitlines()) == 1
+    assert "row 0" in text
+    assert "5 channels" in text
 
 
 def test_a_folder_without_a_backbone_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main("knn", None, [str(tmp_path)]) == 2
+    assert run("knn", tmp_path) == 2
     assert "backbone.safetensors: no such file" in capsys.readouterr().err

@@ -118,11 +118,6 @@ def test_the_presets_are_the_papers() -> None:
     dinov2, mae = PRESETS["dinov2"], PRESETS["mae"]
     assert len(dinov2.base_lrs) == 13
     assert (min(dinov2.base_lrs), max(dinov2.base_lrs), dinov2.optimizer) == (1e-5, 0.1, "sgd")
-    assert (mae.optimizer, mae.base_lrs, mae.batch_size, mae.epochs, mae.batch_norm) == (
-        "lars",
-        (0.1,),
-        16384,
-        90,
-        True,
-    )
+    assert (mae.optimizer, mae.base_lrs[0], mae.batch_size, mae.epochs) == ("lars", 0.1, 16384, 90)
+    assert mae.batch_norm
     assert mae.warmup == pytest.approx(10 / 90)

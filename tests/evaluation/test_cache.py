@@ -1,0 +1,91 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ssl_vit.data.sources import DataConfig, open_source
+from ssl_vit.evaluation.cache import cached_features, feature_key, fingerprint, hash_file
+from ssl_vit.evaluation.features import EvalTransform
+
+TRANSFORM = EvalTransform((32, 32), (0.5,) * 3, (0.5,) * 3)
+
+
+class Extract:
+    """Counts how often features are extracted."""
+
+    def __init__(self, num_layers: int = 1) -> None:
+        self.calls, self.num_layers = 0, num_layers
+
+    def __call__(self) -> dict[str, torch.Tensor]:
+        self.calls += 1
+        return {"cls": torch.full((3, self.num_layers, 2), float(self.calls)), "mean": torch.ones(3, 2)}
+
+
+def test_features_are_extracted_once(tmp_path: Path) -> None:
+    extract = Extract()
+    found = [cached_features(tmp_path / "features", "key", 1, extract) for _ in range(3)]
+    assert extract.calls == 1
+    assert all(torch.equal(item["cls"], found[0]["cls"]) for item in found)
+    cached_features(tmp_path / "features", "other", 1, extract)
+    cached_features(None, "key", 1, extract)
+    assert extract.calls == 3
+
+
+def test_more_blocks_than_are_kept_are_extracted_anew(tmp_path: Path) -> None:
+    one, four = Extract(), Extract(num_layers=4)
+    cached_features(tmp_path, "key", 1, one)
+    assert cached_features(tmp_path, "key", 4, four)["cls"].shape[1] == 4
+    assert cached_features(tmp_path, "key", 1, one)["cls"].shape[1] == 4
+    assert (one.calls, four.calls) == (1, 1)
+
+
+def test_a_damaged_file_is_written_anew(tmp_path: Path) -> None:
+    extract = Extract()
+    cached_features(tmp_path, "key", 1, extract)
+    file = tmp_path / "key.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    assert cached_features(tmp_path, "key", 1, extract)["cls"][0, 0, 0] == 2
+    assert cached_features(tmp_path, "key", 1, extract)["cls"][0, 0, 0] == 2
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    extract = Extract()
+    for _ in range(2):
+        assert len(cached_features(tmp_path / "file" / "features", "key", 1, extract)["mean"]) == 3
+    assert extract.calls == 2
+    assert "not kept for the next time" in capsys.readouterr().out
+
+
+def test_the_key_changes_with_all_that_features_follow_from(photo_folder: Path) -> None:
+    source = open_source(DataConfig(source=str(photo_folder)))
+    rows = np.arange(5)
+    first = feature_key("a", source, rows, TRANSFORM, None)
+    assert first == feature_key("a", open_source(DataConfig(source=str(photo_folder))), rows, TRANSFORM, None)
+    others = [
+        feature_key("b", source, rows, TRANSFORM, None),
+        feature_key("a", source, rows + 1, TRANSFORM, None),
+        feature_key("a", source, rows[::-1], TRANSFORM, None),
+        feature_key("a", source, rows, EvalTransform((32, 32), (0.5,) * 3, (0.5,) * 3, crop_pct=1.0), None),
+        feature_key("a", source, rows, EvalTransform((32, 32), (0.5,) * 3, (0.5,) * 3, view=0), None),
+        feature_key("a", source, rows, TRANSFORM, torch.bfloat16),
+    ]
+    assert len({first, *others}) == 7
+
+
+def test_pictures_that_change_are_noticed(photo_folder: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "a.png"
+    picture.write_bytes((photo_folder / "disc" / "00.png").read_bytes())
+    source = open_source(DataConfig(source=str(tmp_path)))
+    first = fingerprint(source, np.array([0]))
+    assert first == fingerprint(source, np.array([0]))
+    status = picture.stat()
+    os.utime(picture, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000))
+    assert fingerprint(source, np.array([0])) != first
+
+
+def test_the_hash_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    assert hash_file(tmp_path / "file").startswith("ba7816bf8f01cfea")
