@@ -81,6 +81,8 @@ class Source:
     """Names of the classes; () when there are no labels."""
     groups: Int64[np.ndarray, " n"] | None = None
     """Rows of one group are variants of one picture and stay on one side of any split. None: no variants."""
+    columns: datasets.Dataset | None = None
+    """The other columns of the same rows; None where there are none."""
     attribution: str | None = None
     """Text that the pictures' licence asks to be shown with them."""
 
@@ -92,6 +94,7 @@ class Source:
         return replace(
             self,
             rows=self.rows.select(rows),
+            columns=None if self.columns is None else self.columns.select(rows),
             labels=None if self.labels is None else self.labels[rows],
             groups=None if self.groups is None else self.groups[rows],
         )
@@ -144,7 +147,7 @@ def _error(config: DataConfig, field: str, what: str) -> ValueError:
     return ValueError(f"data.{field}={getattr(config, field)!r}: {what}")
 
 
-def _near_match(name: str, names: list[str]) -> str:
+def near_match(name: str, names: list[str]) -> str:
     matches = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {matches[0]!r}? " if matches else ""
 
@@ -248,7 +251,7 @@ def _load_saved(folder: Path, config: DataConfig) -> datasets.Dataset:
     if isinstance(saved, datasets.DatasetDict):
         if config.split not in saved:
             names = list(map(str, saved))
-            near = _near_match(config.split, names)
+            near = near_match(config.split, names)
             raise _error(config, "split", f"no such split; {near}there are: {', '.join(names)}")
         return saved[config.split]
     if config.split not in ("train", str(saved.split)):
@@ -303,12 +306,14 @@ def _open_rows(rows: datasets.Dataset, config: DataConfig) -> Source:
     label_column = _find_label_column(rows, config)
     labels, class_names = _read_labels(rows, label_column) if label_column else (None, ())
     images = rows.with_format(None).select_columns([image_column])
+    others = [name for name in rows.column_names if name != image_column]
     return Source(
         name=config.source,
         rows=images.cast_column(image_column, datasets.Image(decode=False)),
         image_column=image_column,
         labels=labels,
         class_names=class_names,
+        columns=rows.with_format(None).select_columns(others) if others else None,
     )
 
 
@@ -316,7 +321,7 @@ def _check_column(rows: datasets.Dataset, config: DataConfig, field: str) -> str
     """The column named by a setting, if there is one of this name."""
     name = getattr(config, field)
     if name not in rows.column_names:
-        near = _near_match(name, rows.column_names)
+        near = near_match(name, rows.column_names)
         raise _error(config, field, f"no such column; {near}there are: {_columns_with_types(rows)}")
     return name
 

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -255,7 +255,8 @@ def main(
 
     Args:
         evaluate: called with the backbone's path and the settings, by name.
-        configs: the default settings; those named "" are flags by themselves, the others have their name in front.
+        configs: the default settings, or their class where nothing has a default; those named "" are flags by
+            themselves, the others have their name in front.
         description: shown by --help.
         args: the command line; None takes the process's own.
 
@@ -266,16 +267,18 @@ def main(
     parser.add_argument(
         "backbone", type=str, help="folder of a run or of an exported backbone, or its safetensors file"
     )
+    kinds = {name: default if isinstance(default, type) else type(default) for name, default in configs.items()}
     for name, default in configs.items():
-        parser.add_class_arguments(type(default), name or None)
-        prefix = f"{name}." if name else ""
-        parser.set_defaults({f"{prefix}{key}": value for key, value in vars(default).items()})
+        parser.add_class_arguments(kinds[name], name or None)
+        if not isinstance(default, type):
+            prefix = f"{name}." if name else ""
+            parser.set_defaults({f"{prefix}{key}": value for key, value in vars(default).items()})
     try:
         given = parser.parse_args(args)
         settings = {}
-        for name, default in configs.items():
-            values = vars(given[name]) if name else {key: given[key] for key in vars(default)}
-            settings[name or "config"] = type(default)(**values)
+        for name, kind in kinds.items():
+            values = vars(given[name]) if name else {item.name: given[item.name] for item in fields(kind)}
+            settings[name or "config"] = kind(**values)
         start_processes()
         evaluate(Path(given.backbone), **settings)
     except (ValueError, ArgumentError) as error:

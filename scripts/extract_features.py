@@ -1,0 +1,16 @@
+"""Features of any source into one file: parquet or safetensors, one row a picture, in the order of the source.
+
+    python scripts/extract_features.py runs/NAME --source PICTURES --output features.parquet
+
+Memory stays flat however many pictures there are, and the same command goes on where it was killed. Several processes:
+start it with `accelerate launch`. Read the file with `pandas.read_parquet`, `datasets.load_dataset("parquet", ...)` or
+`safetensors.torch.load_file`.
+"""
+
+import sys
+
+from ssl_vit.evaluation.command import main
+from ssl_vit.evaluation.extract import ExtractConfig, extract
+
+if __name__ == "__main__":
+    sys.exit(main(extract, {"": ExtractConfig}, __doc__))

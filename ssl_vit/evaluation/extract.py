@@ -1,0 +1,366 @@
+"""Features of any source into one file, written part by part: memory stays flat, and a killed extraction goes on."""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from accelerate.utils import broadcast_object_list
+from jaxtyping import Num
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+import ssl_vit
+from ssl_vit.checkpoint import flush
+from ssl_vit.data.loader import choose_num_workers
+from ssl_vit.data.sources import Source, near_match, open_source
+from ssl_vit.distributed import process_index
+from ssl_vit.evaluation.cache import feature_key, hash_file
+from ssl_vit.evaluation.command import Backbone, PicturesConfig, data_config
+from ssl_vit.evaluation.evaluate import check_finite
+from ssl_vit.evaluation.features import FEATURES, num_layers_for, select_feature, stream_features
+
+_SETTINGS_FILE = "settings.json"
+
+
+@dataclass(frozen=True)
+class ExtractConfig(PicturesConfig):
+    """What is written, and where."""
+
+    output: str = ""
+    """File to write: NAME.parquet or NAME.safetensors."""
+    feature: str | None = None
+    """What stands for a picture: cls, mean, cls+mean, cls4 or cls4+mean; `null` = mean for MAE, else cls."""
+    patches: bool = False
+    """Also write the patch tokens, as a grid of rows and columns."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Number format of what is written."""
+    ids: str | None = None
+    """Column of the source that is carried along; parquet takes text and integers, safetensors integers."""
+    rows_per_part: int | None = None
+    """Pictures after which what is done is put on disk; `null` = about 64 MiB of features."""
+    fresh: bool = False
+    """Start anew: what is there already is overwritten."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if Path(self.output).suffix not in (".parquet", ".safetensors"):
+            raise ValueError(f"output={self.output!r}: name a file that ends in .parquet or .safetensors")
+        if self.feature is not None and self.feature not in FEATURES:
+            raise ValueError(f"feature={self.feature!r}: no such feature; choose one of {', '.join(FEATURES)}")
+        if self.rows_per_part is not None and self.rows_per_part < 1:
+            raise ValueError(f"rows_per_part={self.rows_per_part!r}: must be at least 1")
+
+
+def extract(path: Path, config: ExtractConfig) -> None:
+    """Write one row a picture, in the order of the source; the same command goes on where it was killed.
+
+    Parquet has the columns `row`, `path` (where pictures have one), the named id column, `label` (where there are
+    labels), `embedding` [d] and `patches` [rows x columns x d], lists of fixed length. safetensors has the tensors
+    `embeddings` [n, d], `patches` [n, rows, columns, d], `labels` [n] and `ids` [n]. Class names and provenance are in the
+    file's metadata, as JSON under "ssl_vit".
+
+    Raises:
+        ValueError: an output that holds something else, an unknown column, or a picture that cannot be decoded; the
+            parts that were finished before it stay.
+    """
+    backbone = Backbone.load(path, config)
+    source = open_source(data_config(backbone, config))
+    ids = _check_ids(source, config)
+    output = Path(config.output)
+    parts = output.with_name(f"{output.name}.parts")
+    described = _describe(backbone, source, config)
+    start = [0]
+    if process_index() == 0:
+        start = [_prepare(output, parts, described, config)]
+    first = cast(int, broadcast_object_list(start)[0])
+    if first < 0:
+        if process_index() == 0:
+            print(f"{output} is finished; --fresh true writes it anew")
+        return
+    if first and process_index() == 0:
+        print(f"Going on from row {first:,} of {len(source):,}")
+    _encode(backbone, source, config, parts, first, described)
+    if process_index() == 0:
+        write = _write_parquet if output.suffix == ".parquet" else _write_safetensors
+        unfinished = output.with_name(f"{output.name}.unfinished")
+        write(unfinished, sorted(parts.glob("part-*.safetensors")), source, ids, described)
+        flush(unfinished)
+        unfinished.replace(output)
+        shutil.rmtree(parts)
+        print(f"Wrote {len(source):,} rows to {output}")
+
+
+def _describe(backbone: Backbone, source: Source, config: ExtractConfig) -> dict[str, Any]:
+    """Where features come from; two extractions with the same description give the same file."""
+    digest, rows = hash_file(backbone.file), np.arange(len(source))
+    grid = tuple(
+        (size + padding) // patch
+        for size, padding, patch in zip(
+            backbone.transform.size, backbone.transform.padding, backbone.encoder.patch_size, strict=True
+        )
+    )
+    feature, width = config.feature or backbone.feature, backbone.encoder.embed_dim
+    # Numbers of a row: tokens that stand for the picture, and those of its patches.
+    tokens = sum(num_layers_for([kind], backbone.encoder) for kind in feature.split("+"))
+    numbers = width * (tokens + (grid[0] * grid[1] if config.patches else 0))
+    return {
+        "ssl_vit_version": ssl_vit.__version__,
+        "backbone": str(backbone.file),
+        "backbone_sha256": digest,
+        "source": source.name,
+        "num_rows": len(source),
+        "key": feature_key(digest, source, rows, backbone.transform, backbone.autocast_dtype),
+        "transform": json.loads(json.dumps(asdict(backbone.transform))),
+        "precision": str(backbone.autocast_dtype),
+        "feature": feature,
+        "patch_grid": list(grid) if config.patches else None,
+        "dtype": config.dtype,
+        "rows_per_part": config.rows_per_part or max(1, 2**26 // (numbers * getattr(torch, config.dtype).itemsize)),
+        "ids": config.ids,
+        "class_names": list(source.class_names),
+    }
+
+
+def _prepare(output: Path, parts: Path, described: dict[str, Any], config: ExtractConfig) -> int:
+    """The row to go on at; -1 where all is done."""
+    if config.fresh:
+        shutil.rmtree(parts, ignore_errors=True)
+    elif output.exists():
+        found = read_description(output)
+        if found == described:
+            return -1
+        what = "holds something else" if found is None else f"has other settings: {_differences(found, described)}"
+        raise ValueError(f"output={str(output)!r}: {what}; choose another name, or --fresh true to overwrite it")
+    parts.mkdir(parents=True, exist_ok=True)
+    settings = parts / _SETTINGS_FILE
+    if settings.exists():
+        found = json.loads(settings.read_text())
+        if found != described:
+            raise ValueError(
+                f"output={str(output)!r}: an unfinished extraction has other settings: {_differences(found, described)}; "
+                "go on with those, choose another name, or --fresh true to start anew"
+            )
+    else:
+        unfinished = settings.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(described, indent=2) + "\n")
+        unfinished.replace(settings)
+    done, size = 0, described["rows_per_part"]
+    while done * size < described["num_rows"]:
+        rows = min(size, described["num_rows"] - done * size)
+        if _rows_of(_part(parts, done)) != rows:
+            break
+        done += 1
+    # What follows a gap, as a damaged part is one, is done again.
+    for later in parts.glob("part-*"):
+        if later.suffix != ".safetensors" or later >= _part(parts, done):
+            later.unlink()
+    return min(done * size, described["num_rows"])
+
+
+def _differences(found: dict[str, Any], described: dict[str, Any]) -> str:
+    names = [name for name in described if found.get(name) != described[name]]
+    shown = [name for name in names if name != "key"] or ["the pictures"]
+    return ", ".join(
+        f"{name} {found.get(name)!r} -> {described[name]!r}" if name in described else name for name in shown
+    )
+
+
+def _part(parts: Path, number: int) -> Path:
+    return parts / f"part-{number:08d}.safetensors"
+
+
+def _rows_of(part: Path) -> int:
+    """Rows of a part, 0 where it is missing or damaged."""
+    try:
+        with safe_open(part, framework="pt") as file:
+            return file.get_slice("embeddings").get_shape()[0]
+    except (OSError, SafetensorError):
+        return 0
+
+
+def _encode(
+    backbone: Backbone, source: Source, config: ExtractConfig, parts: Path, first: int, described: dict[str, Any]
+) -> None:
+    """Encode the rows from `first` on, and put them on disk in parts that appear whole or not at all."""
+    if first >= len(source):
+        return
+    feature, size = described["feature"], described["rows_per_part"]
+    batches = stream_features(
+        backbone.encoder,
+        source,
+        np.arange(first, len(source)),
+        backbone.transform,
+        batch_size=config.batch_size,
+        device=backbone.device,
+        num_layers=num_layers_for([feature], backbone.encoder),
+        num_workers=choose_num_workers(config.num_workers, backbone.device),
+        autocast_dtype=backbone.autocast_dtype,
+        with_patches=config.patches,
+    )
+    waiting: list[dict[str, Tensor]] = []
+    dtype = getattr(torch, config.dtype)
+    report = _Report(first, len(source))
+    written = first
+    for batch in batches:
+        tensors = {"embeddings": select_feature(batch, feature)}
+        check_finite(tensors["embeddings"])
+        if config.patches:
+            tensors["patches"] = batch["patches"]
+        waiting.append({name: values.to(dtype) for name, values in tensors.items()})
+        report.add(len(batch["mean"]))
+        while (count := sum(len(item["embeddings"]) for item in waiting)) and (
+            count >= size or written + count == len(source)
+        ):
+            joined = {name: torch.cat([item[name] for item in waiting]) for name in waiting[0]}
+            cut = min(size, count)
+            _save_part(_part(parts, written // size), {name: values[:cut] for name, values in joined.items()})
+            waiting = [{name: values[cut:].clone() for name, values in joined.items()}] if cut < count else []
+            written += cut
+
+
+def _save_part(part: Path, tensors: dict[str, Tensor]) -> None:
+    unfinished = part.with_suffix(".unfinished")
+    save_file({name: values.contiguous() for name, values in tensors.items()}, unfinished)
+    flush(unfinished)
+    unfinished.replace(part)
+    flush(part.parent)
+
+
+class _Report:
+    """A line each half minute where there is no terminal for a progress bar."""
+
+    def __init__(self, first: int, total: int) -> None:
+        self.done, self.first, self.total = first, first, total
+        self.started = self.said = time.monotonic()
+        self.silent = sys.stderr.isatty() or process_index() != 0
+
+    def add(self, rows: int) -> None:
+        self.done += rows
+        now = time.monotonic()
+        if self.silent or now - self.said < 30:
+            return
+        self.said = now
+        rate = (self.done - self.first) / (now - self.started)
+        left = tqdm.format_interval((self.total - self.done) / rate)
+        print(f"{self.done:,}/{self.total:,} images  {rate:.0f} images/s  {left} left", flush=True)
+
+
+def _check_ids(source: Source, config: ExtractConfig) -> pa.DataType | None:
+    """The type of the column to carry along."""
+    if config.ids is None:
+        return None
+    names = [] if source.columns is None else source.columns.column_names
+    if source.columns is None or config.ids not in names:
+        listed = f"there are: {', '.join(names)}" if names else "the source has none"
+        raise ValueError(f"ids={config.ids!r}: no such column; {near_match(config.ids, names)}{listed}")
+    kind = source.columns.features.arrow_schema.field(config.ids).type
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if not pa.types.is_integer(kind) and not (text and config.output.endswith(".parquet")):
+        raise ValueError(f"ids={config.ids!r}: holds {kind}; parquet takes text and integers, safetensors integers")
+    return kind
+
+
+def _columns(source: Source, ids: str | None) -> Callable[[int, int], dict[str, pa.Array]]:
+    """What goes with the features of some rows: number, path, id and label; never the pictures themselves."""
+    flat = source.rows.flatten().select_columns([f"{source.image_column}.path"]).with_format("arrow")
+    others = (
+        None if ids is None or source.columns is None else source.columns.select_columns([ids]).with_format("arrow")
+    )
+
+    def read(start: int, stop: int) -> dict[str, pa.Array]:
+        rows: dict[str, pa.Array] = {"row": pa.array(np.arange(start, stop))}
+        table: Any = flat[start:stop]
+        rows["path"] = pa.array(table.column(0).to_pylist(), pa.string())
+        if others is not None:
+            table = others[start:stop]
+            rows["id"] = table.column(0).combine_chunks()
+        if source.labels is not None:
+            rows["label"] = pa.array(source.labels[start:stop])
+        return rows
+
+    return read
+
+
+def _write_parquet(
+    file: Path, parts: list[Path], source: Source, ids: pa.DataType | None, described: dict[str, Any]
+) -> None:
+    columns = _columns(source, described["ids"])
+    metadata = {"ssl_vit": json.dumps(described)}
+    writer: pq.ParquetWriter | None = None
+    for start, tensors in _read(parts, described):
+        rows = columns(start, start + len(tensors["embeddings"]))
+        if ids is not None:
+            rows[described["ids"]] = rows.pop("id")
+        for name, values in tensors.items():
+            flat = values.reshape(len(values), -1).numpy()
+            cells = pa.array(flat.reshape(-1))
+            rows["embedding" if name == "embeddings" else name] = pa.FixedSizeListArray.from_arrays(
+                cells, flat.shape[1]
+            )
+        table = pa.table(rows).replace_schema_metadata(metadata)
+        writer = writer or pq.ParquetWriter(file, table.schema, compression="zstd")
+        writer.write_table(table)
+    assert writer is not None
+    writer.close()
+
+
+def _write_safetensors(
+    file: Path, parts: list[Path], source: Source, ids: pa.DataType | None, described: dict[str, Any]
+) -> None:
+    """The layout is a length, a JSON header and the bytes of each tensor, so it can be written without holding them."""
+    count, columns = described["num_rows"], _columns(source, described["ids"])
+    shapes = {name: [count, *values.shape[1:]] for name, values in next(_read(parts, described))[1].items()}
+    kinds = dict.fromkeys(shapes, "F32" if described["dtype"] == "float32" else "F16")
+    for name, wanted in {"labels": source.labels is not None, "ids": ids is not None}.items():
+        if wanted:
+            shapes[name], kinds[name] = [count], "I64"
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "ssl_vit": json.dumps(described)}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + int(np.prod(shape)) * {"F32": 4, "F16": 2, "I64": 8}[kinds[name]]
+        header[name] = {"dtype": kinds[name], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name in shapes:
+            for start, tensors in _read(parts, described):
+                if name in tensors:
+                    out.write(tensors[name].contiguous().numpy().tobytes())
+                else:
+                    values = columns(start, start + len(tensors["embeddings"]))[name.removesuffix("s")]
+                    out.write(values.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+
+
+def _read(parts: list[Path], described: dict[str, Any]) -> Iterator[tuple[int, dict[str, Num[Tensor, "r ..."]]]]:
+    """The parts in their order, each with its first row; patches as a grid."""
+    start = 0
+    for part in parts:
+        tensors = load_file(part)
+        if "patches" in tensors:
+            tensors["patches"] = tensors["patches"].unflatten(1, described["patch_grid"])
+        yield start, tensors
+        start += len(tensors["embeddings"])
+
+
+def read_description(file: Path) -> dict[str, Any] | None:
+    """What an extraction wrote about itself into a file; None for any other file."""
+    try:
+        if file.suffix == ".parquet":
+            metadata = pq.read_schema(file).metadata or {}
+            return json.loads(metadata[b"ssl_vit"])
+        with safe_open(file, framework="pt") as opened:
+            return json.loads((opened.metadata() or {})["ssl_vit"])
+    except (OSError, pa.ArrowException, SafetensorError, KeyError, ValueError):
+        return None

@@ -1,0 +1,266 @@
+"""extract_features.py: one file of any source, however often the extraction is killed."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ssl_vit.data.sources import DataConfig, open_source
+from ssl_vit.evaluation import command, extract
+from ssl_vit.evaluation.extract import ExtractConfig, read_description
+from ssl_vit.evaluation.features import EvalTransform, extract_features, select_feature
+from ssl_vit.export import export_backbone, load_backbone
+from ssl_vit.models.vit import ViTConfig
+from tests.conftest import ROOT, TINY
+
+TRANSFORM = EvalTransform((32, 32), (0.5,) * 3, (0.5,) * 3)
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("backbone")
+    torch.manual_seed(0)
+    encoder = ViTConfig(image_size=32, **TINY).build()
+    export_backbone(encoder, folder, mean=(0.5,) * 3, std=(0.5,) * 3, provenance={})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parquet(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pictures as bytes, with names and numbers."""
+    source = open_source(DataConfig(source=str(photo_folder)))
+    rows = {
+        "image": [{"bytes": Path(row["path"]).read_bytes(), "path": None} for row in source.rows["image"]],
+        "name": [f"picture {number}" for number in range(40)],
+        "number": [number * 7 for number in range(40)],
+    }
+    file = tmp_path_factory.mktemp("parquet") / "pictures.parquet"
+    features = datasets.Features(
+        {"image": datasets.Image(), "name": datasets.Value("string"), "number": datasets.Value("int32")}
+    )
+    datasets.Dataset.from_dict(rows, features).to_parquet(str(file))
+    return file
+
+
+def run(backbone: Path, source: Path, output: Path, *flags: str) -> int:
+    given = [str(backbone), f"--source={source}", f"--output={output}", "--precision=no", *flags]
+    return command.main(extract.extract, {"": ExtractConfig}, None, given)
+
+
+def expected(backbone: Path, source: Path, kind: str) -> torch.Tensor:
+    encoder, opened = load_backbone(backbone), open_source(DataConfig(source=str(source)))
+    pieces = extract_features(
+        encoder, opened, np.arange(40), TRANSFORM, batch_size=40, device=torch.device("cpu"), num_layers=2
+    )
+    return select_feature(pieces, kind)
+
+
+def embeddings(file: Path) -> torch.Tensor:
+    if file.suffix == ".safetensors":
+        return load_file(file)["embeddings"]
+    return torch.tensor(pq.read_table(file).column("embedding").to_pylist())
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "safetensors"])
+@pytest.mark.parametrize("kind", ["cls", "cls4+mean"])
+def test_values_are_those_of_the_features(
+    backbone: Path, photo_folder: Path, tmp_path: Path, suffix: str, kind: str
+) -> None:
+    file = tmp_path / "new" / f"features.{suffix}"
+    flags = [f"--feature={kind}", "--rows_per_part=7", "--batch_size=5"]
+    assert run(backbone, photo_folder, file, *flags) == 0
+    torch.testing.assert_close(embeddings(file), expected(backbone, photo_folder, kind), rtol=1e-4, atol=1e-5)
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    description = read_description(file)
+    assert description is not None
+    assert description["class_names"] == ["disc", "square"]
+    if suffix == "safetensors":
+        assert load_file(file)["labels"].tolist() == [0] * 20 + [1] * 20
+    else:
+        loaded = datasets.load_dataset("parquet", data_files=str(file), split="train", cache_dir=str(tmp_path))
+        assert loaded["label"][:] == [0] * 20 + [1] * 20
+        assert loaded["row"][:] == list(range(40))
+        assert loaded["path"][0] == str(photo_folder / "disc" / "00.png")
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "safetensors"])
+def test_patches_are_a_grid(backbone: Path, photo_folder: Path, tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"features.{suffix}"
+    flags = ["--patches=true", "--image_size=[32,48]", "--crop_pct=1", "--dtype=float16", "--rows_per_part=15"]
+    assert run(backbone, photo_folder, file, *flags) == 0
+    source = open_source(DataConfig(source=str(photo_folder)))
+    transform = EvalTransform((32, 48), (0.5,) * 3, (0.5,) * 3, crop_pct=1.0)
+    images = transform.on_device(transform(source.image(33, 3), 33)[None], torch.device("cpu"))
+    tokens = load_backbone(backbone)(images).patches[0].detach().view(4, 6, 32)
+    if suffix == "safetensors":
+        patches = load_file(file)["patches"]
+        assert patches.dtype == torch.float16
+        assert patches.shape == (40, 4, 6, 32)
+    else:
+        patches = torch.tensor(pq.read_table(file).column("patches").to_pylist()).view(40, 4, 6, 32)
+    torch.testing.assert_close(patches[33].float(), tokens, rtol=2e-3, atol=2e-3)
+    description = read_description(file)
+    assert description is not None
+    assert description["patch_grid"] == [4, 6]
+
+
+def test_ids_are_carried_along(
+    backbone: Path, parquet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(backbone, parquet, tmp_path / "text.parquet", "--ids=name", "--rows_per_part=9") == 0
+    table = pq.read_table(tmp_path / "text.parquet")
+    assert table.column("name").to_pylist() == [f"picture {number}" for number in range(40)]
+    assert table.column("path").null_count == 40
+    assert "label" not in table.column_names
+    assert run(backbone, parquet, tmp_path / "numbers.safetensors", "--ids=number", "--rows_per_part=9") == 0
+    assert load_file(tmp_path / "numbers.safetensors")["ids"].tolist() == [7 * number for number in range(40)]
+    capsys.readouterr()
+    assert run(backbone, parquet, tmp_path / "text.safetensors", "--ids=name") == 2
+    assert "ids='name': holds string; parquet takes text and integers" in capsys.readouterr().err
+    assert run(backbone, parquet, tmp_path / "x.parquet", "--ids=nam") == 2
+    assert "ids='nam': no such column; did you mean 'name'? there are: name, number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "safetensors"])
+@pytest.mark.parametrize("failing", [0, 2, 5])
+def test_what_was_done_before_a_crash_is_not_done_again(
+    backbone: Path, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, failing: int
+) -> None:
+    flags = ["--rows_per_part=7", "--batch_size=4"]
+    assert run(backbone, photo_folder, tmp_path / f"whole.{suffix}", *flags) == 0
+    file, save, encoded = tmp_path / f"features.{suffix}", extract._save_part, []
+
+    def fail(part: Path, tensors: dict[str, torch.Tensor]) -> None:
+        if part.stem.endswith(str(failing)):
+            part.with_suffix(".unfinished").write_bytes(b"half a part")
+            raise KeyboardInterrupt
+        save(part, tensors)
+
+    monkeypatch.setattr(extract, "_save_part", fail)
+    with pytest.raises(KeyboardInterrupt):
+        run(backbone, photo_folder, file, *flags)
+    assert not file.exists()
+    monkeypatch.setattr(extract, "_save_part", save)
+    stream = extract.stream_features
+
+    def remember(encoder, source, indices, *args, **settings):
+        encoded.extend(indices.tolist())
+        return stream(encoder, source, indices, *args, **settings)
+
+    monkeypatch.setattr(extract, "stream_features", remember)
+    assert run(backbone, photo_folder, file, *flags) == 0
+    assert encoded == list(range(7 * failing, 40))
+    torch.testing.assert_close(embeddings(file), embeddings(tmp_path / f"whole.{suffix}"), rtol=1e-4, atol=1e-5)
+
+
+def test_a_damaged_part_is_done_again(
+    backbone: Path, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "features.parquet"
+    monkeypatch.setattr(extract, "_write_parquet", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(backbone, photo_folder, file, "--rows_per_part=7")
+    monkeypatch.undo()
+    part = tmp_path / "features.parquet.parts" / "part-00000002.safetensors"
+    part.write_bytes(part.read_bytes()[:-1])
+    assert run(backbone, photo_folder, file, "--rows_per_part=7") == 0
+    torch.testing.assert_close(embeddings(file), expected(backbone, photo_folder, "cls"), rtol=1e-4, atol=1e-5)
+
+
+def test_killed_without_warning_it_goes_on(backbone: Path, photo_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "features.safetensors"
+    flags = ["--source", photo_folder, "--output", file, "--rows_per_part=1", "--batch_size=1", "--precision=no"]
+    words = [sys.executable, ROOT / "scripts" / "extract_features.py", backbone, *flags]
+    with subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE) as process:
+        while not (tmp_path / "features.safetensors.parts" / "part-00000003.safetensors").exists():
+            assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+    assert not file.exists()
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=True)
+    assert "Going on from row" in done.stdout
+    torch.testing.assert_close(embeddings(file), expected(backbone, photo_folder, "cls"), rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_write_what_one_writes(backbone: Path, photo_folder: Path, tmp_path: Path) -> None:
+    flags = ["--rows_per_part=9", "--batch_size=3"]
+    assert run(backbone, photo_folder, tmp_path / "one.safetensors", *flags) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    output = tmp_path / "two.safetensors"
+    given = [backbone, f"--source={photo_folder}", f"--output={output}", "--precision=no", *flags]
+    words = [*launcher, ROOT / "scripts" / "extract_features.py", *given]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Wrote 40 rows") == 1
+    one, two = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
+    torch.testing.assert_close(one["embeddings"], two["embeddings"], rtol=1e-4, atol=1e-5)
+    assert torch.equal(one["labels"], two["labels"])
+
+
+def test_what_is_there_is_not_overwritten_silently(
+    backbone: Path, photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "features.parquet"
+    assert run(backbone, photo_folder, file) == 0
+    written = file.stat().st_mtime_ns
+    assert run(backbone, photo_folder, file) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert run(backbone, photo_folder, file, "--feature=mean", "--dtype=float16") == 2
+    message = capsys.readouterr().err
+    assert "feature 'cls' -> 'mean', dtype 'float32' -> 'float16'" in message
+    assert "--fresh true" in message
+    assert file.stat().st_mtime_ns == written
+    assert run(backbone, photo_folder, file, "--feature=mean", "--fresh=true") == 0
+    torch.testing.assert_close(embeddings(file), expected(backbone, photo_folder, "mean"), rtol=1e-4, atol=1e-5)
+    file.write_text("my notes")
+    assert run(backbone, photo_folder, file) == 2
+    assert "holds something else" in capsys.readouterr().err
+    assert file.read_text() == "my notes"
+
+
+def test_an_unfinished_extraction_with_other_settings_is_refused(
+    backbone: Path, photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "features.parquet"
+    parts = tmp_path / "features.parquet.parts"
+    parts.mkdir()
+    (parts / "settings.json").write_text(json.dumps({"feature": "mean"}))
+    assert run(backbone, photo_folder, file) == 2
+    assert "an unfinished extraction has other settings" in capsys.readouterr().err
+    assert run(backbone, photo_folder, file, "--fresh=true") == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--output=features.csv"], "output='features.csv': name a file that ends in .parquet or .safetensors"),
+        (["--feature=patch"], "feature='patch'"),
+        (["--rows_per_part=0"], "rows_per_part=0: must be at least 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(
+    backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert run(backbone, tmp_path, tmp_path / "x.parquet", *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_broken_picture_is_named_and_what_was_done_stays(
+    backbone: Path, photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number, path in enumerate(sorted((photo_folder / "disc").iterdir())):
+        (folder / path.name).write_bytes(path.read_bytes() if number != 11 else b"broken")
+    file = tmp_path / "features.parquet"
+    flags = ["--rows_per_part=4", "--batch_size=2"]
+    assert run(backbone, folder, file, *flags) == 2
+    assert "row 11" in capsys.readouterr().err
+    assert len(list((tmp_path / "features.parquet.parts").glob("part-*"))) == 2
