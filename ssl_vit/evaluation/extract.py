@@ -67,8 +67,8 @@ def extract(path: Path, config: ExtractConfig) -> None:
 
     Parquet has the columns `row`, `path` (where pictures have one), the named id column, `label` (where there are
     labels), `embedding` [d] and `patches` [rows x columns x d], lists of fixed length. safetensors has the tensors
-    `embeddings` [n, d], `patches` [n, rows, columns, d], `labels` [n] and `ids` [n]. Class names and provenance are in the
-    file's metadata, as JSON under "ssl_vit".
+    `embeddings` [n, d], `patches` [n, rows, columns, d], `labels` [n] and `ids` [n]. Class names and provenance are in
+    the file's metadata, as JSON under "ssl_vit".
 
     Raises:
         ValueError: an output that holds something else, an unknown column, or a picture that cannot be decoded; the
@@ -148,8 +148,8 @@ def _prepare(output: Path, parts: Path, described: dict[str, Any], config: Extra
         found = json.loads(settings.read_text())
         if found != described:
             raise ValueError(
-                f"output={str(output)!r}: an unfinished extraction has other settings: {_differences(found, described)}; "
-                "go on with those, choose another name, or --fresh true to start anew"
+                f"output={str(output)!r}: an unfinished extraction has other settings: "
+                f"{_differences(found, described)}; go on with those, choose another name, or --fresh true to start anew"
             )
     else:
         unfinished = settings.with_suffix(".unfinished")
@@ -170,10 +170,8 @@ def _prepare(output: Path, parts: Path, described: dict[str, Any], config: Extra
 
 def _differences(found: dict[str, Any], described: dict[str, Any]) -> str:
     names = [name for name in described if found.get(name) != described[name]]
-    shown = [name for name in names if name != "key"] or ["the pictures"]
-    return ", ".join(
-        f"{name} {found.get(name)!r} -> {described[name]!r}" if name in described else name for name in shown
-    )
+    shown = [f"{name} {found.get(name)!r} -> {described[name]!r}" for name in names if name != "key"]
+    return ", ".join(shown) or "the pictures have changed"
 
 
 def _part(parts: Path, number: int) -> Path:
