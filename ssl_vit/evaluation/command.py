@@ -185,8 +185,7 @@ class Task:
     def _encoder(self, name: str, num_layers: int) -> Callable[[Source, Any, int | None], dict[str, Tensor]]:
         backbone, encoder, digest = self.backbone, self.backbone.encoder, None
         if name == "untrained":
-            torch.manual_seed(self.config.seed)
-            encoder = read_encoder_config(backbone.folder).build().to(backbone.device)
+            encoder = untrained(backbone, self.config.seed)
         elif self.config.cache:
             digest = hash_file(backbone.file)
 
@@ -230,6 +229,12 @@ class Task:
             "image_size": list(self.backbone.transform.size),
             "seed": self.config.seed,
         }
+
+
+def untrained(backbone: Backbone, seed: int) -> Encoder:
+    """The backbone's architecture with fresh weights."""
+    torch.manual_seed(seed)
+    return read_encoder_config(backbone.folder).build().to(backbone.device)
 
 
 def data_config(backbone: Backbone, config: PicturesConfig, label_column: str | None = None) -> DataConfig:

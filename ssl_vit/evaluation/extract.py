@@ -149,7 +149,7 @@ def _prepare(output: Path, parts: Path, described: dict[str, Any], config: Extra
         if found != described:
             raise ValueError(
                 f"output={str(output)!r}: an unfinished extraction has other settings: "
-                f"{_differences(found, described)}; go on with those, choose another name, or --fresh true to start anew"
+                f"{_differences(found, described)}; go on with those, or choose another name, or --fresh true"
             )
     else:
         unfinished = settings.with_suffix(".unfinished")

@@ -66,15 +66,19 @@ def centre_crop(
     image: UInt8[Tensor, "c h w"], size: tuple[int, int], crop_pct: float
 ) -> UInt8[Tensor, "c height width"]:
     """Resize and centre-crop a picture, see `EvalTransform`."""
-    height, width = image.shape[-2:]
+    resized = cover((image.shape[1], image.shape[2]), size, crop_pct)
+    image = TF.resize_image(image, resized, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return TF.center_crop_image(image, list(size))
+
+
+def cover(shape: tuple[int, int], size: tuple[int, int], crop_pct: float) -> list[int]:
+    """Height and width to which a picture is resized so that it just covers `size / crop_pct`."""
+    height, width = shape
     box_height, box_width = (int(side / crop_pct) for side in size)
     # In whole numbers: rounding must never leave the picture a pixel smaller than what is cut out of it.
     if box_height * width >= box_width * height:
-        resized = [box_height, width * box_height // height]
-    else:
-        resized = [height * box_width // width, box_width]
-    image = TF.resize_image(image, resized, interpolation=InterpolationMode.BICUBIC, antialias=True)
-    return TF.center_crop_image(image, list(size))
+        return [box_height, width * box_height // height]
+    return [height * box_width // width, box_width]
 
 
 def fit_size(

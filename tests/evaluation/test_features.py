@@ -34,7 +34,7 @@ class Pictures(Source):
 
 def source_of(*pictures: Tensor) -> Pictures:
     rows = datasets.Dataset.from_dict({"image": [""] * len(pictures)})
-    return Pictures("pictures", rows, "image", None, (), None, None, pictures)
+    return Pictures("pictures", rows, "image", pictures=pictures)
 
 
 class Averager(Encoder):

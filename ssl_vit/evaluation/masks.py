@@ -1,0 +1,170 @@
+"""Pictures with a class for every pixel."""
+
+import io
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as TF
+from jaxtyping import Int64, UInt8
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+
+from ssl_vit.data.sources import DataConfig, Source, near_match, open_source
+from ssl_vit.data.transforms import draw_crop
+from ssl_vit.evaluation.features import cover
+
+_MAX_CLASSES = 10_000  # more are no classes: a mask of instances, or a picture
+
+
+@dataclass(frozen=True)
+class MaskedSource:
+    """Pictures and the masks that belong to them, row by row."""
+
+    images: Source
+    masks: Source
+    ignore_index: int
+    """Value of pixels that belong to no class."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def subset(self, rows: Int64[np.ndarray, " r"]) -> "MaskedSource":
+        """Some rows of the source, in this order."""
+        return MaskedSource(self.images.subset(rows), self.masks.subset(rows), self.ignore_index)
+
+    def pair(self, index: int, num_channels: int) -> tuple[UInt8[Tensor, "c h w"], Int64[Tensor, "h w"]]:
+        """A picture and its mask; -1 where a pixel belongs to no class.
+
+        Raises:
+            ValueError: one of them cannot be read, they differ in size, or the mask holds no classes.
+        """
+        image = self.images.image(index, num_channels)
+        mask = self.mask(index)
+        if image.shape[1:] != mask.shape:
+            sizes = " x ".join(map(str, mask.shape)), " x ".join(map(str, image.shape[1:]))
+            raise ValueError(f"{self._name(index)}: the mask is {sizes[0]} pixels and its picture {sizes[1]}")
+        return image, mask
+
+    def mask(self, index: int) -> Int64[Tensor, "h w"]:
+        """The mask of a row, -1 where a pixel belongs to no class."""
+        stored = self.masks.rows[index][self.masks.image_column] or {}
+        data = stored.get("bytes") or (Path(stored["path"]).read_bytes() if stored.get("path") else None)
+        if data is None:
+            raise ValueError(f"{self._name(index)}: the row holds no mask")
+        try:
+            values = read_mask(data)
+        except ValueError as error:
+            raise ValueError(f"{self._name(index)}: {error}") from error
+        mask = values.long()
+        mask[values == self.ignore_index] = -1
+        if int(mask.max()) >= _MAX_CLASSES:
+            raise ValueError(f"{self._name(index)}: holds class {int(mask.max())}; classes are below {_MAX_CLASSES}")
+        return mask
+
+    def _name(self, index: int) -> str:
+        path = (self.masks.rows[index][self.masks.image_column] or {}).get("path")
+        return f"mask of row {index} of {self.masks.name!r}" + (f" ({path})" if path else "")
+
+
+def read_mask(data: bytes) -> Int64[Tensor, "h w"]:
+    """The numbers that a mask's file stores for its pixels: palette indices as they are, 16 bits undivided.
+
+    Raises:
+        ValueError: no picture, or one of several channels.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            if opened.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
+                raise ValueError(f"is a {opened.mode} picture; a mask has one channel, whose values are classes")
+            return torch.from_numpy(np.array(opened).astype(np.int64))
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error}") from error
+
+
+def open_masked(
+    data: DataConfig, *, mask_source: str | None, mask_column: str | None, ignore_index: int
+) -> MaskedSource:
+    """Pictures with masks: two columns of one source, or two folders whose files have the same names.
+
+    Args:
+        data: the pictures. Where they are in a column, `mask_column` is another one of the same source.
+        mask_source: a folder of masks, matched to the pictures by path below the folder, without suffix.
+        mask_column: found where there is exactly one further column of images.
+        ignore_index: value of pixels that belong to no class.
+
+    Raises:
+        ValueError: no masks, or pictures and masks that do not match.
+    """
+    if mask_source is not None:
+        images = open_source(data)
+        masks = open_source(DataConfig(mask_source, data.split, mean=data.mean, std=data.std, label_column="none"))
+        return MaskedSource(*_match(images, masks), ignore_index)
+    if data.image_column is None:
+        # With two columns of images the pictures' one has to be told apart first.
+        data = _with_column(data, "image")
+    images = open_source(data)
+    columns = images.columns
+    kinds = {} if columns is None else columns.features
+    candidates = [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)]
+    if columns is None or (mask_column is None and len(candidates) != 1):
+        listed = f"one of {', '.join(candidates)}" if candidates else "a folder with --mask_source, or a column"
+        raise ValueError(f"mask_column={mask_column!r}: where are the masks of {images.name!r}? Name {listed}")
+    chosen = candidates[0] if mask_column is None else mask_column
+    if chosen not in columns.column_names:
+        near = near_match(chosen, columns.column_names)
+        raise ValueError(f"mask_column={chosen!r}: no such column; {near}there are: {', '.join(columns.column_names)}")
+    rows = columns.select_columns([chosen]).cast_column(chosen, datasets.Image(decode=False))
+    return MaskedSource(images, Source(name=images.name, rows=rows, image_column=chosen), ignore_index)
+
+
+def _with_column(data: DataConfig, column: str) -> DataConfig:
+    named = replace(data, image_column=column)
+    try:
+        open_source(named)
+    except ValueError:
+        return data
+    return named
+
+
+def _match(images: Source, masks: Source) -> tuple[Source, Source]:
+    """The masks in the order of their pictures."""
+
+    def names(source: Source) -> list[str]:
+        paths = [row["path"] for row in source.rows[source.image_column]]
+        return [str(Path(path).relative_to(Path(source.name).expanduser()).with_suffix("")) for path in paths]
+
+    image_names, mask_names = names(images), names(masks)
+    for kind, lacking in {
+        "pictures without a mask": sorted(set(image_names) - set(mask_names)),
+        "masks without a picture": sorted(set(mask_names) - set(image_names)),
+    }.items():
+        if lacking:
+            shown = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+            raise ValueError(f"mask_source={masks.name!r}: {len(lacking)} {kind}: {shown}; names must be the same")
+    row_of = {name: row for row, name in enumerate(mask_names)}
+    return images, masks.subset(np.array([row_of[name] for name in image_names], dtype=np.int64))
+
+
+def centre_pair(
+    image: UInt8[Tensor, "c h w"], mask: Int64[Tensor, "h w"], size: tuple[int, int], crop_pct: float
+) -> tuple[UInt8[Tensor, "c height width"], Int64[Tensor, "height width"]]:
+    """Resize and centre-crop both alike, as `centre_crop` does; masks take the nearest pixel."""
+    resized = cover((image.shape[1], image.shape[2]), size, crop_pct)
+    image = TF.resize_image(image, resized, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    mask = TF.resize_image(mask[None], resized, interpolation=InterpolationMode.NEAREST_EXACT)[0]
+    return TF.center_crop_image(image, list(size)), TF.center_crop_image(mask[None], list(size))[0]
+
+
+def random_pair(
+    image: UInt8[Tensor, "c h w"], mask: Int64[Tensor, "h w"], size: tuple[int, int], rng: np.random.Generator
+) -> tuple[UInt8[Tensor, "c height width"], Int64[Tensor, "height width"]]:
+    """The same random crop (half of the area or more) and flip of both; masks take the nearest pixel."""
+    stretch = size[1] / size[0]
+    box = draw_crop(image.shape[1], image.shape[2], rng, (0.5, 1.0), (3 / 4 * stretch, 4 / 3 * stretch))
+    image = TF.resized_crop_image(image, *box, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True)
+    mask = TF.resized_crop_image(mask[None], *box, list(size), interpolation=InterpolationMode.NEAREST_EXACT)[0]
+    return (image.flip(-1), mask.flip(-1)) if rng.random() < 0.5 else (image, mask)

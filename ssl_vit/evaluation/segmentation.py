@@ -1,0 +1,344 @@
+"""Linear segmentation on frozen patch tokens, scored by mean intersection over union.
+
+As in Oquab et al., "DINOv2" (2023, section 7.4): a batch norm and a linear layer turn patch tokens into a small map of
+classes, which is enlarged to the mask's size. Heads of several learning rates are trained on the same batches.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from ssl_vit.data.loader import choose_num_workers
+from ssl_vit.data.sampler import SampleKey, StepSampler, sample_rng
+from ssl_vit.distributed import process_index
+from ssl_vit.evaluation.command import Backbone, PicturesConfig, data_config, untrained, write_result
+from ssl_vit.evaluation.masks import MaskedSource, centre_pair, open_masked, random_pair
+from ssl_vit.evaluation.scores import lay_out
+from ssl_vit.models.encoder import Encoder
+from ssl_vit.schedules import warmup_cosine
+
+TEST_FOLDS = 5  # without a test source one part in so many of the pictures is tested
+PICK_FOLDS = 10  # one part in so many of what remains picks among the heads
+
+
+@dataclass(frozen=True)
+class SegmentationConfig(PicturesConfig):
+    """Linear segmentation."""
+
+    batch_size: int = 16
+    """Pictures of a step."""
+    test_source: str | None = None
+    """Pictures to test on; `null` = a held-out fifth of the source."""
+    test_split: str | None = None
+    """Split of the test source; `null` = that of the source. Given alone, it is one of the source."""
+    mask_column: str | None = None
+    """Column that holds the masks; found where there is exactly one further column of images."""
+    mask_source: str | None = None
+    """Folder of masks with the names of the pictures, where pictures are a folder."""
+    test_mask_source: str | None = None
+    """Folder of the test pictures' masks."""
+    ignore_index: int = 255
+    """Value of pixels that belong to no class."""
+    num_layers: int = 1
+    """Last blocks whose patch tokens are put together: 1 or, in DINOv2's larger setting, 4."""
+    steps: int = 2000
+    """Optimizer steps."""
+    base_lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+    """Learning rates of AdamW, each with a head of its own; the best is picked on a held-out part of the source."""
+    baselines: tuple[str, ...] = ("untrained",)
+    """What stands beside the backbone: untrained (the architecture with fresh weights)."""
+    seed: int = 0
+    """Everything random follows from it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in {"num_layers": 1, "steps": 1, "seed": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be at least {least}")
+        if not self.base_lrs or min(self.base_lrs) <= 0 or len(set(self.base_lrs)) < len(self.base_lrs):
+            raise ValueError(f"base_lrs={self.base_lrs!r}: give different numbers above 0")
+        for name in self.baselines:
+            if name != "untrained":
+                raise ValueError(f"baselines={self.baselines!r}: no {name!r}; there is untrained")
+
+
+class Segmentation(NamedTuple):
+    """How well pixels are told apart. Shares, not percent."""
+
+    miou: float
+    """Mean over the classes of intersection over union; classes that are neither there nor predicted are left out."""
+    low: float
+    high: float
+    """Ends of the 95 % interval of the mean IoU, by bootstrap over the pictures."""
+    pixel_accuracy: float
+    iou: dict[int, float]
+    """Of each class."""
+    base_lr: float
+    """Of the head that was picked."""
+    held_out: dict[float, float]
+    """Mean IoU of each head on the part that it was picked on."""
+
+
+def confusion(
+    predictions: Int64[Tensor, "h w"], mask: Int64[Tensor, "h w"], num_classes: int
+) -> Int64[Tensor, "classes classes"]:
+    """Pixels by class (row) and prediction (column); those of no class (-1) do not count."""
+    known = mask >= 0
+    pairs = mask[known] * num_classes + predictions[known]
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def intersection_over_union(matrix: Int64[Tensor, "classes classes"]) -> dict[int, float]:
+    """IoU of each class that is there or was predicted."""
+    intersection = matrix.diagonal().double()
+    union = matrix.sum(dim=0) + matrix.sum(dim=1) - matrix.diagonal()
+    return {int(label): float(intersection[label] / union[label]) for label in union.nonzero().flatten()}
+
+
+def mean_iou(matrix: Int64[Tensor, "classes classes"]) -> float:
+    """Mean over the classes that are there or were predicted."""
+    return float(np.mean(list(intersection_over_union(matrix).values())))
+
+
+def bootstrap_interval(
+    matrices: Int64[Tensor, "n classes classes"], seed: int, draws: int = 1000
+) -> tuple[float, float]:
+    """95 % interval of the mean IoU: pictures are drawn with replacement, and the middle 95 % of the results taken."""
+    rng = np.random.default_rng(seed)
+    flat = matrices.flatten(1).double()
+    found = []
+    for _ in range(draws):
+        weights = torch.from_numpy(np.bincount(rng.integers(len(flat), size=len(flat)), minlength=len(flat))).double()
+        found.append(mean_iou((weights @ flat).round().long().view_as(matrices[0])))
+    low, high = np.quantile(found, [0.025, 0.975])
+    return float(low), float(high)
+
+
+class LinearHead(nn.Module):
+    """Batch norm and a linear layer on each patch token."""
+
+    def __init__(self, width: int, num_classes: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width)
+        self.linear = nn.Linear(width, num_classes)
+        nn.init.normal_(self.linear.weight, std=0.01, generator=generator)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, tokens: Float[Tensor, "b n d"], grid: tuple[int, int]) -> Float[Tensor, "b classes rows columns"]:
+        values = self.linear(self.norm(rearrange(tokens, "b n d -> (b n) d")))
+        return rearrange(values, "(b rows columns) k -> b k rows columns", rows=grid[0], columns=grid[1])
+
+
+def train_heads(
+    encoder: Encoder,
+    source: MaskedSource,
+    base_lrs: Sequence[float],
+    backbone: Backbone,
+    config: SegmentationConfig,
+    num_classes: int,
+    on_step: Callable[[], object] = lambda: None,
+) -> list[LinearHead]:
+    """A head for each learning rate, all trained on the same batches; the same call gives the same heads."""
+    device = backbone.device
+    heads = []
+    for _ in base_lrs:
+        generator = torch.Generator().manual_seed(config.seed)
+        heads.append(LinearHead(encoder.embed_dim * config.num_layers, num_classes, generator).to(device))
+    optimizer = torch.optim.AdamW(
+        [{"params": list(head.parameters()), "base_lr": lr} for head, lr in zip(heads, base_lrs, strict=True)],
+        weight_decay=1e-4,
+    )
+    sampler = StepSampler(
+        num_samples=len(source), batch_size=config.batch_size, num_steps=config.steps, seed=config.seed
+    )
+    loader = _loader(_Pairs(source, encoder.in_chans, backbone, config.seed), config, device, batch_sampler=sampler)
+    for step, (images, masks) in enumerate(loader):
+        tokens, grid = _tokens(encoder, images, backbone, config.num_layers)
+        masks = masks.to(device, non_blocking=True)
+        losses = []
+        for head in heads:
+            logits = _enlarge(head(tokens, grid), backbone)
+            # A batch without any known pixel has no mean.
+            losses.append(
+                F.cross_entropy(logits, masks, ignore_index=-1, reduction="sum") / (masks >= 0).sum().clamp(1)
+            )
+        for group in optimizer.param_groups:
+            group["lr"] = warmup_cosine(step / config.steps, 0.1, group["base_lr"], 0.0)
+        optimizer.zero_grad()
+        torch.stack(losses).sum().backward()
+        optimizer.step()
+        on_step()
+    return heads
+
+
+@torch.no_grad()
+def segment(
+    encoder: Encoder,
+    heads: Sequence[LinearHead],
+    source: MaskedSource,
+    backbone: Backbone,
+    config: SegmentationConfig,
+    num_classes: int,
+) -> list[Int64[Tensor, "n classes classes"]]:
+    """The confusion matrix of each picture, for each head."""
+    found: list[list[Tensor]] = [[] for _ in heads]
+    loader = _loader(_Pairs(source, encoder.in_chans, backbone, None), config, backbone.device)
+    for head in heads:
+        head.eval()
+    for images, masks in loader:
+        tokens, grid = _tokens(encoder, images, backbone, config.num_layers)
+        for head, matrices in zip(heads, found, strict=True):
+            predictions = _enlarge(head(tokens, grid), backbone).argmax(dim=1).cpu()
+            matrices += [confusion(*pair, num_classes) for pair in zip(predictions, masks, strict=True)]
+    return [torch.stack(matrices) for matrices in found]
+
+
+class _Pairs(Dataset):
+    """Pictures and masks at the encoder's size: random crops by sample key, or the centres by row."""
+
+    def __init__(self, source: MaskedSource, num_channels: int, backbone: Backbone, seed: int | None) -> None:
+        self.source, self.num_channels, self.transform, self.seed = source, num_channels, backbone.transform, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: SampleKey | int) -> tuple[Tensor, Tensor]:
+        if isinstance(key, SampleKey) and self.seed is not None:
+            pair = self.source.pair(key.index, self.num_channels)
+            return random_pair(*pair, self.transform.size, sample_rng(self.seed, key))
+        assert isinstance(key, int)
+        pair = self.source.pair(key, self.num_channels)
+        return centre_pair(*pair, self.transform.size, self.transform.crop_pct)
+
+
+def _loader(pairs: _Pairs, config: SegmentationConfig, device: torch.device, **settings: Any) -> DataLoader:
+    return DataLoader(
+        pairs,
+        **(settings or {"batch_size": config.batch_size}),
+        num_workers=choose_num_workers(config.num_workers, device),
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),
+    )
+
+
+def _tokens(
+    encoder: Encoder, images: Tensor, backbone: Backbone, num_layers: int
+) -> tuple[Float[Tensor, "b n d"], tuple[int, int]]:
+    """Frozen patch tokens of the last blocks, side by side, and their grid."""
+    with (
+        torch.no_grad(),
+        torch.autocast(
+            backbone.device.type, dtype=backbone.autocast_dtype, enabled=backbone.autocast_dtype is not None
+        ),
+    ):
+        normalised = backbone.transform.on_device(images, backbone.device)
+        layers = encoder.last_layers(normalised, num_layers)
+    grid = normalised.shape[-2] // encoder.patch_size[0], normalised.shape[-1] // encoder.patch_size[1]
+    return torch.cat([features.patches for features in layers], dim=2).float(), grid
+
+
+def _enlarge(logits: Float[Tensor, "b k r s"], backbone: Backbone) -> Float[Tensor, "b k h w"]:
+    """To the size of the masks; what belongs to padding is cut off."""
+    (height, width), (below, right) = backbone.transform.size, backbone.transform.padding
+    enlarged = F.interpolate(logits, (height + below, width + right), mode="bilinear", align_corners=False)
+    return enlarged[..., :height, :width]
+
+
+def evaluate_segmentation(path: Path, config: SegmentationConfig) -> None:
+    """Score a backbone by linear segmentation: a table, and segmentation.json beside the backbone."""
+    backbone = Backbone.load(path, config)
+    train, test, test_name = _open(backbone, config)
+    if process_index() != 0:  # heads are small and the encoder is run once a picture and step: one process does it
+        return
+    if config.num_layers > backbone.encoder.num_layers:
+        raise ValueError(f"num_layers={config.num_layers}: the backbone has {backbone.encoder.num_layers} blocks")
+    num_classes = _count_classes(train, test)
+    rows: dict[str, Segmentation] = {}
+    for name in (*config.baselines, "backbone"):
+        encoder = untrained(backbone, config.seed) if name == "untrained" else backbone.encoder
+        rows[name] = _evaluate(name, encoder.eval(), train, test, backbone, config, num_classes)
+    lines = [["%", "mIoU", "pixel accuracy", "pictures"]]
+    for name, item in rows.items():
+        shown = f"{100 * item.miou:.1f} [{100 * item.low:.1f}, {100 * item.high:.1f}]"
+        lines.append([name, shown, f"{100 * item.pixel_accuracy:.1f}", str(len(test))])
+    print(f"tested on {test_name}\n{lay_out(lines)}\n")
+    print(lay_out([["class", "IoU, %"], *([str(k), f"{100 * v:.1f}"] for k, v in rows["backbone"].iou.items())]))
+    result = {"backbone": str(backbone.file), "test": test_name, "num_classes": num_classes, "num_train": len(train)}
+    settings = asdict(config)
+    scores = {name: item._asdict() for name, item in rows.items()}
+    write_result(backbone.folder, "segmentation", {**result, "settings": settings, **scores})
+
+
+def _evaluate(
+    name: str,
+    encoder: Encoder,
+    train: MaskedSource,
+    test: MaskedSource,
+    backbone: Backbone,
+    config: SegmentationConfig,
+    num_classes: int,
+) -> Segmentation:
+    several = len(config.base_lrs) > 1
+    held_out: dict[float, float] = {}
+    best = config.base_lrs[0]
+    total = config.steps * (2 if several else 1)
+    with tqdm(total=total, desc=f"segmentation, {name}", unit="step", leave=False, disable=None) as bar:
+        if several:
+            fit, pick = _hold_out(train, PICK_FOLDS, config.seed + 1)
+            heads = train_heads(encoder, fit, config.base_lrs, backbone, config, num_classes, bar.update)
+            matrices = segment(encoder, heads, pick, backbone, config, num_classes)
+            held_out = {lr: mean_iou(m.sum(dim=0)) for lr, m in zip(config.base_lrs, matrices, strict=True)}
+            best = max(held_out, key=lambda lr: held_out[lr])
+        heads = train_heads(encoder, train, [best], backbone, config, num_classes, bar.update)
+    matrices = segment(encoder, heads, test, backbone, config, num_classes)[0]
+    total_matrix = matrices.sum(dim=0)
+    low, high = bootstrap_interval(matrices, config.seed)
+    accuracy = float(total_matrix.diagonal().sum() / total_matrix.sum())
+    return Segmentation(
+        mean_iou(total_matrix), low, high, accuracy, intersection_over_union(total_matrix), best, held_out
+    )
+
+
+def _open(backbone: Backbone, config: SegmentationConfig) -> tuple[MaskedSource, MaskedSource, str]:
+    data = data_config(backbone, config, label_column="none")
+    shared = {"mask_column": config.mask_column, "ignore_index": config.ignore_index}
+    train = open_masked(data, mask_source=config.mask_source, **shared)
+    if config.test_source is None and config.test_split is None:
+        train, test = _hold_out(train, TEST_FOLDS, config.seed)
+        return train, test, f"a held-out {len(test) / (len(train) + len(test)):.0%} of {data.source}"
+    named = config.test_source or data.source
+    other = replace(data, source=named, split=config.test_split or data.split)
+    return train, open_masked(other, mask_source=config.test_mask_source, **shared), named
+
+
+def _hold_out(source: MaskedSource, folds: int, seed: int) -> tuple[MaskedSource, MaskedSource]:
+    if len(source) < 2:
+        raise ValueError(f"source={source.images.name!r}: {len(source)} pictures are too few to hold some out")
+    order = np.random.default_rng(seed).permutation(len(source))
+    cut = max(1, len(source) // folds)
+    return source.subset(np.sort(order[cut:])), source.subset(np.sort(order[:cut]))
+
+
+def _count_classes(train: MaskedSource, test: MaskedSource) -> int:
+    """One more than the highest class; all masks are read, so that what is wrong with one is found at once."""
+    learned, tested = (
+        set(torch.cat([source.mask(row).unique() for row in range(len(source))]).unique().tolist()) - {-1}
+        for source in (train, test)
+    )
+    if len(learned) < 2:
+        held = f"only class {learned.pop()}" if learned else "no class"
+        raise ValueError(f"source={train.images.name!r}: the masks hold {held}; segmentation needs at least two")
+    if tested - learned:
+        shown = ", ".join(map(str, sorted(tested - learned)[:10]))
+        raise ValueError(f"the test masks of {test.images.name!r} hold classes that the training masks lack: {shown}")
+    return int(max(learned)) + 1

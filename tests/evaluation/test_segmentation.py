@@ -1,0 +1,153 @@
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import jaccard_score
+
+from ssl_vit.evaluation import command
+from ssl_vit.evaluation.segmentation import (
+    SegmentationConfig,
+    bootstrap_interval,
+    confusion,
+    evaluate_segmentation,
+    intersection_over_union,
+    mean_iou,
+)
+from ssl_vit.export import export_backbone
+from ssl_vit.models.vit import ViT
+
+QUICK = ["--steps=60", "--batch_size=8", "--base_lrs=[0.01,0.1]", "--crop_pct=1", "--precision=no"]
+
+
+def run(*args: object) -> int:
+    return command.main(evaluate_segmentation, {"": SegmentationConfig()}, None, [str(arg) for arg in args])
+
+
+@pytest.fixture
+def backbone(tiny_encoder: ViT, tmp_path: Path) -> Path:
+    export_backbone(tiny_encoder, tmp_path / "backbone", mean=(0.5,) * 3, std=(0.5,) * 3, provenance={})
+    return tmp_path / "backbone"
+
+
+def write(file: Path, num: int, *, shuffled: bool = False, classes: int = 2) -> Path:
+    """Pictures of blocks of 8 pixels, whose colour is the class; the first row of pixels belongs to none."""
+    rng = np.random.default_rng(0)
+    images, masks = [], []
+    for _ in range(num):
+        blocks = rng.integers(0, classes, (4, 4))
+        mask = blocks.repeat(8, 0).repeat(8, 1).astype(np.uint8)
+        pixels = np.stack([mask * 100, 100 - mask * 50, rng.integers(0, 30, mask.shape)], axis=-1).astype(np.uint8)
+        images.append(Image.fromarray(pixels))
+        if shuffled:
+            mask = rng.integers(0, classes, (4, 4)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
+        mask[0] = 255
+        masks.append(Image.fromarray(mask))
+    kinds = datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
+    datasets.Dataset.from_dict({"image": images, "mask": masks}, kinds).to_parquet(str(file))
+    return file
+
+
+def test_iou_is_that_of_scikit_learn() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.randint(-1, 4, (30, 20), generator=generator)
+    predictions = torch.randint(0, 4, (30, 20), generator=generator)
+    matrix = confusion(predictions, mask, 6)
+    known = mask >= 0
+    theirs = jaccard_score(mask[known], predictions[known], average=None)
+    assert list(intersection_over_union(matrix)) == [0, 1, 2, 3]  # 4 and 5 are neither there nor predicted
+    assert list(intersection_over_union(matrix).values()) == pytest.approx(theirs.tolist())
+    assert mean_iou(matrix) == pytest.approx(theirs.mean())
+
+
+def test_iou_by_hand() -> None:
+    mask = torch.tensor([[0, 0, 1, 1, -1]])
+    predictions = torch.tensor([[0, 1, 1, 1, 0]])  # the last pixel belongs to no class and never counts
+    assert intersection_over_union(confusion(predictions, mask, 3)) == {0: 0.5, 1: 2 / 3}
+
+
+def test_the_interval_holds_the_value_and_narrows_with_more_pictures() -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrices = torch.randint(0, 20, (200, 3, 3), generator=generator) + 40 * torch.eye(3, dtype=torch.int64)
+    widths = []
+    for count in (20, 200):
+        low, high = bootstrap_interval(matrices[:count], seed=0, draws=200)
+        assert low < mean_iou(matrices[:count].sum(dim=0)) < high
+        widths.append(high - low)
+    assert widths[1] < 0.6 * widths[0]
+    assert bootstrap_interval(matrices, seed=0, draws=50) == bootstrap_interval(matrices, seed=0, draws=50)
+
+
+def test_colours_that_give_the_class_are_found_and_shuffled_masks_are_not(backbone: Path, tmp_path: Path) -> None:
+    flags = [*QUICK, "--baselines=[]"]
+    source, test = write(tmp_path / "train.parquet", 40), write(tmp_path / "test.parquet", 16)
+    assert run(backbone, f"--source={source}", f"--test_source={test}", *flags) == 0
+    found = json.loads((backbone / "segmentation.json").read_text())
+    assert found["backbone"]["miou"] > 0.75  # edges are blurred by the enlargement
+    assert found["backbone"]["pixel_accuracy"] > 0.85
+    assert set(found["backbone"]["held_out"]) == {"0.01", "0.1"}
+    assert (found["num_classes"], found["num_train"]) == (2, 40)
+    shuffled = write(tmp_path / "shuffled.parquet", 40, shuffled=True)
+    assert run(backbone, f"--source={shuffled}", f"--test_source={test}", *flags) == 0
+    assert json.loads((backbone / "segmentation.json").read_text())["backbone"]["miou"] < 0.5
+
+
+def test_without_a_test_source_a_fifth_is_held_out_and_the_result_repeats_itself(
+    backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "train.parquet", 20, classes=3)
+    command = [backbone, f"--source={source}", *QUICK, "--steps=10", "--num_layers=2"]
+    assert run(*command) == 0
+    text = capsys.readouterr().out
+    assert "tested on a held-out 20% of" in text
+    lines = text.splitlines()
+    assert [line.split()[0] for line in lines[3:5]] == ["untrained", "backbone"]
+    assert [line.split()[0] for line in lines[8:11]] == ["0", "1", "2"]
+    assert run(*command) == 0
+    assert capsys.readouterr().out == text
+
+
+def test_folders_of_pictures_and_masks_of_any_size(backbone: Path, tmp_path: Path) -> None:
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    for number in range(10):
+        mask = np.zeros((50, 70), dtype=np.uint8)
+        mask[:, 30 + number :] = 1
+        Image.fromarray(np.stack([mask * 200] * 3, axis=-1)).save(tmp_path / "images" / f"{number}.png")
+        Image.fromarray(mask).save(tmp_path / "masks" / f"{number}.png")
+    flags = [*QUICK, "--steps=10", "--image_size=[36,44]", "--indivisible=pad", "--baselines=[]"]
+    assert run(backbone, f"--source={tmp_path / 'images'}", f"--mask_source={tmp_path / 'masks'}", *flags) == 0
+    assert json.loads((backbone / "segmentation.json").read_text())["backbone"]["miou"] > 0.3
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps=0"], "steps=0: must be at least 1"),
+        (["--base_lrs=[]"], "base_lrs=(): give different numbers above 0"),
+        (["--baselines=[pixels]"], "no 'pixels'; there is untrained"),
+        (["--num_layers=3"], "num_layers=3: the backbone has 2 blocks"),
+        (["--mask_column=masks"], "mask_column='masks': no such column; did you mean 'mask'"),
+        (["--test_source=OTHER"], "hold classes that the training masks lack: 2"),
+        (["--ignore_index=1"], "the masks hold"),
+    ],
+)
+def test_what_cannot_work_is_one_line(
+    backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    source = write(tmp_path / "train.parquet", 10)
+    if "--ignore_index=1" in flags:
+        source = tmp_path / "one.parquet"
+        kinds = datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
+        blank = {"image": [Image.new("RGB", (32, 32))] * 9, "mask": [Image.new("L", (32, 32), 4)] * 9}
+        datasets.Dataset.from_dict(blank, kinds).to_parquet(str(source))
+    if "--test_source=OTHER" in flags:
+        flags = [f"--test_source={write(tmp_path / 'other.parquet', 10, classes=3)}"]
+    capsys.readouterr()
+    assert run(backbone, f"--source={source}", *flags) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and "examples" not in line]
+    assert len(lines) == 1
+    assert message in lines[0]
