@@ -78,10 +78,8 @@ def test_commands_and_code_run(desk: Path) -> None:
             continue  # what the closing check does
         words = shlex.split(command)
         assert words[0] in {"accelerate", "python"}, command
-        run(
-            [*words, *(flag for script, flags in SHORT.items() if script in command.split("--")[0] for flag in flags)],
-            desk,
-        )
+        script = command.split("--")[0]
+        run([*words, *(flag for name, flags in SHORT.items() if name in script for flag in flags)], desk)
     code = "\n".join(text for language, text in BLOCKS if language == "python")
     shape = "assert features.cls.shape == (1, 192) and features.patches.shape == (1, 196, 192)"
     run([sys.executable, "-c", f"{code}\n{shape}"], desk)

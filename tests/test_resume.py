@@ -146,3 +146,18 @@ def test_two_processes_learn_what_one_learns(photo_folder: Path, tmp_path: Path,
     for name, value in expected.items():
         if not name.startswith("optimizer "):
             torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-4)
+
+
+def test_two_processes_are_judged_as_one(photo_folder: Path, tmp_path: Path) -> None:
+    """All processes encode, the main one scores, in the middle of training and at its end."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    flags = ["--encoder.drop_path_rate=0", "--data.label_column=null", "--evaluation.every_steps=6"]
+    finish([sys.executable, *command(photo_folder, one, *flags)])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    text = finish([*launcher, *command(photo_folder, two, *flags, "--evaluation.batch_size=7")])
+    assert "2 processes on cpu" in text
+    assert text.count("accuracy, %") == text.count("step 6  knn") == 1
+    scores = [json.loads((run / "results.json").read_text())["scores"] for run in (one, two)]
+    assert scores[0]["raw pixels"] == scores[1]["raw pixels"]
+    for name in ("untrained", "trained"):
+        assert scores[0][name]["knn"]["accuracy"] == pytest.approx(scores[1][name]["knn"]["accuracy"], abs=0.051)

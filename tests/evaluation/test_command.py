@@ -1,7 +1,10 @@
 """The evaluation scripts, from the command line to table and JSON."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +25,7 @@ from ssl_vit.evaluation.probes import (
 )
 from ssl_vit.export import export_backbone
 from ssl_vit.models.vit import ViT, ViTConfig
-from tests.conftest import TINY
+from tests.conftest import ROOT, TINY
 
 SCRIPTS: dict[str, tuple[Callable[..., None], dict]] = {
     "knn": (evaluate_knn, {"": KNNConfig()}),
@@ -172,3 +175,30 @@ def test_pictures_of_other_channels_than_the_backbones_are_refused(
 def test_a_folder_without_a_backbone_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("knn", tmp_path) == 2
     assert "backbone.safetensors: no such file" in capsys.readouterr().err
+
+
+def test_two_processes_share_the_encoding_and_find_what_one_finds(
+    backbone: Path, photo_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """37 pictures, which neither the batch nor the processes divide."""
+    flags = [f"--source={photo_folder}", "--max_images=37", "--batch_size=5", "--precision=no", "--cache=false"]
+    assert run("knn", backbone, *flags) == 0
+    text, one = capsys.readouterr().out, json.loads((backbone / "knn.json").read_text())
+    (backbone / "knn.json").unlink()
+    script = backbone / "evaluate.py"
+    script.write_text(
+        "from accelerate import PartialState\n"
+        "from ssl_vit.evaluation.command import main\n"
+        "from ssl_vit.evaluation.probes import KNNConfig, evaluate_knn\n"
+        "def evaluate(*args, **settings):\n"
+        "    evaluate_knn(*args, **settings)\n"
+        "    PartialState().print(PartialState().num_processes, 'processes')\n"
+        "main(evaluate, {'': KNNConfig()}, None)\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [*launcher, str(script), str(backbone), *flags]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{text}2 processes\n"
+    assert json.loads((backbone / "knn.json").read_text()) == one
