@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 
 import torch
 from accelerate import PartialState
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from torch import Tensor
 
 from ssl_vit.data.loader import choose_num_workers
@@ -20,6 +20,8 @@ from ssl_vit.evaluation.evaluate import Split, check_finite, split_sources
 from ssl_vit.evaluation.features import EvalTransform, extract_features, fit_size, pixel_features
 from ssl_vit.export.backbone import BACKBONE_FILE, load_backbone, read_config, read_encoder_config
 from ssl_vit.models.encoder import Encoder
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 BASELINES = ("pixels", "untrained")
 

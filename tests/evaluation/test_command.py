@@ -202,3 +202,13 @@ def test_two_processes_share_the_encoding_and_find_what_one_finds(
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{text}2 processes\n"
     assert json.loads((backbone / "knn.json").read_text()) == one
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_explains_every_flag(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(name, "--help")
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Labelled pictures to test on" in text  # of a setting that is inherited
+    assert "Keep features beside the backbone" in text
