@@ -11,13 +11,13 @@ from typing import Any, cast
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from ssl_vit.data import openmoji
 from ssl_vit.data.decode import decode
+from ssl_vit.data.labels import Labels, encode, integers, is_integer, read_labels, type_name
 
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 # A source that ends in one of these is a mistyped path rather than the name of a data set on the hub.
@@ -28,9 +28,6 @@ _KINDS = (
 )
 # Columns taken for labels if they hold integers, and preferred if there are several columns of classes.
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
-# More "classes" than this are identifiers, not labels.
-_MAX_CLASSES = 1_000_000
-_Labels = tuple[Int64[np.ndarray, " n"] | None, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -168,9 +165,9 @@ def _open_openmoji(config: DataConfig) -> Source:
         name=config.source,
         rows=rows.select_columns(["image"]),
         image_column="image",
-        labels=_integers(rows, "label") if keep_labels else None,
+        labels=integers(rows, "label") if keep_labels else None,
         class_names=openmoji.GROUP_NAMES if keep_labels else (),
-        groups=_integers(rows, "group"),
+        groups=integers(rows, "group"),
         attribution=openmoji.ATTRIBUTION,
     )
 
@@ -224,18 +221,11 @@ def _suffix(file: str) -> str:
     return file.lower().rpartition(".")[2] if "." in file else ""
 
 
-def _folder_labels(images: list[str]) -> _Labels:
+def _folder_labels(images: list[str]) -> Labels:
     """Labels by first-level folder, if every image lies in one and there are at least two."""
     folders = [image.partition(os.sep)[0] for image in images if os.sep in image]
-    labels, names = _encode(folders)
+    labels, names = encode(folders)
     return (labels, names) if len(folders) == len(images) and len(names) > 1 else (None, ())
-
-
-def _encode(values: list[Any]) -> tuple[Int64[np.ndarray, " n"], tuple[str, ...]]:
-    """Index of each string among the sorted different ones, -1 for None; and those strings."""
-    names = sorted(set(values) - {None})
-    index_of_name = {name: index for index, name in enumerate(names)}
-    return np.array([index_of_name.get(value, -1) for value in values], dtype=np.int64), tuple(names)
 
 
 def _is_saved_dataset(folder: Path) -> bool:
@@ -304,7 +294,7 @@ def _open_rows(rows: datasets.Dataset, config: DataConfig) -> Source:
         raise _error(config, "source", f"split {config.split!r} holds no rows")
     image_column = _find_image_column(rows, config)
     label_column = _find_label_column(rows, config)
-    labels, class_names = _read_labels(rows, label_column) if label_column else (None, ())
+    labels, class_names = read_labels(rows, label_column) if label_column else (None, ())
     images = rows.with_format(None).select_columns([image_column])
     others = [name for name in rows.column_names if name != image_column]
     return Source(
@@ -327,11 +317,7 @@ def _check_column(rows: datasets.Dataset, config: DataConfig, field: str) -> str
 
 
 def _columns_with_types(rows: datasets.Dataset) -> str:
-    return ", ".join(f"{name} ({_type_name(feature)})" for name, feature in rows.features.items())
-
-
-def _type_name(feature: Any) -> str:
-    return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
+    return ", ".join(f"{name} ({type_name(feature)})" for name, feature in rows.features.items())
 
 
 def _find_image_column(rows: datasets.Dataset, config: DataConfig) -> str:
@@ -372,41 +358,5 @@ def _find_label_column(rows: datasets.Dataset, config: DataConfig) -> str | None
     if len(candidates) > 1 and not usual:
         listed = ", ".join(candidates)
         raise _error(config, "label_column", f"several columns hold classes, name one or 'none': {listed}")
-    integers = [name for name in _LABEL_COLUMNS if _is_integer(rows.features.get(name))]
-    return next(iter(usual + candidates + integers), None)
-
-
-def _is_integer(feature: Any) -> bool:
-    return isinstance(feature, datasets.Value) and pa.types.is_integer(feature.pa_type)
-
-
-def _read_labels(rows: datasets.Dataset, column: str) -> _Labels:
-    """Labels and class names of a column of classes, integers, booleans or strings."""
-    feature = rows.features[column]
-    dtype = _type_name(feature)
-    if isinstance(feature, datasets.ClassLabel):
-        labels, names = _integers(rows, column), tuple(feature.names)
-    elif _is_integer(feature) or dtype == "bool":
-        labels = _integers(rows, column)
-        lowest, highest = int(labels.min()), int(labels.max())
-        if lowest < -1 or highest >= _MAX_CLASSES:
-            what = f"holds {lowest} to {highest}; labels count from 0 (-1 = no label) to below {_MAX_CLASSES}"
-            raise ValueError(f"data.label_column={column!r}: {what}; name another column, or 'none'")
-        names = tuple(map(str, range(highest + 1)))
-    elif dtype in ("string", "large_string"):
-        labels, names = _encode(_arrow_column(rows, column).to_pylist())
-    else:
-        what = f"holds {dtype}; labels are classes, integers or strings"
-        raise ValueError(f"data.label_column={column!r}: {what}; name another column, or 'none'")
-    return (labels, names) if (labels >= 0).any() else (None, ())
-
-
-def _arrow_column(rows: datasets.Dataset, column: str) -> pa.ChunkedArray:
-    table: Any = rows.select_columns([column]).with_format("arrow")[:]
-    return table.column(column)
-
-
-def _integers(rows: datasets.Dataset, column: str) -> Int64[np.ndarray, " n"]:
-    """A column of integers or booleans, with -1 where there is none."""
-    values = pc.cast(_arrow_column(rows, column), pa.int64(), safe=False)
-    return np.asarray(pc.fill_null(values, -1), dtype=np.int64)
+    numbered = [name for name in _LABEL_COLUMNS if is_integer(rows.features.get(name))]
+    return next(iter(usual + candidates + numbered), None)
