@@ -1,21 +1,31 @@
-"""Export the backbone, or the fine-tuned classifier, of a run's newest checkpoint: python scripts/export.py RUN."""
+"""Export what a run has learned, at any time, for other libraries; each file is loaded and compared before it is there.
+
+python scripts/export.py RUN                                            backbone.safetensors, into the run's folder
+python scripts/export.py RUN --to timm transformers --out exported      exported/timm and exported/transformers
+"""
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from ssl_vit.export.run import export_run
+from ssl_vit.export.command import export
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of the run")
-    try:
-        print(f"Wrote {export_run(parser.parse_args().run)} (+ config.json)")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(args: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", type=Path, help="folder of a run, of a checkpoint, or of an exported backbone")
+    parser.add_argument("--to", nargs="+", metavar="LIBRARY", help="timm transformers torchvision onnx torch_export")
+    parser.add_argument("--out", type=Path, help="folder in which each library gets one of its name [PATH/exported]")
+    parser.add_argument(
+        "--weights", help="teacher (default) or student of DINO and DINOv2; average-last-K of the last K checkpoints"
+    )
+    parser.add_argument("--images", help="a source of images to compare on [what it was trained on]")
+    parser.add_argument("--license", default="unknown", help="the weights' licence for the model card, as apache-2.0")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in the folders of OUT")
+    parser.add_argument("--push_to_hub", metavar="NAMESPACE/NAME", help="upload the one library's folder to the hub")
+    parser.add_argument("--private", action="store_true", help="make the hub's repository a private one")
+    return export(parser.parse_args(args))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 from ssl_vit.checkpoint import CheckpointConfig
 from ssl_vit.data.sources import DataConfig
 from ssl_vit.evaluation.evaluate import EvaluationConfig
-from ssl_vit.export.backbone import backbone_file, load_pretrained, read_config, read_encoder_config
+from ssl_vit.export.pretrained import load_pretrained, open_pretrained
 from ssl_vit.models.vit import ViTConfig
 from ssl_vit.objectives.objective import Objective, ObjectiveConfig, RunSize
 from ssl_vit.objectives.recipes import resolve_warmup
@@ -188,15 +188,18 @@ def _parse(defaults: RunConfig, words: list[str], keys: dict[str, Any]) -> Names
 
 
 def _start_from(defaults: RunConfig, path: str) -> RunConfig:
-    """The defaults with the architecture, the sizes and the normalisation of an exported backbone."""
+    """The defaults with what is known of the weights to start from: architecture, sizes and normalisation."""
     with _naming_pretrained(path):
-        folder = backbone_file(path).parent
-        encoder, described = read_encoder_config(folder), read_config(folder)["pretrained_cfg"]
-    own = defaults.encoder
+        found = open_pretrained(path)
+    own, data = defaults.encoder, defaults.data
     encoder = dataclasses.replace(
-        encoder, drop_path_rate=own.drop_path_rate, drop_path_schedule=own.drop_path_schedule, pretrained=path
+        found.config or own,
+        drop_path_rate=own.drop_path_rate,
+        drop_path_schedule=own.drop_path_schedule,
+        pretrained=path,
     )
-    data = dataclasses.replace(defaults.data, mean=tuple(described["mean"]), std=tuple(described["std"]))
+    if found.mean is not None and found.std is not None:
+        data = dataclasses.replace(data, mean=found.mean, std=found.std)
     return dataclasses.replace(defaults, encoder=encoder, data=data)
 
 

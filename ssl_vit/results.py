@@ -18,6 +18,7 @@ from ssl_vit.evaluation.evaluate import check_sources, evaluate_encoder, evaluat
 from ssl_vit.evaluation.features import centre_crop
 from ssl_vit.evaluation.scores import Score, format_table, paired_interval, scores_to_json
 from ssl_vit.export.backbone import BACKBONE_FILE, export_backbone
+from ssl_vit.export.provenance import facts, provenance
 from ssl_vit.metrics import MetricLog
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.objectives.objective import Objective
@@ -58,16 +59,15 @@ def finish(
     backbone = objective.backbone()
     written = []
     if accelerator.is_main_process:
-        provenance = {
-            "objective": type(objective).__name__,
-            "objective_config": as_plain(config.objective),
-            "source": source.name,
-            "num_images": len(source),
-            "steps": step,
-            "batch_size": config.batch.size,
-            "seed": config.seed,
-        }
-        export_backbone(backbone, folder, mean=config.data.mean, std=config.data.std, provenance=provenance)
+        known = facts(objective, source, accelerator.device, accelerator.num_processes)
+        export_backbone(
+            backbone,
+            folder,
+            mean=config.data.mean,
+            std=config.data.std,
+            provenance=provenance(as_plain(config), {**known, "step": step}),
+            crop_pct=config.evaluation.crop_pct,
+        )
         written = [f"backbone   {folder / BACKBONE_FILE} (+ config.json)", f"metrics    {folder / METRICS_FILE}"]
         picture = folder / objective.picture_file
         if draw(config, objective, source, picture, accelerator.device):

@@ -26,6 +26,7 @@ from ssl_vit.distributed import (
     seed_step,
     start_processes,
 )
+from ssl_vit.export.provenance import facts
 from ssl_vit.metrics import CollapseAlarm, MetricLog
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.vit import choose_attention
@@ -321,7 +322,7 @@ def save(run: Run, step: int) -> Path:
     """Save a checkpoint and delete those that need not stay."""
     accelerator = run.accelerator
     state: dict[str, Any] = {
-        "objective": type(run.objective).__name__,
+        **facts(run.objective, run.source, accelerator.device, accelerator.num_processes),
         "backbone": backbone_prefix(run.objective),
         "class_names": list(run.source.class_names),
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,

@@ -10,12 +10,11 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
 import ssl_vit
 from ssl_vit.models.encoder import Encoder
-from ssl_vit.models.vit import ViT, ViTConfig, pair, set_fused_attention
+from ssl_vit.models.vit import ViT, ViTConfig, set_fused_attention
 
 BACKBONE_FILE, CONFIG_FILE = "backbone.safetensors", "config.json"
 
@@ -27,6 +26,7 @@ def export_backbone(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     provenance: dict[str, Any],
+    crop_pct: float = 0.875,
 ) -> Path:
     """Write `backbone.safetensors` and `config.json`, and prove that they load as what was trained.
 
@@ -38,7 +38,7 @@ def export_backbone(
     """
     if not isinstance(encoder, ViT):
         raise ValueError(f"cannot export a {type(encoder).__name__}: only Vision Transformers of timm so far")
-    described = describe(encoder, mean=mean, std=std, provenance=provenance)
+    described = describe(encoder, mean=mean, std=std, provenance=provenance, crop_pct=crop_pct)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in encoder.vit.state_dict().items()}
     # Proven where nobody looks for it yet, then moved.
@@ -54,11 +54,17 @@ def export_backbone(
 
 
 def describe(
-    encoder: ViT, *, mean: tuple[float, ...], std: tuple[float, ...], provenance: dict[str, Any]
+    encoder: ViT,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    provenance: dict[str, Any],
+    crop_pct: float = 0.875,
 ) -> dict[str, Any]:
     """The content of config.json: timm's layout, and our own settings under "ssl_vit"."""
     config = encoder.config
-    pooling = "token" if encoder.has_cls_token else "avg"
+    # Nothing trains the class token of an MAE, so the mean of its patch tokens stands for an image.
+    pooling = "token" if encoder.has_cls_token and provenance.get("objective") != "MAE" else "avg"
     return {
         "architecture": config.arch.split(".")[0],
         "num_classes": 0,
@@ -66,6 +72,7 @@ def describe(
         "global_pool": pooling,
         "model_args": {
             **config.timm_overrides,
+            "global_pool": pooling,
             "img_size": list(encoder.image_size),
             "patch_size": encoder.patch_size[0] if len(set(encoder.patch_size)) == 1 else list(encoder.patch_size),
             "in_chans": encoder.in_chans,
@@ -76,6 +83,8 @@ def describe(
             "input_size": [encoder.in_chans, *encoder.image_size],
             "fixed_input_size": False,
             "interpolation": "bicubic",
+            "crop_pct": crop_pct,
+            "crop_mode": "center",
             "mean": list(mean),
             "std": list(std),
             "num_classes": 0,
@@ -109,30 +118,6 @@ def load_backbone(path: str | Path) -> Encoder:
     return encoder.eval()
 
 
-def load_pretrained(encoder: Encoder, path: str | Path) -> None:
-    """Start an encoder from an exported backbone, strictly; a position table of another size is resized.
-
-    Args:
-        path: a run folder, a folder with backbone.safetensors and config.json, or the safetensors file in it.
-
-    Raises:
-        ValueError: no backbone there, or another architecture; see `load_strictly`.
-    """
-    file = backbone_file(path)
-    assert isinstance(encoder, ViT)
-    tensors = read_tensors(file)
-    height, width = pair(read_encoder_config(file.parent).image_size)
-    grid = (height // encoder.patch_size[0], width // encoder.patch_size[1])
-    table = tensors.get("pos_embed")
-    if table is not None and grid != encoder.grid_size:
-        prefix = 0 if encoder.vit.no_embed_class else encoder.vit.num_prefix_tokens
-        tensors["pos_embed"] = resample_abs_pos_embed(
-            table, new_size=list(encoder.grid_size), old_size=list(grid), num_prefix_tokens=prefix
-        )
-    load_strictly(encoder.vit, tensors, file)
-    encoder.is_pretrained = True
-
-
 def backbone_file(path: str | Path) -> Path:
     """The safetensors file of a backbone, or of the folder it lies in.
 
@@ -155,17 +140,29 @@ def read_config(folder: Path) -> dict[str, Any]:
         ValueError: it is missing, no JSON, or not from ssl_vit.
     """
     file = folder / CONFIG_FILE
-    try:
-        config = json.loads(file.read_text())
-    except OSError as error:
-        raise ValueError(
-            f"{file}: cannot be read ({error.strerror}); a backbone needs its config.json beside it"
-        ) from error
-    except ValueError as error:
-        raise ValueError(f"{file}: is no valid JSON: {error}") from error
+    config = read_json(file)
     if "encoder" not in config.get("ssl_vit", {}):
         raise ValueError(f"{file}: has no ssl_vit.encoder section; it was not written by ssl_vit's export")
     return config
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file beside a backbone.
+
+    Raises:
+        ValueError: it is missing, or no JSON object.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except OSError as error:
+        raise ValueError(
+            f"{file}: cannot be read ({error.strerror}); a backbone needs its {file.name} beside it"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{file}: is no valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: holds no JSON object")
+    return content
 
 
 def read_encoder_config(folder: Path) -> ViTConfig:

@@ -37,12 +37,11 @@ def export_classifier(
     """
     encoder, classifier = objective.backbone(), objective.tested_classifier()
     assert isinstance(encoder, ViT)
-    described = describe(encoder, mean=mean, std=std, provenance=provenance)
+    described = describe(encoder, mean=mean, std=std, provenance=provenance, crop_pct=crop_pct)
     num_classes = classifier.head.out_features
     described["num_classes"] = described["pretrained_cfg"]["num_classes"] = num_classes
     described["global_pool"] = "avg" if objective.config.pool == "mean" else "token"
     described["model_args"] |= {"global_pool": described["global_pool"], "fc_norm": objective.config.pool == "mean"}
-    described["pretrained_cfg"]["crop_pct"] = crop_pct
     if len(class_names) == num_classes:
         described["label_names"] = list(class_names)
     tensors = {**encoder.vit.state_dict(), **classifier.state_dict()}

@@ -3,18 +3,17 @@
 import argparse
 import math
 import pickle
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
-from ssl_vit.export.backbone import load_strictly
+from ssl_vit.export.backbone import load_strictly, read_tensors
+from ssl_vit.export.layouts import merge_class_position, rename_dinov2
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.objectives.dino import DINO
 from ssl_vit.objectives.dinov2 import DINOv2
@@ -64,19 +63,29 @@ def read_reference(path: Path) -> dict[str, Tensor]:
     """The tensors of an official checkpoint by dotted name, without a leading "model.".
 
     Settings, step counters and the optimizer's state, which official files also hold, are left out.
+
+    Raises:
+        ValueError: the file is damaged, or holds more than tensors.
     """
     if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            prefix = "model." if any(name.startswith("model.") for name in names) else ""
-            return {name.removeprefix(prefix): file.get_tensor(name) for name in names if name.startswith(prefix)}
+        found = read_tensors(path)
+        prefix = "model." if any(name.startswith("model.") for name in found) else ""
+        return {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
     try:
         # The official files also hold the command line's settings, an argparse.Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if "weights_only" not in str(error).lower():
+            raise ValueError(f"{path}: is no whole checkpoint of torch: {error}") from error
         raise ValueError(f"{path}: holds more than tensors, and is not unpickled since that can run code") from error
-    return dict(_flatten(content.get("model", content)))
+    except (OSError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path}: is no whole checkpoint of torch: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__} instead of tensors by name")
+    for name in ("model", "state_dict"):
+        content = content[name] if isinstance(content.get(name), dict) else content
+    return dict(_flatten(content))
 
 
 def _flatten(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -123,20 +132,13 @@ def _read_dinov2(objective: Objective, found: dict[str, Tensor]) -> dict[str, Te
         }
     tensors: dict[str, Tensor] = {}
     for name, value in found.items():
-        name = re.sub(r"blocks\.\d+\.(\d+\.)", r"blocks.\1", _swap_prefix(name, parts))  # chunks of blocks
-        name = name.replace(".register_tokens", ".reg_token")
-        name = name.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")  # timm's names for SwiGLU
-        tensors[name] = value
+        tensors[rename_dinov2(_swap_prefix(name, parts))] = value
     own = objective.state_dict()
     for role in ("encoder.vit.", "teacher_encoder.vit."):
         token = tensors.pop(f"{role}mask_token", None)
         if role == "encoder.vit." and token is not None and "mask_token" in own:
             tensors["mask_token"] = token
-        if f"{role}reg_token" in tensors:
-            # timm's architectures with registers give the class token no position of its own: it is added beforehand.
-            positions = tensors[f"{role}pos_embed"]
-            tensors[f"{role}cls_token"] = tensors[f"{role}cls_token"] + positions[:, :1]
-            tensors[f"{role}pos_embed"] = positions[:, 1:]
+        tensors = merge_class_position(tensors, role)
     # Centres are part of the losses there; Sinkhorn-Knopp has none.
     for name, key in (("center", "dino_loss.center"), ("patch_center", "ibot_patch_loss.center")):
         center = tensors.pop(key, own.get(name))

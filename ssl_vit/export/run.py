@@ -1,68 +1,227 @@
-"""Export from a run folder, at any time, out of its newest checkpoint."""
+"""What a run has learned, read from its checkpoints at any time, to be exported."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from torch import Tensor
 
-from ssl_vit.checkpoint import MODEL_FILE, STATE_FILE, newest_checkpoint
+from ssl_vit.checkpoint import MODEL_FILE, STATE_FILE, find_damage, list_checkpoints, newest_checkpoint
 from ssl_vit.config import load_encoder_config, section
 from ssl_vit.evaluation.finetune import FineTune, FineTuneConfig
 from ssl_vit.evaluation.supervised import export_settings
-from ssl_vit.export.backbone import export_backbone, load_strictly, read_tensors
+from ssl_vit.export.backbone import (
+    backbone_file,
+    describe,
+    export_backbone,
+    load_backbone,
+    load_strictly,
+    read_config,
+    read_tensors,
+)
 from ssl_vit.export.classifier import export_classifier
+from ssl_vit.export.provenance import provenance
+from ssl_vit.models.vit import ViT
+from ssl_vit.objectives.mae import MAE, MAEConfig
 from ssl_vit.run_folder import CONFIG_FILE
 
+AVERAGE = "average-last-"
 
-def export_run(folder: Path) -> Path:
-    """Export what a run has learned so far, finished or not; returns the file.
+
+@dataclass(frozen=True)
+class Trained:
+    """A backbone that is to be exported, and what is known of it."""
+
+    encoder: ViT
+    """In eval mode, on the CPU."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float
+    """Share of a resized picture's sides that its evaluation keeps."""
+    provenance: dict[str, Any]
+    folder: Path
+    """Of the run or the exported backbone; scores lie there."""
+    mae: MAE | None = None
+    """With its decoder, of a run of MAE."""
+
+    def config_json(self) -> str:
+        """The content of a timm folder's config.json."""
+        described = describe(
+            self.encoder, mean=self.mean, std=self.std, provenance=self.provenance, crop_pct=self.crop_pct
+        )
+        return json.dumps(described, indent=2) + "\n"
+
+
+def open_trained(path: str | Path, weights: str | None = None) -> Trained:
+    """Read a backbone out of a run's newest checkpoint, one checkpoint, or an exported folder.
+
+    Args:
+        path: folder of a run or of one of its checkpoints, or a backbone that was exported from one.
+        weights: "teacher" or "student" of DINO and DINOv2; "average-last-K", the mean of what is normally exported
+            over the last K checkpoints. None: the teacher where there is one.
+
+    Raises:
+        ValueError: nothing there to export, or not with these weights.
+    """
+    path = Path(path)
+    folder, checkpoint = (path.parent.parent, path) if (path / STATE_FILE).is_file() else (path, None)
+    if not (folder / CONFIG_FILE).is_file():
+        return _open_exported(path, weights)
+    checkpoints, choice = _choose_checkpoints(folder, checkpoint, weights)
+    settings = yaml.safe_load((folder / CONFIG_FILE).read_text())
+    state = json.loads((checkpoints[-1] / STATE_FILE).read_text())
+    if state["objective"] == "AttentiveProbe":
+        backbone = settings["encoder"]["pretrained"]
+        raise ValueError(f"{folder}: is an attentive probe, which leaves its backbone as it was: {backbone}")
+    if state["objective"] == "FineTune":
+        raise ValueError(f"{folder}: is a fine-tuned classifier, which leaves as a timm model: --to timm")
+    tensors = average([checkpoint / MODEL_FILE for checkpoint in checkpoints])
+    with section("encoder"):
+        encoder = load_encoder_config(folder / CONFIG_FILE).build()
+    prefix = _prefix(state, choice, folder)
+    own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    load_strictly(encoder, own, checkpoints[-1] / MODEL_FILE)
+    mae = None
+    if state["objective"] == "MAE":
+        mae = MAE(MAEConfig(**tuples_of(settings["objective"])), encoder)
+        load_strictly(mae, tensors, checkpoints[-1] / MODEL_FILE)
+        mae.eval()
+    known = provenance(settings, state)
+    if weights is not None:
+        known["weights"] = weights
+    if len(checkpoints) > 1:
+        known["averaged_steps"] = [int(checkpoint.name.removeprefix("step-")) for checkpoint in checkpoints]
+    return Trained(
+        encoder=encoder.eval(),
+        mean=tuple(settings["data"]["mean"]),
+        std=tuple(settings["data"]["std"]),
+        crop_pct=settings["evaluation"]["crop_pct"],
+        provenance=known,
+        folder=folder,
+        mae=mae,
+    )
+
+
+def is_fine_tuned(path: Path) -> bool:
+    """Whether this is the folder of a fine-tuning, whose classifier is what there is to export."""
+    checkpoint = newest_checkpoint(path) if (path / CONFIG_FILE).is_file() else None
+    return checkpoint is not None and json.loads((checkpoint / STATE_FILE).read_text())["objective"] == "FineTune"
+
+
+def export_run(folder: Path, weights: str | None = None) -> Path:
+    """Export what a run has learned so far into its own folder, finished or not; returns the file.
 
     Of pre-training it is the backbone, of fine-tuning the classifier.
 
     Raises:
         ValueError: the folder holds no run, no whole checkpoint, or a run that has nothing to export.
     """
-    config_file = folder / CONFIG_FILE
-    if not config_file.is_file():
+    if not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"{folder}: holds no run ({CONFIG_FILE} is missing)")
-    checkpoint = newest_checkpoint(folder)
+    if is_fine_tuned(folder):
+        return export_fine_tuned(folder, folder)
+    trained = open_trained(folder, weights)
+    return export_backbone(
+        trained.encoder,
+        folder,
+        mean=trained.mean,
+        std=trained.std,
+        provenance=trained.provenance,
+        crop_pct=trained.crop_pct,
+    )
+
+
+def export_fine_tuned(run: Path, folder: Path) -> Path:
+    """Export the classifier of a fine-tuning; returns the file."""
+    checkpoint = newest_checkpoint(run)
     if checkpoint is None:
-        raise ValueError(f"{folder}: has no whole checkpoint yet")
-    settings = yaml.safe_load(config_file.read_text())
+        raise ValueError(f"{run}: has no whole checkpoint yet")
+    settings = yaml.safe_load((run / CONFIG_FILE).read_text())
     state = json.loads((checkpoint / STATE_FILE).read_text())
-    tensors = read_tensors(checkpoint / MODEL_FILE)
-    if state["objective"] == "FineTune":
-        return _export_classifier(folder, settings, state, tensors)
-    if state["objective"] == "AttentiveProbe":
-        backbone = settings["encoder"]["pretrained"]
-        raise ValueError(f"{folder}: is an attentive probe, which leaves its backbone as it was: {backbone}")
     with section("encoder"):
-        encoder = load_encoder_config(config_file).build()
-    prefix = state["backbone"]
-    weights = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    load_strictly(encoder, weights, checkpoint / MODEL_FILE)
-    provenance = {
-        "objective": state["objective"],
-        "objective_config": settings["objective"],
-        "source": settings["data"]["source"],
-        "steps": state["step"],
-        "batch_size": settings["batch"]["size"],
-        "seed": settings["seed"],
-    }
-    mean, std = tuple(settings["data"]["mean"]), tuple(settings["data"]["std"])
-    return export_backbone(encoder, folder, mean=mean, std=std, provenance=provenance)
-
-
-def _export_classifier(
-    folder: Path, settings: dict[str, Any], state: dict[str, Any], tensors: dict[str, Tensor]
-) -> Path:
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in settings["objective"].items()
-    }
-    with section("encoder"):
-        encoder = load_encoder_config(folder / CONFIG_FILE).build()
-    objective = FineTune(FineTuneConfig(**values), encoder)
-    load_strictly(objective, tensors, folder)
+        encoder = load_encoder_config(run / CONFIG_FILE).build()
+    objective = FineTune(FineTuneConfig(**tuples_of(settings["objective"])), encoder)
+    load_strictly(objective, read_tensors(checkpoint / MODEL_FILE), run)
     return export_classifier(objective, folder, **export_settings(settings, tuple(state["class_names"]), state["step"]))
+
+
+def average(files: Sequence[Path]) -> dict[str, Tensor]:
+    """The mean of the tensors of several files, summed in float64; of one file its tensors as they are.
+
+    Raises:
+        ValueError: a file is damaged, or the files do not hold the same tensors.
+    """
+    newest = read_tensors(files[-1])
+    if len(files) == 1:
+        return newest
+    sums = {name: value.double() for name, value in newest.items() if value.is_floating_point()}
+    for file in files[:-1]:
+        found = read_tensors(file)
+        if {name: value.shape for name, value in found.items()} != {name: v.shape for name, v in newest.items()}:
+            raise ValueError(f"{file}: holds other tensors than {files[-1]}; these cannot be averaged")
+        for name, total in sums.items():
+            total += found[name]
+    return {**newest, **{name: (total / len(files)).to(newest[name].dtype) for name, total in sums.items()}}
+
+
+def _choose_checkpoints(folder: Path, checkpoint: Path | None, weights: str | None) -> tuple[list[Path], str | None]:
+    """The checkpoints whose mean is taken, oldest first, and which of teacher and student."""
+    if weights is None or not weights.startswith(AVERAGE):
+        if weights not in (None, "teacher", "student"):
+            raise ValueError(f"weights={weights!r}: choose teacher, student or {AVERAGE}K, K checkpoints")
+        if checkpoint is not None and (problem := find_damage(checkpoint)) is not None:
+            raise ValueError(f"{checkpoint}: is damaged: {problem}")
+        chosen = checkpoint or newest_checkpoint(folder)
+        if chosen is None:
+            raise ValueError(f"{folder}: has no whole checkpoint yet")
+        return [chosen], weights
+    number = weights.removeprefix(AVERAGE)
+    if not number.isdecimal() or int(number) < 1:
+        raise ValueError(f"weights={weights!r}: K of {AVERAGE}K is a number of checkpoints, such as {AVERAGE}3")
+    whole = [path for path in list_checkpoints(folder) if find_damage(path) is None]
+    if checkpoint is not None:
+        whole = [path for path in whole if path.name <= checkpoint.name]
+    if len(whole) < int(number):
+        raise ValueError(
+            f"weights={weights!r}: {folder} has {len(whole)} whole checkpoints; a run keeps N with --checkpoint.keep N"
+        )
+    return whole[-int(number) :], None
+
+
+def _prefix(state: dict[str, Any], choice: str | None, folder: Path) -> str:
+    """Where the wanted backbone stands among the objective's parameters."""
+    if choice is None:
+        return state["backbone"]
+    if not state["backbone"].startswith("teacher_"):
+        raise ValueError(f"weights={choice!r}: {state['objective']} in {folder} has no teacher; leave this out")
+    return state["backbone"].removeprefix("teacher_") if choice == "student" else state["backbone"]
+
+
+def _open_exported(path: Path, weights: str | None) -> Trained:
+    file = backbone_file(path)
+    if weights is not None:
+        raise ValueError(
+            f"weights={weights!r}: {file} is one backbone; name the folder of the run, whose checkpoints hold more"
+        )
+    encoder = load_backbone(file)
+    assert isinstance(encoder, ViT)
+    described = read_config(file.parent)
+    pretrained = described["pretrained_cfg"]
+    known = {name: value for name, value in described["ssl_vit"].items() if name not in ("encoder", "version", "torch")}
+    known.pop("timm", None)
+    return Trained(
+        encoder,
+        tuple(pretrained["mean"]),
+        tuple(pretrained["std"]),
+        pretrained.get("crop_pct", 0.875),
+        known,
+        file.parent,
+    )
+
+
+def tuples_of(values: dict[str, Any]) -> dict[str, Any]:
+    """A section of config.yaml as its dataclass takes it, with tuples where YAML has lists."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

@@ -46,7 +46,8 @@ class ViTConfig:
     layer_scale: float | None = None
     """Initial factor of each residual branch (LayerScale); DINOv2's is 1e-5."""
     pretrained: str | None = None
-    """Backbone to start from: folder of a run or an export, or its safetensors file. Settings not given are its own."""
+    """Weights to start from: folder of a run or an export, .safetensors or official .pth file, or a timm model's name.
+    Settings not given are its own."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size"):

@@ -1,0 +1,133 @@
+"""The model card of an export: what the backbone is, where it comes from, how good it is, and how to load it."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+import ssl_vit
+from ssl_vit.export.run import Trained
+from ssl_vit.run_folder import METRICS_FILE, RESULTS_FILE
+
+_PAPERS = {
+    "MAE": "masked autoencoder (He et al. 2022, arXiv:2111.06377)",
+    "DINO": "self-distillation, DINO (Caron et al. 2021, arXiv:2104.14294)",
+    "DINOv2": "self-distillation with masked patches, DINOv2 (Oquab et al. 2023, arXiv:2304.07193)",
+}
+_SCORES = (RESULTS_FILE, "knn.json", "linear.json", "retrieval.json", "segmentation.json")
+
+
+def write_card(
+    trained: Trained, *, library: str, loading_code: str, difference: float, proved_on: str, license: str
+) -> str:
+    """The text of the card, Markdown with the header that the Hugging Face hub reads.
+
+    Args:
+        library: the hub's name of the library that loads it.
+        loading_code: Python that loads it from its own folder.
+        difference: largest difference between the library's features and the trained ones.
+        proved_on: the images on which it was found.
+        license: an identifier of the hub's; "unknown" where the user named none.
+    """
+    encoder, known = trained.encoder, trained.provenance
+    objective = known.get("objective")
+    name = f"{encoder.config.arch}" + (f", pre-trained by {objective}" if objective else "")
+    tags = ["image-feature-extraction", "self-supervised-learning", "vision-transformer", "ssl_vit"]
+    header = ModelCardData(
+        license=license,
+        library_name=library,
+        pipeline_tag="image-feature-extraction",
+        tags=[*tags, *([objective.lower()] if objective else [])],
+    )
+    licence = f"`{license}`" if license != "unknown" else "not stated; `--license` of the export names it"
+    if known.get("attribution"):
+        licence += f". Of the images: {known['attribution']}"
+    rows = [*_describe(trained), ("licence", licence)]
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows if value is not None)
+    scores = list(_scores(trained.folder))
+    text = [
+        f"---\n{header.to_yaml()}\n---",
+        f"# {name}",
+        "A Vision Transformer pre-trained without labels by [ssl_vit]"
+        f"(https://pypi.org/project/ssl-vit) {ssl_vit.__version__}.",
+        f"```python\n{loading_code.rstrip()}\n```",
+        f"| | |\n|---|---|\n{table}",
+        "## Scores\n\n" + ("\n".join(scores) if scores else "None were found beside it."),
+        f"## Proof\n\nLoaded through {library} after it was written; largest difference of a feature from the trained "
+        f"backbone's: {difference:.1e}, on {proved_on}.",
+    ]
+    return "\n\n".join(text) + "\n"
+
+
+def _describe(trained: Trained) -> Iterator[tuple[str, Any]]:
+    encoder, known = trained.encoder, trained.provenance
+    height, width = encoder.image_size
+    size = (
+        f"{height} x {width} pixels, {encoder.in_chans} channels, patches of {' x '.join(map(str, encoder.patch_size))}"
+    )
+    yield "input", f"{size}; scaled to [0, 1], mean {list(trained.mean)}, deviation {list(trained.std)}"
+    yield "features", f"{encoder.embed_dim} wide; class token and {encoder.num_patches} patch tokens"
+    yield "parameters", f"{sum(value.numel() for value in encoder.parameters()) / 1e6:.1f} M"
+    objective = known.get("objective")
+    if objective is None:
+        return
+    yield "objective", _PAPERS.get(objective, objective)
+    if known.get("weights"):
+        yield "weights", known["weights"]
+    if known.get("pretrained"):
+        yield "started from", f"`{known['pretrained']}`"
+    images = f", {known['num_images']:,} images" if known.get("num_images") else ""
+    yield "data", f"`{known.get('source')}`{images}"
+    if known.get("steps"):
+        batch = known.get("batch_size")
+        yield "training", f"{known['steps']:,} steps of {batch} images"
+    hours = training_hours(trained.folder / METRICS_FILE, known.get("batch_size"))
+    if known.get("hardware"):
+        yield "hardware", known["hardware"] + (f", {hours:.2g} hours" if hours is not None else "")
+    for title, key in (("recipe", "objective_config"), ("optimizer", "optim")):
+        if known.get(key):
+            yield title, ", ".join(f"{name} {value}" for name, value in known[key].items())
+
+
+def training_hours(metrics: Path, batch_size: int | None) -> float | None:
+    """Hours of the steps that a run has logged, evaluation and saving left out; None where none are logged."""
+    if batch_size is None or not metrics.is_file():
+        return None
+    seconds, before = 0.0, 0
+    for line in metrics.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # the line that a kill cut short
+            continue
+        if record.get("images_per_second"):
+            seconds += (record["step"] - before) * batch_size / record["images_per_second"]
+            before = record["step"]
+    return seconds / 3600 if seconds else None
+
+
+def _scores(folder: Path) -> Iterator[str]:
+    """The lines of a table of all scores found beside a backbone."""
+    heading = "| file | features | score | value | 95 % interval |\n|---|---|---|---|---|"
+    for name in _SCORES:
+        try:
+            found = json.loads((folder / name).read_text())
+        except (OSError, ValueError):
+            continue
+        for row, columns in found.get("scores", found).items():
+            for column, value, interval in _read_scores(columns):
+                if heading:
+                    yield heading
+                    heading = ""
+                yield f"| {name} | {row} | {column} | {100 * value:.1f} % | {interval} |"
+
+
+def _read_scores(columns: Any) -> Iterator[tuple[str, float, str]]:
+    if not isinstance(columns, dict):
+        return
+    for column, entry in columns.items():
+        if isinstance(entry, dict) and "accuracy" in entry:
+            yield column, entry["accuracy"], f"{100 * entry['low']:.1f} to {100 * entry['high']:.1f}, n {entry['n']}"
+        elif column in ("mean_average_precision", "miou") and isinstance(entry, float):
+            yield column, entry, ""

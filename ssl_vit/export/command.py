@@ -1,0 +1,66 @@
+"""What scripts/export.py does with its arguments."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ssl_vit.export.run import export_fine_tuned, export_run, is_fine_tuned, open_trained
+from ssl_vit.export.targets import TARGETS, export_to, proof_images, push
+
+
+def export(args: argparse.Namespace) -> int:
+    """Export, print what was written and how far it is from what was trained.
+
+    Returns:
+        0; 2 where something named cannot be used or a library has no such architecture; 1 where a proof failed.
+    """
+    try:
+        return _export(args)
+    except (ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+
+
+def _export(args: argparse.Namespace) -> int:
+    if args.to is None:
+        if args.push_to_hub:
+            raise ValueError(f"--push_to_hub {args.push_to_hub}: name the library with --to")
+        if args.out is not None:
+            raise ValueError(f"--out {args.out}: name the libraries with --to {' '.join(TARGETS)}")
+        print(f"Wrote {export_run(args.path, args.weights)} (+ config.json)")
+        return 0
+    targets = list(dict.fromkeys(args.to))
+    for target in targets:
+        if target not in TARGETS:
+            raise ValueError(f"--to {target}: no such library; choose of {' '.join(TARGETS)}")
+    if args.push_to_hub and len(targets) > 1:
+        raise ValueError(f"--push_to_hub {args.push_to_hub}: takes one library, not {' '.join(targets)}")
+    out = args.out or args.path / "exported"
+    if is_fine_tuned(args.path):
+        return _export_fine_tuned(args, targets, out)
+    trained = open_trained(args.path, args.weights)
+    if "transformers" in targets and trained.mae is not None and not args.push_to_hub:
+        targets.append("transformers_mae")
+    proof = proof_images(trained, args.images)
+    print(f"Comparing on {proof.name}.")
+    code = 0
+    for target in dict.fromkeys(targets):
+        try:
+            found = export_to(trained, target, out, proof, license=args.license, overwrite=args.overwrite)
+        except ValueError as error:  # the other libraries may take it
+            print(f"error: --to {target}: {error}", file=sys.stderr)
+            code = 2
+            continue
+        print(f"{target:<17}{found.folder}   largest difference {found.difference:.1e}")
+        if args.push_to_hub:
+            print(f"Uploaded to {push(found.folder, args.push_to_hub, private=args.private)}")
+    return code
+
+
+def _export_fine_tuned(args: argparse.Namespace, targets: list[str], out: Path) -> int:
+    if targets != ["timm"] or args.push_to_hub:
+        raise ValueError(
+            f"--to {' '.join(targets)}: {args.path} is a fine-tuned classifier, which leaves as timm's alone"
+        )
+    print(f"timm             {export_fine_tuned(args.path, out / 'timm').parent}")
+    return 0

@@ -1,0 +1,276 @@
+"""Names of a Vision Transformer's parameters: timm's, which are ours, those of other libraries and of the papers."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.layers.mlp import GluMlp, Mlp
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+Tensors = dict[str, Tensor]
+
+# timm's name of a part, and the name of the same part in transformers.
+_STEM = {
+    "cls_token": "embeddings.cls_token",
+    "reg_token": "embeddings.register_tokens",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+}
+_VIT_BLOCK = {
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "attn.proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+_DINOV2_BLOCK = {
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "attn.proj": "attention.output.dense",
+    "ls1.gamma": "layer_scale1.lambda1",
+    "ls2.gamma": "layer_scale2.lambda1",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+_SWIGLU_BLOCK = {**_DINOV2_BLOCK, "mlp.fc1": "mlp.weights_in", "mlp.fc2": "mlp.weights_out"}
+_QKV = ("query", "key", "value")
+_TORCHVISION_STEM = {
+    "cls_token": "class_token",
+    "pos_embed": "encoder.pos_embedding",
+    "patch_embed.proj": "conv_proj",
+    "norm": "encoder.ln",
+}
+_TORCHVISION_BLOCK = {
+    "norm1": "ln_1",
+    "norm2": "ln_2",
+    "attn.proj": "self_attention.out_proj",
+    "mlp.fc1": "mlp.0",
+    "mlp.fc2": "mlp.3",
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What other libraries' Vision Transformers are told about a plain one."""
+
+    width: int
+    depth: int
+    num_heads: int
+    hidden: int
+    """Width of the MLP's second layer's input."""
+    eps: float
+    """Of every norm."""
+    has_layer_scale: bool
+    has_swiglu: bool
+    num_registers: int
+
+
+def plain_shape(vit: VisionTransformer) -> Shape:
+    """The sizes of a ViT of the papers' kind.
+
+    Raises:
+        ValueError: it has a part that MAE's, DINO's and DINOv2's ViTs do not have; says which.
+    """
+    reason = _not_plain(vit)
+    if reason is not None:
+        raise ValueError(f"only plain Vision Transformers can leave for this library, and {reason}; export to timm")
+    first: Any = vit.blocks[0]
+    return Shape(
+        width=vit.embed_dim,
+        depth=len(vit.blocks),
+        num_heads=first.attn.num_heads,
+        hidden=first.mlp.fc2.in_features,
+        eps=first.norm1.eps,
+        has_layer_scale=not isinstance(first.ls1, nn.Identity),
+        has_swiglu=isinstance(first.mlp, GluMlp),
+        num_registers=vit.num_reg_tokens,
+    )
+
+
+def _not_plain(vit: Any) -> str | None:
+    if len(vit.blocks) == 0 or not vit.has_class_token or vit.pos_embed is None:
+        return "it has no class token, no position table or no blocks"
+    if not isinstance(vit.norm_pre, nn.Identity) or not isinstance(vit.patch_embed.norm, nn.Identity):
+        return "it normalises the patches before the first block"
+    if vit.patch_embed.proj.bias is None:
+        return "the patch projection has no bias"
+    for block in vit.blocks:
+        if type(block) is not Block or type(block.attn).__name__ != "Attention":
+            return f"the blocks are of another kind ({type(block).__name__})"
+    norms = [vit.norm, *(norm for block in vit.blocks for norm in (block.norm1, block.norm2))]
+    if any(not isinstance(norm, nn.LayerNorm) or norm.eps != norms[0].eps for norm in norms):
+        return "the norms are no layer norms that are all alike"
+    return next(filter(None, map(_odd_block, vit.blocks)), None)
+
+
+def _odd_block(block: Any) -> str | None:
+    attn, mlp = block.attn, block.mlp
+    norms = (attn.q_norm, attn.k_norm, getattr(attn, "norm", None), getattr(mlp, "norm", None))
+    if any(norm is not None and not isinstance(norm, nn.Identity) for norm in norms):
+        return "attention or MLP have norms of their own"
+    if attn.qkv.bias is None or attn.proj.bias is None:
+        return "the attention has no biases"
+    is_plain = type(mlp) is Mlp and isinstance(mlp.act, nn.GELU)
+    is_swiglu = type(mlp) is GluMlp and isinstance(mlp.act, nn.SiLU) and not mlp.gate_last
+    if not is_plain and not is_swiglu:
+        return f"the MLP is neither one with GELU nor SwiGLU ({type(mlp).__name__}, {type(mlp.act).__name__})"
+    return None
+
+
+def plain_tensors(vit: VisionTransformer) -> Tensors:
+    """The weights on the CPU, with a position for the class token and none for registers: those are added to them."""
+    tensors = {name: value.detach().float().cpu().clone() for name, value in vit.state_dict().items()}
+    positions = tensors["pos_embed"]
+    if vit.no_embed_class:
+        tensors["pos_embed"] = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
+    elif vit.num_reg_tokens:
+        end = 1 + vit.num_reg_tokens
+        tensors["reg_token"] += positions[:, 1:end]
+        tensors["pos_embed"] = torch.cat([positions[:, :1], positions[:, end:]], dim=1)
+    return tensors
+
+
+def fold_layer_scale(tensors: Tensors) -> Tensors:
+    """The same function without LayerScale: its factors go into the layers before it."""
+    folded = {name: value for name, value in tensors.items() if not name.endswith(".gamma")}
+    for name, gamma in tensors.items():
+        if name.endswith(".gamma"):
+            layer = name.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
+            folded[f"{layer}.weight"] = folded[f"{layer}.weight"] * gamma[:, None]
+            folded[f"{layer}.bias"] = folded[f"{layer}.bias"] * gamma
+    return folded
+
+
+def to_transformers(tensors: Mapping[str, Tensor], *, dinov2: bool = False, swiglu: bool = False) -> Tensors:
+    """timm's names as those of transformers' ViTModel, or of Dinov2Model, as they stand in files on the hub."""
+    table = _SWIGLU_BLOCK if swiglu else _DINOV2_BLOCK if dinov2 else _VIT_BLOCK
+    renamed: Tensors = {}
+    for name, value in tensors.items():
+        block = re.match(r"blocks\.(\d+)\.(.*)", name)
+        if block is None:
+            renamed[_swap(name, _STEM)] = value
+        else:
+            renamed |= block_to_transformers(f"encoder.layer.{block[1]}.", block[2], value, table)
+    return renamed
+
+
+def decoder_to_transformers(tensors: Mapping[str, Tensor]) -> Tensors:
+    """The names of MAE's decoder as those of transformers' ViTMAEForPreTraining."""
+    renamed: Tensors = {}
+    for name, value in tensors.items():
+        block = re.match(r"decoder_blocks\.(\d+)\.(.*)", name)
+        if block is None:
+            renamed[f"decoder.{name}"] = value
+        else:
+            renamed |= block_to_transformers(f"decoder.decoder_layers.{block[1]}.", block[2], value, _VIT_BLOCK)
+    return renamed
+
+
+def block_to_transformers(prefix: str, name: str, value: Tensor, table: Mapping[str, str]) -> Tensors:
+    """One tensor of a block; queries, keys and values, which timm keeps in one, become three."""
+    if name.startswith("attn.qkv."):
+        kind = name.rpartition(".")[2]
+        parts = zip(_QKV, value.chunk(3), strict=True)
+        return {f"{prefix}attention.attention.{role}.{kind}": part.contiguous() for role, part in parts}
+    return {prefix + _swap(name, table): value}
+
+
+def to_torchvision(tensors: Mapping[str, Tensor]) -> Tensors:
+    """timm's names as those of torchvision's VisionTransformer, without its heads."""
+    renamed: Tensors = {}
+    for name, value in tensors.items():
+        block = re.match(r"blocks\.(\d+)\.(.*)", name)
+        if block is None:
+            renamed[_swap(name, _TORCHVISION_STEM)] = value
+        else:
+            part = block[2].replace("attn.qkv.", "self_attention.in_proj_")
+            renamed[f"encoder.layers.encoder_layer_{block[1]}.{_swap(part, _TORCHVISION_BLOCK)}"] = value
+    return renamed
+
+
+def is_transformers(names: set[str]) -> bool:
+    """Whether these are names of transformers' ViTModel, Dinov2Model or ViTMAE models."""
+    return any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in names)
+
+
+def from_transformers(tensors: Mapping[str, Tensor]) -> Tensors:
+    """The backbone of a ViTModel, Dinov2Model or ViTMAE model under timm's names.
+
+    What belongs to no backbone (pooler, heads, mask token, decoder) is left out.
+    """
+    names = {name: re.sub(r"^(vit|dinov2|dinov2_with_registers|backbone)\.", "", name) for name in tensors}
+    dinov2 = any("layer_scale1" in name for name in tensors)
+    block_table = {theirs: ours for ours, theirs in (_DINOV2_BLOCK if dinov2 else _VIT_BLOCK).items()}
+    block_table |= {"mlp.weights_in": "mlp.fc1", "mlp.weights_out": "mlp.fc2"}
+    stem_table = {theirs: ours for ours, theirs in _STEM.items()}
+    found: Tensors = {}
+    roles: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        plain = names[name]
+        if re.match(r"(pooler|decoder|classifier|head)\.", plain) or plain in ("embeddings.mask_token", "mask_token"):
+            continue
+        block = re.match(r"encoder\.layer\.(\d+)\.(.*)", plain)
+        if block is None:
+            found[_swap(plain, stem_table)] = value
+            continue
+        role = re.match(r"attention\.attention\.(query|key|value)\.(.*)", block[2])
+        if role is None:
+            found[f"blocks.{block[1]}.{_swap(block[2], block_table)}"] = value
+        else:
+            roles.setdefault(f"blocks.{block[1]}.attn.qkv.{role[2]}", {})[role[1]] = value
+    for name, parts in roles.items():
+        if set(parts) == set(_QKV):
+            found[name] = torch.cat([parts[role] for role in _QKV])
+    return merge_class_position(found)
+
+
+def from_papers(tensors: Mapping[str, Tensor]) -> Tensors:
+    """The backbone of an official MAE, DINO or DINOv2 checkpoint under timm's names.
+
+    Of a checkpoint with student and teacher it is the teacher. Heads, decoder, mask token and centres are left out.
+    """
+    found = dict(tensors)
+    for role in ("teacher.", "student."):
+        if any(name.startswith(role) for name in found):
+            found = {name.removeprefix(role): value for name, value in found.items() if name.startswith(role)}
+            break
+    found = {name.removeprefix("module."): value for name, value in found.items()}
+    if any(name.startswith("backbone.") for name in found):
+        found = {name.removeprefix("backbone."): v for name, v in found.items() if name.startswith("backbone.")}
+    found = {
+        rename_dinov2(name): value
+        for name, value in found.items()
+        if not re.match(r"(decoder_|head\.|head_dist\.|mask_token$)", name)
+    }
+    return merge_class_position(found)
+
+
+def rename_dinov2(name: str) -> str:
+    """A name of DINOv2's code as timm's: its chunks of blocks, its registers, its SwiGLU."""
+    name = re.sub(r"blocks\.\d+\.(\d+\.)", r"blocks.\1", name)
+    name = re.sub(r"(^|\.)register_tokens$", r"\1reg_token", name)
+    return name.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
+
+
+def merge_class_position(tensors: Tensors, prefix: str = "") -> Tensors:
+    """Add the class token's position to it where there are registers.
+
+    timm's architectures with registers give the class token no position of its own.
+    """
+    if f"{prefix}reg_token" not in tensors or f"{prefix}pos_embed" not in tensors:
+        return tensors
+    positions = tensors[f"{prefix}pos_embed"]
+    merged = {f"{prefix}cls_token": tensors[f"{prefix}cls_token"] + positions[:, :1]}
+    return {**tensors, **merged, f"{prefix}pos_embed": positions[:, 1:]}
+
+
+def _swap(name: str, table: Mapping[str, str]) -> str:
+    """A name whose part before the last dot, or the whole of it, is replaced by the table's."""
+    if name in table:
+        return table[name]
+    part, _, kind = name.rpartition(".")
+    return f"{table[part]}.{kind}" if part in table else name

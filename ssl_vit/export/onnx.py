@@ -1,0 +1,59 @@
+"""A backbone as an ONNX graph, for any number of images."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssl_vit.export.graph import StaticBackbone
+from ssl_vit.export.run import Trained
+from ssl_vit.models.encoder import Features
+
+LIBRARY = "onnx"
+LOADING_CODE = """\
+import numpy as np
+import onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+images = np.random.randn(1, {in_chans}, {height}, {width}).astype(np.float32)  # normalised as config.json says
+features, patch_tokens = session.run(["cls", "patches"], {{"images": images}})
+"""
+_LARGEST_SINGLE_FILE = 1_900_000_000  # bytes; ONNX's own format ends at 2 GiB
+
+
+def write(trained: Trained, folder: Path) -> None:
+    """Write `model.onnx`, and `config.json` with sizes and normalisation."""
+    model, images = (
+        StaticBackbone(trained.encoder),
+        torch.randn(2, trained.encoder.in_chans, *trained.encoder.image_size),
+    )
+    size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    torch.onnx.export(
+        model,
+        (images,),
+        folder / "model.onnx",
+        dynamo=True,
+        verbose=False,
+        input_names=["images"],
+        output_names=["cls", "patches"],
+        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+        external_data=size > _LARGEST_SINGLE_FILE,
+    )
+    (folder / "config.json").write_text(trained.config_json())
+
+
+def load(folder: Path) -> Callable[[Tensor], Features]:
+    """What onnxruntime makes of the graph, checked by onnx first."""
+    import onnx
+    import onnxruntime
+
+    onnx.checker.check_model(str(folder / "model.onnx"))
+    session: Any = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+
+    def encode(images: Tensor) -> Features:
+        cls, patches = session.run(["cls", "patches"], {"images": images.numpy()})
+        return Features(torch.from_numpy(cls), torch.from_numpy(patches))
+
+    return encode

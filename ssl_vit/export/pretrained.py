@@ -1,0 +1,253 @@
+"""Weights to start from: our own exports, timm's models, transformers' folders and the papers' checkpoints."""
+
+import difflib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models import adapt_input_conv
+from torch import Tensor
+
+from ssl_vit.export.backbone import (
+    BACKBONE_FILE,
+    CONFIG_FILE,
+    backbone_file,
+    load_strictly,
+    read_config,
+    read_encoder_config,
+    read_json,
+    read_tensors,
+)
+from ssl_vit.export.interop import read_reference
+from ssl_vit.export.layouts import Tensors, from_papers, from_transformers, is_transformers
+from ssl_vit.models.encoder import Encoder
+from ssl_vit.models.positions import sincos_positions
+from ssl_vit.models.vit import ViT, ViTConfig, pair
+
+MODEL_FILE = "model.safetensors"
+# Widths of the papers' Vision Transformers, and timm's names of them.
+_SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge", 1408: "giant", 1536: "giant"}
+# Settings of a timm model that ours have under another name.
+_ARGUMENTS = {"init_values": "layer_scale"}
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Weights that an encoder can start from, and what is known of them."""
+
+    name: str
+    config: ViTConfig | None
+    """Architecture and sizes; None where they cannot be told."""
+    tensors: Callable[[], Tensors]
+    """Reads them, under timm's names."""
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    antialias: bool = True
+    """How a position table is made smaller: as timm does, or, without antialiasing, as the papers' code does."""
+
+
+def open_pretrained(name: str) -> Pretrained:
+    """Find what `encoder.pretrained` names.
+
+    Args:
+        name: folder of a run or of an export to timm or transformers, or one from the hub in these layouts; a
+            `.safetensors` file; an official `.pth` of MAE, DINO or DINOv2; the name of a timm model, with its tag.
+
+    Raises:
+        ValueError: there is nothing of the kind, or it cannot be read without unpickling more than tensors.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _open_folder(path)
+    if path.is_file():
+        if path.suffix == ".safetensors" and _is_ours(path.parent) and path.name == BACKBONE_FILE:
+            return _open_folder(path.parent)
+        return _open_file(path)
+    if timm.is_model(name.split(".")[0]) and "/" not in name:
+        return _open_timm(name)
+    near = difflib.get_close_matches(name, timm.list_pretrained("vit_*"), n=1, cutoff=0.8)
+    hint = f"; did you mean timm's {near[0]}?" if near else ", and no timm model has this name"
+    raise ValueError(f"{name}: no such file or folder{hint}")
+
+
+def load_pretrained(encoder: Encoder, name: str) -> None:
+    """Start an encoder from what `encoder.pretrained` names, strictly.
+
+    A position table of another size is resized (bicubic). The patch projection of 3 channels is adapted to other
+    numbers: for one channel its weights are summed; for more they are repeated in order and scaled by 3 / channels, so
+    that equal channels give what they gave before.
+
+    Raises:
+        ValueError: nothing of the kind there, or another architecture; see `load_strictly`.
+    """
+    assert isinstance(encoder, ViT)
+    found = open_pretrained(name)
+    tensors = found.tensors()
+    load_strictly(encoder.vit, fit(encoder, tensors, found), Path(name))
+    encoder.is_pretrained = True
+
+
+def fit(encoder: ViT, tensors: Mapping[str, Tensor], found: Pretrained) -> Tensors:
+    """The tensors with positions and input channels of the encoder's sizes."""
+    fitted = dict(tensors)
+    table = fitted.get("pos_embed")
+    wanted = encoder.vit.pos_embed
+    if table is not None and wanted is not None and table.shape[-1] == wanted.shape[-1]:
+        prefix = 0 if encoder.vit.no_embed_class else encoder.vit.num_prefix_tokens
+        grid = grid_of(table.shape[1] - prefix, found.config)
+        if grid is None and table.shape != wanted.shape:
+            raise ValueError(f"pos_embed {tuple(table.shape)}: is of no square grid and cannot be resized")
+        if grid is not None and grid != encoder.grid_size:
+            fitted["pos_embed"] = resample_abs_pos_embed(
+                table.float(),
+                new_size=list(encoder.grid_size),
+                old_size=list(grid),
+                num_prefix_tokens=prefix,
+                antialias=found.antialias,
+            )
+    projection = fitted.get("patch_embed.proj.weight")
+    if projection is not None and projection.ndim == 4 and projection.shape[1] == 3 != encoder.in_chans:
+        fitted["patch_embed.proj.weight"] = adapt_input_conv(encoder.in_chans, projection)
+    return {name: value.float() if value.is_floating_point() else value for name, value in fitted.items()}
+
+
+def grid_of(num_positions: int, config: ViTConfig | None) -> tuple[int, int] | None:
+    """Rows and columns of a position table, by the size it was made for or else as a square."""
+    if config is not None and config.patch_size is not None:
+        sides = zip(pair(config.image_size), pair(config.patch_size), strict=True)
+        rows, columns = (size // patch for size, patch in sides)
+        if rows * columns == num_positions:
+            return rows, columns
+    side = math.isqrt(num_positions)
+    return (side, side) if side * side == num_positions else None
+
+
+def infer_config(tensors: Mapping[str, Tensor]) -> ViTConfig | None:
+    """The architecture of a ViT of the papers' sizes from its weights; None of another width.
+
+    Heads cannot be told from weights; they are those of the architecture of the same width.
+    """
+    projection = tensors.get("patch_embed.proj.weight")
+    if projection is None or projection.ndim != 4 or projection.shape[0] not in _SIZES:
+        return None
+    width, in_chans, *patch = projection.shape
+    depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
+    if any(name.endswith(".gamma") for name in tensors):
+        arch = f"vit_{_SIZES[width]}_patch14{'_reg4' if registers else ''}_dinov2"
+    else:
+        arch = f"vit_{_SIZES[width]}_patch{14 if width > 1024 else 16}_224"
+    if not timm.is_model(arch):
+        return None
+    positions = tensors.get("pos_embed")
+    prefix = 0 if registers else 1
+    grid = None if positions is None else grid_of(positions.shape[1] - prefix, None)
+    if positions is None or grid is None:
+        return None
+    table = sincos_positions(width, grid)
+    is_sincos = prefix == 1 and width % 4 == 0 and torch.allclose(positions[0].float(), table, atol=1e-4)
+    size = (grid[0] * patch[0], grid[1] * patch[1])
+    return ViTConfig(
+        arch=arch,
+        image_size=size[0] if size[0] == size[1] else size,
+        patch_size=patch[0] if patch[0] == patch[1] else (patch[0], patch[1]),
+        in_chans=in_chans,
+        depth=depth,
+        pos_embed="sincos" if is_sincos else "learned",
+    )
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        return "encoder" in json.loads((folder / CONFIG_FILE).read_text()).get("ssl_vit", {})
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _open_folder(folder: Path) -> Pretrained:
+    if not (folder / CONFIG_FILE).is_file() or (folder / BACKBONE_FILE).is_file():
+        backbone_file(folder)  # says what a run's folder lacks
+    described = read_json(folder / CONFIG_FILE)
+    if "model_type" in described:
+        return _open_transformers(folder, described)
+    if _is_ours(folder):
+        config = read_encoder_config(folder)
+        cfg = read_config(folder)["pretrained_cfg"]
+    elif "architecture" in described:
+        cfg = described.get("pretrained_cfg", described)
+        config = _config_of_timm(described["architecture"], cfg, described.get("model_args") or {})
+    else:
+        raise ValueError(f"{folder / CONFIG_FILE}: neither ssl_vit's, timm's nor transformers'")
+    file = folder / (BACKBONE_FILE if (folder / BACKBONE_FILE).is_file() else MODEL_FILE)
+    return Pretrained(
+        str(folder), config, lambda: _without_head(read_tensors(file)), tuple(cfg["mean"]), tuple(cfg["std"])
+    )
+
+
+def _open_transformers(folder: Path, described: dict[str, Any]) -> Pretrained:
+    file = folder / MODEL_FILE
+
+    def tensors() -> Tensors:
+        return from_transformers(read_tensors(file))
+
+    found = tensors()
+    config = infer_config(found)
+    processor = folder / "preprocessor_config.json"
+    preprocessing = read_json(processor) if processor.is_file() else {}
+    mean, std = preprocessing.get("image_mean"), preprocessing.get("image_std")
+    return Pretrained(
+        str(folder),
+        config,
+        tensors,
+        None if mean is None else tuple(mean),
+        None if std is None else tuple(std),
+        antialias=described["model_type"] == "dinov2_with_registers",
+    )
+
+
+def _open_file(file: Path) -> Pretrained:
+    def tensors() -> Tensors:
+        found = read_reference(file)
+        return from_transformers(found) if is_transformers(set(found)) else from_papers(found)
+
+    config = infer_config(tensors())
+    # DINOv2's code with registers is the one among the papers' that antialiases.
+    return Pretrained(str(file), config, tensors, antialias=config is not None and "reg4" in config.arch)
+
+
+def _open_timm(name: str) -> Pretrained:
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None or not cfg.has_weights:
+        tags = timm.list_pretrained(f"{name.split('.')[0]}.*")
+        hint = f"; it has {', '.join(tags)}" if tags else ""
+        raise ValueError(f"{name}: timm has no pre-trained weights of this name{hint}")
+    config = _config_of_timm(name, cfg.to_dict(), {})
+
+    def tensors() -> Tensors:
+        try:
+            model = timm.create_model(name, pretrained=True, num_classes=0)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ValueError(f"timm cannot load its weights: {' '.join(str(error).split())}") from error
+        return dict(model.state_dict())
+
+    return Pretrained(name, config, tensors, tuple(cfg.mean), tuple(cfg.std))
+
+
+def _config_of_timm(arch: str, cfg: Mapping[str, Any], arguments: Mapping[str, Any]) -> ViTConfig:
+    settings = {_ARGUMENTS.get(key, key): value for key, value in arguments.items()}
+    own = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "layer_scale")
+    in_chans, *size = cfg["input_size"]
+    chosen = {key: settings[key] for key in own if settings.get(key) is not None}
+    image_size = settings.get("img_size") or (size[0] if size[0] == size[1] else tuple(size))
+    return ViTConfig.from_plain({"arch": arch, "image_size": image_size, "in_chans": in_chans, **chosen})
+
+
+def _without_head(tensors: Tensors) -> Tensors:
+    """A timm model without the classifier that its own tasks needed."""
+    return {name: value for name, value in tensors.items() if not name.startswith(("head.", "head_dist."))}

@@ -1,0 +1,56 @@
+"""Where a backbone comes from: what checkpoints and exports are told of their run."""
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssl_vit.data.sources import Source
+from ssl_vit.objectives.objective import Objective
+
+
+def facts(objective: Objective, source: Source, device: torch.device, num_processes: int) -> dict[str, Any]:
+    """What the settings of a run do not say, in a form that JSON takes."""
+    return {
+        "objective": type(objective).__name__,
+        "num_images": len(source),
+        "attribution": source.attribution,
+        "hardware": f"{num_processes} x {device_name(device)}",
+    }
+
+
+def provenance(settings: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+    """What an export is told of its run.
+
+    Args:
+        settings: the run's settings as plain values.
+        state: `facts` and "step", as a checkpoint keeps them; those of older ones have fewer.
+    """
+    return {
+        "objective": state["objective"],
+        "objective_config": settings["objective"],
+        "optim": settings["optim"],
+        "source": settings["data"]["source"],
+        "num_images": state.get("num_images"),
+        "attribution": state.get("attribution"),
+        "steps": state["step"],
+        "batch_size": settings["batch"]["size"],
+        "pretrained": settings["encoder"].get("pretrained"),
+        "seed": settings["seed"],
+        "hardware": state.get("hardware"),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The product name of a GPU, or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return f"CPU ({line.partition(':')[2].strip()})"
+    return f"CPU ({platform.processor() or platform.machine()})"

@@ -1,0 +1,221 @@
+"""Every library that a backbone can be exported to: write, load through it, prove equal, and only then hand over."""
+
+import tempfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssl_vit.data.device_transforms import normalize
+from ssl_vit.data.sources import DataConfig, open_source
+from ssl_vit.evaluation.features import centre_crop
+from ssl_vit.export import onnx, timm, torch_export, torchvision, transformers
+from ssl_vit.export.card import write_card
+from ssl_vit.export.run import Trained, tuples_of
+from ssl_vit.models.encoder import Features
+from ssl_vit.models.vit import set_fused_attention
+from ssl_vit.run_folder import CONFIG_FILE
+
+TOLERANCE = 1e-5
+"""Largest difference of a feature, as a share of the largest feature where that is above 1; fp32."""
+_NUM_IMAGES = 3
+
+
+class Exported(NamedTuple):
+    """What an export wrote."""
+
+    folder: Path
+    difference: float
+    """Largest difference of a feature from the trained backbone's."""
+
+
+class Proof(NamedTuple):
+    """Images that an export is proven on."""
+
+    images: Float[Tensor, "b c h w"]
+    """Normalised."""
+    name: str
+    """What they are."""
+
+
+class Target(NamedTuple):
+    """A library, how to write what it reads, and what to compare of what it makes of it."""
+
+    library: str
+    """As the Hugging Face hub calls it."""
+    loading_code: str
+    """Python that loads the export from its own folder."""
+    write: Callable[[Trained, Path], None]
+    prove: Callable[[Trained, Path, Tensor], float]
+    """Largest difference from what was trained, on images; RuntimeError above the tolerance."""
+    needs: tuple[str, ...] = ()
+    """Packages beyond the core installation."""
+
+
+def export_to(
+    trained: Trained, target: str, out: Path, proof: Proof, *, license: str = "unknown", overwrite: bool = False
+) -> Exported:
+    """Export to the folder OUT/TARGET: written where nobody looks, proven there, and moved to its place whole.
+
+    Raises:
+        ValueError: the library has no such architecture, is not installed, or the folder is taken.
+        RuntimeError: what was written does not give the trained features. Nothing is left behind.
+    """
+    library, code, write, prove, needs = TARGETS[target]
+    missing = [name for name in needs if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"{', '.join(missing)}: not installed; pip install 'ssl-vit[export]' brings all")
+    folder = out / target
+    if folder.exists() and not overwrite:
+        raise ValueError(f"{folder}: is there already; choose another --out, or --overwrite it")
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix="unfinished-") as name:
+        unfinished = Path(name) / target
+        unfinished.mkdir()
+        write(trained, unfinished)
+        difference = prove(trained, unfinished, proof.images)
+        text = write_card(
+            trained,
+            library=library,
+            loading_code=fill_in(code, trained),
+            difference=difference,
+            proved_on=proof.name,
+            license=license,
+        )
+        (unfinished / "README.md").write_text(text)
+        for file in unfinished.iterdir():  # safetensors lets only its owner read a file
+            file.chmod((unfinished / "README.md").stat().st_mode)
+        if folder.exists():
+            folder.rename(Path(name) / "replaced")
+        unfinished.rename(folder)
+    return Exported(folder, difference)
+
+
+def fill_in(loading_code: str, trained: Trained) -> str:
+    """The loading code of a library with a backbone's sizes."""
+    encoder = trained.encoder
+    height, width = encoder.image_size
+    number = encoder.vit.num_prefix_tokens
+    tokens = f"{number} token{'' if number == 1 else 's'}"
+    return loading_code.format(in_chans=encoder.in_chans, height=height, width=width, num_prefix=tokens)
+
+
+@torch.inference_mode()
+def compare(trained: Trained, encode: Callable[[Tensor], Features], images: Float[Tensor, "b c h w"]) -> float:
+    """Largest difference between what a library computes and the trained backbone, several images and one.
+
+    Raises:
+        RuntimeError: it is above the tolerance.
+    """
+    set_fused_attention(trained.encoder, True)
+    difference = 0.0
+    for batch in (images, images[:1]):
+        for expected, found in zip(trained.encoder(batch), encode(batch), strict=True):
+            difference = max(difference, _difference(expected, found))
+    return difference
+
+
+@torch.inference_mode()
+def compare_mae(
+    trained: Trained,
+    reconstruct: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    images: Float[Tensor, "b c h w"],
+) -> float:
+    """Largest difference between the patches that both predict, from the same visible ones.
+
+    Raises:
+        RuntimeError: it is above the tolerance.
+    """
+    assert trained.mae is not None
+    noise = torch.rand(len(images), trained.encoder.num_patches, generator=torch.Generator().manual_seed(0))
+    found, masked = reconstruct(images, noise)
+    keep = torch.stack([row.logical_not().nonzero()[:, 0] for row in masked])
+    set_fused_attention(trained.mae, True)
+    return _difference(trained.mae.reconstruct(images, keep), found)
+
+
+def _difference(expected: Tensor, found: Tensor) -> float:
+    if expected.shape != found.shape:
+        raise RuntimeError(f"the exported backbone gives {tuple(found.shape)} instead of {tuple(expected.shape)}")
+    difference = float((expected - found).abs().max())
+    allowed = TOLERANCE * max(1.0, float(expected.abs().max()))
+    if not difference <= allowed:
+        raise RuntimeError(f"the exported features differ from the trained ones by {difference:.2e} (> {allowed:.2e})")
+    return difference
+
+
+def proof_images(trained: Trained, source: str | None = None) -> Proof:
+    """A few images of `source`, or of what the backbone was trained on; generated ones where that cannot be opened.
+
+    Raises:
+        ValueError: `source` is named and cannot be opened.
+    """
+    encoder = trained.encoder
+    data = DataConfig(
+        source or trained.provenance.get("source") or "", mean=trained.mean, std=trained.std, label_column="none"
+    )
+    settings_file = trained.folder / CONFIG_FILE
+    if source is None and settings_file.is_file():
+        data = DataConfig(**tuples_of(yaml.safe_load(settings_file.read_text())["data"]))
+    try:
+        opened = open_source(data)
+        rows = torch.linspace(0, len(opened) - 1, min(_NUM_IMAGES, len(opened))).long().tolist()
+        images = torch.stack(
+            [centre_crop(opened.image(row, encoder.in_chans), encoder.image_size, trained.crop_pct) for row in rows]
+        )
+        name = f"{len(rows)} images of `{opened.name}`"
+    except ValueError:
+        if source is not None:
+            raise
+        coarse = torch.rand(_NUM_IMAGES, encoder.in_chans, 8, 8, generator=torch.Generator().manual_seed(0))
+        smooth = F.interpolate(coarse, encoder.image_size, mode="bicubic").clamp(0, 1)
+        images, name = (255 * smooth).to(torch.uint8), f"{_NUM_IMAGES} generated images"
+    return Proof(normalize(images, trained.mean, trained.std), name)
+
+
+def push(folder: Path, repo: str, *, private: bool) -> str:
+    """Upload an exported folder to the Hugging Face hub; returns the address.
+
+    Raises:
+        ValueError: the hub refuses, or is not reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        api = HfApi()
+        address = str(api.create_repo(repo, private=private, exist_ok=True))
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Export from ssl_vit")
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ValueError(f"--push_to_hub {repo}: {' '.join(str(error).split())}; {folder} is written") from error
+    return address
+
+
+def _prove_features(load: Callable[[Path], Callable[[Tensor], Features]]) -> Callable[[Trained, Path, Tensor], float]:
+    return lambda trained, folder, images: compare(trained, load(folder), images)
+
+
+def _prove_mae(trained: Trained, folder: Path, images: Tensor) -> float:
+    return compare_mae(trained, transformers.load_mae(folder), images)
+
+
+def _target(module: Any, *needs: str) -> Target:
+    return Target(module.LIBRARY, module.LOADING_CODE, module.write, _prove_features(module.load), needs)
+
+
+TARGETS = {
+    "timm": _target(timm),
+    "transformers": _target(transformers, "transformers"),
+    "transformers_mae": Target(
+        transformers.LIBRARY, transformers.MAE_LOADING_CODE, transformers.write_mae, _prove_mae, ("transformers",)
+    ),
+    "torchvision": _target(torchvision),
+    "onnx": _target(onnx, "onnx", "onnxscript", "onnxruntime"),
+    "torch_export": _target(torch_export),
+}

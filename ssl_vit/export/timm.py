@@ -1,0 +1,48 @@
+"""A backbone as a folder that `timm.create_model("local-dir:...")` reads, the layout of timm's models on the hub."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ssl_vit.export.run import Trained
+from ssl_vit.models.encoder import Features
+from ssl_vit.models.vit import set_fused_attention
+
+LIBRARY = "timm"
+LOADING_CODE = """\
+import timm
+import torch
+
+model = timm.create_model("local-dir:.", pretrained=True).eval()  # "." is this folder; or "hf-hub:NAMESPACE/NAME"
+settings = timm.data.resolve_model_data_config(model)
+transform = timm.data.create_transform(**settings, is_training=False)  # of a PIL image
+images = torch.randn(1, {in_chans}, {height}, {width})
+with torch.inference_mode():
+    features = model(images)  # one vector an image
+    tokens = model.forward_features(images)  # {num_prefix} before the patch tokens
+"""
+
+
+def write(trained: Trained, folder: Path) -> None:
+    """Write `model.safetensors` and `config.json`."""
+    encoder = trained.encoder
+    tensors = {name: value.detach().cpu().contiguous() for name, value in encoder.vit.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(trained.config_json())
+
+
+def load(folder: Path) -> Callable[[Tensor], Features]:
+    """What timm makes of the folder."""
+    model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    set_fused_attention(model, True)
+
+    def encode(images: Tensor) -> Features:
+        tokens = model.forward_features(images)
+        patches = tokens[:, model.num_prefix_tokens :]
+        return Features(tokens[:, 0] if model.has_class_token else patches.mean(dim=1), patches)
+
+    return encode

@@ -1,0 +1,41 @@
+"""A backbone as an archive of torch.export, which runs where neither timm nor ssl_vit is, for any number of images."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ssl_vit.export.graph import StaticBackbone
+from ssl_vit.export.run import Trained
+from ssl_vit.models.encoder import Features
+
+LIBRARY = "pytorch"
+LOADING_CODE = """\
+import torch
+
+model = torch.export.load("model.pt2").module()
+images = torch.randn(1, {in_chans}, {height}, {width})  # normalised as config.json says
+with torch.inference_mode():
+    features, patch_tokens = model(images)
+"""
+
+
+def write(trained: Trained, folder: Path) -> None:
+    """Write `model.pt2`, and `config.json` with sizes and normalisation."""
+    images = torch.randn(2, trained.encoder.in_chans, *trained.encoder.image_size)
+    program = torch.export.export(
+        StaticBackbone(trained.encoder), (images,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}
+    )
+    torch.export.save(program, folder / "model.pt2")
+    (folder / "config.json").write_text(trained.config_json())
+
+
+def load(folder: Path) -> Callable[[Tensor], Features]:
+    """What torch makes of the archive."""
+    model = torch.export.load(folder / "model.pt2").module()
+
+    def encode(images: Tensor) -> Features:
+        return Features(*model(images))
+
+    return encode

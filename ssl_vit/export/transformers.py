@@ -1,0 +1,242 @@
+"""A backbone as a transformers folder: ViTModel, Dinov2Model with or without registers, ViTMAEForPreTraining."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ssl_vit.export.layouts import (
+    Shape,
+    Tensors,
+    decoder_to_transformers,
+    fold_layer_scale,
+    plain_shape,
+    plain_tensors,
+    to_transformers,
+)
+from ssl_vit.export.run import Trained
+from ssl_vit.models.encoder import Features
+from ssl_vit.models.vit import ViT
+
+LIBRARY = "transformers"
+LOADING_CODE = """\
+import torch
+from transformers import AutoImageProcessor, AutoModel
+
+processor = AutoImageProcessor.from_pretrained(".")  # "." is this folder, or NAMESPACE/NAME of the hub
+model = AutoModel.from_pretrained(".").eval()
+images = torch.randn(1, {in_chans}, {height}, {width})  # processor(pictures, return_tensors="pt")["pixel_values"]
+with torch.inference_mode():
+    outputs = model(images)
+features = outputs.pooler_output  # the class token; outputs.last_hidden_state has {num_prefix} before the patch tokens
+"""
+MAE_LOADING_CODE = """\
+import torch
+from transformers import ViTMAEForPreTraining
+
+model = ViTMAEForPreTraining.from_pretrained(".").eval()  # "." is this folder, or NAMESPACE/NAME of the hub
+images = torch.randn(1, {in_chans}, {height}, {width})
+with torch.inference_mode():
+    outputs = model(images)
+patches = outputs.logits  # predicted for every patch; outputs.mask is 1 where it was removed
+"""
+
+
+def write(trained: Trained, folder: Path) -> None:
+    """Write `model.safetensors`, `config.json` and `preprocessor_config.json`.
+
+    With LayerScale or registers it is a Dinov2Model, else a ViTModel. What Dinov2Model cannot hold (images that are not
+    square, a width of the MLP that is no whole multiple) goes into a ViTModel with LayerScale folded into its layers.
+
+    Raises:
+        ValueError: transformers has no model of this architecture; says why.
+    """
+    encoder = trained.encoder
+    shape = plain_shape(encoder.vit)
+    tensors = plain_tensors(encoder.vit)
+    if shape.num_registers or shape.has_swiglu or (shape.has_layer_scale and _fits_dinov2(encoder, shape)):
+        if not _fits_dinov2(encoder, shape):
+            raise ValueError(
+                "transformers' Dinov2Model cannot be this backbone: it takes square images and patches, and an MLP "
+                f"whose width is a whole multiple; this one has {encoder.image_size}, {encoder.patch_size} and "
+                f"{shape.hidden / shape.width:g}; export to timm"
+            )
+        config, renamed = _dinov2(encoder, shape, tensors)
+    else:
+        config = {"architectures": ["ViTModel"], "model_type": "vit", **_vit_settings(encoder, shape)}
+        # The class token as it is, where ViTModel would otherwise make up a pooling layer.
+        config |= {"pooler_act": "linear", "pooler_output_size": shape.width}
+        renamed = to_transformers(fold_layer_scale(tensors))
+        renamed |= {"pooler.dense.weight": torch.eye(shape.width), "pooler.dense.bias": torch.zeros(shape.width)}
+    _write(folder, trained, config, renamed)
+
+
+def write_mae(trained: Trained, folder: Path) -> None:
+    """Write a run of MAE with its decoder as a ViTMAEForPreTraining, to reconstruct or to go on with.
+
+    Raises:
+        ValueError: no run of MAE, or ViTMAEForPreTraining is of another architecture.
+    """
+    mae, encoder = trained.mae, trained.encoder
+    if mae is None:
+        raise ValueError(f"{trained.folder}: only a run of MAE has a decoder to export; use --to transformers")
+    shape = plain_shape(encoder.vit)
+    if shape.num_registers or shape.has_swiglu or not _is_square(encoder):
+        raise ValueError(
+            "transformers' ViTMAEForPreTraining cannot be this MAE: it takes square images and patches, and a ViT "
+            "without registers or SwiGLU"
+        )
+    config = {
+        "architectures": ["ViTMAEForPreTraining"],
+        "model_type": "vit_mae",
+        **_vit_settings(encoder, shape),
+        "decoder_hidden_size": mae.config.decoder_embed_dim,
+        "decoder_num_hidden_layers": mae.config.decoder_depth,
+        "decoder_num_attention_heads": mae.config.decoder_num_heads,
+        "decoder_intermediate_size": 4 * mae.config.decoder_embed_dim,
+        "mask_ratio": mae.config.mask_ratio,
+        "norm_pix_loss": mae.config.norm_pix_loss,
+    }
+    backbone = to_transformers(fold_layer_scale(plain_tensors(encoder.vit)))
+    decoder = {
+        name: value.detach().float().cpu()
+        for name, value in mae.state_dict().items()
+        if not name.startswith("encoder.")
+    }
+    renamed = {f"vit.{name}": value for name, value in backbone.items()} | decoder_to_transformers(decoder)
+    _write(folder, trained, config, renamed)
+
+
+def load(folder: Path) -> Callable[[Tensor], Features]:
+    """What transformers makes of the folder.
+
+    Raises:
+        RuntimeError: it made up a parameter, or left one of the file's aside.
+    """
+    from transformers import AutoModel
+
+    model: Any = _strictly(AutoModel, folder)
+    num_prefix = 1 + getattr(model.config, "num_register_tokens", 0)
+
+    def encode(images: Tensor) -> Features:
+        outputs = model(pixel_values=images)
+        return Features(outputs.pooler_output, outputs.last_hidden_state[:, num_prefix:])
+
+    return encode
+
+
+def load_mae(folder: Path) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """What transformers makes of an MAE's folder: patches predicted from images and noise, and the mask it drew."""
+    from transformers import ViTMAEForPreTraining
+
+    model: Any = _strictly(ViTMAEForPreTraining, folder)
+
+    def reconstruct(images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = model(pixel_values=images, noise=noise)
+        return outputs.logits, outputs.mask.bool()
+
+    return reconstruct
+
+
+def _strictly(kind: Any, folder: Path) -> Any:
+    model, report = kind.from_pretrained(folder, output_loading_info=True, local_files_only=True)
+    wrong = {name: sorted(map(str, keys)) for name, keys in report.items() if keys and name != "error_msgs"}
+    if wrong:
+        raise RuntimeError(f"{folder}: transformers does not load it as it is: {wrong}")
+    return model.eval()
+
+
+def _fits_dinov2(encoder: ViT, shape: Shape) -> bool:
+    return _is_square(encoder) and _dinov2_mlp_ratio(shape) is not None
+
+
+def _is_square(encoder: ViT) -> bool:
+    return len(set(encoder.image_size)) == 1 and len(set(encoder.patch_size)) == 1
+
+
+def _dinov2_mlp_ratio(shape: Shape) -> int | None:
+    """The whole number from which Dinov2Model computes the width of its MLP; None where there is none."""
+    for ratio in range(1, 17):
+        hidden = ratio * shape.width
+        if shape.has_swiglu:
+            hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
+        if hidden == shape.hidden:
+            return ratio
+    return None
+
+
+def _dinov2(encoder: ViT, shape: Shape, tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    if not shape.has_layer_scale:
+        ones = torch.ones(shape.width)
+        tensors |= {f"blocks.{i}.{name}.gamma": ones.clone() for i in range(shape.depth) for name in ("ls1", "ls2")}
+    renamed = to_transformers(tensors, dinov2=True, swiglu=shape.has_swiglu)
+    renamed["embeddings.mask_token"] = torch.zeros(1, shape.width)  # which belongs to pre-training
+    kind, model_type = "Dinov2Model", "dinov2"
+    config = _sizes(encoder, shape) | {
+        "mlp_ratio": _dinov2_mlp_ratio(shape),
+        "layerscale_value": 1.0,
+        "use_swiglu_ffn": shape.has_swiglu,
+        "drop_path_rate": 0.0,
+    }
+    if shape.num_registers:
+        kind, model_type = "Dinov2WithRegistersModel", "dinov2_with_registers"
+        config["num_register_tokens"] = shape.num_registers
+    return {"architectures": [kind], "model_type": model_type, **config}, renamed
+
+
+def _vit_settings(encoder: ViT, shape: Shape) -> dict[str, Any]:
+    return _sizes(encoder, shape) | {"intermediate_size": shape.hidden}
+
+
+def _sizes(encoder: ViT, shape: Shape) -> dict[str, Any]:
+    def plain(size: tuple[int, int]) -> int | list[int]:
+        return size[0] if size[0] == size[1] else list(size)
+
+    return {
+        "dtype": "float32",
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.depth,
+        "num_attention_heads": shape.num_heads,
+        "hidden_act": "gelu",
+        "layer_norm_eps": shape.eps,
+        "image_size": plain(encoder.image_size),
+        "patch_size": plain(encoder.patch_size),
+        "num_channels": encoder.in_chans,
+        "qkv_bias": True,
+    }
+
+
+def _write(folder: Path, trained: Trained, config: dict[str, Any], tensors: Tensors) -> None:
+    plain = {name: value.contiguous() for name, value in tensors.items()}
+    save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    preprocessing = _preprocessing(trained)
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing, indent=2) + "\n")
+
+
+def _preprocessing(trained: Trained) -> dict[str, Any]:
+    """Resize and centre crop as our evaluation does, bicubic; square sizes keep the aspect ratio."""
+    height, width = trained.encoder.image_size
+    resized: dict[str, int]
+    if height == width:
+        resized = {"shortest_edge": int(height / trained.crop_pct)}
+    else:  # the processor has no way to cover a box, so pictures are brought to its shape
+        resized = {"height": int(height / trained.crop_pct), "width": int(width / trained.crop_pct)}
+    return {
+        "image_processor_type": "BitImageProcessor" if height == width else "ViTImageProcessor",
+        "do_convert_rgb": trained.encoder.in_chans == 3,
+        "do_resize": True,
+        "size": resized,
+        "do_center_crop": True,
+        "crop_size": {"height": height, "width": width},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(trained.mean),
+        "image_std": list(trained.std),
+    }

@@ -1,0 +1,269 @@
+"""Backbones to other libraries: what they load gives our features, or the export is refused and nothing is left."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ssl_vit.data.decode import decode
+from ssl_vit.data.device_transforms import normalize
+from ssl_vit.evaluation.features import centre_crop
+from ssl_vit.export import targets
+from ssl_vit.export.run import Trained
+from ssl_vit.export.targets import TARGETS, Proof, export_to, proof_images
+from ssl_vit.models.vit import ViTConfig
+from ssl_vit.objectives.mae import MAEConfig
+from tests.conftest import TINY
+
+pytestmark = pytest.mark.filterwarnings("default")  # the libraries' own
+
+SQUARE_ONLY, THREE_CHANNELS, NO_REGISTERS = "takes square images", "takes 3 channels", "knows no registers"
+ENCODERS = {
+    "learned positions": ViTConfig(image_size=32, **TINY),
+    "sin-cos positions": ViTConfig(image_size=32, pos_embed="sincos", **TINY),
+    "LayerScale": ViTConfig(image_size=32, layer_scale=0.1, **TINY),
+    "one channel": ViTConfig(image_size=32, in_chans=1, **TINY),
+    "not square": ViTConfig(image_size=(16, 48), pos_embed="sincos", **TINY),
+    "not square, LayerScale": ViTConfig(image_size=(16, 48), layer_scale=0.1, **TINY),
+    "registers": ViTConfig(arch="vit_small_patch14_reg4_dinov2", image_size=42, depth=2, embed_dim=32, num_heads=4),
+    "registers, not square": ViTConfig(
+        arch="vit_small_patch14_reg4_dinov2", image_size=(42, 28), depth=1, embed_dim=32, num_heads=4
+    ),
+    "SwiGLU": ViTConfig(arch="vit_giant_patch14_dinov2", image_size=42, depth=1, embed_dim=96, num_heads=4),
+    "no class token": ViTConfig(arch="vit_medium_patch16_gap_256", image_size=64, depth=1),
+}
+REFUSED = {
+    ("transformers", "registers, not square"): SQUARE_ONLY,
+    ("transformers", "no class token"): "no class token",
+    ("transformers_mae", "not square"): SQUARE_ONLY,
+    ("transformers_mae", "not square, LayerScale"): SQUARE_ONLY,
+    ("transformers_mae", "registers"): "without registers",
+    ("transformers_mae", "registers, not square"): SQUARE_ONLY,
+    ("transformers_mae", "SwiGLU"): "without registers or SwiGLU",
+    ("transformers_mae", "no class token"): "no class token",
+    ("torchvision", "one channel"): THREE_CHANNELS,
+    ("torchvision", "not square"): SQUARE_ONLY,
+    ("torchvision", "not square, LayerScale"): SQUARE_ONLY,
+    ("torchvision", "registers"): NO_REGISTERS,
+    ("torchvision", "registers, not square"): SQUARE_ONLY,
+    ("torchvision", "SwiGLU"): "knows no SwiGLU",
+    ("torchvision", "no class token"): "no class token",
+}
+SLOW_TARGETS = ("onnx", "torch_export")  # seconds each
+SLOW_ENCODERS = ("not square", "registers")
+
+
+def build(config: ViTConfig, objective: str = "MAE") -> Trained:
+    """A backbone none of whose parameters is left at a value that would hide it."""
+    torch.manual_seed(0)
+    encoder = config.build()
+    mae = None
+    if objective == "MAE":
+        mae = MAEConfig(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2).build(encoder)
+    for parameter in (mae or encoder).parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    (mae or encoder).eval()
+    means = (0.5,) * encoder.in_chans
+    return Trained(encoder, means, means, 0.875, {"objective": objective, "steps": 3}, Path("none"), mae)
+
+
+def cases() -> list[tuple[str, str]]:
+    return [
+        (target, name) for target in TARGETS for name in ENCODERS if target not in SLOW_TARGETS or name in SLOW_ENCODERS
+    ]
+
+
+@pytest.mark.parametrize(("target", "name"), cases())
+def test_every_library_gives_our_features_or_says_why_not(tmp_path: Path, target: str, name: str) -> None:
+    trained = build(ENCODERS[name])
+    proof = proof_images(trained)
+    if (target, name) in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[target, name]):
+            export_to(trained, target, tmp_path, proof)
+        assert list(tmp_path.iterdir()) == []
+        return
+    found = export_to(trained, target, tmp_path, proof)
+    assert found.difference <= 1e-5
+    assert [path.name for path in tmp_path.iterdir()] == [target]
+    assert oct((found.folder / "README.md").stat().st_mode) == oct((found.folder / "config.json").stat().st_mode)
+
+
+@pytest.mark.parametrize("target", [name for name in TARGETS if name not in SLOW_TARGETS])
+def test_another_backbone_is_found_out_and_nothing_is_left(
+    tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = build(ENCODERS["LayerScale"])
+    write = TARGETS[target].write
+
+    def write_wrongly(trained: Trained, folder: Path) -> None:
+        write(trained, folder)
+        with torch.no_grad():
+            trained.encoder.vit.blocks[1].mlp.fc2.bias += 1e-3
+
+    monkeypatch.setitem(targets.TARGETS, target, TARGETS[target]._replace(write=write_wrongly))
+    with pytest.raises(RuntimeError, match="differ from the trained ones by"):
+        export_to(trained, target, tmp_path, proof_images(trained))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_replaced_only_where_it_is_said(tmp_path: Path) -> None:
+    trained = build(ENCODERS["learned positions"], "DINO")
+    proof = proof_images(trained)
+    folder = export_to(trained, "timm", tmp_path, proof).folder
+    (folder / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is there already"):
+        export_to(trained, "timm", tmp_path, proof)
+    assert (folder / "mine.txt").exists()
+    export_to(trained, "timm", tmp_path, proof, overwrite=True)
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_a_library_that_is_not_installed_is_named(tmp_path: Path) -> None:
+    trained = build(ENCODERS["learned positions"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(targets, "find_spec", lambda name: None)
+        with pytest.raises(ValueError, match=r"onnx, onnxscript, onnxruntime: not installed; pip install"):
+            export_to(trained, "onnx", tmp_path, proof_images(trained))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Three smooth pictures, larger than the encoders' size."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 5, 3), dtype=np.uint8))
+        coarse.resize((90, 110), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+    return folder
+
+
+FRESH = """
+import os
+import sys
+import numpy as np
+import torch
+from PIL import Image
+
+pictures = [Image.open(f"{photos}/{{number}}.png") for number in range(3)]
+for name in {names!r}:
+    os.chdir(f"{out}/{{name}}/{target}")
+    given = torch.from_numpy(np.load("../images.npy"))
+    exec(open("../code.py").read())
+    with torch.inference_mode():
+        pixels, features = {encode}
+    np.savez("../found.npz", pixels=pixels.numpy(), features=features.numpy())
+assert not any(name.split(".")[0] == "ssl_vit" for name in sys.modules)
+"""
+ENCODE = {
+    "timm": "torch.stack([transform(picture) for picture in pictures]), model(given)",
+    "transformers": 'processor(pictures, return_tensors="pt")["pixel_values"], model(given).pooler_output',
+}
+
+
+def code_of(folder: Path) -> str:
+    """The Python of a card."""
+    return re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)[0]
+
+
+def run_fresh(script: str, folder: Path) -> str:
+    """Run Python where ssl_vit has not been imported, and return what it said of errors."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize("target", ENCODE)
+def test_the_cards_code_gives_our_features_in_a_process_without_us(tmp_path: Path, photos: Path, target: str) -> None:
+    names = ("sin-cos positions", "LayerScale", "registers")
+    expected = {}
+    for name in names:
+        trained = build(ENCODERS[name], "DINO")
+        encoder = trained.encoder
+        cropped = [
+            centre_crop(decode((photos / f"{n}.png").read_bytes(), 3), encoder.image_size, 0.875) for n in range(3)
+        ]
+        images = normalize(torch.stack(cropped), trained.mean, trained.std)
+        folder = export_to(trained, target, tmp_path / name, Proof(images, "pictures")).folder
+        np.save(tmp_path / name / "images.npy", images.numpy())
+        (tmp_path / name / "code.py").write_text(code_of(folder))
+        with torch.inference_mode():
+            expected[name] = encoder(images).cls.numpy()
+    script = FRESH.format(photos=photos, names=names, out=tmp_path, target=target, encode=ENCODE[target])
+    assert "newly initialized" not in run_fresh(script, tmp_path)
+    for name, features in expected.items():
+        found, images = np.load(tmp_path / name / "found.npz"), np.load(tmp_path / name / "images.npy")
+        np.testing.assert_allclose(found["features"], features, atol=1e-5, rtol=0)
+        # Pillow and torchvision round differently: within three grey levels of 255, at a deviation of .5.
+        np.testing.assert_allclose(found["pixels"], images, atol=3 / 255 / 0.5, rtol=0)
+
+
+def test_the_other_cards_code_runs(tmp_path: Path) -> None:
+    trained = build(ENCODERS["learned positions"])
+    lines = ["import os"]
+    for target in ("torchvision", "onnx", "torch_export", "transformers_mae"):
+        folder = export_to(trained, target, tmp_path, proof_images(trained)).folder
+        shape = "patches.shape == (1, 16, 192)" if target == "transformers_mae" else "features.shape == (1, 32)"
+        lines += [f"os.chdir({str(folder)!r})", code_of(folder), f"assert {shape}"]
+    run_fresh("\n".join(lines), tmp_path)
+
+
+def test_a_run_of_mae_is_pooled_by_its_patches(tmp_path: Path) -> None:
+    for objective, pooling in (("MAE", "avg"), ("DINO", "token")):
+        trained = build(ENCODERS["learned positions"], objective)
+        folder = export_to(trained, "timm", tmp_path / objective, proof_images(trained)).folder
+        assert json.loads((folder / "config.json").read_text())["global_pool"] == pooling
+
+
+def test_torchvisions_own_names_are_used_where_they_fit(tmp_path: Path) -> None:
+    trained = build(ViTConfig(arch="vit_base_patch32_224", image_size=64), "DINO")
+    folder = export_to(trained, "torchvision", tmp_path, proof_images(trained)).folder
+    assert json.loads((folder / "config.json").read_text())["architecture"] == "vit_b_32"
+
+
+def test_the_images_of_a_proof_are_the_runs_own_or_the_named_ones(photos: Path) -> None:
+    trained = build(ENCODERS["learned positions"])
+    assert proof_images(trained).name == "3 generated images"
+    own = replace(trained, provenance={"source": str(photos)})
+    assert proof_images(own).name == f"3 images of `{photos}`"
+    assert proof_images(own).images.shape == (3, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"data\.source='nowhere.parquet'"):
+        proof_images(own, "nowhere.parquet")
+
+
+def test_pushing_says_what_the_hub_said_and_keeps_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing:
+        def create_repo(self, repo: str, **settings: object) -> str:
+            raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Refusing)
+    with pytest.raises(ValueError, match=r"--push_to_hub me/mine: no network; .* is written"):
+        targets.push(tmp_path, "me/mine", private=False)
+
+
+def test_pushing_uploads_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, object, object]] = []
+
+    class Hub:
+        def create_repo(self, repo: str, *, private: bool, exist_ok: bool) -> str:
+            calls.append(("create", repo, private))
+            return f"https://hub/{repo}"
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+            calls.append(("upload", repo_id, folder_path))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    assert targets.push(tmp_path, "me/mine", private=True) == "https://hub/me/mine"
+    assert calls == [("create", "me/mine", True), ("upload", "me/mine", tmp_path)]
