@@ -35,7 +35,7 @@ def _export(args: argparse.Namespace) -> int:
             raise ValueError(f"--to {target}: no such library; choose of {' '.join(TARGETS)}")
     if args.push_to_hub and len(targets) > 1:
         raise ValueError(f"--push_to_hub {args.push_to_hub}: takes one library, not {' '.join(targets)}")
-    out = args.out or args.path / "exported"
+    out = args.out or (args.path.parent if args.path.is_file() else args.path) / "exported"
     if is_fine_tuned(args.path):
         return _export_fine_tuned(args, targets, out)
     trained = open_trained(args.path, args.weights)

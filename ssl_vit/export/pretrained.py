@@ -222,7 +222,10 @@ def _open_file(file: Path) -> Pretrained:
 
 
 def _open_timm(name: str) -> Pretrained:
-    cfg = timm.get_pretrained_cfg(name)
+    try:
+        cfg = timm.get_pretrained_cfg(name)
+    except RuntimeError:  # no such tag
+        cfg = None
     if cfg is None or not cfg.has_weights:
         tags = timm.list_pretrained(f"{name.split('.')[0]}.*")
         hint = f"; it has {', '.join(tags)}" if tags else ""
