@@ -84,6 +84,8 @@ def test_commands_and_code_run(desk: Path) -> None:
     shape = "assert features.cls.shape == (1, 192) and features.patches.shape == (1, 196, 192)"
     run([sys.executable, "-c", f"{code}\n{shape}"], desk)
     assert (desk / "runs" / "mae_vit_tiny_patch16_224_openmoji" / "backbone.safetensors").exists()
+    exported = ["onnx", "timm", "torch_export", "torchvision", "transformers", "transformers_mae"]
+    assert sorted(path.name for path in (desk / "exported").iterdir()) == exported
     for name in ("knn", "linear", "retrieval", "segmentation"):
         assert (desk / "runs" / "mine" / f"{name}.json").exists()
 
@@ -96,7 +98,7 @@ def test_files_named_in_the_docs_exist() -> None:
 
 
 def test_every_setting_named_in_readme_exists() -> None:
-    scripts = ("pretrain_mae", "evaluate_knn", "linear_probe", "extract_features", "evaluate_segmentation")
+    scripts = ("pretrain_mae", "evaluate_knn", "linear_probe", "extract_features", "evaluate_segmentation", "export")
     text = "".join(run([sys.executable, f"scripts/{name}.py", "--help"], ROOT) for name in scripts)
     for flag in re.findall(r"`(--[a-z_.]+)", README):
         if flag not in ("--multi_gpu", "--standalone", "--config"):

@@ -219,20 +219,24 @@ def _write(folder: Path, trained: Trained, config: dict[str, Any], tensors: Tens
 
 
 def _preprocessing(trained: Trained) -> dict[str, Any]:
-    """Resize and centre crop as our evaluation does, bicubic; square sizes keep the aspect ratio."""
+    """Resize and centre crop as our evaluation does, bicubic.
+
+    No processor covers a box that is not square, so there pictures are brought to its shape as they are.
+    """
     height, width = trained.encoder.image_size
-    resized: dict[str, int]
     if height == width:
-        resized = {"shortest_edge": int(height / trained.crop_pct)}
-    else:  # the processor has no way to cover a box, so pictures are brought to its shape
-        resized = {"height": int(height / trained.crop_pct), "width": int(width / trained.crop_pct)}
+        fitted: dict[str, Any] = {
+            "image_processor_type": "BitImageProcessor",
+            "size": {"shortest_edge": int(height / trained.crop_pct)},
+            "do_center_crop": True,
+            "crop_size": {"height": height, "width": width},
+        }
+    else:
+        fitted = {"image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width}}
     return {
-        "image_processor_type": "BitImageProcessor" if height == width else "ViTImageProcessor",
+        **fitted,
         "do_convert_rgb": trained.encoder.in_chans == 3,
         "do_resize": True,
-        "size": resized,
-        "do_center_crop": True,
-        "crop_size": {"height": height, "width": width},
         "resample": 3,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
