@@ -38,7 +38,7 @@ class LinearProbeConfig:
     warmup: float = 0.0
     """Share of the passes over which the learning rate grows from 0; a cosine to 0 follows."""
     batch_size: int = 1024
-    """Pictures of a step; at most a tenth of those there are."""
+    """Pictures of a step; at most a tenth of those there are, and at least 2."""
     views: int = 0
     """Random crops and flips of each training picture, encoded once and taken in turns; 0 = the centre crop alone."""
     held_out: int = 10
@@ -118,7 +118,12 @@ def linear_probe(
         seed: draws the held-out part, the heads' first weights and the batches.
         device: where the heads are trained; None = where the features are.
         on_step: called after each step; `num_steps` says how many there are.
+
+    Raises:
+        ValueError: a batch norm is to learn from a single picture.
     """
+    if config.batch_norm and len(train_labels) < 2:
+        raise ValueError("batch_norm=True: needs at least 2 training pictures; give more, or --probe.batch_norm false")
     clean = train[0] if clean is None else clean
     device = device or clean["mean"].device
     labels = torch.from_numpy(train_labels).to(device)
@@ -128,7 +133,7 @@ def linear_probe(
     # A class that is only among the held-out rows cannot be learned and would say nothing about the heads.
     held_out &= np.isin(train_labels, train_labels[~held_out])
     grid = [(kind, base_lr) for kind in config.features for base_lr in config.base_lrs]
-    if len(grid) > 1 and held_out.any():
+    if len(grid) > 1 and held_out.any() and (~held_out).sum() > 1:
         heads = _train_heads(train, labels, everything[~held_out], grid, config, **settings)
         rows = torch.from_numpy(everything[held_out])
         answers = labels[rows.to(device)]
@@ -146,14 +151,19 @@ def linear_probe(
 
 def num_steps(num_rows: int, config: LinearProbeConfig) -> int:
     """Optimizer steps over `num_rows` training pictures, in both rounds together."""
-    fit = num_rows - num_rows // config.held_out
+    fit = num_rows - -(-num_rows // config.held_out)
     grid = len(config.features) * len(config.base_lrs)
     rounds = [fit, num_rows] if grid > 1 else [num_rows]
-    return sum(config.epochs * -(-rows // _batch_size(rows, config)) for rows in rounds)
+    return sum(config.epochs * _steps_per_epoch(rows, config) for rows in rounds)
 
 
 def _batch_size(num_rows: int, config: LinearProbeConfig) -> int:
-    return max(1, min(config.batch_size, num_rows // 10))
+    return max(2, min(config.batch_size, num_rows // 10))
+
+
+def _steps_per_epoch(num_rows: int, config: LinearProbeConfig) -> int:
+    """So few that none of evenly cut parts has a single row, from which a batch norm cannot learn."""
+    return max(1, min(-(-num_rows // _batch_size(num_rows, config)), num_rows // 2))
 
 
 def _train_heads(
@@ -180,12 +190,11 @@ def _train_heads(
         heads.append(Head(kind, base_lr, nn.Sequential(norm, linear).to(device)))
     optimizer = _optimizer(heads, config)
     order = np.random.default_rng((seed, 1))
-    steps_per_epoch = -(-len(rows) // batch_size)
+    steps_per_epoch = _steps_per_epoch(len(rows), config)
     for step in range(config.epochs * steps_per_epoch):
         epoch, position = divmod(step, steps_per_epoch)
         if position == 0:
             shuffled = order.permutation(rows)
-        # Evenly cut: a batch norm cannot learn from a last batch of one picture.
         chosen = torch.from_numpy(np.array_split(shuffled, steps_per_epoch)[position])
         batch = _rows(views[epoch % len(views)], chosen)
         targets = labels[chosen.to(device)]

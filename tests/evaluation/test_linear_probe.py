@@ -77,6 +77,24 @@ def test_the_same_call_gives_the_same_result_and_every_step_is_reported() -> Non
     assert len(steps) == num_steps(90, single)
 
 
+@pytest.mark.parametrize("n", range(3, 41))
+def test_a_batch_norm_learns_from_any_number_of_pictures(n: int) -> None:
+    """No batch may be of one picture, whatever remains of so few when some are held out."""
+    train, labels = toy(n)
+    steps = []
+    config = replace(QUICK, epochs=2, batch_norm=True, base_lrs=(0.1, 1.0))
+    found = linear_probe([train], labels, train, config, num_classes=4, on_step=lambda: steps.append(1))
+    assert len(found.predictions) == n
+    if n >= 5:  # of fewer, each is the only one of its class, and none is held out
+        assert len(steps) == num_steps(n, config)
+
+
+def test_a_batch_norm_refuses_a_single_picture() -> None:
+    train, labels = toy(1)
+    with pytest.raises(ValueError, match="batch_norm=True: needs at least 2 training pictures"):
+        linear_probe([train], labels, train, replace(QUICK, batch_norm=True), num_classes=4)
+
+
 def test_views_are_taken_in_turns_and_heads_compared_on_the_centre_crop() -> None:
     train, labels = toy(100)
     useless = {name: torch.zeros_like(values) for name, values in train.items()}
