@@ -99,7 +99,6 @@ def linear_probe(
     config: LinearProbeConfig,
     *,
     num_classes: int,
-    train_groups: Int[np.ndarray, " n"] | None = None,
     clean: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     device: torch.device | None = None,
@@ -113,7 +112,6 @@ def linear_probe(
         train: what `extract_features` returned for the training pictures, once for each view.
         train_labels: classes, 0 to `num_classes` - 1.
         test: the same of the pictures to classify, of the centre crop.
-        train_groups: rows of one group are variants of one picture and are held out together.
         clean: the training pictures' centre crop, on which heads are compared; None = the first of `train`.
         seed: draws the held-out part, the heads' first weights and the batches.
         device: where the heads are trained; None = where the features are.
@@ -129,7 +127,7 @@ def linear_probe(
     labels = torch.from_numpy(train_labels).to(device)
     everything = np.arange(len(train_labels))
     settings = {"num_classes": num_classes, "seed": seed, "on_step": on_step}
-    held_out = stratified_folds(train_labels, train_groups, config.held_out, seed) == 0
+    held_out = stratified_folds(train_labels, None, config.held_out, seed) == 0
     # A class that is only among the held-out rows cannot be learned and would say nothing about the heads.
     held_out &= np.isin(train_labels, train_labels[~held_out])
     grid = [(kind, base_lr) for kind in config.features for base_lr in config.base_lrs]

@@ -26,7 +26,6 @@ def logistic_predict(
     test: Float[Tensor, "m d"],
     *,
     num_classes: int,
-    train_groups: Int[np.ndarray, " n"] | None = None,
     seed: int = 0,
     l2: float | None = None,
 ) -> Int[Tensor, " m"]:
@@ -39,7 +38,6 @@ def logistic_predict(
     Args:
         train, test: finite features; both are standardised with the statistics of `train`.
         train_labels: classes, 0 to `num_classes` - 1. A class without training rows is never predicted.
-        train_groups: rows of one group are variants of one picture and are held out together.
         seed: draws the part of `train` that is held out to choose `l2`.
         l2: the strength; None = the value of `L2_GRID` with the lowest loss on a held-out fifth of `train`;
             the regression is then fitted again on all of `train`.
@@ -59,7 +57,7 @@ def logistic_predict(
     rotation = torch.linalg.eigh(train.T @ train).eigenvectors
     train, test = train @ rotation, test @ rotation
     if l2 is None:
-        l2 = _choose_l2(train, targets, len(present), train_groups, seed)
+        l2 = _choose_l2(train, targets, len(present), seed)
     weights = _fit(train, targets, l2, train.new_zeros(len(present), train.shape[1] + 1), tolerance=1e-5)
     return present[_logits(weights, test).argmax(dim=1)]
 
@@ -100,15 +98,9 @@ def _standardise(
     return (train - mean) / std, (test - mean) / std
 
 
-def _choose_l2(
-    train: Float[Tensor, "n d"],
-    targets: Int[Tensor, " n"],
-    num_classes: int,
-    groups: Int[np.ndarray, " n"] | None,
-    seed: int,
-) -> float:
+def _choose_l2(train: Float[Tensor, "n d"], targets: Int[Tensor, " n"], num_classes: int, seed: int) -> float:
     labels = targets.cpu().numpy()
-    held_out = stratified_folds(labels, groups, _HELD_OUT_FOLDS, seed) == 0
+    held_out = stratified_folds(labels, None, _HELD_OUT_FOLDS, seed) == 0
     # A class that is only among the held-out rows cannot be learned and would say nothing about the strength.
     held_out &= np.isin(labels, labels[~held_out])
     if not held_out.any():

@@ -110,19 +110,6 @@ def test_a_single_row_of_each_class_is_enough():
     assert logistic_predict(train, torch.tensor([2, 0, 1]), train, num_classes=3).tolist() == [2, 0, 1]
 
 
-def test_groups_are_held_out_together(monkeypatch):
-    train, labels = blobs(40)
-    train, labels = train.repeat_interleave(3, 0), labels.repeat_interleave(3)
-    groups = np.arange(120) // 3
-    seen = []
-    real = logistic._fit
-    monkeypatch.setattr(logistic, "_fit", lambda *args, **kw: seen.append(args[0]) or real(*args, **kw))
-    logistic_predict(train, labels, train, num_classes=4, train_groups=groups)
-    assert [len(seen[0]), len(seen[-1])] == [96, 120]
-    held_out = ~(seen[-1][:, None] == seen[0][None]).all(-1).any(1)
-    assert held_out.view(-1, 3).sum(1).unique().tolist() == [0, 3]
-
-
 def test_bad_input_is_refused():
     features = torch.zeros(3, 2)
     with pytest.raises(ValueError, match="num_classes is 3"):
