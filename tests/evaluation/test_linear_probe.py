@@ -29,11 +29,13 @@ def test_separable_features_reach_100_percent(preset: LinearProbeConfig) -> None
 @pytest.mark.parametrize("preset", [QUICK, PRESETS["mae"]])
 def test_shuffled_labels_stay_at_chance(preset: LinearProbeConfig) -> None:
     (train, labels), (test, answers) = toy(400), toy(2000, seed=1)
-    shuffled = np.random.default_rng(0).permutation(labels)
-    found = linear_probe([train], shuffled, test, replace(preset, epochs=10), num_classes=4)
-    # Whole clusters fall to one class or another, so the deviation is that of four clusters, not of 2000 pictures.
-    accuracy = (found.predictions.numpy() == answers).mean()
-    assert accuracy <= 0.75
+    accuracies = []
+    for seed in range(6):
+        shuffled = np.random.default_rng(seed).permutation(labels)
+        found = linear_probe([train], shuffled, test, replace(preset, epochs=3), num_classes=4)
+        accuracies.append((found.predictions.numpy() == answers).mean())
+    # Whole clusters fall to one class or another: of one shuffle alone the accuracy is a small number of quarters.
+    assert np.mean(accuracies) == pytest.approx(0.25, abs=0.1)
     noise, shuffled = toy(2000, seed=2, separable=False)
     found = linear_probe([noise], shuffled, test | toy(2000, 3, False)[0], replace(preset, epochs=3), num_classes=4)
     assert (found.predictions.numpy() == answers).mean() == pytest.approx(0.25, abs=4 * (0.25 * 0.75 / 2000) ** 0.5)
