@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+_PAIRS = 2**26  # of query and picture at once; each takes about 40 bytes
+
 
 class Retrieval(NamedTuple):
     """How well pictures of the same class are found. Shares, not percent."""
@@ -37,7 +39,7 @@ def retrieve(
     """Sort a gallery by cosine similarity to each query and score the order.
 
     Of equally similar pictures the earlier one in the gallery comes first. At most `chunk_size` x n similarities exist
-    at once.
+    at once, and at most 2^26.
 
     Args:
         gallery, queries: finite features. Without `queries` each picture of the gallery is one and finds the others.
@@ -55,13 +57,14 @@ def retrieve(
     answers = labels if query_labels is None else torch.from_numpy(query_labels).to(device)
     precision, found = [], []
     ranks = torch.arange(1, len(gallery) + 1 - own, device=device, dtype=torch.float64)
-    for start in range(0, len(queries), chunk_size):
-        similarity = queries[start : start + chunk_size] @ gallery.T
+    rows_at_once = max(1, min(chunk_size, _PAIRS // max(1, len(gallery))))
+    for start in range(0, len(queries), rows_at_once):
+        similarity = queries[start : start + rows_at_once] @ gallery.T
         if own:
             rows = torch.arange(len(similarity), device=device)
             similarity[rows, rows + start] = -torch.inf
         order = similarity.argsort(dim=1, descending=True, stable=True)
-        same = labels[order] == answers[start : start + chunk_size, None]
+        same = labels[order] == answers[start : start + rows_at_once, None]
         if own:
             same = same[:, :-1]  # the query itself
         same = same[same.any(dim=1)]

@@ -3,6 +3,7 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
+from ssl_vit.evaluation import retrieval
 from ssl_vit.evaluation.retrieval import retrieve
 
 
@@ -37,6 +38,24 @@ def test_equals_a_loop(own: bool, chunk_size: int) -> None:
     assert found.mean_average_precision == pytest.approx(expected[0])
     assert list(found.recall.values()) == pytest.approx(expected[1].tolist())
     assert found.num_queries == expected[2] < len(answers if not own else labels)
+
+
+def test_a_large_gallery_is_compared_with_fewer_queries_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    (gallery, labels), sizes, sort = data(40), [], torch.Tensor.argsort
+
+    def remember(values: torch.Tensor, *args, **settings) -> torch.Tensor:
+        sizes.append(len(values))
+        return sort(values, *args, **settings)
+
+    expected = retrieve(gallery, labels, None, None)
+    monkeypatch.setattr(torch.Tensor, "argsort", remember)
+    for pairs, rows in ((130, 3), (10, 1)):
+        monkeypatch.setattr(retrieval, "_PAIRS", pairs)
+        sizes.clear()
+        found = retrieve(gallery, labels, None, None)
+        assert max(sizes) == rows
+        assert found.recall == expected.recall
+        assert found.mean_average_precision == pytest.approx(expected.mean_average_precision)
 
 
 def test_perfect_features_and_useless_ones() -> None:
