@@ -89,37 +89,37 @@ class Segmentation(NamedTuple):
     """Mean IoU of each head on the part that it was picked on."""
 
 
-def confusion(
+def pixel_counts(
     predictions: Int64[Tensor, "h w"], mask: Int64[Tensor, "h w"], num_classes: int
-) -> Int64[Tensor, "classes classes"]:
-    """Pixels by class (row) and prediction (column); those of no class (-1) do not count."""
+) -> Int64[Tensor, "3 classes"]:
+    """Pixels of each class: recognised, there and predicted; those of no class (-1) do not count."""
     known = mask >= 0
-    pairs = mask[known] * num_classes + predictions[known]
-    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+    there, predicted = mask[known], predictions[known]
+    kinds = (there[there == predicted], there, predicted)
+    return torch.stack([kind.bincount(minlength=num_classes) for kind in kinds])
 
 
-def intersection_over_union(matrix: Int64[Tensor, "classes classes"]) -> dict[int, float]:
+def intersection_over_union(counts: Int64[Tensor, "3 classes"]) -> dict[int, float]:
     """IoU of each class that is there or was predicted."""
-    intersection = matrix.diagonal().double()
-    union = matrix.sum(dim=0) + matrix.sum(dim=1) - matrix.diagonal()
-    return {int(label): float(intersection[label] / union[label]) for label in union.nonzero().flatten()}
+    intersection, there, predicted = counts
+    union = there + predicted - intersection
+    labels = union.nonzero().flatten()
+    return dict(zip(labels.tolist(), (intersection[labels].double() / union[labels]).tolist(), strict=True))
 
 
-def mean_iou(matrix: Int64[Tensor, "classes classes"]) -> float:
+def mean_iou(counts: Int64[Tensor, "3 classes"]) -> float:
     """Mean over the classes that are there or were predicted."""
-    return float(np.mean(list(intersection_over_union(matrix).values())))
+    return float(np.mean(list(intersection_over_union(counts).values())))
 
 
-def bootstrap_interval(
-    matrices: Int64[Tensor, "n classes classes"], seed: int, draws: int = 1000
-) -> tuple[float, float]:
+def bootstrap_interval(counts: Int64[Tensor, "n 3 classes"], seed: int, draws: int = 1000) -> tuple[float, float]:
     """95 % interval of the mean IoU: pictures are drawn with replacement, and the middle 95 % of the results taken."""
     rng = np.random.default_rng(seed)
-    flat = matrices.flatten(1).double()
+    flat = counts.flatten(1).double()
     found = []
     for _ in range(draws):
         weights = torch.from_numpy(np.bincount(rng.integers(len(flat), size=len(flat)), minlength=len(flat))).double()
-        found.append(mean_iou((weights @ flat).round().long().view_as(matrices[0])))
+        found.append(mean_iou((weights @ flat).round().long().view_as(counts[0])))
     low, high = np.quantile(found, [0.025, 0.975])
     return float(low), float(high)
 
@@ -189,18 +189,18 @@ def segment(
     backbone: Backbone,
     config: SegmentationConfig,
     num_classes: int,
-) -> list[Int64[Tensor, "n classes classes"]]:
-    """The confusion matrix of each picture, for each head."""
+) -> list[Int64[Tensor, "n 3 classes"]]:
+    """The pixel counts of each picture, for each head; all that the scores need, and small for many classes too."""
     found: list[list[Tensor]] = [[] for _ in heads]
     loader = _loader(_Pairs(source, encoder.in_chans, backbone, None), config, backbone.device)
     for head in heads:
         head.eval()
     for images, masks in loader:
         tokens, grid = _tokens(encoder, images, backbone, config.num_layers)
-        for head, matrices in zip(heads, found, strict=True):
+        for head, counts in zip(heads, found, strict=True):
             predictions = _enlarge(head(tokens, grid), backbone).argmax(dim=1).cpu()
-            matrices += [confusion(*pair, num_classes) for pair in zip(predictions, masks, strict=True)]
-    return [torch.stack(matrices) for matrices in found]
+            counts += [pixel_counts(*pair, num_classes) for pair in zip(predictions, masks, strict=True)]
+    return [torch.stack(counts) for counts in found]
 
 
 class _Pairs(Dataset):
@@ -296,16 +296,16 @@ def _evaluate(
         if several:
             fit, pick = _hold_out(train, PICK_FOLDS, config.seed + 1)
             heads = train_heads(encoder, fit, config.base_lrs, backbone, config, num_classes, bar.update)
-            matrices = segment(encoder, heads, pick, backbone, config, num_classes)
-            held_out = {lr: mean_iou(m.sum(dim=0)) for lr, m in zip(config.base_lrs, matrices, strict=True)}
+            found = segment(encoder, heads, pick, backbone, config, num_classes)
+            held_out = {lr: mean_iou(counts.sum(dim=0)) for lr, counts in zip(config.base_lrs, found, strict=True)}
             best = max(held_out, key=lambda lr: held_out[lr])
         heads = train_heads(encoder, train, [best], backbone, config, num_classes, bar.update)
-    matrices = segment(encoder, heads, test, backbone, config, num_classes)[0]
-    total_matrix = matrices.sum(dim=0)
-    low, high = bootstrap_interval(matrices, config.seed)
-    accuracy = float(total_matrix.diagonal().sum() / total_matrix.sum())
+    counts = segment(encoder, heads, test, backbone, config, num_classes)[0]
+    total_counts = counts.sum(dim=0)
+    low, high = bootstrap_interval(counts, config.seed)
+    accuracy = float(total_counts[0].sum() / total_counts[1].sum())
     return Segmentation(
-        mean_iou(total_matrix), low, high, accuracy, intersection_over_union(total_matrix), best, held_out
+        mean_iou(total_counts), low, high, accuracy, intersection_over_union(total_counts), best, held_out
     )
 
 

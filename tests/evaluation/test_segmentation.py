@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.metrics import jaccard_score
+from sklearn.metrics import accuracy_score, jaccard_score
 
 from ssl_vit.evaluation import command
 from ssl_vit.evaluation.segmentation import (
     SegmentationConfig,
     bootstrap_interval,
-    confusion,
     evaluate_segmentation,
     intersection_over_union,
     mean_iou,
+    pixel_counts,
 )
 from ssl_vit.export import export_backbone
 from ssl_vit.models.vit import ViT
@@ -55,30 +55,36 @@ def test_iou_is_that_of_scikit_learn() -> None:
     generator = torch.Generator().manual_seed(0)
     mask = torch.randint(-1, 4, (30, 20), generator=generator)
     predictions = torch.randint(0, 4, (30, 20), generator=generator)
-    matrix = confusion(predictions, mask, 6)
+    counts = pixel_counts(predictions, mask, 6)
     known = mask >= 0
     theirs = jaccard_score(mask[known], predictions[known], average=None)
-    assert list(intersection_over_union(matrix)) == [0, 1, 2, 3]  # 4 and 5 are neither there nor predicted
-    assert list(intersection_over_union(matrix).values()) == pytest.approx(theirs.tolist())
-    assert mean_iou(matrix) == pytest.approx(theirs.mean())
+    assert list(intersection_over_union(counts)) == [0, 1, 2, 3]  # 4 and 5 are neither there nor predicted
+    assert list(intersection_over_union(counts).values()) == pytest.approx(theirs.tolist())
+    assert mean_iou(counts) == pytest.approx(theirs.mean())
+    right = accuracy_score(mask[known], predictions[known])
+    assert float(counts[0].sum() / counts[1].sum()) == pytest.approx(right)
 
 
 def test_iou_by_hand() -> None:
     mask = torch.tensor([[0, 0, 1, 1, -1]])
     predictions = torch.tensor([[0, 1, 1, 1, 0]])  # the last pixel belongs to no class and never counts
-    assert intersection_over_union(confusion(predictions, mask, 3)) == {0: 0.5, 1: 2 / 3}
+    counts = pixel_counts(predictions, mask, 3)
+    assert counts.tolist() == [[1, 2, 0], [2, 2, 0], [1, 3, 0]]
+    assert intersection_over_union(counts) == {0: 0.5, 1: 2 / 3}
 
 
 def test_the_interval_holds_the_value_and_narrows_with_more_pictures() -> None:
     generator = torch.Generator().manual_seed(0)
-    matrices = torch.randint(0, 20, (200, 3, 3), generator=generator) + 40 * torch.eye(3, dtype=torch.int64)
+    recognised, missed, wrong = torch.randint(0, 20, (3, 200, 3), generator=generator)
+    recognised += 20
+    counts = torch.stack([recognised, recognised + missed, recognised + wrong], dim=1)
     widths = []
-    for count in (20, 200):
-        low, high = bootstrap_interval(matrices[:count], seed=0, draws=200)
-        assert low < mean_iou(matrices[:count].sum(dim=0)) < high
+    for num in (20, 200):
+        low, high = bootstrap_interval(counts[:num], seed=0, draws=200)
+        assert low < mean_iou(counts[:num].sum(dim=0)) < high
         widths.append(high - low)
     assert widths[1] < 0.6 * widths[0]
-    assert bootstrap_interval(matrices, seed=0, draws=50) == bootstrap_interval(matrices, seed=0, draws=50)
+    assert bootstrap_interval(counts, seed=0, draws=50) == bootstrap_interval(counts, seed=0, draws=50)
 
 
 def test_colours_that_give_the_class_are_found_and_shuffled_masks_are_not(backbone: Path, tmp_path: Path) -> None:
