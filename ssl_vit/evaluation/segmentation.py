@@ -22,6 +22,7 @@ from ssl_vit.data.loader import choose_num_workers
 from ssl_vit.data.sampler import SampleKey, StepSampler, sample_rng
 from ssl_vit.distributed import process_index
 from ssl_vit.evaluation.command import Backbone, PicturesConfig, data_config, untrained, write_result
+from ssl_vit.evaluation.features import EvalTransform
 from ssl_vit.evaluation.masks import MaskedSource, centre_pair, open_masked, random_pair
 from ssl_vit.evaluation.scores import lay_out
 from ssl_vit.models.encoder import Encoder
@@ -165,13 +166,7 @@ def train_heads(
     for step, (images, masks) in enumerate(loader):
         tokens, grid = _tokens(encoder, images, backbone, config.num_layers)
         masks = masks.to(device, non_blocking=True)
-        losses = []
-        for head in heads:
-            logits = _enlarge(head(tokens, grid), backbone)
-            # A batch without any known pixel has no mean.
-            losses.append(
-                F.cross_entropy(logits, masks, ignore_index=-1, reduction="sum") / (masks >= 0).sum().clamp(1)
-            )
+        losses = [_loss(_enlarge(head(tokens, grid), backbone.transform), masks) for head in heads]
         for group in optimizer.param_groups:
             group["lr"] = warmup_cosine(step / config.steps, 0.1, group["base_lr"], 0.0)
         optimizer.zero_grad()
@@ -198,7 +193,7 @@ def segment(
     for images, masks in loader:
         tokens, grid = _tokens(encoder, images, backbone, config.num_layers)
         for head, counts in zip(heads, found, strict=True):
-            predictions = _enlarge(head(tokens, grid), backbone).argmax(dim=1).cpu()
+            predictions = _enlarge(head(tokens, grid), backbone.transform).argmax(dim=1).cpu()
             counts += [pixel_counts(*pair, num_classes) for pair in zip(predictions, masks, strict=True)]
     return [torch.stack(counts) for counts in found]
 
@@ -247,11 +242,25 @@ def _tokens(
     return torch.cat([features.patches for features in layers], dim=2).float(), grid
 
 
-def _enlarge(logits: Float[Tensor, "b k r s"], backbone: Backbone) -> Float[Tensor, "b k h w"]:
+def _enlarge(logits: Float[Tensor, "b k r s"], transform: EvalTransform) -> Float[Tensor, "b k h w"]:
     """To the size of the masks; what belongs to padding is cut off."""
-    (height, width), (below, right) = backbone.transform.size, backbone.transform.padding
-    enlarged = F.interpolate(logits, (height + below, width + right), mode="bilinear", align_corners=False)
-    return enlarged[..., :height, :width]
+    (height, width), (below, right) = transform.size, transform.padding
+    rows = _stretch(logits.shape[2], height + below, logits.device)[:, :height]
+    columns = _stretch(logits.shape[3], width + right, logits.device)[:, :width]
+    # The gradient of F.interpolate has no fixed order of sums on CUDA, that of products has.
+    return rows.T @ (logits @ columns)
+
+
+def _loss(logits: Float[Tensor, "b k h w"], masks: Int64[Tensor, "b h w"]) -> Float[Tensor, ""]:
+    """Mean cross-entropy of the pixels that belong to a class; 0 where there are none."""
+    # Flat, since that of maps has no fixed order of sums on CUDA.
+    flat = rearrange(logits, "b k h w -> (b h w) k")
+    return F.cross_entropy(flat, masks.flatten(), ignore_index=-1, reduction="sum") / (masks >= 0).sum().clamp(1)
+
+
+def _stretch(length: int, to: int, device: torch.device) -> Float[Tensor, "length to"]:
+    """What a line of values is multiplied by to be enlarged linearly."""
+    return F.interpolate(torch.eye(length, device=device)[None], to, mode="linear", align_corners=False)[0]
 
 
 def evaluate_segmentation(path: Path, config: SegmentationConfig) -> None:

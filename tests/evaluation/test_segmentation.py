@@ -5,12 +5,16 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from sklearn.metrics import accuracy_score, jaccard_score
 
 from ssl_vit.evaluation import command
+from ssl_vit.evaluation.features import EvalTransform
 from ssl_vit.evaluation.segmentation import (
     SegmentationConfig,
+    _enlarge,
+    _loss,
     bootstrap_interval,
     evaluate_segmentation,
     intersection_over_union,
@@ -71,6 +75,36 @@ def test_iou_by_hand() -> None:
     counts = pixel_counts(predictions, mask, 3)
     assert counts.tolist() == [[1, 2, 0], [2, 2, 0], [1, 3, 0]]
     assert intersection_over_union(counts) == {0: 0.5, 1: 2 / 3}
+
+
+@pytest.mark.parametrize(("size", "padding"), [((32, 32), (0, 0)), ((36, 44), (4, 4)), ((30, 7), (2, 1))])
+def test_the_enlargement_is_torchs_bilinear_one(size: tuple[int, int], padding: tuple[int, int]) -> None:
+    transform = EvalTransform(size, (0.5,) * 3, (0.5,) * 3, padding=padding)
+    logits = torch.randn(2, 3, 5, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    whole = (size[0] + padding[0], size[1] + padding[1])
+    expected = F.interpolate(logits, whole, mode="bilinear", align_corners=False)[..., : size[0], : size[1]]
+    found = _enlarge(logits, transform)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    weights = torch.randn_like(expected)
+    gradients = [torch.autograd.grad((values * weights).sum(), logits)[0] for values in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+
+
+def test_the_loss_is_that_of_known_pixels_and_sums_in_a_fixed_order_on_cuda() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 4, 4, generator=generator, requires_grad=True)
+    masks = torch.randint(-1, 3, (2, 16, 16), generator=generator)
+    enlarged = _enlarge(logits, EvalTransform((16, 16), (0.5,) * 3, (0.5,) * 3))
+    loss = _loss(enlarged, masks)
+    torch.testing.assert_close(loss, F.cross_entropy(enlarged, masks, ignore_index=-1))
+    assert _loss(enlarged, torch.full_like(masks, -1)) == 0
+    pending, names = [loss.grad_fn], []
+    while pending:
+        node = pending.pop()
+        if node is not None:
+            names.append(node.name())
+            pending += [parent for parent, _ in node.next_functions]
+    assert not [name for name in names if "NllLoss2D" in name or "Upsample" in name]
 
 
 def test_the_interval_holds_the_value_and_narrows_with_more_pictures() -> None:
