@@ -341,12 +341,15 @@ def _hold_out(source: MaskedSource, folds: int, seed: int) -> tuple[MaskedSource
 def _count_classes(train: MaskedSource, test: MaskedSource) -> int:
     """One more than the highest class; all masks are read, so that what is wrong with one is found at once."""
     learned, tested = (
-        set(torch.cat([source.mask(row).unique() for row in range(len(source))]).unique().tolist()) - {-1}
+        set(torch.cat([source.mask(row).unique() for row in range(len(source))]).unique().tolist())
         for source in (train, test)
     )
+    ignored, learned, tested = -1 in learned, learned - {-1}, tested - {-1}
     if len(learned) < 2:
         held = f"only class {learned.pop()}" if learned else "no class"
-        raise ValueError(f"source={train.images.name!r}: the masks hold {held}; segmentation needs at least two")
+        hint = f"; {train.ignore_index} is taken for pixels of no class: where it is one, give --ignore_index -1"
+        hint = hint if ignored else ""
+        raise ValueError(f"source={train.images.name!r}: the masks hold {held}; segmentation needs at least two{hint}")
     if tested - learned:
         shown = ", ".join(map(str, sorted(tested - learned)[:10]))
         raise ValueError(f"the test masks of {test.images.name!r} hold classes that the training masks lack: {shown}")

@@ -163,6 +163,26 @@ def test_folders_of_pictures_and_masks_of_any_size(backbone: Path, tmp_path: Pat
     assert json.loads((backbone / "segmentation.json").read_text())["backbone"]["miou"] > 0.3
 
 
+def test_masks_of_0_and_255_are_classes_when_told(
+    backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    masks = [Image.fromarray(rng.choice(np.array([0, 255], np.uint8), (32, 32))) for _ in range(10)]
+    kinds = datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
+    source = tmp_path / "binary.parquet"
+    rows = {"image": [mask.convert("RGB") for mask in masks], "mask": masks}
+    datasets.Dataset.from_dict(rows, kinds).to_parquet(str(source))
+    flags = [*QUICK, "--steps=2", "--baselines=[]"]
+    capsys.readouterr()
+    assert run(backbone, f"--source={source}", *flags) == 2
+    message = capsys.readouterr().err
+    assert "hold only class 0; segmentation needs at least two; 255 is taken for pixels of no class" in message
+    assert message.rstrip().endswith("give --ignore_index -1")
+    assert run(backbone, f"--source={source}", *flags, "--ignore_index", "-1") == 0
+    iou = json.loads((backbone / "segmentation.json").read_text())["backbone"]["iou"]
+    assert {"0", "255"} <= set(iou)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
