@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -79,6 +79,8 @@ class LabelledConfig(PicturesConfig):
     """Everything random follows from it."""
     cache: bool = True
     """Keep features beside the backbone, and read them where nothing they follow from has changed."""
+    output: str | None = None
+    """JSON file to write; `null` = one beside the backbone, named after the evaluation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -229,7 +231,7 @@ class Task:
             "num_test": len(self.split.labels if self.split.test_labels is None else self.split.test_labels),
             "num_classes": self.split.num_classes,
             "image_size": list(self.backbone.transform.size),
-            "seed": self.config.seed,
+            "settings": asdict(self.config),
         }
 
 
@@ -297,10 +299,19 @@ def main(
     return 0
 
 
-def write_result(folder: Path, name: str, result: Mapping[str, Any]) -> None:
-    """Write a result beside the backbone, and say where."""
-    file = folder / f"{name}.json"
-    file.write_text(json.dumps(result, indent=2) + "\n")
+def write_result(default: Path, output: str | None, result: Mapping[str, Any]) -> None:
+    """Write a result to the file that was named, or to the default one, and say where.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    file = default if output is None else Path(output)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result, indent=2) + "\n")
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"{file}: the result cannot be written ({reason}); name another file with --output") from error
     print(f"written to {file}")
 
 

@@ -86,7 +86,7 @@ def check_feature(kind: str | None) -> None:
 
 
 def evaluate_knn(path: Path, config: KNNConfig) -> None:
-    """Score a backbone by k-NN for several k: a table, and knn.json beside the backbone."""
+    """Score a backbone by k-NN for several k: a table, and a JSON file."""
     task = Task.open(path, config)
     feature = config.feature or task.backbone.feature
     rows: dict[str, dict[str, Score]] = {}
@@ -96,8 +96,8 @@ def evaluate_knn(path: Path, config: KNNConfig) -> None:
             rows[name] = _knn(task, train[0], test, config, "mean" if name == "pixels" else feature)
     if process_index() == 0:
         print(format_table(rows))
-        settings = {"feature": feature, "temperature": config.temperature}
-        write_result(task.backbone.folder, "knn", {**task.describe(), **settings, **scores_to_json(rows)})
+        result = {**task.describe(), "feature": feature, **scores_to_json(rows)}
+        write_result(task.backbone.folder / "knn.json", config.output, result)
 
 
 def _knn(
@@ -117,7 +117,7 @@ def _knn(
 
 
 def evaluate_retrieval(path: Path, config: RetrievalConfig) -> None:
-    """Score a backbone by retrieval: a table, and retrieval.json beside the backbone."""
+    """Score a backbone by retrieval: a table, and a JSON file."""
     task = Task.open(path, config)
     device, split = task.backbone.device, task.split
     feature = config.feature or task.backbone.feature
@@ -136,11 +136,12 @@ def evaluate_retrieval(path: Path, config: RetrievalConfig) -> None:
             lines.append([name, *(f"{100 * share:.1f}" for share in shares), str(item.num_queries)])
         print(lay_out(lines))
         rows = {name: item._asdict() for name, item in found.items()}
-        write_result(task.backbone.folder, "retrieval", {**task.describe(), "feature": feature, **rows})
+        result = {**task.describe(), "feature": feature, **rows}
+        write_result(task.backbone.folder / "retrieval.json", config.output, result)
 
 
 def evaluate_linear(path: Path, config: LinearConfig, probe: LinearProbeConfig) -> None:
-    """Score a backbone by a linear probe and from few labels: tables, and linear.json beside the backbone."""
+    """Score a backbone by a linear probe and from few labels: tables, and a JSON file."""
     task = Task.open(path, config)
     config = replace(config, feature=config.feature or task.backbone.feature)
     feature = str(config.feature)
@@ -170,11 +171,11 @@ def evaluate_linear(path: Path, config: LinearConfig, probe: LinearProbeConfig) 
     print(f"balanced accuracy {100 * balanced:.1f} %")
     if config.shots:
         print(f"\n{_format_few_shot(few, config.draws)}")
-    method = {"logistic": True, "feature": feature} if config.logistic else {"probe": asdict(probe)}
-    result = {**task.describe(), **method, **scores_to_json(rows), "heads": heads}
+    method = {} if config.logistic else {"probe": asdict(probe)}
+    result = {**task.describe(), "feature": feature, **method, **scores_to_json(rows), "heads": heads}
     result["few_shot"] = {name: [item._asdict() for item in items] for name, items in few.items()}
     result["classes"] = [item._asdict() for item in classes]
-    write_result(task.backbone.folder, "linear", result)
+    write_result(task.backbone.folder / "linear.json", config.output, result)
 
 
 def _linear(

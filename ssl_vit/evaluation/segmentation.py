@@ -60,6 +60,8 @@ class SegmentationConfig(PicturesConfig):
     """What stands beside the backbone: untrained (the architecture with fresh weights)."""
     seed: int = 0
     """Everything random follows from it."""
+    output: str | None = None
+    """JSON file to write; `null` = segmentation.json beside the backbone."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -264,7 +266,7 @@ def _stretch(length: int, to: int, device: torch.device) -> Float[Tensor, "lengt
 
 
 def evaluate_segmentation(path: Path, config: SegmentationConfig) -> None:
-    """Score a backbone by linear segmentation: a table, and segmentation.json beside the backbone."""
+    """Score a backbone by linear segmentation: a table, and a JSON file."""
     backbone = Backbone.load(path, config)
     train, test, test_name = _open(backbone, config)
     if process_index() != 0:  # heads are small and the encoder is run once a picture and step: one process does it
@@ -283,9 +285,9 @@ def evaluate_segmentation(path: Path, config: SegmentationConfig) -> None:
     print(f"tested on {test_name}\n{lay_out(lines)}\n")
     print(lay_out([["class", "IoU, %"], *([str(k), f"{100 * v:.1f}"] for k, v in rows["backbone"].iou.items())]))
     result = {"backbone": str(backbone.file), "test": test_name, "num_classes": num_classes, "num_train": len(train)}
-    settings = asdict(config)
     scores = {name: item._asdict() for name, item in rows.items()}
-    write_result(backbone.folder, "segmentation", {**result, "settings": settings, **scores})
+    result = {**result, "settings": asdict(config), **scores}
+    write_result(backbone.folder / "segmentation.json", config.output, result)
 
 
 def _evaluate(

@@ -105,6 +105,42 @@ def test_another_size(backbone: Path, photo_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "flags"),
+    [("knn", ["--temperature=0.1"]), ("retrieval", []), ("linear", ["--logistic=true", "--shots=[]", "--folds=3"])],
+)
+def test_a_result_has_its_settings_and_can_go_to_a_file_of_its_own(
+    backbone: Path, photo_folder: Path, tmp_path: Path, name: str, flags: list[str]
+) -> None:
+    output = tmp_path / "results" / "b.json"
+    given = [f"--source={photo_folder}", "--baselines=[]", "--crop_pct=0.9", "--precision=no", *flags]
+    assert run(name, backbone, *given) == 0
+    written = (backbone / f"{name}.json").read_text()
+    assert run(name, backbone, *given, f"--output={output}", "--max_images=30") == 0
+    assert (backbone / f"{name}.json").read_text() == written
+    first, second = json.loads(written), json.loads(output.read_text())
+    assert (first["num_train"], second["num_train"]) == (40, 30)
+    assert (first["settings"]["output"], second["settings"]["output"]) == (None, str(output))
+    known = {"split": "train", "crop_pct": 0.9, "precision": "no", "max_images": 30, "seed": 0, "baselines": []}
+    known |= {flag[2:].split("=")[0]: json.loads(flag.split("=")[1]) for flag in flags}
+    assert known.items() <= second["settings"].items()
+    assert second["feature"] == "cls"
+
+
+def test_a_result_that_cannot_be_written_ends_in_one_line(
+    backbone: Path, photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for output, reason in (("file/knn.json", ""), (".", "Is a directory")):
+        file = tmp_path / output
+        assert run("knn", backbone, f"--source={photo_folder}", "--baselines=[]", f"--output={file}") == 2
+        captured = capsys.readouterr()
+        assert "k=10" in captured.out
+        message = captured.err.splitlines()[-1]
+        assert message.startswith(f"error: {file}: the result cannot be written ({reason}")
+        assert message.endswith("name another file with --output")
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         ([], "--source: name the pictures"),

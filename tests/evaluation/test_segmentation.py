@@ -131,8 +131,10 @@ def test_colours_that_give_the_class_are_found_and_shuffled_masks_are_not(backbo
     assert set(found["backbone"]["held_out"]) == {"0.01", "0.1"}
     assert (found["num_classes"], found["num_train"]) == (2, 40)
     shuffled = write(tmp_path / "shuffled.parquet", 40, shuffled=True)
-    assert run(backbone, f"--source={shuffled}", f"--test_source={test}", *flags) == 0
-    assert json.loads((backbone / "segmentation.json").read_text())["backbone"]["miou"] < 0.5
+    output = tmp_path / "shuffled.json"
+    assert run(backbone, f"--source={shuffled}", f"--test_source={test}", f"--output={output}", *flags) == 0
+    assert json.loads(output.read_text())["backbone"]["miou"] < 0.5
+    assert json.loads((backbone / "segmentation.json").read_text()) == found
 
 
 def test_without_a_test_source_a_fifth_is_held_out_and_the_result_repeats_itself(
