@@ -3,7 +3,8 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,26 +53,34 @@ def cached_features(
     if file is not None and process_index() == 0:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = file.with_suffix(".unfinished")
-            save_file({name: value.contiguous() for name, value in features.items()}, unfinished)
-            unfinished.replace(file)
+            # Two scripts may write the same features at once.
+            with tempfile.TemporaryDirectory(dir=file.parent, prefix="unfinished-") as unfinished:
+                save_file({name: value.contiguous() for name, value in features.items()}, Path(unfinished) / file.name)
+                (Path(unfinished) / file.name).replace(file)
         except (SafetensorError, OSError) as error:
             print(f"Features are not kept for the next time: {error}")
     return features
 
 
 def feature_key(
-    backbone: str, source: Source, rows: Int[np.ndarray, " n"], transform: EvalTransform, dtype: torch.dtype | None
+    backbone: str,
+    encoder: Mapping[str, Any],
+    source: Source,
+    rows: Int[np.ndarray, " n"],
+    transform: EvalTransform,
+    dtype: torch.dtype | None,
 ) -> str:
     """A name for features that changes with all they follow from.
 
     Args:
         backbone: hash of the weights, see `hash_file`.
+        encoder: settings that the encoder is built with; not all of them show in the weights.
         dtype: number format the encoder ran in; None = its own.
     """
     described = {
         "format": _FORMAT,
         "backbone": backbone,
+        "encoder": dict(encoder),
         "source": fingerprint(source, rows),
         "transform": dataclasses.asdict(transform),
         "dtype": str(dtype),

@@ -113,6 +113,11 @@ class Backbone:
     def folder(self) -> Path:
         return self.file.parent
 
+    @property
+    def encoder_settings(self) -> dict[str, Any]:
+        """What the encoder is built with, as in config.json."""
+        return asdict(read_encoder_config(self.folder))
+
     @classmethod
     def load(cls, path: Path, config: PicturesConfig) -> "Backbone":
         """Load what a run exported.
@@ -212,7 +217,7 @@ class Task:
             if digest is None:
                 features = extract()
             else:
-                key = feature_key(digest, source, rows, transform, backbone.autocast_dtype)
+                key = feature_key(digest, backbone.encoder_settings, source, rows, transform, backbone.autocast_dtype)
                 features = cached_features(backbone.folder / "features", key, num_layers, extract)
             if process_index() == 0:
                 for values in features.values():

@@ -103,7 +103,7 @@ def extract(path: Path, config: ExtractConfig) -> None:
 
 def _describe(backbone: Backbone, source: Source, config: ExtractConfig) -> dict[str, Any]:
     """Where features come from; two extractions with the same description give the same file."""
-    digest, rows = hash_file(backbone.file), np.arange(len(source))
+    digest, rows, settings = hash_file(backbone.file), np.arange(len(source)), backbone.encoder_settings
     grid = tuple(
         (size + padding) // patch
         for size, padding, patch in zip(
@@ -118,9 +118,10 @@ def _describe(backbone: Backbone, source: Source, config: ExtractConfig) -> dict
         "ssl_vit_version": ssl_vit.__version__,
         "backbone": str(backbone.file),
         "backbone_sha256": digest,
+        "encoder": json.loads(json.dumps(settings)),
         "source": source.name,
         "num_rows": len(source),
-        "key": feature_key(digest, source, rows, backbone.transform, backbone.autocast_dtype),
+        "key": feature_key(digest, settings, source, rows, backbone.transform, backbone.autocast_dtype),
         "transform": json.loads(json.dumps(asdict(backbone.transform))),
         "precision": str(backbone.autocast_dtype),
         "feature": feature,

@@ -1,11 +1,14 @@
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from ssl_vit.data.sources import DataConfig, open_source
+from ssl_vit.evaluation import cache
 from ssl_vit.evaluation.cache import cached_features, feature_key, fingerprint, hash_file
 from ssl_vit.evaluation.features import EvalTransform
 
@@ -50,6 +53,22 @@ def test_a_damaged_file_is_written_anew(tmp_path: Path) -> None:
     assert cached_features(tmp_path, "key", 1, extract)["cls"][0, 0, 0] == 2
 
 
+def test_two_scripts_write_the_same_features_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one begins and ends while the first one writes."""
+    first, second, save = Extract(), Extract(), cache.save_file
+
+    def interrupted(tensors: dict[str, torch.Tensor], file: Path) -> None:
+        save(tensors, file)
+        monkeypatch.setattr(cache, "save_file", save)
+        cached_features(tmp_path, "key", 1, second)
+
+    monkeypatch.setattr(cache, "save_file", interrupted)
+    cached_features(tmp_path, "key", 1, first)
+    cached_features(tmp_path, "key", 1, first)
+    assert (first.calls, second.calls) == (1, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["key.safetensors"]
+
+
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     extract = Extract()
@@ -62,17 +81,26 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path, capsys: pyt
 def test_the_key_changes_with_all_that_features_follow_from(photo_folder: Path) -> None:
     source = open_source(DataConfig(source=str(photo_folder)))
     rows = np.arange(5)
-    first = feature_key("a", source, rows, TRANSFORM, None)
-    assert first == feature_key("a", open_source(DataConfig(source=str(photo_folder))), rows, TRANSFORM, None)
-    others = [
-        feature_key("b", source, rows, TRANSFORM, None),
-        feature_key("a", source, rows + 1, TRANSFORM, None),
-        feature_key("a", source, rows[::-1], TRANSFORM, None),
-        feature_key("a", source, rows, EvalTransform((32, 32), (0.5,) * 3, (0.5,) * 3, crop_pct=1.0), None),
-        feature_key("a", source, rows, EvalTransform((32, 32), (0.5,) * 3, (0.5,) * 3, view=0), None),
-        feature_key("a", source, rows, TRANSFORM, torch.bfloat16),
+    given = {
+        "backbone": "a",
+        "encoder": {"num_heads": 4},
+        "source": source,
+        "rows": rows,
+        "transform": TRANSFORM,
+        "dtype": None,
+    }
+    first = feature_key(**given)
+    assert first == feature_key(**(given | {"source": open_source(DataConfig(source=str(photo_folder)))}))
+    changes: list[dict[str, Any]] = [
+        {"backbone": "b"},
+        {"encoder": {"num_heads": 2}},
+        {"rows": rows + 1},
+        {"rows": rows[::-1]},
+        {"transform": replace(TRANSFORM, crop_pct=1.0)},
+        {"transform": replace(TRANSFORM, view=0)},
+        {"dtype": torch.bfloat16},
     ]
-    assert len({first, *others}) == 7
+    assert len({first, *(feature_key(**(given | change)) for change in changes)}) == 8
 
 
 def test_pictures_that_change_are_noticed(photo_folder: Path, tmp_path: Path) -> None:

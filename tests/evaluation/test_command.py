@@ -73,6 +73,26 @@ def test_a_table_is_printed_and_written_and_repeats_itself(
     assert capsys.readouterr().out == text
 
 
+@pytest.mark.parametrize("name", ["knn", "retrieval"])
+def test_pictures_are_encoded_once_for_a_backbone(
+    backbone: Path, photo_folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    given = [backbone, f"--source={photo_folder}", "--baselines=[]"]
+    assert run(name, *given) == 0
+
+    def fail(*args: object, **settings: object) -> None:
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(command, "extract_features", fail)
+    assert run(name, *given) == 0
+    # The same weights in another architecture give other features.
+    config = json.loads((backbone / "config.json").read_text())
+    config["ssl_vit"]["encoder"]["num_heads"] = 2
+    (backbone / "config.json").write_text(json.dumps(config))
+    with pytest.raises(AssertionError, match="encoded again"):
+        run(name, *given)
+
+
 def test_red_discs_and_blue_squares_are_told_apart(backbone: Path, photo_folder: Path) -> None:
     assert run("linear", backbone, f"--source={photo_folder}", f"--test_source={photo_folder}") == 0
     result = json.loads((backbone / "linear.json").read_text())
