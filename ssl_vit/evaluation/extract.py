@@ -31,6 +31,7 @@ from ssl_vit.evaluation.evaluate import check_finite
 from ssl_vit.evaluation.features import FEATURES, num_layers_for, select_feature, stream_features
 
 _SETTINGS_FILE = "settings.json"
+_OWN_COLUMNS = ("row", "path", "label", "embedding", "patches")
 
 
 @dataclass(frozen=True)
@@ -267,7 +268,27 @@ def _check_ids(source: Source, config: ExtractConfig) -> pa.DataType | None:
     text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
     if not pa.types.is_integer(kind) and not (text and config.output.endswith(".parquet")):
         raise ValueError(f"ids={config.ids!r}: holds {kind}; parquet takes text and integers, safetensors integers")
+    if config.output.endswith(".parquet"):
+        if config.ids in _OWN_COLUMNS:
+            raise ValueError(
+                f"ids={config.ids!r}: a column of this name is written anyway; rename yours, or write safetensors"
+            )
+    else:
+        _check_numbers(source.columns.select_columns([config.ids]).with_format("arrow"), config.ids)
     return kind
+
+
+def _check_numbers(column: Any, name: str, rows_at_once: int = 100_000) -> None:
+    """Refuse what the 64 bits of a tensor of ids have no room for."""
+    for start in range(0, len(column), rows_at_once):
+        values = column[start : start + rows_at_once].column(0)
+        if values.null_count:
+            row = start + values.is_null().index(True).as_py()
+            raise ValueError(f"ids={name!r}: row {row} holds none, which safetensors cannot say; write parquet")
+        try:
+            values.cast(pa.int64())
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"ids={name!r}: does not fit int64 of safetensors ({error}); write parquet") from error
 
 
 def _columns(source: Source, ids: str | None) -> Callable[[int, int], dict[str, pa.Array]]:
@@ -339,7 +360,7 @@ def _write_safetensors(
                     out.write(tensors[name].contiguous().numpy().tobytes())
                 else:
                     values = columns(start, start + len(tensors["embeddings"]))[name.removesuffix("s")]
-                    out.write(values.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+                    out.write(values.cast(pa.int64()).to_numpy(zero_copy_only=False).astype("<i8").tobytes())
 
 
 def _read(parts: list[Path], described: dict[str, Any]) -> Iterator[tuple[int, dict[str, Num[Tensor, "r ..."]]]]:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from ssl_vit.data.sources import DataConfig, open_source
@@ -127,6 +129,51 @@ def test_ids_are_carried_along(
     assert "ids='name': holds string; parquet takes text and integers" in capsys.readouterr().err
     assert run(backbone, parquet, tmp_path / "x.parquet", "--ids=nam") == 2
     assert "ids='nam': no such column; did you mean 'name'? there are: name, number" in capsys.readouterr().err
+
+
+@pytest.fixture
+def numbered(tmp_path: Path) -> Path:
+    """Three pictures with columns of numbers, and with names of columns that parquet output has itself."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "picture.png")
+    picture = {"bytes": (tmp_path / "picture.png").read_bytes(), "path": None}
+    columns = {
+        "image": pa.array([picture] * 3, pa.struct({"bytes": pa.binary(), "path": pa.string()})),
+        "large": pa.array([2**53 + 1, -(2**63), 2**63 - 1], pa.int64()),
+        "gap": pa.array([2**53 + 1, None, 3], pa.int64()),
+        "unsigned": pa.array([0, 1, 2**63], pa.uint64()),
+        **{name: pa.array([5, 6, 7]) for name in ("row", "path", "label", "embedding", "patches")},
+    }
+    file = tmp_path / "numbered.parquet"
+    pq.write_table(pa.table(columns), file)
+    return file
+
+
+def test_ids_keep_every_digit(
+    backbone: Path, numbered: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(backbone, numbered, tmp_path / "large.safetensors", "--ids=large", "--rows_per_part=2") == 0
+    assert load_file(tmp_path / "large.safetensors")["ids"].tolist() == [2**53 + 1, -(2**63), 2**63 - 1]
+    for name, values in {"gap": [2**53 + 1, None, 3], "unsigned": [0, 1, 2**63]}.items():
+        file = tmp_path / f"{name}.parquet"
+        assert run(backbone, numbered, file, f"--ids={name}", "--rows_per_part=2") == 0
+        assert pq.read_table(file).column(name).to_pylist() == values
+    capsys.readouterr()
+    for name, reason in {"gap": "row 1 holds none", "unsigned": "does not fit int64"}.items():
+        assert run(backbone, numbered, tmp_path / "x.safetensors", f"--ids={name}") == 2
+        message = capsys.readouterr().err
+        assert f"ids='{name}': {reason}" in message
+        assert message.rstrip().endswith("write parquet")
+    assert not list(tmp_path.glob("x.safetensors*"))
+
+
+@pytest.mark.parametrize("name", ["row", "path", "label", "embedding", "patches"])
+def test_ids_do_not_replace_what_is_written_anyway(
+    backbone: Path, numbered: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert run(backbone, numbered, tmp_path / "x.parquet", f"--ids={name}") == 2
+    assert f"ids='{name}': a column of this name is written anyway" in capsys.readouterr().err
+    assert run(backbone, numbered, tmp_path / "x.safetensors", f"--ids={name}") == 0
+    assert load_file(tmp_path / "x.safetensors")["ids"].tolist() == [5, 6, 7]
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "safetensors"])
