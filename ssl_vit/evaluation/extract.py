@@ -31,6 +31,8 @@ from ssl_vit.evaluation.evaluate import check_finite
 from ssl_vit.evaluation.features import FEATURES, num_layers_for, select_feature, stream_features
 
 _SETTINGS_FILE = "settings.json"
+# Where features come from in words; what they follow from is told by the hash of the weights and by the key.
+_PROVENANCE = ("ssl_vit_version", "backbone", "source")
 _OWN_COLUMNS = ("row", "path", "label", "embedding", "patches")
 
 
@@ -51,7 +53,7 @@ class ExtractConfig(PicturesConfig):
     rows_per_part: int | None = None
     """Pictures after which what is done is put on disk; `null` = about 64 MiB of features."""
     fresh: bool = False
-    """Start anew: what is there already is overwritten."""
+    """Overwrite what is there already. Killed, the same command goes on here too."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,7 +105,7 @@ def extract(path: Path, config: ExtractConfig) -> None:
 
 
 def _describe(backbone: Backbone, source: Source, config: ExtractConfig) -> dict[str, Any]:
-    """Where features come from; two extractions with the same description give the same file."""
+    """Where features come from; two extractions with the same description but for provenance give the same features."""
     digest, rows, settings = hash_file(backbone.file), np.arange(len(source)), backbone.encoder_settings
     grid = tuple(
         (size + padding) // patch
@@ -136,24 +138,23 @@ def _describe(backbone: Backbone, source: Source, config: ExtractConfig) -> dict
 
 def _prepare(output: Path, parts: Path, described: dict[str, Any], config: ExtractConfig) -> int:
     """The row to go on at; -1 where all is done."""
-    if config.fresh:
-        shutil.rmtree(parts, ignore_errors=True)
-    elif output.exists():
+    if output.exists() and not config.fresh:
         found = read_description(output)
-        if found == described:
+        if found is not None and _identity(found) == _identity(described):
             return -1
         what = "holds something else" if found is None else f"has other settings: {_differences(found, described)}"
         raise ValueError(f"output={str(output)!r}: {what}; choose another name, or --fresh true to overwrite it")
     parts.mkdir(parents=True, exist_ok=True)
     settings = parts / _SETTINGS_FILE
-    if settings.exists():
-        found = json.loads(settings.read_text())
-        if found != described:
+    found = json.loads(settings.read_text()) if settings.exists() else None
+    if found is None or _identity(found) != _identity(described):
+        if found is not None and not config.fresh:
             raise ValueError(
                 f"output={str(output)!r}: an unfinished extraction has other settings: "
                 f"{_differences(found, described)}; go on with those, or choose another name, or --fresh true"
             )
-    else:
+        for part in parts.glob("part-*"):
+            part.unlink()
         unfinished = settings.with_suffix(".unfinished")
         unfinished.write_text(json.dumps(described, indent=2) + "\n")
         unfinished.replace(settings)
@@ -170,9 +171,15 @@ def _prepare(output: Path, parts: Path, described: dict[str, Any], config: Extra
     return min(done * size, described["num_rows"])
 
 
+def _identity(described: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in described.items() if name not in _PROVENANCE}
+
+
 def _differences(found: dict[str, Any], described: dict[str, Any]) -> str:
-    names = [name for name in described if found.get(name) != described[name]]
-    shown = [f"{name} {found.get(name)!r} -> {described[name]!r}" for name in names if name != "key"]
+    names = [name for name in described if name not in ("ssl_vit_version", "backbone", "key")]
+    shown = [
+        f"{name} {found.get(name)!r} -> {described[name]!r}" for name in names if found.get(name) != described[name]
+    ]
     return ", ".join(shown) or "the pictures have changed"
 
 

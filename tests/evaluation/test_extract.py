@@ -52,7 +52,7 @@ def parquet(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return file
 
 
-def run(backbone: Path, source: Path, output: Path, *flags: str) -> int:
+def run(backbone: Path, source: Path | str, output: Path, *flags: str) -> int:
     given = [str(backbone), f"--source={source}", f"--output={output}", "--precision=no", *flags]
     return command.main(extract.extract, {"": ExtractConfig}, None, given)
 
@@ -176,6 +176,88 @@ def test_ids_do_not_replace_what_is_written_anyway(
     assert load_file(tmp_path / "x.safetensors")["ids"].tolist() == [5, 6, 7]
 
 
+class Stop:
+    """Ends the extraction at a part, as a kill would."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+        self.save, self.number = extract._save_part, number
+        monkeypatch.setattr(extract, "_save_part", self)
+
+    def __call__(self, part: Path, tensors: dict[str, torch.Tensor]) -> None:
+        if part.stem.endswith(str(self.number)):
+            part.with_suffix(".unfinished").write_bytes(b"half a part")
+            raise KeyboardInterrupt
+        self.save(part, tensors)
+
+
+def remember_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows that are encoded from now on."""
+    stream, encoded = extract.stream_features, []
+
+    def remember(encoder, source, indices, *args, **settings):
+        encoded.extend(indices.tolist())
+        return stream(encoder, source, indices, *args, **settings)
+
+    monkeypatch.setattr(extract, "stream_features", remember)
+    return encoded
+
+
+def test_a_fresh_extraction_goes_on_when_it_was_killed(
+    backbone: Path, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, flags = tmp_path / "features.parquet", ["--rows_per_part=7", "--batch_size=4"]
+    assert run(backbone, photo_folder, file, *flags) == 0
+    for first, feature in ((0, "cls"), (14, "cls"), (0, "mean"), (14, "mean")):
+        with monkeypatch.context() as patch:
+            encoded = remember_rows(patch)
+            if first == 0:  # parts of other settings are of no use, and with the same ones nothing is left over
+                Stop(patch, 2)
+                with pytest.raises(KeyboardInterrupt):
+                    run(backbone, photo_folder, file, *flags, f"--feature={feature}", "--fresh=true")
+            else:
+                assert run(backbone, photo_folder, file, *flags, f"--feature={feature}", "--fresh=true") == 0
+            assert encoded == list(range(first, 40))
+    torch.testing.assert_close(embeddings(file), expected(backbone, photo_folder, "mean"), rtol=1e-4, atol=1e-5)
+
+
+def test_a_fresh_extraction_takes_no_part_of_other_settings(
+    backbone: Path, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, flags = tmp_path / "features.parquet", ["--rows_per_part=7", "--batch_size=4"]
+    with monkeypatch.context() as patch:
+        Stop(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            run(backbone, photo_folder, file, *flags)
+    encoded = remember_rows(monkeypatch)
+    assert run(backbone, photo_folder, file, *flags, "--feature=mean", "--fresh=true") == 0
+    assert encoded == list(range(40))
+    torch.testing.assert_close(embeddings(file), expected(backbone, photo_folder, "mean"), rtol=1e-4, atol=1e-5)
+
+
+def test_what_was_written_is_known_by_its_content_not_by_how_paths_are_typed(
+    backbone: Path,
+    photo_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "features.parquet"
+    with monkeypatch.context() as patch:
+        Stop(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            run(backbone, photo_folder, file, "--rows_per_part=7", "--batch_size=4")
+    encoded = remember_rows(monkeypatch)
+    monkeypatch.chdir(backbone.parent)
+    monkeypatch.setattr("ssl_vit.__version__", "9.9.9")
+    again = Path(backbone.name), f"{photo_folder}/", file, "--rows_per_part=7"
+    assert run(*again) == 0
+    assert encoded == list(range(14, 40))
+    assert run(*again) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert run(backbone, photo_folder / "disc", file) == 2
+    assert f"source '{photo_folder}/' -> '{photo_folder / 'disc'}', num_rows 40 -> 20" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("suffix", ["parquet", "safetensors"])
 @pytest.mark.parametrize("failing", [0, 2, 5])
 def test_what_was_done_before_a_crash_is_not_done_again(
@@ -183,26 +265,13 @@ def test_what_was_done_before_a_crash_is_not_done_again(
 ) -> None:
     flags = ["--rows_per_part=7", "--batch_size=4"]
     assert run(backbone, photo_folder, tmp_path / f"whole.{suffix}", *flags) == 0
-    file, save, encoded = tmp_path / f"features.{suffix}", extract._save_part, []
-
-    def fail(part: Path, tensors: dict[str, torch.Tensor]) -> None:
-        if part.stem.endswith(str(failing)):
-            part.with_suffix(".unfinished").write_bytes(b"half a part")
-            raise KeyboardInterrupt
-        save(part, tensors)
-
-    monkeypatch.setattr(extract, "_save_part", fail)
-    with pytest.raises(KeyboardInterrupt):
-        run(backbone, photo_folder, file, *flags)
+    file = tmp_path / f"features.{suffix}"
+    with monkeypatch.context() as patch:
+        Stop(patch, failing)
+        with pytest.raises(KeyboardInterrupt):
+            run(backbone, photo_folder, file, *flags)
     assert not file.exists()
-    monkeypatch.setattr(extract, "_save_part", save)
-    stream = extract.stream_features
-
-    def remember(encoder, source, indices, *args, **settings):
-        encoded.extend(indices.tolist())
-        return stream(encoder, source, indices, *args, **settings)
-
-    monkeypatch.setattr(extract, "stream_features", remember)
+    encoded = remember_rows(monkeypatch)
     assert run(backbone, photo_folder, file, *flags) == 0
     assert encoded == list(range(7 * failing, 40))
     torch.testing.assert_close(embeddings(file), embeddings(tmp_path / f"whole.{suffix}"), rtol=1e-4, atol=1e-5)
