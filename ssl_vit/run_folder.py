@@ -11,7 +11,7 @@ from ssl_vit.config import RunConfig, as_plain, differences, write_config
 
 CONFIG_FILE, METRICS_FILE, RESULTS_FILE = "config.yaml", "metrics.jsonl", "results.json"
 
-# May change when a run goes on, since they do not change what is learned.
+# May change when a run goes on, since they do not change what is learned, unless the objective says so.
 FREE_SETTINGS = (
     "output_dir",
     "fresh",
@@ -45,10 +45,12 @@ def check_run_folder(config: RunConfig) -> None:
                 "choose another --output_dir, or --fresh to move it aside"
             )
         return
+    bound = getattr(config.objective, "decides_data", ())
     changed = {
         key: values
         for key, values in differences(_read_config(saved), as_plain(config)).items()
-        if not key.startswith(FREE_SETTINGS) and values[1] != "auto"  # not yet known; checked again once it is
+        if (key in bound or not key.startswith(FREE_SETTINGS))
+        and values[1] != "auto"  # not yet known; checked again once it is
     }
     if changed:
         listed = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changed.items())

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,9 @@ from ssl_vit.objectives.objective import Objective, ParamGroup, Resolved, RunSiz
 @dataclass(frozen=True)
 class SupervisedConfig(AugmentConfig):
     """What every supervised objective is told."""
+
+    # Without test pictures of their own some of the source's are held out, and with them none.
+    decides_data: ClassVar[tuple[str, ...]] = ("evaluation.test_source", "evaluation.test_split")
 
     num_classes: int | Literal["auto"] = "auto"
     """Classes; auto = those of the source."""

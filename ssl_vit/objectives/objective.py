@@ -68,7 +68,11 @@ class Resolved(NamedTuple):
 
 @runtime_checkable
 class ObjectiveConfig(Protocol):
-    """Settings of an objective; its class builds the objective and its transform."""
+    """Settings of an objective; its class builds the objective and its transform.
+
+    Where settings of the evaluation decide what is learned from, a `decides_data` names them, and a run does not go on
+    with others.
+    """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 

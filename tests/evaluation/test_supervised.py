@@ -223,6 +223,26 @@ def test_classes_that_were_never_seen_are_refused(
     assert "class 0 is 'circle' instead of 'disc'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("before", "after"), [(True, False), (False, True)])
+def test_a_run_does_not_go_on_with_other_test_pictures(
+    backbone: Path,
+    photo_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    before: bool,
+    after: bool,
+) -> None:
+    """Without a test source it would be tested on a part of what it has learned from."""
+    command = words("finetune", backbone, photo_folder, tmp_path / "run", "--steps=1", "--evaluation.k=5")
+    flag = [f"--evaluation.test_source={photo_folder}"]
+    assert call(monkeypatch, command + before * flag) == 0
+    capsys.readouterr()
+    assert call(monkeypatch, command + after * flag) == 2
+    assert "holds a run with other settings: evaluation.test_source" in capsys.readouterr().err
+    assert call(monkeypatch, [*command, *before * flag, "--evaluation.k=6"]) == 0
+
+
 def test_a_signal_saves(backbone: Path, photo_folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, *words("attentive_probe", backbone, photo_folder, run, "--steps=500")]
