@@ -1,7 +1,6 @@
 """What a run ends with: a backbone, scores beside an untrained one and raw pixels, and a picture."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +21,9 @@ from ssl_vit.export.provenance import facts, provenance
 from ssl_vit.metrics import MetricLog
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.objectives.objective import Objective
-from ssl_vit.run_folder import METRICS_FILE, RESULTS_FILE
+from ssl_vit.run_folder import METRICS_FILE, RESULTS_FILE, write_results
 
 NUM_PICTURES = 8
-FINAL_FILE = BACKBONE_FILE  # there once a run is finished
 
 
 class Judges(NamedTuple):
@@ -74,11 +72,14 @@ def finish(
             written.insert(1, f"picture    {picture}")
     if judges is not None:
         before = config.build_objective().backbone().to(accelerator.device)  # the same weights as at step 0
-        accelerator.print(compare(config, accelerator, backbone, before, judges, step))
+        scores, text = compare(config, accelerator, backbone, before, judges)
         written.append(f"scores     {folder / RESULTS_FILE}")
     else:
-        accelerator.print("No scores: the source has no labels. scripts/evaluate_knn.py takes a labelled one.")
-    accelerator.print("\n".join(written), flush=True)
+        scores = {"scores": None}
+        text = "No scores: the source has no labels. scripts/evaluate_knn.py takes a labelled one."
+    if accelerator.is_main_process:
+        write_results(folder, {"step": step, **scores})
+    accelerator.print("\n".join([text, *written]), flush=True)
     accelerator.wait_for_everyone()
 
 
@@ -107,11 +108,10 @@ def compare(
     trained: Encoder,
     before: Encoder,
     judges: Judges,
-    step: int,
-) -> str:
-    """Score raw pixels, the backbone at the start and the trained one; write results.json; return the table as text.
+) -> tuple[dict[str, Any], str]:
+    """Score raw pixels, the backbone at the start and the trained one: numbers for results.json, and a table as text.
 
-    Every process calls this; the main one is given the text.
+    Every process calls this; the main one is given the scores.
     """
     start = "untrained" if config.encoder.pretrained is None else "pretrained"
     rows = {
@@ -120,15 +120,14 @@ def compare(
         "trained": _evaluate(trained, config, judges, accelerator),
     }
     if not accelerator.is_main_process:
-        return ""
+        return {}, ""
     differences = {
         name: paired_interval(rows["trained"][name].correct, rows[start][name].correct) for name in rows["trained"]
     }
-    results: dict[str, Any] = {"step": step, "scores": scores_to_json(rows)}
+    results: dict[str, Any] = {"scores": scores_to_json(rows)}
     results[f"trained_minus_{start}"] = {
         name: dict(zip(("difference", "low", "high"), values, strict=True)) for name, values in differences.items()
     }
-    (Path(config.output_dir) / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n")
     lines = [format_table(rows, {"knn": f"k-NN (k={config.evaluation.k})"})]
     for name, (difference, low, high) in differences.items():
         verdict = f"better than {start}" if low > 0 else f"worse than {start}" if high < 0 else "no clear difference"
@@ -136,7 +135,7 @@ def compare(
             f"{name}: trained - {start} = {100 * difference:+.1f} points "
             f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}): {verdict}"
         )
-    return "\n".join(lines)
+    return results, "\n".join(lines)
 
 
 def prepare(config: RunConfig, source: Source) -> tuple[Source, Judges | None]:

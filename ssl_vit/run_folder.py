@@ -1,5 +1,6 @@
 """The folder of a run: new, resumed, refused or moved aside; never overwritten silently."""
 
+import json
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,25 @@ def open_run_folder(config: RunConfig) -> Path | None:
     checkpoint = newest_checkpoint(folder)
     write_config(config, folder / CONFIG_FILE)
     return checkpoint
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """Write results.json, which marks a run as finished and therefore comes last.
+
+    Args:
+        results: for `json.dump`; its "step" is the one the run ends at.
+    """
+    unfinished = folder / f"unfinished-{RESULTS_FILE}"
+    unfinished.write_text(json.dumps(results, indent=2) + "\n")
+    unfinished.replace(folder / RESULTS_FILE)
+
+
+def is_finished(folder: Path, num_steps: int) -> bool:
+    """Whether a run of so many steps has written everything it ends with."""
+    try:
+        return json.loads((folder / RESULTS_FILE).read_text())["step"] == num_steps
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def _read_config(path: Path) -> dict[str, Any]:

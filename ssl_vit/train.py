@@ -32,7 +32,7 @@ from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.vit import choose_attention
 from ssl_vit.objectives.objective import Objective, Transform
 from ssl_vit.optim import build_optimizer, clip_gradients, set_schedule
-from ssl_vit.run_folder import METRICS_FILE, check_run_folder, open_run_folder
+from ssl_vit.run_folder import METRICS_FILE, RESULTS_FILE, check_run_folder, is_finished, open_run_folder
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -40,11 +40,6 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 @runtime_checkable
 class Ending(Protocol):
     """What judges a run and what it ends with, given as a module: `results` for pre-training."""
-
-    @property
-    def FINAL_FILE(self) -> str:
-        """There in the run's folder once it is finished."""
-        ...
 
     def prepare(self, config: RunConfig, source: Source) -> tuple[Source, Any]:
         """The pictures to learn from, and what `judges` is in the others; None where nothing can be judged."""
@@ -56,7 +51,9 @@ class Ending(Protocol):
 
     def finish(
         self, config: RunConfig, accelerator: Accelerator, objective: Any, source: Source, judges: Any, step: int
-    ) -> None: ...
+    ) -> None:
+        """Write what the run ends with, and then its results.json, by which it is known to be finished."""
+        ...
 
 
 @dataclass
@@ -311,8 +308,9 @@ def train(run: Run) -> int:
                 run.ending.evaluate_in_training(config, accelerator, objective, run.judges, done, log)
                 log.go_on(paused)
     log.close()
-    if run.start_step == run.num_steps and (run.folder / run.ending.FINAL_FILE).exists():
-        accelerator.print(f"This run is finished: {run.folder / run.ending.FINAL_FILE}. --fresh starts it anew.")
+    # What the main process sees counts: it may write the file before another one looks.
+    if run.start_step == run.num_steps and broadcast_object_list([is_finished(run.folder, run.num_steps)])[0]:
+        accelerator.print(f"This run is finished: {run.folder / RESULTS_FILE}. --fresh starts it anew.")
         return 0
     run.ending.finish(config, accelerator, objective, run.source, run.judges, run.num_steps)
     return 0

@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 from scripts.pretrain_dino import DEFAULTS as DINO_DEFAULTS
 from scripts.pretrain_dinov2 import DEFAULTS as DINOV2_DEFAULTS
 from scripts.pretrain_mae import DEFAULTS
+from ssl_vit import results
 from ssl_vit.checkpoint import list_checkpoints
 from ssl_vit.config import parse_run
 from ssl_vit.data.sources import Source
+from ssl_vit.distributed import StopSignal
 from ssl_vit.export import load_backbone
 from ssl_vit.export.run import export_run
 from ssl_vit.objectives.mae import MAE
@@ -166,6 +168,38 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert all(torch.equal(value, last_weights(run)[name]) for name, value in last_weights(tmp_path / "whole").items())
 
 
+@pytest.mark.parametrize("at", ["export_backbone", "compare"])
+def test_a_run_that_was_killed_at_its_end_is_not_finished(
+    start: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    at: str,
+) -> None:
+    """Also where a backbone was exported on the way."""
+    run = tmp_path / "run"
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StopSignal, "agreed", lambda _: signal.SIGTERM)
+        assert start(labels=True) == 143
+    export_run(run)
+    with monkeypatch.context() as patched:
+        patched.setattr(results, at, killed)
+        with pytest.raises(KeyboardInterrupt):
+            start(labels=True)
+    assert start(labels=True) == 0
+    assert "This run is finished" not in capsys.readouterr().out
+    weights = last_weights(run)
+    for name, value in load_backbone(run).state_dict().items():
+        assert torch.equal(value, weights[f"encoder.{name}"]), name
+    assert "trained" in json.loads((run / "results.json").read_text())["scores"]
+    assert start(labels=True) == 0
+    assert "This run is finished" in capsys.readouterr().out
+
+
 def test_other_settings_are_refused_in_an_existing_run(start: Callable[..., int], tmp_path: Path) -> None:
     start()
     with pytest.raises(ValueError, match=r"other settings: objective.mask_ratio 0.75 -> 0.5, seed 0 -> 1.*--fresh"):
@@ -194,7 +228,9 @@ def test_an_unlabelled_source_has_no_scores(
 ) -> None:
     assert start(f"--data.source={photo_folder / 'disc'}", steps=1, labels=True) == 0
     assert "No scores: the source has no labels" in capsys.readouterr().out
-    assert not (tmp_path / "run" / "results.json").exists()
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == {"step": 1, "scores": None}
+    assert start(f"--data.source={photo_folder / 'disc'}", steps=1, labels=True) == 0
+    assert "This run is finished" in capsys.readouterr().out
 
 
 def test_a_labelled_source_can_judge_an_unlabelled_one(

@@ -1,6 +1,5 @@
 """How a run with labels is judged and what it ends with: accuracy on a test set and, fine-tuned, a classifier."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +19,8 @@ from ssl_vit.evaluation.scores import Score, format_classes, format_table, per_c
 from ssl_vit.export.classifier import export_classifier
 from ssl_vit.metrics import MetricLog
 from ssl_vit.results import open_test_source
-from ssl_vit.run_folder import METRICS_FILE, RESULTS_FILE
+from ssl_vit.run_folder import METRICS_FILE, RESULTS_FILE, write_results
 
-FINAL_FILE = RESULTS_FILE
 TEST_FOLDS = 5  # without a test source one part in so many of the pictures is tested
 PICK_FOLDS = 10  # one part in so many of what remains picks among several heads
 
@@ -124,7 +122,7 @@ def finish(
             "picked_on_held_out": {name: score.accuracy for name, score in picked.items()},
             "classes": [item._asdict() for item in classes],
         }
-        (folder / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n")
+        write_results(folder, results)
         print("\n".join(written), flush=True)
     accelerator.wait_for_everyone()
 
