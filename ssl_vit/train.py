@@ -82,7 +82,7 @@ def main(defaults: RunConfig, quickstart: str | None = None, ending: Ending = re
     """Entry point of the scripts that train: read the settings, train, return the exit code.
 
     Without any argument `quickstart`, a file in configs/, runs. Settings or data that cannot work end in one line and
-    code 2.
+    code 2; what goes wrong on the way, such as an image that cannot be decoded, in one line and code 1.
     """
     args = sys.argv[1:]
     if not args and quickstart is not None:
@@ -95,8 +95,9 @@ def main(defaults: RunConfig, quickstart: str | None = None, ending: Ending = re
             print(f"error: {error}", file=sys.stderr)
             return 2
         return train(run)
-    except FloatingPointError as error:
-        print(f"error: {error} The checkpoints before it are whole.", file=sys.stderr)
+    except (FloatingPointError, ValueError) as error:
+        text = " ".join(str(error).split()).rstrip(".")
+        print(f"error: {text}. The checkpoints before it are whole.", file=sys.stderr)
         return 1
     finally:
         if torch.distributed.is_initialized():

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -316,6 +317,25 @@ def test_wrong_settings_end_in_one_line_and_code_2(
     assert capsys.readouterr().err.splitlines() == [
         "error: objective.mask_ratio=1.2: must lie between 0 and 1, both excluded; the paper's is 0.75"
     ]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_broken_picture_ends_a_run_in_one_line_and_code_1(
+    photo_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    num_workers: int,
+) -> None:
+    shutil.copytree(photo_folder, tmp_path / "photos")
+    (tmp_path / "photos" / "square" / "19.png").write_bytes(b"no image")
+    flags = [f"--data.source={tmp_path / 'photos'}", f"--output_dir={tmp_path / 'run'}", "--steps=6"]
+    more = [f"--data.num_workers={num_workers}", "--checkpoint.every_steps=1", "--data.label_column=none"]
+    monkeypatch.setattr("sys.argv", ["pretrain_mae.py", *SMALL_RUN, *flags, *more])
+    assert main(DEFAULTS) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: data.source='{tmp_path / 'photos'}': row 39 (")
+    assert line.endswith(". The checkpoints before it are whole.")
 
 
 @pytest.mark.parametrize("objective", ["dino", "dinov2"])

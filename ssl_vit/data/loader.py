@@ -3,7 +3,8 @@
 import os
 import signal
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,6 +74,20 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
     signal.signal(signal.SIGTERM, heed_later)
 
 
+def read_batches(loader: DataLoader) -> Iterator[Any]:
+    """The batches of a loader, with a worker's ValueError as it would be without workers.
+
+    torch puts the worker's whole traceback into the message.
+    """
+    try:
+        yield from loader
+    except ValueError as error:
+        text = str(error)
+        if not text.startswith("Caught ValueError in "):
+            raise
+        raise ValueError(text.rpartition("\nValueError: ")[2].strip()) from None
+
+
 def build_loader(
     source: Source,
     transform: Transform,
@@ -85,6 +100,9 @@ def build_loader(
     """Micro-batches in the sampler's order, on `device`, as the objective takes them.
 
     Close it (`contextlib.closing`) to end its workers.
+
+    Raises:
+        ValueError: an image cannot be decoded; see `Source.image`.
     """
     loader = DataLoader(
         TransformedSource(source, transform, num_channels, sampler.seed),
@@ -94,5 +112,5 @@ def build_loader(
         prefetch_factor=4 if num_workers else None,
         worker_init_fn=_leave_signals_to_the_main_process,
     )
-    for batch in loader:
+    for batch in read_batches(loader):
         yield transform.on_device(batch, device)

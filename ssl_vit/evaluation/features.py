@@ -17,6 +17,7 @@ from torchvision.transforms import InterpolationMode
 from tqdm import tqdm
 
 from ssl_vit.data.device_transforms import normalize
+from ssl_vit.data.loader import read_batches
 from ssl_vit.data.sources import Source
 from ssl_vit.data.transforms import random_resized_crop
 from ssl_vit.distributed import gather_with_gradient, process_index, world_size
@@ -260,7 +261,7 @@ def stream(
         _eval_mode(module),
         tqdm(total=left, desc="features", unit="image", leave=False, disable=_no_bar(show_progress)) as bar,
     ):
-        for images in loader:
+        for images in read_batches(loader):
             with (
                 torch.inference_mode(),
                 torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None),
@@ -291,7 +292,7 @@ def pixel_features(
     """
     transform = EvalTransform((size, size), (0.0,) * num_channels, (1.0,) * num_channels, crop_pct)
     loader = _loader(source, indices, num_channels, transform, 256, num_workers, shared=False)
-    return torch.cat([images.flatten(1).float() / 255 for images in loader])
+    return torch.cat([images.flatten(1).float() / 255 for images in read_batches(loader)])
 
 
 class _Images(Dataset):

@@ -40,10 +40,12 @@ def test_crops_and_masks_change_from_epoch_to_epoch_and_with_the_seed(photo_fold
     assert not equal(plain, batches(photo_folder, seed=1))
 
 
-def test_a_broken_image_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_broken_image_is_named(tmp_path: Path, num_workers: int) -> None:
     (tmp_path / "broken.jpg").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"row 0 \(.*broken.jpg\)"):
-        batches(tmp_path)
+    with pytest.raises(ValueError, match=r"^data.source='.*': row 0 \(.*broken.jpg\): .*") as raised:
+        batches(tmp_path, num_workers=num_workers)
+    assert len(str(raised.value).splitlines()) == 1
 
 
 def test_workers_are_chosen_from_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,15 +216,18 @@ def test_what_cannot_be_used_ends_in_one_line(
     assert message in lines[0]
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("baselines", ["[]", "[pixels]"])
 def test_pictures_of_other_channels_than_the_backbones_are_refused(
-    photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], num_workers: int, baselines: str
 ) -> None:
     encoder = ViTConfig(image_size=32, in_chans=5, **TINY).build()
     export_backbone(encoder, tmp_path / "five", mean=(0.5,) * 5, std=(0.5,) * 5, provenance={})
-    assert run("knn", tmp_path / "five", f"--source={photo_folder}") == 2
+    flags = [f"--source={photo_folder}", f"--num_workers={num_workers}", f"--baselines={baselines}"]
+    assert run("knn", tmp_path / "five", *flags) == 2
     text = capsys.readouterr().err
     assert len(text.splitlines()) == 1
-    assert "row 0" in text
+    assert text.startswith(f"error: data.source='{photo_folder}': row 0 (")
     assert "5 channels" in text
 
 
