@@ -1,7 +1,7 @@
 """How good are frozen features? k-NN and linear probe with intervals, on a test set or without one."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -81,6 +81,8 @@ class Split(NamedTuple):
 def split_sources(train_source: Source, test_source: Source | None, max_images: int | None, seed: int = 0) -> Split:
     """Choose the labelled pictures that count; of variants of one picture the first alone.
 
+    Test labels are those of the training source, see `align_classes`.
+
     Args:
         max_images: a seeded random subset of at most so many of each source, each class with its share; None = all.
 
@@ -92,11 +94,34 @@ def split_sources(train_source: Source, test_source: Source | None, max_images: 
     _check_classes(labels[rows], train_source.class_names)
     if test_source is None:
         return Split(rows, labels[rows], None, None, train_source.class_names)
-    _check_names(train_source, test_source)
+    test_source = align_classes(train_source, test_source)
     test_labels = _labels(test_source, "test_source")
     test_rows = _subset(test_source, test_labels, max_images, seed)
     _check_test_classes(labels[rows], test_labels[test_rows], train_source.class_names)
     return Split(rows, labels[rows], test_rows, test_labels[test_rows], train_source.class_names)
+
+
+def align_classes(train_source: Source, test_source: Source) -> Source:
+    """The test source with the classes of the training source, matched by name.
+
+    Raises:
+        ValueError: pictures of classes that the training source does not know.
+    """
+    names, test_names = train_source.class_names, test_source.class_names
+    if test_source.labels is None or not names or not test_names or names == test_names:
+        return test_source
+    number = {name: index for index, name in enumerate(names)}
+    present = np.unique(test_source.labels[test_source.labels >= 0])
+    unknown = [test_names[label] for label in present.tolist() if test_names[label] not in number]
+    if unknown:
+        raise ValueError(
+            f"evaluation.test_source={test_source.name!r}: has classes that the training source "
+            f"{train_source.name!r} lacks: {_listed(unknown)}; there it is {_listed(names)}: rename them, or add "
+            "labelled pictures of them to the training source"
+        )
+    found = np.array([number.get(name, -1) for name in test_names], dtype=np.int64)
+    labels = np.where(test_source.labels >= 0, found[test_source.labels], -1)
+    return replace(test_source, labels=labels, class_names=names)
 
 
 def cross_validate(
@@ -317,28 +342,16 @@ def _check_test_classes(labels: np.ndarray, test_labels: np.ndarray, class_names
         raise ValueError("no picture of the test set has a label: test on a labelled source")
     missing = np.setdiff1d(test_labels, labels)
     if len(missing):
-        names = ", ".join(repr(class_name(label, class_names)) for label in missing[:10].tolist())
-        more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
+        names = _listed([class_name(label, class_names) for label in missing.tolist()])
         raise ValueError(
-            f"the test set has classes that the training set lacks: {names}{more}; add labelled pictures of "
+            f"the test set has classes that the training set lacks: {names}; add labelled pictures of "
             "them to the training source, or raise evaluation.max_images where it is set"
         )
 
 
-def _check_names(train_source: Source, test_source: Source) -> None:
-    train_names, test_names = train_source.class_names, test_source.class_names
-    if not train_names or not test_names or train_names == test_names:
-        return
-    first = next((i for i, names in enumerate(zip(train_names, test_names, strict=False)) if len(set(names)) > 1), None)
-    detail = (
-        f"has {len(test_names)} classes instead of {len(train_names)}"
-        if first is None
-        else f"class {first} is {test_names[first]!r} instead of {train_names[first]!r}"
-    )
-    raise ValueError(
-        f"evaluation.test_source={test_source.name!r}: must have the classes of evaluation.source="
-        f"{train_source.name!r}, in the same order, but {detail}"
-    )
+def _listed(names: Sequence[str], most: int = 10) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + more
 
 
 def check_finite(features: Tensor) -> None:

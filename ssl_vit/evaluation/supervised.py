@@ -11,7 +11,7 @@ from ssl_vit.config import RunConfig, as_plain
 from ssl_vit.data.loader import choose_num_workers
 from ssl_vit.data.sources import Source
 from ssl_vit.distributed import autocast_dtype, process_index
-from ssl_vit.evaluation.evaluate import independent_rows, split_sources
+from ssl_vit.evaluation.evaluate import align_classes, independent_rows, split_sources
 from ssl_vit.evaluation.features import EvalTransform, stream
 from ssl_vit.evaluation.finetune import FineTune, Supervised
 from ssl_vit.evaluation.logistic import stratified_folds
@@ -49,6 +49,8 @@ def prepare(config: RunConfig, source: Source) -> tuple[Source, Judges]:
     if config.encoder.pretrained is None and process_index() == 0:
         print("note       no encoder.pretrained is given, so the encoder starts from fresh weights")
     test = open_test_source(config)
+    if test is not None:
+        test = align_classes(source, test)
     # Finds what is wrong with the labels. All labelled pictures are learned from, variants of one picture too.
     split_sources(source, test, None, seed)
     assert source.labels is not None

@@ -178,7 +178,7 @@ def test_a_result_that_cannot_be_written_ends_in_one_line(
             "label_column='lable': no such column; did you mean 'label'",
         ),
         (["--source=PARQUET", "--label_column=image"], "data.label_column='image': holds Image; labels are classes"),
-        (["--source=PHOTOS", "--test_source=THREE"], "has 3 classes instead of 2"),
+        (["--source=PHOTOS", "--test_source=THREE"], "lacks: 'triangle'; there it is 'disc', 'square'"),
         (["--source=PARQUET", "--test_source=MORE"], "the test set has classes that the training set lacks: 'ring'"),
         (["--sauce=x"], "--sauce"),
     ],

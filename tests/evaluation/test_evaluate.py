@@ -240,12 +240,24 @@ def test_sources_that_cannot_be_evaluated_are_refused_before_anything_is_decoded
         (good, source(None, name="t"), "^evaluation.test_source='t': has no labels"),
         (source([1] * 5), None, "class 'b': .*at least two classes"),
         (source([0, 1] * 4), good, "lacks: 'c'; add"),
-        (good, source([0], names=("a", "c", "b"), name="t"), "source='t'.*class 1 is 'c' instead of 'b'"),
-        (good, source([0], names=("a", "b"), name="t"), "has 2 classes instead of 3"),
+        (good, source([0, 1], names=("c", "d"), name="t"), "source='t': .*'stripes' lacks: 'd'; there it is 'a', 'b'"),
     ]
     for train, test, message in cases:
         with pytest.raises(ValueError, match=message):
             evaluate_pixels(train, test, config, num_channels=3)
+
+
+def test_classes_of_the_test_set_are_matched_by_name():
+    train = source([0, 1, 2] * 4)
+    for labels, names, expected in (
+        ([0, 1, 1, -1], ("b", "c"), [1, 2, 2]),  # lacks the first class
+        ([0, 1, 2], ("c", "a", "b"), [2, 0, 1]),  # another order
+        ([0, 3], ("a", "d", "e", "b"), [0, 1]),  # names without pictures
+    ):
+        split = split_sources(train, source(labels, names=names), max_images=None)
+        assert split.test_labels is not None
+        assert split.test_labels.tolist() == expected
+        assert split.class_names == ("a", "b", "c")
 
 
 def test_table_is_aligned_and_numbers_survive_json():

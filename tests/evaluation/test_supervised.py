@@ -220,7 +220,18 @@ def test_classes_that_were_never_seen_are_refused(
     (other / "disc").rename(other / "circle")
     flags = [f"--evaluation.test_source={other}"]
     assert call(monkeypatch, words("finetune", backbone, photo_folder, tmp_path / "run", *flags)) == 2
-    assert "class 0 is 'circle' instead of 'disc'" in capsys.readouterr().err
+    assert "lacks: 'circle'; there it is 'disc', 'square': rename them" in capsys.readouterr().err
+
+
+def test_a_test_source_may_lack_classes(backbone: Path, photo_folder: Path, tmp_path: Path) -> None:
+    train = tmp_path / "train"
+    shutil.copytree(photo_folder, train)
+    shutil.copytree(photo_folder / "disc", train / "arc")
+    flags = [f"--encoder.pretrained={backbone}", f"--data.source={train}", f"--evaluation.test_source={photo_folder}"]
+    _, judges = supervised.prepare(parse_run(defaults("finetune"), flags), open_source(DataConfig(source=str(train))))
+    assert judges.test.labels is not None
+    assert judges.test.labels.tolist() == [1] * 20 + [2] * 20
+    assert judges.test.class_names == ("arc", "disc", "square")
 
 
 @pytest.mark.parametrize(("before", "after"), [(True, False), (False, True)])
