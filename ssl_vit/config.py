@@ -112,7 +112,8 @@ class RunConfig:
             The settings, and a line for each number that says why.
         """
         size = RunSize(num_samples, self.batch.size, self.num_steps(num_samples), num_classes)
-        found = self.objective.resolve(size)
+        with section("objective"):
+            found = self.objective.resolve(size)
         objective = dataclasses.replace(self.objective, **{name: value.value for name, value in found.items()})
         reasons = [f"objective.{name} {value.value:g}: {value.reason}" for name, value in found.items()]
         optim = self.optim

@@ -12,8 +12,8 @@ from ssl_vit.config import RunConfig, as_plain
 from ssl_vit.data.device_transforms import normalize
 from ssl_vit.data.loader import choose_num_workers
 from ssl_vit.data.sources import DataConfig, Source, open_source
-from ssl_vit.distributed import autocast_dtype
-from ssl_vit.evaluation.evaluate import check_sources, evaluate_encoder, evaluate_pixels
+from ssl_vit.distributed import autocast_dtype, process_index
+from ssl_vit.evaluation.evaluate import evaluate_encoder, evaluate_pixels, split_sources
 from ssl_vit.evaluation.features import centre_crop
 from ssl_vit.evaluation.scores import Score, format_table, paired_interval, scores_to_json
 from ssl_vit.export.backbone import BACKBONE_FILE, export_backbone
@@ -76,7 +76,7 @@ def finish(
         written.append(f"scores     {folder / RESULTS_FILE}")
     else:
         scores = {"scores": None}
-        text = "No scores: the source has no labels. scripts/evaluate_knn.py takes a labelled one."
+        text = "No scores: the source has no labels to judge by. scripts/evaluate_knn.py takes a labelled one."
     if accelerator.is_main_process:
         write_results(folder, {"step": step, **scores})
     accelerator.print("\n".join([text, *written]), flush=True)
@@ -146,11 +146,18 @@ def prepare(config: RunConfig, source: Source) -> tuple[Source, Judges | None]:
     """
     settings = config.evaluation
     test = open_test_source(config)
-    if settings.source is None and test is None:
-        usable = source.labels is not None and len(np.unique(source.labels[source.labels >= 0])) > 1
-        return source, Judges(source, None) if usable else None
+    named = settings.source is not None or test is not None
+    if source.labels is None and not named:
+        return source, None
     labelled = source if settings.source is None else open_source(_judging(config, settings.source))
-    check_sources(labelled, test)
+    try:
+        split_sources(labelled, test, settings.max_images, config.seed)
+    except ValueError as error:
+        if named:
+            raise
+        if process_index() == 0:
+            print(f"note       no scores at the end: {error}")
+        return source, None
     return source, Judges(labelled, test)
 
 

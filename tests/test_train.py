@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -232,6 +233,23 @@ def test_an_unlabelled_source_has_no_scores(
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == {"step": 1, "scores": None}
     assert start(f"--data.source={photo_folder / 'disc'}", steps=1, labels=True) == 0
     assert "This run is finished" in capsys.readouterr().out
+
+
+def test_labels_that_are_identifiers_do_not_judge_a_run(
+    start: Callable[..., int], photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = [str(path) for path in sorted((photo_folder / "disc").iterdir())]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    numbered = datasets.Dataset.from_dict({"image": images, "label": range(20)}, features)
+    numbered.to_parquet(str(tmp_path / "numbered.parquet"))
+    flag = f"--data.source={tmp_path / 'numbered.parquet'}"
+    assert start(flag, steps=1, labels=True) == 0
+    text = capsys.readouterr().out
+    assert "note       no scores at the end: " in text
+    assert "each of the 20 labelled pictures has a class of its own" in text
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["scores"] is None
+    with pytest.raises(ValueError, match="has a class of its own"):
+        start(f"--evaluation.source={tmp_path / 'numbered.parquet'}", steps=1, labels=True, name="judged")
 
 
 def test_a_labelled_source_can_judge_an_unlabelled_one(

@@ -87,12 +87,14 @@ def split_sources(train_source: Source, test_source: Source | None, max_images: 
         max_images: a seeded random subset of at most so many of each source, each class with its share; None = all.
 
     Raises:
-        ValueError: no labels, fewer than two classes, or classes in the test set that the training set lacks.
+        ValueError: no labels, fewer than two classes, classes in the test set that the training set lacks, or no test
+            set and no class of more than one picture.
     """
     labels = _labels(train_source, "source")
     rows = _subset(train_source, labels, max_images, seed)
     _check_classes(labels[rows], train_source.class_names)
     if test_source is None:
+        _check_repeats(labels[rows], train_source)
         return Split(rows, labels[rows], None, None, train_source.class_names)
     test_source = align_classes(train_source, test_source)
     test_labels = _labels(test_source, "test_source")
@@ -267,11 +269,6 @@ def evaluate_pixels(
     return _evaluate(shrink, train_source, test_source, config, seed)
 
 
-def check_sources(train_source: Source, test_source: Source | None) -> None:
-    """Find what is wrong with the labels before anything is trained or decoded; see `split_sources`."""
-    split_sources(train_source, test_source, max_images=None)
-
-
 def independent_rows(labels: Int[np.ndarray, " n"], groups: Int[np.ndarray, " n"] | None) -> Int[np.ndarray, " r"]:
     """Rows that count, ascending: those with a label, and of each group only the first of them."""
     rows = np.flatnonzero(labels >= 0)
@@ -334,6 +331,15 @@ def _check_classes(labels: np.ndarray, class_names: Sequence[str]) -> None:
         raise ValueError(
             f"all {len(labels)} labelled pictures are of class {class_name(int(present[0]), class_names)!r}: "
             "an evaluation needs at least two classes"
+        )
+
+
+def _check_repeats(labels: np.ndarray, source: Source) -> None:
+    if np.bincount(labels).max() < 2:
+        raise ValueError(
+            f"evaluation.source={source.name!r}: each of the {len(labels)} labelled pictures has a class of its own, "
+            "so none can be told by another one. If the labels are identifiers, name the column of classes in "
+            "data.label_column; else name a test source, or raise evaluation.max_images where it is set"
         )
 
 

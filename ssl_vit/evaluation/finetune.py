@@ -28,8 +28,17 @@ class SupervisedConfig(AugmentConfig):
     """Classes; auto = those of the source."""
 
     def resolve(self, size: RunSize) -> dict[str, Resolved]:
-        """The number of classes follows from the source."""
+        """The number of classes follows from the source.
+
+        Raises:
+            ValueError: the source has more classes.
+        """
         if self.num_classes != "auto":
+            if self.num_classes < size.num_classes:
+                raise ValueError(
+                    f"num_classes={self.num_classes!r}: the source has {size.num_classes} classes; give no smaller "
+                    "number, or 'auto'"
+                )
             return {}
         return {"num_classes": Resolved(size.num_classes, "classes of the source")}
 

@@ -239,6 +239,11 @@ def test_sources_that_cannot_be_evaluated_are_refused_before_anything_is_decoded
         (source([-1] * 5), None, "^evaluation.source='stripes': has no labels"),
         (good, source(None, name="t"), "^evaluation.test_source='t': has no labels"),
         (source([1] * 5), None, "class 'b': .*at least two classes"),
+        (
+            source([0, 1, 2]),
+            None,
+            "^evaluation.source='stripes': each of the 3 .* has a class of its own.*label_column",
+        ),
         (source([0, 1] * 4), good, "lacks: 'c'; add"),
         (good, source([0, 1], names=("c", "d"), name="t"), "source='t': .*'stripes' lacks: 'd'; there it is 'a', 'b'"),
     ]
@@ -258,6 +263,14 @@ def test_classes_of_the_test_set_are_matched_by_name():
         assert split.test_labels is not None
         assert split.test_labels.tolist() == expected
         assert split.class_names == ("a", "b", "c")
+
+
+def test_one_picture_of_each_class_is_enough_to_learn_from_where_there_is_a_test_set():
+    split = split_sources(source([0, 1, 2]), source([2, 2]), max_images=None)
+    assert split.test_labels is not None
+    assert split.test_labels.tolist() == [2, 2]
+    with pytest.raises(ValueError, match=r"each of the 3 labelled pictures.*raise evaluation\.max_images"):
+        split_sources(source([0, 1, 2] * 4), None, max_images=3)
 
 
 def test_table_is_aligned_and_numbers_survive_json():
