@@ -115,7 +115,7 @@ def _scores(folder: Path) -> Iterator[str]:
             found = json.loads((folder / name).read_text())
         except (OSError, ValueError):
             continue
-        for row, columns in found.get("scores", found).items():
+        for row, columns in (found.get("scores", found) or {}).items():
             for column, value, interval in _read_scores(columns):
                 if heading:
                     yield heading
