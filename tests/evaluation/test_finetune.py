@@ -80,7 +80,9 @@ def test_the_loss_is_cross_entropy_with_soft_targets(tiny_encoder: ViT) -> None:
 def test_the_number_of_classes_follows_from_the_source() -> None:
     found = FineTuneConfig().resolve(RunSize(100, 10, 10, num_classes=7))
     assert found["num_classes"].value == 7
-    assert FineTuneConfig(num_classes=5).resolve(RunSize(100, 10, 10, num_classes=7)) == {}
+    assert FineTuneConfig(num_classes=9).resolve(RunSize(100, 10, 10, num_classes=7)) == {}
+    with pytest.raises(ValueError, match=r"^num_classes=5: the source has 7 classes"):
+        FineTuneConfig(num_classes=5).resolve(RunSize(100, 10, 10, num_classes=7))
     with pytest.raises(ValueError, match="num_classes='auto'"):
         FineTuneConfig().build(ViTConfig(image_size=32, **TINY).build())
 
