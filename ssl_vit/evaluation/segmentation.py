@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ssl_vit.data.loader import choose_num_workers
+from ssl_vit.data.loader import choose_num_workers, read_batches
 from ssl_vit.data.sampler import SampleKey, StepSampler, sample_rng
 from ssl_vit.distributed import process_index
 from ssl_vit.evaluation.command import Backbone, PicturesConfig, data_config, untrained, write_result
@@ -165,7 +165,7 @@ def train_heads(
         num_samples=len(source), batch_size=config.batch_size, num_steps=config.steps, seed=config.seed
     )
     loader = _loader(_Pairs(source, encoder.in_chans, backbone, config.seed), config, device, batch_sampler=sampler)
-    for step, (images, masks) in enumerate(loader):
+    for step, (images, masks) in enumerate(read_batches(loader)):
         tokens, grid = _tokens(encoder, images, backbone, config.num_layers)
         masks = masks.to(device, non_blocking=True)
         losses = [_loss(_enlarge(head(tokens, grid), backbone.transform), masks) for head in heads]
@@ -192,7 +192,7 @@ def segment(
     loader = _loader(_Pairs(source, encoder.in_chans, backbone, None), config, backbone.device)
     for head in heads:
         head.eval()
-    for images, masks in loader:
+    for images, masks in read_batches(loader):
         tokens, grid = _tokens(encoder, images, backbone, config.num_layers)
         for head, counts in zip(heads, found, strict=True):
             predictions = _enlarge(head(tokens, grid), backbone.transform).argmax(dim=1).cpu()
