@@ -143,7 +143,15 @@ def load_mae(folder: Path) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
 
 def _strictly(kind: Any, folder: Path) -> Any:
-    model, report = kind.from_pretrained(folder, output_loading_info=True, local_files_only=True)
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model, report = kind.from_pretrained(folder, output_loading_info=True, local_files_only=True)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     wrong = {name: sorted(map(str, keys)) for name, keys in report.items() if keys and name != "error_msgs"}
     if wrong:
         raise RuntimeError(f"{folder}: transformers does not load it as it is: {wrong}")
