@@ -37,25 +37,40 @@ def load_reference(objective: Objective, path: str | Path) -> None:
     tensors = _READERS[type(objective)](objective, read_reference(path))
     for name, value in tensors.items():
         if name.endswith("vit.pos_embed"):
-            tensors[name] = fit_positions(objective.encoder, value, path)
+            with_registers = name.replace("pos_embed", "reg_token") in tensors
+            tensors[name] = fit_positions(objective.encoder, value, None, antialias=with_registers)
     load_strictly(objective, tensors, path)
 
 
-def fit_positions(encoder: Encoder, table: Float[Tensor, "1 n d"], path: Path) -> Float[Tensor, "1 m d"]:
-    """A position table of another image size, resized (bicubic, antialiased) to the encoder's grid.
+def fit_positions(
+    encoder: Encoder, table: Float[Tensor, "1 n d"], grid: tuple[int, int] | None, *, antialias: bool
+) -> Float[Tensor, "1 m d"]:
+    """A position table of another image size, resized (bicubic) to the encoder's grid.
+
+    Args:
+        grid: rows and columns that the table was made for; None = those of a square.
+        antialias: where it gets smaller, as timm and DINOv2's code with registers do; MAE's, DINO's and DINOv2's other
+            code does not.
 
     Raises:
         ValueError: the table is of no square grid, so what it was made for is not known.
     """
     vit: Any = encoder.get_submodule("vit")
     prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
-    if table.shape[1] == encoder.num_patches + prefix:
-        return table
-    side = math.isqrt(table.shape[1] - prefix)
-    if side * side != table.shape[1] - prefix:
-        raise ValueError(f"{path}: pos_embed {tuple(table.shape)}: is of no square grid and cannot be resized")
+    num_positions = table.shape[1] - prefix
+    if grid is None or grid[0] * grid[1] != num_positions:
+        if num_positions == encoder.num_patches:
+            return table
+        side = math.isqrt(max(num_positions, 0))
+        if side * side != num_positions:
+            raise ValueError(f"pos_embed {tuple(table.shape)}: is of no square grid and cannot be resized")
+        grid = (side, side)
     return resample_abs_pos_embed(
-        table, new_size=list(encoder.grid_size), old_size=[side, side], num_prefix_tokens=prefix
+        table.float(),
+        new_size=list(encoder.grid_size),
+        old_size=list(grid),
+        num_prefix_tokens=prefix,
+        antialias=antialias,
     )
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import adapt_input_conv
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from ssl_vit.export.backbone import (
     read_json,
     read_tensors,
 )
-from ssl_vit.export.interop import read_reference
+from ssl_vit.export.interop import fit_positions, read_reference
 from ssl_vit.export.layouts import Tensors, from_papers, from_transformers, is_transformers
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.positions import sincos_positions
@@ -96,36 +95,18 @@ def load_pretrained(encoder: Encoder, name: str) -> None:
 def fit(encoder: ViT, tensors: Mapping[str, Tensor], found: Pretrained) -> Tensors:
     """The tensors with positions and input channels of the encoder's sizes."""
     fitted = dict(tensors)
-    table = fitted.get("pos_embed")
-    wanted = encoder.vit.pos_embed
-    if table is not None and wanted is not None and table.shape[-1] == wanted.shape[-1]:
-        prefix = 0 if encoder.vit.no_embed_class else encoder.vit.num_prefix_tokens
-        grid = grid_of(table.shape[1] - prefix, found.config)
-        if grid is None and table.shape != wanted.shape:
-            raise ValueError(f"pos_embed {tuple(table.shape)}: is of no square grid and cannot be resized")
-        if grid is not None and grid != encoder.grid_size:
-            fitted["pos_embed"] = resample_abs_pos_embed(
-                table.float(),
-                new_size=list(encoder.grid_size),
-                old_size=list(grid),
-                num_prefix_tokens=prefix,
-                antialias=found.antialias,
-            )
+    table, wanted = fitted.get("pos_embed"), encoder.vit.pos_embed
+    if table is not None and wanted is not None and table.ndim == 3 and table.shape[-1] == wanted.shape[-1]:
+        grid = None
+        if found.config is not None:  # with patches of other sizes the weights do not fit, as is said below
+            sides = zip(pair(found.config.image_size), encoder.patch_size, strict=True)
+            rows, columns = (size // patch for size, patch in sides)
+            grid = (rows, columns)
+        fitted["pos_embed"] = fit_positions(encoder, table, grid, antialias=found.antialias)
     projection = fitted.get("patch_embed.proj.weight")
     if projection is not None and projection.ndim == 4 and projection.shape[1] == 3 != encoder.in_chans:
         fitted["patch_embed.proj.weight"] = adapt_input_conv(encoder.in_chans, projection)
     return {name: value.float() if value.is_floating_point() else value for name, value in fitted.items()}
-
-
-def grid_of(num_positions: int, config: ViTConfig | None) -> tuple[int, int] | None:
-    """Rows and columns of a position table, by the size it was made for or else as a square."""
-    if config is not None and config.patch_size is not None:
-        sides = zip(pair(config.image_size), pair(config.patch_size), strict=True)
-        rows, columns = (size // patch for size, patch in sides)
-        if rows * columns == num_positions:
-            return rows, columns
-    side = math.isqrt(num_positions)
-    return (side, side) if side * side == num_positions else None
 
 
 def infer_config(tensors: Mapping[str, Tensor]) -> ViTConfig | None:
@@ -146,16 +127,16 @@ def infer_config(tensors: Mapping[str, Tensor]) -> ViTConfig | None:
     if not timm.is_model(arch):
         return None
     positions = tensors.get("pos_embed")
-    prefix = 0 if registers else 1
-    grid = None if positions is None else grid_of(positions.shape[1] - prefix, None)
-    if positions is None or grid is None:
+    if positions is None:
         return None
-    table = sincos_positions(width, grid)
-    is_sincos = prefix == 1 and width % 4 == 0 and torch.allclose(positions[0].float(), table, atol=1e-4)
-    size = (grid[0] * patch[0], grid[1] * patch[1])
+    prefix = 0 if registers else 1
+    side = math.isqrt(positions.shape[1] - prefix)
+    if side * side != positions.shape[1] - prefix:
+        return None
+    is_sincos = prefix == 1 and torch.allclose(positions[0].float(), sincos_positions(width, (side, side)), atol=1e-4)
     return ViTConfig(
         arch=arch,
-        image_size=size[0] if size[0] == size[1] else size,
+        image_size=side * patch[0] if patch[0] == patch[1] else (side * patch[0], side * patch[1]),
         patch_size=patch[0] if patch[0] == patch[1] else (patch[0], patch[1]),
         in_chans=in_chans,
         depth=depth,

@@ -12,11 +12,13 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 from torch.nn import functional as F
 
 from scripts import pretrain_mae
 from ssl_vit.config import parse_run
+from ssl_vit.export import export_backbone
 from ssl_vit.export.layouts import from_transformers, to_transformers
 from ssl_vit.export.pretrained import infer_config, load_pretrained, open_pretrained
 from ssl_vit.export.targets import export_to, proof_images
@@ -59,6 +61,16 @@ def test_what_was_exported_is_read_back(tmp_path: Path, target: str, name: str) 
     if target == "timm":
         assert open_pretrained(str(folder)).config == ENCODERS[name]
         assert open_pretrained(str(folder)).mean == trained.mean
+
+
+def test_a_table_that_is_not_square_is_resized(tmp_path: Path) -> None:
+    config = ViTConfig(arch="vit_tiny_patch16_224", image_size=(32, 128), depth=1)
+    original = perturbed(config)
+    export_backbone(original, tmp_path, mean=(0.5,) * 3, std=(0.5,) * 3, provenance={})
+    encoder = ViTConfig(**{**vars(config), "image_size": 64}).build()  # as many patches, in other rows
+    load_pretrained(encoder, str(tmp_path))
+    expected = resample_abs_pos_embed(original.vit.pos_embed, [4, 4], [2, 8], num_prefix_tokens=1)
+    assert torch.equal(encoder.vit.pos_embed, expected)
 
 
 def test_a_folder_of_timms_own_is_read(tmp_path: Path) -> None:
