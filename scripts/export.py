@@ -2,6 +2,7 @@
 
 python scripts/export.py RUN                                            backbone.safetensors, into the run's folder
 python scripts/export.py RUN --to timm transformers --out exported      exported/timm and exported/transformers
+python scripts/export.py vit_small_patch16_224.dino --out public/dino   published weights, to be judged beside your own
 """
 
 import argparse
@@ -14,7 +15,7 @@ from ssl_vit.export.command import export
 
 def main(args: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", type=Path, help="folder of a run, of a checkpoint, or of an exported backbone")
+    parser.add_argument("path", type=Path, help="folder of a run, of a checkpoint or an export; or published weights")
     parser.add_argument("--to", nargs="+", metavar="LIBRARY", help="timm transformers torchvision onnx torch_export")
     parser.add_argument("--out", type=Path, help="folder in which each library gets one of its name [PATH/exported]")
     parser.add_argument(

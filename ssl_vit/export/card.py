@@ -50,8 +50,8 @@ def write_card(
     text = [
         f"---\n{header.to_yaml()}\n---",
         f"# {name}",
-        "A Vision Transformer pre-trained without labels by [ssl_vit]"
-        f"(https://pypi.org/project/ssl-vit) {ssl_vit.__version__}.",
+        ("A Vision Transformer pre-trained without labels" if objective else "A Vision Transformer, converted")
+        + f" by [ssl_vit](https://pypi.org/project/ssl-vit) {ssl_vit.__version__}.",
         f"```python\n{loading_code.rstrip()}\n```",
         f"| | |\n|---|---|\n{table}",
         "## Scores\n\n" + ("\n".join(scores) if scores else "None were found beside it."),
@@ -71,13 +71,13 @@ def _describe(trained: Trained) -> Iterator[tuple[str, Any]]:
     yield "features", f"{encoder.embed_dim} wide; class token and {encoder.num_patches} patch tokens"
     yield "parameters", f"{sum(value.numel() for value in encoder.parameters()) / 1e6:.1f} M"
     objective = known.get("objective")
+    if known.get("pretrained"):
+        yield "weights of" if objective is None else "started from", f"`{known['pretrained']}`"
     if objective is None:
         return
     yield "objective", _PAPERS.get(objective, objective)
     if known.get("weights"):
         yield "weights", known["weights"]
-    if known.get("pretrained"):
-        yield "started from", f"`{known['pretrained']}`"
     images = f", {known['num_images']:,} images" if known.get("num_images") else ""
     yield "data", f"`{known.get('source')}`{images}"
     if known.get("steps"):
@@ -108,7 +108,7 @@ def training_hours(metrics: Path, batch_size: int | None) -> float | None:
 
 
 def _scores(folder: Path) -> Iterator[str]:
-    """The lines of a table of all scores found beside a backbone."""
+    """The lines of a table of all scores found in a backbone's folder."""
     heading = "| file | features | score | value | 95 % interval |\n|---|---|---|---|---|"
     for name in _SCORES:
         try:

@@ -25,9 +25,7 @@ def _export(args: argparse.Namespace) -> int:
     if args.to is None:
         if args.push_to_hub:
             raise ValueError(f"--push_to_hub {args.push_to_hub}: name the library with --to")
-        if args.out is not None:
-            raise ValueError(f"--out {args.out}: name the libraries with --to {' '.join(TARGETS)}")
-        print(f"Wrote {export_run(args.path, args.weights)} (+ config.json)")
+        print(f"Wrote {export_run(args.path, args.weights, args.out)} (+ config.json)")
         return 0
     targets = list(dict.fromkeys(args.to))
     for target in targets:
@@ -35,7 +33,11 @@ def _export(args: argparse.Namespace) -> int:
             raise ValueError(f"--to {target}: no such library; choose of {' '.join(TARGETS)}")
     if args.push_to_hub and len(targets) > 1:
         raise ValueError(f"--push_to_hub {args.push_to_hub}: takes one library, not {' '.join(targets)}")
-    out = args.out or (args.path.parent if args.path.is_file() else args.path) / "exported"
+    out = args.out
+    if out is None:
+        if not args.path.exists():
+            raise ValueError(f"{args.path}: name the folder to write to with --out")
+        out = (args.path.parent if args.path.is_file() else args.path) / "exported"
     if is_fine_tuned(args.path):
         return _export_fine_tuned(args, targets, out)
     trained = open_trained(args.path, args.weights)

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ssl_vit.checkpoint import MODEL_FILE, STATE_FILE, find_damage, list_checkpoints, newest_checkpoint
 from ssl_vit.config import load_encoder_config, section
+from ssl_vit.data.sources import DataConfig
 from ssl_vit.evaluation.finetune import FineTune, FineTuneConfig
 from ssl_vit.evaluation.supervised import export_settings
 from ssl_vit.export.backbone import (
-    backbone_file,
+    BACKBONE_FILE,
     describe,
     export_backbone,
     load_backbone,
@@ -23,6 +24,7 @@ from ssl_vit.export.backbone import (
     read_tensors,
 )
 from ssl_vit.export.classifier import export_classifier
+from ssl_vit.export.pretrained import load_pretrained, open_pretrained
 from ssl_vit.export.provenance import provenance
 from ssl_vit.models.vit import ViT
 from ssl_vit.objectives.mae import MAE, MAEConfig
@@ -56,10 +58,11 @@ class Trained:
 
 
 def open_trained(path: str | Path, weights: str | None = None) -> Trained:
-    """Read a backbone out of a run's newest checkpoint, one checkpoint, or an exported folder.
+    """Read a backbone out of a run's newest checkpoint, one checkpoint, an exported folder, or what others published.
 
     Args:
-        path: folder of a run or of one of its checkpoints, or a backbone that was exported from one.
+        path: folder of a run or of one of its checkpoints, a backbone that was exported from one, or anything else
+            that `encoder.pretrained` takes, such as the name of a timm model.
         weights: "teacher" or "student" of DINO and DINOv2; "average-last-K", the mean of what is normally exported
             over the last K checkpoints. None: the teacher where there is one.
 
@@ -111,22 +114,24 @@ def is_fine_tuned(path: Path) -> bool:
     return checkpoint is not None and json.loads((checkpoint / STATE_FILE).read_text())["objective"] == "FineTune"
 
 
-def export_run(folder: Path, weights: str | None = None) -> Path:
-    """Export what a run has learned so far into its own folder, finished or not; returns the file.
+def export_run(path: Path, weights: str | None = None, out: Path | None = None) -> Path:
+    """Export a backbone in our own form, and of a fine-tuning its classifier; returns the file.
 
-    Of pre-training it is the backbone, of fine-tuning the classifier.
+    Args:
+        path, weights: see `open_trained`; a run may be finished or not.
+        out: the folder to write to; None = the run's.
 
     Raises:
-        ValueError: the folder holds no run, no whole checkpoint, or a run that has nothing to export.
+        ValueError: the folder holds no whole checkpoint, or a run that has nothing to export.
     """
-    if not (folder / CONFIG_FILE).is_file():
-        raise ValueError(f"{folder}: holds no run ({CONFIG_FILE} is missing)")
-    if is_fine_tuned(folder):
-        return export_fine_tuned(folder, folder)
-    trained = open_trained(folder, weights)
+    if out is None and not (path / CONFIG_FILE).is_file():
+        raise ValueError(f"{path}: holds no run ({CONFIG_FILE} is missing); name the folder to write to with --out")
+    if is_fine_tuned(path):
+        return export_fine_tuned(path, out or path)
+    trained = open_trained(path, weights)
     return export_backbone(
         trained.encoder,
-        folder,
+        out or path,
         mean=trained.mean,
         std=trained.std,
         provenance=trained.provenance,
@@ -201,11 +206,13 @@ def _prefix(state: dict[str, Any], choice: str | None, folder: Path) -> str:
 
 
 def _open_exported(path: Path, weights: str | None) -> Trained:
-    file = backbone_file(path)
     if weights is not None:
         raise ValueError(
-            f"weights={weights!r}: {file} is one backbone; name the folder of the run, whose checkpoints hold more"
+            f"weights={weights!r}: {path} is one backbone; name the folder of the run, whose checkpoints hold more"
         )
+    file = path / BACKBONE_FILE if path.is_dir() else path
+    if file.name != BACKBONE_FILE or not file.is_file():
+        return _open_published(str(path))
     encoder = load_backbone(file)
     assert isinstance(encoder, ViT)
     described = read_config(file.parent)
@@ -220,6 +227,17 @@ def _open_exported(path: Path, weights: str | None) -> Trained:
         known,
         file.parent,
     )
+
+
+def _open_published(name: str) -> Trained:
+    found = open_pretrained(name)
+    if found.config is None:
+        raise ValueError(f"{name}: the architecture cannot be told from the weights; only the papers' widths are known")
+    encoder = found.config.build()
+    load_pretrained(encoder, name)
+    usual = DataConfig()
+    mean, std = found.mean or usual.mean, found.std or usual.std
+    return Trained(encoder.eval(), mean, std, 0.875, {"pretrained": name}, Path())
 
 
 def tuples_of(values: dict[str, Any]) -> dict[str, Any]:

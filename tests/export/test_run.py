@@ -12,8 +12,11 @@ from safetensors.torch import load_file
 
 from scripts import export as script
 from scripts import pretrain_dino, pretrain_mae
+from ssl_vit.evaluation.command import main as evaluate
+from ssl_vit.evaluation.probes import KNNConfig, evaluate_knn
 from ssl_vit.export import load_backbone
 from ssl_vit.export.run import export_run, open_trained
+from ssl_vit.models.vit import ViTConfig
 from ssl_vit.train import main
 from tests.conftest import SMALL_DINO, SMALL_RUN
 
@@ -175,7 +178,6 @@ def test_the_script_without_a_library_writes_the_backbone(dino_run: Path, capsys
     ("words", "message"),
     [
         (["--to", "tensorflow"], "--to tensorflow: no such library; choose of timm"),
-        (["--out", "somewhere"], "--out somewhere: name the libraries with --to"),
         (["--push_to_hub", "me/mine"], "--push_to_hub me/mine: name the library with --to"),
         (["--to", "timm", "onnx", "--push_to_hub", "me/mine"], "takes one library, not timm onnx"),
     ],
@@ -186,3 +188,27 @@ def test_the_script_refuses_what_does_not_go_together(
     code, text = call(capsys, dino_run, *words)
     assert code == 2
     assert message in text
+
+
+@pytest.mark.filterwarnings("default")
+def test_published_weights_are_converted_and_can_be_judged(
+    tmp_path: Path, photo_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = ViTConfig(arch="vit_tiny_patch16_224", image_size=32, depth=2).build()
+    torch.save({"model": original.vit.state_dict()}, tmp_path / "official.pth")
+    code, text = call(capsys, tmp_path / "official.pth", "--out", tmp_path / "public")
+    assert (code, "backbone.safetensors" in text) == (0, True)
+    assert torch.equal(load_backbone(tmp_path / "public").state_dict()["vit.norm.weight"], original.vit.norm.weight)
+    flags = [str(tmp_path / "public"), f"--source={photo_folder}", "--ks=[5]"]
+    assert evaluate(evaluate_knn, {"": KNNConfig()}, None, flags) == 0
+    code, text = call(
+        capsys, tmp_path / "official.pth", "--to", "transformers", "--out", tmp_path, "--images", photo_folder
+    )
+    assert code == 0
+    card = (tmp_path / "transformers" / "README.md").read_text()
+    assert "A Vision Transformer, converted" in card
+    assert f"| weights of | `{tmp_path / 'official.pth'}` |" in card
+    code, text = call(capsys, tmp_path / "nothing")
+    assert (code, "holds no run (config.yaml is missing); name the folder to write to with --out" in text) == (2, True)
+    code, text = call(capsys, tmp_path / "nothing", "--to", "timm", "--out", tmp_path)
+    assert (code, "no such file or folder" in text) == (2, True)
