@@ -1,6 +1,6 @@
 """Measure ssl_vit beside its alternatives, in alternating rounds of one run, and print a table and JSON.
 
-python scripts/benchmark.py multicrop --data FOLDER     multi-crop input beside the paper's Pillow pipeline
+python scripts/benchmark.py loader --data FOLDER        input of MAE and DINO beside the papers' Pillow pipelines
 python scripts/benchmark.py memory                      DINO's head and loss beside the pairwise form
 python scripts/benchmark.py step dino --config FILE     a training step with fused and with plain attention
 """
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
+from ssl_vit.benchmarks.loader import compare_loader
 from ssl_vit.benchmarks.memory import compare_memory
-from ssl_vit.benchmarks.multicrop import compare_multicrop
 from ssl_vit.benchmarks.step import compare_attention
 from ssl_vit.config import parse_run
 
@@ -24,10 +24,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     parser.add_argument("--rounds", type=int, default=5, help="alternating rounds")
     commands = parser.add_subparsers(dest="command", required=True)
-    multicrop = commands.add_parser("multicrop")
-    multicrop.add_argument("--data", required=True, help="a folder of images")
-    multicrop.add_argument("--num_images", type=int, default=64, help="images of a round")
-    multicrop.add_argument("--num_local_crops", type=int, default=8)
+    loader = commands.add_parser("loader")
+    loader.add_argument("--data", required=True, help="a folder of images")
+    loader.add_argument("--num_images", type=int, default=64, help="images of a round")
+    loader.add_argument("--num_local_crops", type=int, default=8)
     memory = commands.add_parser("memory")
     memory.add_argument("--batch", type=int, default=64)
     memory.add_argument("--num_local_crops", type=int, default=8)
@@ -51,7 +51,7 @@ def main() -> int:
         for name, rates in result["rates"].items():
             ratio = result["ratios"][name]
             spread = f"{ratio['median']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
-            print(f"{name:24} {_median(rates):8.1f} images/s   {spread}")
+            print(f"{name:32} {_median(rates):8.1f} images/s   {spread}")
     print(f"{result['what']}; {', '.join(f'{key} {value}' for key, value in result['machine'].items())}")
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
@@ -59,9 +59,9 @@ def main() -> int:
 
 
 def _measure(args: argparse.Namespace, settings: list[str]) -> dict:
-    if args.command == "multicrop":
+    if args.command == "loader":
         torch.set_num_threads(1)  # rates are those of one core
-        return compare_multicrop(
+        return compare_loader(
             args.data, num_images=args.num_images, num_local_crops=args.num_local_crops, rounds=args.rounds
         )
     if args.command == "memory":

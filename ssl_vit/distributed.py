@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import platform
 import signal
 import warnings
 from collections.abc import Iterator
@@ -61,6 +62,22 @@ def start_processes() -> PartialState:
 def autocast_dtype(precision: str) -> torch.dtype | None:
     """What a resolved precision has the encoder computed in; None = as it is."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+
+
+def device_name(device: torch.device) -> str:
+    """The product name of a GPU, or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({cpu_name()})" if device.type == "cpu" else device.type
+
+
+def cpu_name() -> str:
+    """The product name of the processor, as far as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def use_all_cpus(device: torch.device) -> None:

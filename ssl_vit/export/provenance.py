@@ -1,12 +1,11 @@
 """Where a backbone comes from: what checkpoints and exports are told of their run."""
 
-import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ssl_vit.data.sources import Source
+from ssl_vit.distributed import device_name
 from ssl_vit.objectives.objective import Objective
 
 
@@ -40,17 +39,3 @@ def provenance(settings: dict[str, Any], state: dict[str, Any]) -> dict[str, Any
         "seed": settings["seed"],
         "hardware": state.get("hardware"),
     }
-
-
-def device_name(device: torch.device) -> str:
-    """The product name of a GPU, or of the processor."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return f"CPU ({line.partition(':')[2].strip()})"
-    return f"CPU ({platform.processor() or platform.machine()})"

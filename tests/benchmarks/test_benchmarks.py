@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from scripts.pretrain_dino import DEFAULTS
+from ssl_vit.benchmarks.loader import compare_loader, pillow_mae, pillow_views
 from ssl_vit.benchmarks.memory import pairwise_loss
-from ssl_vit.benchmarks.multicrop import compare_multicrop, pillow_views
 from ssl_vit.benchmarks.rounds import alternate, ratios
 from ssl_vit.benchmarks.step import compare_attention
 from ssl_vit.config import parse_run
@@ -43,11 +44,13 @@ def test_the_loss_without_pairs_needs_less_memory() -> None:
     assert peaks["ssl_vit"] < 0.75 * peaks["pairwise"]
 
 
-def test_multicrop_rates_are_of_three_pipelines(photo_folder: Path) -> None:
-    result = compare_multicrop(str(photo_folder), num_images=3, batch_size=2, rounds=1, num_local_crops=1)
-    assert list(result["rates"]) == ["paper (Pillow)", "crops alone", "whole, colours on cpu"]
-    assert result["ratios"]["paper (Pillow)"]["median"] == 1.0
+def test_loader_rates_are_of_three_pipelines_an_objective(photo_folder: Path) -> None:
+    result = compare_loader(str(photo_folder), num_images=3, batch_size=2, rounds=1, num_local_crops=1)
+    kinds = ("paper (Pillow)", "crops alone", "whole, colours on cpu")
+    assert list(result["rates"]) == [f"{name}: {kind}" for name in ("MAE", "DINO") for kind in kinds]
+    assert result["ratios"]["MAE: paper (Pillow)"]["median"] == result["ratios"]["DINO: paper (Pillow)"]["median"] == 1
     assert len(pillow_views(8)) == 10
+    assert pillow_mae()(Image.new("RGB", (300, 260))).shape == (3, 224, 224)
 
 
 def test_a_training_step_is_measured_with_both_kinds_of_attention() -> None:
@@ -60,7 +63,7 @@ def test_a_training_step_is_measured_with_both_kinds_of_attention() -> None:
 @pytest.mark.parametrize("name", ["empty", "nowhere"])
 def test_a_folder_without_images_ends_in_one_line(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
-    words = [sys.executable, "scripts/benchmark.py", "multicrop", "--data", str(tmp_path / name)]
+    words = [sys.executable, "scripts/benchmark.py", "loader", "--data", str(tmp_path / name)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.strip() == f"error: --data={tmp_path / name}: holds no .jpg or .png file"
@@ -68,7 +71,7 @@ def test_a_folder_without_images_ends_in_one_line(tmp_path: Path, name: str) -> 
 
 def test_the_script_prints_a_table_and_writes_json(photo_folder: Path, tmp_path: Path) -> None:
     words = [sys.executable, "scripts/benchmark.py", "--rounds=1", f"--json={tmp_path / 'r.json'}"]
-    words += ["multicrop", f"--data={photo_folder}", "--num_images=2", "--num_local_crops=1"]
+    words += ["loader", f"--data={photo_folder}", "--num_images=2", "--num_local_crops=1"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "crops alone" in done.stdout
     assert json.loads((tmp_path / "r.json").read_text())["machine"]["torch"] == torch.__version__

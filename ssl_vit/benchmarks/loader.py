@@ -1,6 +1,7 @@
-"""Multi-crop input beside the paper's Pillow pipeline, restated from torchvision's transforms."""
+"""Input of MAE and DINO beside the papers' Pillow pipelines, restated from torchvision's transforms."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ from torchvision.transforms import InterpolationMode
 
 from ssl_vit.benchmarks.rounds import alternate, machine, ratios
 from ssl_vit.data.multicrop import MultiCropConfig
-from ssl_vit.data.sources import DataConfig, open_source
+from ssl_vit.data.sources import DataConfig, Source, open_source
+from ssl_vit.objectives.mae import MAEConfig
+from ssl_vit.objectives.objective import Transform
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -48,15 +51,26 @@ def pillow_views(num_local_crops: int) -> list[T.Compose]:
     return [view(224, (0.4, 1.0), 1.0, 0.0), view(224, (0.4, 1.0), 0.1, 0.2), *locals_]
 
 
-def compare_multicrop(
+def pillow_mae() -> T.Compose:
+    """The transform of MAE's pre-training (He et al. 2022, appendix; the values are those of its code)."""
+    steps = [
+        T.RandomResizedCrop(224, scale=(0.2, 1.0), interpolation=InterpolationMode.BICUBIC),
+        T.RandomHorizontalFlip(0.5),
+        T.ToTensor(),
+        T.Normalize(MEAN, STD),
+    ]
+    return T.Compose(steps)
+
+
+def compare_loader(
     folder: str, *, num_images: int = 64, batch_size: int = 16, rounds: int = 5, num_local_crops: int = 8
 ) -> dict:
-    """Images per second of one process: the paper's pipeline, ours up to the crops, and ours whole on this device.
+    """Images per second of one process, for MAE and DINO: the paper's pipeline, ours up to the crops, and ours whole.
 
     Args:
         folder: a folder of images.
         num_images: images of a round.
-        batch_size: images that are coloured at once.
+        batch_size: images that are flipped, coloured and normalised at once, on this device.
     """
     paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in {".jpg", ".jpeg", ".png"})
     if not paths:
@@ -64,10 +78,34 @@ def compare_multicrop(
     paths = [paths[row % len(paths)] for row in range(num_images)]
     source = open_source(DataConfig(source=folder, label_column="none"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    views = pillow_views(num_local_crops)
-    config = MultiCropConfig(num_local_crops=num_local_crops)
-    transform = config.build_transform((224, 224), (16, 16), MEAN, STD)
+    pipelines = {
+        "MAE": ([pillow_mae()], MAEConfig()),
+        "DINO": (pillow_views(num_local_crops), MultiCropConfig(num_local_crops=num_local_crops)),
+    }
+    rates: dict[str, list[float]] = {}
+    found: dict[str, dict] = {}
+    for name, (views, config) in pipelines.items():
+        transform: Transform = config.build_transform((224, 224), (16, 16), MEAN, STD)
+        contenders = _contenders(paths, views, source, transform, batch_size, device)
+        own = alternate({f"{name}: {key}": work for key, work in contenders.items()}, rounds)
+        rates |= own
+        found |= {key: vars(ratio) for key, ratio in ratios(own, f"{name}: paper (Pillow)").items()}
+    return {
+        "what": f"one crop (MAE) and 2 + {num_local_crops} (DINO) of {num_images} images in one process",
+        "rates": rates,
+        "ratios": found,
+        "machine": machine(),
+    }
 
+
+def _contenders(
+    paths: list[Path],
+    views: list[T.Compose],
+    source: Source,
+    transform: Transform,
+    batch_size: int,
+    device: torch.device,
+) -> dict[str, Callable[[], int]]:
     def pillow() -> int:
         for path in paths:
             with Image.open(path) as image:
@@ -80,25 +118,17 @@ def compare_multicrop(
         return transform(source.image(row % len(source), 3), np.random.default_rng(row))
 
     def crops() -> int:
-        for row in range(num_images):
+        for row in range(len(paths)):
             sample(row)
-        return num_images
+        return len(paths)
 
     def whole() -> int:
-        for start in range(0, num_images, batch_size):
-            samples = [sample(row) for row in range(start, min(start + batch_size, num_images))]
+        for start in range(0, len(paths), batch_size):
+            samples = [sample(row) for row in range(start, min(start + batch_size, len(paths)))]
             batch = {name: torch.stack([item[name] for item in samples]) for name in samples[0]}
             transform.on_device(batch, device)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return num_images
+        return len(paths)
 
-    rates = alternate(
-        {"paper (Pillow)": pillow, "crops alone": crops, f"whole, colours on {device.type}": whole}, rounds
-    )
-    return {
-        "what": f"2 + {num_local_crops} crops of {num_images} images in one process",
-        "rates": rates,
-        "ratios": {name: vars(ratio) for name, ratio in ratios(rates, "paper (Pillow)").items()},
-        "machine": machine(),
-    }
+    return {"paper (Pillow)": pillow, "crops alone": crops, f"whole, colours on {device.type}": whole}
