@@ -1,0 +1,235 @@
+"""What can be told of a source's pictures by reading them: sizes, kinds, faults, duplicates, mean and deviation."""
+
+import hashlib
+import io
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from PIL import Image
+from torch import Tensor
+
+from ssl_vit.data.decode import decode
+from ssl_vit.data.sources import Source
+
+_SHOWN = 5  # faults and duplicates that are named
+# What files begin with. RIFF and ISO containers say their kind a little later.
+_SIGNATURES = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"GIF8": "GIF",
+    b"BM": "BMP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"\0\0\0\x0cjP  ": "JPEG 2000",
+    b"%PDF": "PDF",
+    b"PK\x03\x04": "zip",
+    b"\x1f\x8b": "gzip",
+}
+
+
+class Place(NamedTuple):
+    """Where a picture is."""
+
+    row: int
+    """Row of the source."""
+    path: str | None
+    """Its file, where the source names one."""
+
+
+class Unreadable(NamedTuple):
+    """A picture that cannot be read."""
+
+    place: Place
+    reason: str
+
+
+class Repeat(NamedTuple):
+    """A picture that is byte for byte the same as one before it."""
+
+    place: Place
+    first: Place
+
+
+@dataclass
+class Pictures:
+    """What was found by reading pictures. Counts are of pictures; those that cannot be read have no size."""
+
+    num_channels: int
+    """Channels that they were decoded to."""
+    num_read: int = 0
+    """Pictures that were looked at, unreadable ones included."""
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    """Height and width in pixels of each readable picture, turned upright."""
+    formats: Counter[str] = field(default_factory=Counter)
+    """Kinds of file by their first bytes, of readable and unreadable ones."""
+    channels: Counter[str] = field(default_factory=Counter)
+    """Kinds of channels as stored: greyscale, RGB, with alpha or without."""
+    num_16_bit: int = 0
+    num_unreadable: int = 0
+    unreadable: list[Unreadable] = field(default_factory=list)
+    """The first few of them."""
+    num_repeats: int = 0
+    """Readable pictures whose bytes are those of one that was read before."""
+    repeats: list[Repeat] = field(default_factory=list)
+    """The first few of them."""
+    num_pixels: int = 0
+    pixel_sums: list[int] = field(default_factory=list)
+    """Sum of each channel's pixels in [0, 255], exact."""
+    square_sums: list[int] = field(default_factory=list)
+    """Sum of their squares, exact."""
+    seconds: float = 0.0
+    """Time that reading and decoding the readable ones took."""
+
+    @property
+    def num_readable(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean of each channel over all pixels, in [0, 1]; () if no picture can be read."""
+        return tuple(total / (255 * self.num_pixels) for total in self.pixel_sums)
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Standard deviation of each channel over all pixels, in [0, 1]; () if no picture can be read."""
+        count = self.num_pixels
+        # In whole numbers up to here, so that nothing cancels.
+        variances = (count * sq - total**2 for total, sq in zip(self.pixel_sums, self.square_sums, strict=True))
+        return tuple(variance**0.5 / (255 * count) for variance in variances)
+
+    @property
+    def is_grey(self) -> bool:
+        """Whether all readable pictures are stored without colour."""
+        return self.num_readable > 0 and all(name.startswith("greyscale") for name in self.channels)
+
+
+def choose_rows(num_images: int, sample: int | None, seed: int) -> Int64[np.ndarray, " r"]:
+    """A seeded sample of rows in ascending order; all of them for None, or where there are no more."""
+    if sample is None or sample >= num_images:
+        return np.arange(num_images)
+    return np.sort(np.random.default_rng(seed).choice(num_images, size=sample, replace=False))
+
+
+def read_pictures(source: Source, rows: Iterable[int], num_channels: int) -> Pictures:
+    """Read and decode rows of a source, one after another; none is kept.
+
+    Args:
+        rows: which ones.
+        num_channels: channels to decode to, see `decode`.
+    """
+    found = Pictures(num_channels, pixel_sums=[0] * num_channels, square_sums=[0] * num_channels)
+    seen: dict[bytes, int] = {}
+    for row in map(int, rows):
+        found.num_read += 1
+        start = time.perf_counter()
+        stored = source.rows[row][source.image_column] or {}
+        place = Place(row, stored.get("path"))
+        data = None
+        try:
+            data = _encoded(stored)
+            pixels = decode(data, num_channels)
+        except (ValueError, OSError) as error:
+            found.formats[file_format(data)] += 1
+            found.num_unreadable += 1
+            if len(found.unreadable) < _SHOWN:
+                found.unreadable.append(Unreadable(place, " ".join(str(error).split())))
+            continue
+        found.seconds += time.perf_counter() - start
+        found.formats[file_format(data)] += 1
+        _add_pixels(found, pixels)
+        kind, is_16_bit = stored_channels(data)
+        found.channels[kind] += 1
+        found.num_16_bit += is_16_bit
+        first = seen.setdefault(hashlib.blake2b(data, digest_size=16).digest(), row)
+        if first != row:
+            found.num_repeats += 1
+            if len(found.repeats) < _SHOWN:
+                found.repeats.append(Repeat(place, Place(first, source.rows[first][source.image_column].get("path"))))
+    if not found.sizes:
+        found.pixel_sums, found.square_sums = [], []
+    return found
+
+
+def _encoded(stored: dict) -> bytes:
+    """The encoded file of a row, whether it lies in the row or on disk."""
+    if stored.get("bytes"):
+        return stored["bytes"]
+    if stored.get("path") is None:
+        raise ValueError("the row holds no image")
+    return Path(stored["path"]).read_bytes()
+
+
+def _add_pixels(found: Pictures, pixels: UInt8[Tensor, "c h w"]) -> None:
+    height, width = pixels.shape[1:]
+    found.sizes.append((height, width))
+    found.num_pixels += height * width
+    wide = pixels.flatten(1).to(torch.int32)
+    for channel, (total, squares) in enumerate(zip(wide.sum(dim=1), (wide * wide).sum(dim=1), strict=True)):
+        found.pixel_sums[channel] += int(total)
+        found.square_sums[channel] += int(squares)
+
+
+def file_format(data: bytes | None) -> str:
+    """What kind of file this is, by its first bytes; None is a file that could not be had."""
+    if not data:
+        return "missing" if data is None else "empty"
+    for signature, name in _SIGNATURES.items():
+        if data.startswith(signature):
+            return name
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "WebP"
+    if data[4:8] == b"ftyp":
+        return {b"avif": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF"}.get(data[8:12], "video")
+    text = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype html", b"<html")):
+        return "HTML"
+    return "SVG" if b"<svg" in text else "unknown"
+
+
+def stored_channels(data: bytes) -> tuple[str, bool]:
+    """The channels that a file holds, before any conversion, and whether they have 16 bits each."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            grey = image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
+            alpha = image.has_transparency_data
+            is_16_bit = image.mode.startswith("I") or (data.startswith(b"\x89PNG") and data[24] == 16)
+    except Exception:  # a header that torchvision can read and Pillow cannot
+        return "unknown", False
+    if grey:
+        return "greyscale with alpha" if alpha else "greyscale", is_16_bit
+    return "RGBA" if alpha else "RGB", is_16_bit
+
+
+class Class(NamedTuple):
+    """A class and how many pictures it has."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
+class LabelCounts:
+    """How the labels of a whole source are spread."""
+
+    num_classes: int
+    """Classes that have pictures."""
+    smallest: Class
+    largest: Class
+    num_unlabelled: int
+
+
+def count_labels(source: Source) -> LabelCounts | None:
+    """How a source's labels are spread over all of its rows; None where it has none. No picture is read."""
+    if source.labels is None:
+        return None
+    counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.class_names))
+    classes = [Class(name, count) for name, count in zip(source.class_names, counts.tolist(), strict=True) if count]
+    smallest, largest = (choose(classes, key=lambda item: item.size) for choose in (min, max))
+    return LabelCounts(len(classes), smallest, largest, int((source.labels < 0).sum()))

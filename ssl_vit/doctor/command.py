@@ -1,0 +1,73 @@
+"""What scripts/doctor.py does once it knows what was asked for."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ssl_vit.config import RunConfig, parse_run
+from ssl_vit.data.sources import open_source
+from ssl_vit.doctor.diagnose import Measure, diagnose
+from ssl_vit.doctor.page import as_text
+
+
+def examine(
+    defaults: RunConfig,
+    settings: Sequence[str],
+    *,
+    sample: int | None,
+    step: Measure,
+    as_json: bool,
+    config_file: Path | None,
+) -> int:
+    """Print what can be told of a source and a run, and write a config where one was asked for.
+
+    Args:
+        defaults: of the objective's script.
+        settings: flags of that script, `--data.source` among them.
+        sample: pictures to read; None for all.
+        config_file: YAML to write; None for none.
+
+    Returns:
+        The exit code: 0, 1 where something would stop or spoil a run, 2 where settings or source cannot be used.
+    """
+    try:
+        if config_file is not None and config_file.exists():
+            raise ValueError(f"--write_config={config_file}: is there already; name a new file")
+        config = parse_run(defaults, settings)
+        source = open_source(config.data)
+    except ValueError as error:
+        text = " ".join(str(error).split())
+        if "objective." in text and "no such" in text:
+            text += f". Settings were read as {type(defaults.objective).__name__}'s; --objective names another"
+        print(f"error: {text}", file=sys.stderr)
+        return 2
+    facts = diagnose(config, source, sample=sample, step=step)
+    print(json.dumps(facts, indent=2) if as_json else as_text(facts, step_is_off=step == "false"))
+    if config_file is not None:
+        try:
+            write_settings(facts, config_file)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        print(f"written to {config_file}", file=sys.stderr)
+    return 1 if facts["problems"] else 0
+
+
+def write_settings(facts: dict[str, Any], file: Path) -> None:
+    """Write source, mean, deviation and channels as a config that pre-training takes.
+
+    Raises:
+        ValueError: there is nothing to write, or the file cannot be written.
+    """
+    if facts["settings"] is None:
+        raise ValueError(f"--write_config={file}: not written, since no picture can be read")
+    text = yaml.safe_dump(facts["settings"], sort_keys=False, default_flow_style=None, allow_unicode=True)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    except OSError as error:
+        raise ValueError(f"--write_config={file}: cannot be written ({error.strerror}); name another file") from error

@@ -1,0 +1,176 @@
+"""What a run will cost on this machine: memory, input, step."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssl_vit.benchmarks.step import Step, prepare_step
+from ssl_vit.config import RunConfig, section
+from ssl_vit.data.loader import choose_num_workers, num_cpus
+from ssl_vit.data.sources import Source
+from ssl_vit.distributed import resolve_precision
+from ssl_vit.models.vit import choose_attention
+from ssl_vit.objectives.objective import Objective, Transform
+
+_MIB = 2**20
+_CPU_IMAGES = 8  # images of the micro-batch that is measured on a CPU
+_ROUNDS = 2  # steps that are timed, after one to warm up
+
+
+def build_on_meta(config: RunConfig) -> Objective:
+    """The objective of a config without `auto`, without memory for its weights.
+
+    Raises:
+        ValueError: settings that do not fit each other.
+    """
+    with torch.device("meta"):
+        with section("encoder"):
+            encoder = config.encoder.build()
+        with section("objective"):
+            return config.objective.build(encoder)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What training holds at all times, in MiB; all of it is fp32."""
+
+    parameters: float
+    """Of all parameters, those of a teacher included."""
+    teacher: float
+    """Of the teacher's among them."""
+    gradients: float
+    optimizer: float
+    """AdamW's two moments."""
+
+    @property
+    def total(self) -> float:
+        return self.parameters + self.gradients + self.optimizer
+
+
+def model_memory(objective: Objective) -> Memory:
+    """Memory for parameters and what belongs to each of them; the objective may be on the meta device."""
+    named = list(objective.named_parameters())
+    held = sum(parameter.nbytes for _, parameter in named)
+    teacher = sum(parameter.nbytes for name, parameter in named if name.startswith("teacher_"))
+    learns = sum(parameter.nbytes for _, parameter in named if parameter.requires_grad)
+    return Memory(held / _MIB, teacher / _MIB, learns / _MIB, 2 * learns / _MIB)
+
+
+def measure_crops(source: Source, rows: Iterable[int], transform: Transform, num_channels: int) -> float:
+    """Seconds that the worker's part of a transform takes for a picture; those that cannot be read are passed over."""
+    seconds, count = 0.0, 0
+    for row in map(int, rows):
+        try:
+            image = source.image(row, num_channels)
+        except ValueError:
+            continue
+        start = time.perf_counter()
+        transform(image, np.random.default_rng(row))
+        seconds, count = seconds + time.perf_counter() - start, count + 1
+    return seconds / max(count, 1)
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """A training step as measured."""
+
+    rate: float
+    """Images per second of steps of the config's batch."""
+    num_images: int
+    """Images of the micro-batch that was measured."""
+    precision: str
+    activations: float
+    """MiB that this micro-batch keeps for its backward pass."""
+
+
+def measure_step(config: RunConfig, device: torch.device) -> StepCost:
+    """Time training steps with fresh weights on noise, without any input.
+
+    On a CPU the micro-batch is small, since the time of an image depends little on it there. Elsewhere it is the
+    config's, halved until it fits.
+    """
+    # Weights to start from take as long as fresh ones.
+    config = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, pretrained=None))
+    size = config.batch.size // config.batch.num_micro(1)
+    if device.type == "cpu":
+        size = min(size, _CPU_IMAGES)
+    precision = resolve_precision(config.precision, device)
+    objective = config.build_objective().to(device)
+    choose_attention(objective, objective.encoder.num_patches, device, precision)
+    while True:
+        try:
+            step = prepare_step(config, objective, size, device)
+            activations = _saved_for_backward(objective, step)
+            step.update()
+            forward_backward, update = _time(step, device)
+            break
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise ValueError(
+                    "batch.per_device: not even one image fits on the device; take a smaller arch"
+                ) from None
+            size //= 2
+    seconds = config.batch.size * forward_backward / size + update
+    return StepCost(config.batch.size / seconds, size, precision, activations / _MIB)
+
+
+def _time(step: Step, device: torch.device) -> tuple[float, float]:
+    """Seconds of forward and backward of a micro-batch, and of the update."""
+
+    def timed(work: Callable[[], None]) -> float:
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    times = [(timed(step.forward_backward), timed(step.update)) for _ in range(_ROUNDS)]
+    return min(first for first, _ in times), min(second for _, second in times)
+
+
+def _saved_for_backward(objective: Objective, step: Step) -> int:
+    """Bytes that the graph of a micro-batch keeps, parameters left out."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in objective.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        step.forward_backward()
+    return sum(kept.values())
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How step and input go together in one process."""
+
+    num_workers: int
+    """Loader workers to set."""
+    rate: float
+    """Images per second of the run with them."""
+    input_rate: float
+    """Images per second that the input gives with them."""
+
+
+def pace(step_rate: float, input_rate: float, device: torch.device) -> Pace:
+    """The loader workers that let the input keep up, as far as there are cores, and the rate that follows.
+
+    Args:
+        step_rate: images per second of the step alone.
+        input_rate: images per second of the input on one core.
+    """
+    if device.type == "cpu":
+        # Decoded between the steps: a worker would take away the step's cores.
+        return Pace(choose_num_workers(-1, device), 1 / (1 / step_rate + 1 / input_rate), input_rate)
+    workers = min(max(1, math.ceil(step_rate / input_rate)), max(1, num_cpus() - 1))
+    return Pace(workers, min(step_rate, workers * input_rate), workers * input_rate)

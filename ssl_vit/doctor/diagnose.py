@@ -1,0 +1,201 @@
+"""All that can be told of a source and a config, as plain values."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ssl_vit.config import RunConfig
+from ssl_vit.data.doctor import Pictures, choose_rows, count_labels, read_pictures
+from ssl_vit.data.loader import num_cpus
+from ssl_vit.data.sources import Source
+from ssl_vit.distributed import use_all_cpus
+from ssl_vit.doctor.cost import build_on_meta, measure_crops, measure_step, model_memory, pace
+from ssl_vit.doctor.findings import (
+    problems_of_pictures,
+    problems_of_size,
+    suggested_channels,
+    warnings_of_pictures,
+    warnings_of_run,
+)
+from ssl_vit.evaluation.scores import wilson_interval
+from ssl_vit.export.provenance import device_name
+from ssl_vit.train import build_transform
+
+Measure = Literal["auto", "true", "false"]
+_CROPPED = 64  # pictures whose crops are timed
+_SMALL_MODEL = 50_000_000  # trainable parameters up to which a step is measured on a CPU unasked
+
+
+def diagnose(config: RunConfig, source: Source, *, sample: int | None, step: Measure = "auto") -> dict[str, Any]:
+    """Read a sample of the pictures, build the model, measure, and judge.
+
+    Args:
+        config: a run's settings.
+        source: what `config.data` names.
+        sample: pictures to read; None for all.
+        step: whether to measure a training step; auto where there is a GPU or the model is small.
+
+    Returns:
+        Plain values that JSON takes, the same for the same arguments but for rates and what follows from them.
+            "problems" and "warnings" are lists of sentences; "run" is None where the config's run cannot be built.
+    """
+    rows = choose_rows(len(source), sample, config.seed)
+    labels = count_labels(source)
+    with _one_thread():  # as a loader's worker
+        bar = tqdm(rows, desc="reading", unit="image", leave=False, disable=None)
+        pictures = read_pictures(source, bar, config.encoder.in_chans)
+    problems = problems_of_pictures(pictures) + problems_of_size(config, len(source))
+    warnings = warnings_of_pictures(pictures, labels, len(source))
+    run, more_problems, more_warnings = _examine_run(config, source, rows, pictures, step)
+    return {
+        "source": source.name,
+        "num_images": len(source),
+        **_describe(pictures, len(source)),
+        "labels": None if labels is None else _plain(labels),
+        "settings": suggest_settings(config, pictures),
+        "run": run,
+        "problems": problems + more_problems,
+        "warnings": warnings + more_warnings,
+    }
+
+
+def _describe(pictures: Pictures, num_images: int) -> dict[str, Any]:
+    """What was found by reading."""
+    unreadable, read = pictures.num_unreadable, pictures.num_read
+    return {
+        "num_read": read,
+        "sizes": _sizes(pictures),
+        "channels": dict(pictures.channels.most_common()),
+        "num_16_bit": pictures.num_16_bit,
+        "formats": dict(pictures.formats.most_common()),
+        "unreadable": {
+            "count": unreadable,
+            "share": unreadable / read,
+            "interval": list(wilson_interval(unreadable, read)) if read < num_images else None,
+            "examples": [{**item.place._asdict(), "reason": item.reason} for item in pictures.unreadable],
+        },
+        "duplicates": {
+            "count": pictures.num_repeats,
+            "examples": [{**item.place._asdict(), "same_as": item.first._asdict()} for item in pictures.repeats],
+        },
+        "pixels": {"count": pictures.num_pixels, "mean": list(pictures.mean), "std": list(pictures.std)},
+        "decode_rate": pictures.num_readable / pictures.seconds if pictures.num_readable else None,
+    }
+
+
+def _sizes(pictures: Pictures) -> dict[str, Any] | None:
+    """Sizes as [height, width]; the smallest, median and largest picture are those by area."""
+    if not pictures.sizes:
+        return None
+    by_area = sorted(pictures.sizes, key=lambda size: (size[0] * size[1], size))
+    return {
+        "smallest": list(by_area[0]),
+        "median": list(by_area[len(by_area) // 2]),
+        "largest": list(by_area[-1]),
+        "num_distinct": len(set(by_area)),
+        "share_not_square": sum(height != width for height, width in by_area) / len(by_area),
+    }
+
+
+def suggest_settings(config: RunConfig, pictures: Pictures) -> dict[str, Any] | None:
+    """Settings of a run that follow from the pictures, by section; None if none can be read."""
+    if not pictures.num_readable:
+        return None
+    channels = suggested_channels(config, pictures)
+    defaults = type(config.data)()
+    columns = ("split", "image_column", "label_column")
+    data: dict[str, Any] = {
+        "source": config.data.source,
+        **{
+            name: getattr(config.data, name)
+            for name in columns
+            if getattr(config.data, name) != getattr(defaults, name)
+        },
+        "mean": [round(value, 4) for value in pictures.mean[:channels]],
+        "std": [max(round(value, 4), 1e-4) for value in pictures.std[:channels]],
+    }
+    return {"data": data} if channels == 3 else {"encoder": {"in_chans": channels}, "data": data}
+
+
+def _examine_run(
+    given: RunConfig, source: Source, rows: np.ndarray, pictures: Pictures, step: Measure
+) -> tuple[dict[str, Any] | None, list[str], list[str]]:
+    """The run that a config gives on this source, with its problems and warnings."""
+    problems = []
+    try:
+        config, _ = given.resolve(len(source), len(source.class_names))
+        objective = build_on_meta(config)
+    except ValueError as error:
+        return None, [str(error)], []
+    encoder = objective.encoder
+    try:
+        build_transform(config, encoder)
+    except ValueError as error:
+        problems.append(str(error))
+    # What is measured does not depend on these numbers, but there must be one for each channel.
+    grey = (0.5,) * encoder.in_chans
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, mean=grey, std=grey))
+    try:
+        transform = build_transform(config, encoder)
+    except ValueError:
+        return None, problems, []  # not the normalisation alone
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    memory = model_memory(objective)
+    trainable = sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad)
+    num_steps = config.num_steps(len(source))
+    run: dict[str, Any] = {
+        "objective": type(objective).__name__,
+        "arch": config.encoder.arch,
+        "image_size": list(encoder.image_size),
+        "patch_size": list(encoder.patch_size),
+        "num_parameters": trainable,
+        "batch_size": config.batch.size,
+        "num_steps": num_steps,
+        "epochs": num_steps * config.batch.size / len(source),
+        "device": device_name(device),
+        "cores": num_cpus(),
+        "memory_mib": {**_plain(memory), "total": memory.total},
+        "input_rate": None,
+        "step": None,
+    }
+    if not pictures.num_readable:
+        return run, problems, []
+    with _one_thread():
+        crops = measure_crops(source, rows[:_CROPPED], transform, encoder.in_chans)
+    run["input_rate"] = 1 / (pictures.seconds / pictures.num_readable + crops)
+    warnings = warnings_of_run(given, encoder, pictures, len(source))
+    if step == "true" or (step == "auto" and (device.type == "cuda" or trainable <= _SMALL_MODEL)):
+        try:
+            use_all_cpus(device)
+            cost = measure_step(config, device)
+        except ValueError as error:
+            return run, [*problems, str(error)], warnings
+        together = pace(cost.rate, run["input_rate"], device)
+        hours = num_steps * config.batch.size / together.rate / 3600
+        run["step"] = {**_plain(cost), "num_workers": together.num_workers, "run_rate": together.rate, "hours": hours}
+        if device.type != "cpu" and together.input_rate < cost.rate:
+            warnings.append(
+                f"input: {together.num_workers} loader workers, as many as there are cores for, give "
+                f"{together.input_rate:,.0f} images/s, and the step could take {cost.rate:,.0f}; store smaller pictures"
+            )
+    return run, problems, warnings
+
+
+def _plain(values: Any) -> dict[str, Any]:
+    """A dataclass as dictionaries, named tuples in it too."""
+    return {key: value._asdict() if hasattr(value, "_asdict") else value for key, value in vars(values).items()}
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

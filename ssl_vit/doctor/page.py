@@ -1,0 +1,181 @@
+"""The facts of `diagnose` as a page of text."""
+
+import textwrap
+from typing import Any
+
+import yaml
+
+_LABEL = 14  # width of the left column
+_WIDTH = 110
+
+
+def as_text(facts: dict[str, Any], step_is_off: bool = False) -> str:
+    """One page for the terminal.
+
+    Args:
+        facts: what `diagnose` returns.
+        step_is_off: whether it was asked to measure no step.
+    """
+    lines = [*_pictures(facts), "", *_settings(facts), *_run(facts, step_is_off)]
+    for title in ("problems", "warnings"):
+        if facts[title]:
+            lines += ["", title, *(_item(text) for text in facts[title])]
+    if not facts["problems"]:
+        lines += ["", "No problem found." if facts["warnings"] else "No problem found, and nothing to warn of."]
+    return "\n".join(lines)
+
+
+def _pictures(facts: dict[str, Any]) -> list[str]:
+    read, sizes, unreadable = facts["num_read"], facts["sizes"], facts["unreadable"]
+    all_read = read == facts["num_images"]
+    lines = [
+        _line("source", facts["source"]),
+        _line("images", f"{facts['num_images']:,}" + (", all looked at" if all_read else f"; looked at {read:,}")),
+        _line("files", _counts(facts["formats"])),
+    ]
+    if sizes is not None:
+        shape = ", ".join(f"{name} {_size(sizes[name])}" for name in ("smallest", "median", "largest"))
+        lines += [
+            _line("sizes", f"{shape} (width x height, by area)"),
+            _line("", f"{sizes['num_distinct']:,} different; {sizes['share_not_square']:.0%} are not square"),
+            _line("channels", _counts(facts["channels"]) + _deep(facts["num_16_bit"])),
+        ]
+    lines += _unreadable(unreadable, read)
+    duplicates = facts["duplicates"]
+    among = "" if all_read else " among those"
+    lines.append(_line("duplicates", f"{duplicates['count']:,}{among}" if duplicates["count"] else f"none{among}"))
+    lines += [_line("", f"{_place(item)} is the same as {_place(item['same_as'])}") for item in duplicates["examples"]]
+    lines.append(_line("labels", _labels(facts["labels"], facts["num_images"])))
+    return lines
+
+
+def _unreadable(unreadable: dict[str, Any], read: int) -> list[str]:
+    count, interval = unreadable["count"], unreadable["interval"]
+    text = f"{count:,} of {read:,}" if count else "none"
+    if count:
+        text += f", {unreadable['share']:.2%}"
+    if interval is not None:
+        text += f"; of all pictures {interval[0]:.2%} to {interval[1]:.2%} (95 % interval)"
+    more = count - len(unreadable["examples"])
+    return [
+        _line("unreadable", text),
+        *(_line("", f"{_place(item)}: {item['reason']}") for item in unreadable["examples"]),
+        *([_line("", f"and {more:,} more")] if more else []),
+    ]
+
+
+def _settings(facts: dict[str, Any]) -> list[str]:
+    if facts["settings"] is None:
+        return []
+    text = yaml.safe_dump(without_source(facts["settings"]), sort_keys=False, default_flow_style=None)
+    lines = [f"mean and deviation of {facts['pixels']['count']:,} pixels, to be pasted into a config:"]
+    return [*lines, *(f"  {line}" for line in text.splitlines()), ""]
+
+
+def without_source(settings: dict[str, Any]) -> dict[str, Any]:
+    """Only what was measured."""
+    return {**settings, "data": {name: settings["data"][name] for name in ("mean", "std")}}
+
+
+def _run(facts: dict[str, Any], step_is_off: bool) -> list[str]:
+    run = facts["run"]
+    if run is None:
+        return [_line("run", "cannot be built")]
+    lines = [
+        _line(
+            "run",
+            f"{run['objective']}, {run['arch']}, input {_size(run['image_size'])}, "
+            f"{run['num_parameters'] / 1e6:.1f} M trainable parameters",
+        ),
+        _line("", f"{run['num_steps']:,} steps of {run['batch_size']:,} images = {run['epochs']:,.4g} epochs"),
+        _line("machine", f"{run['device']}, {run['cores']} cores"),
+    ]
+    if run["input_rate"] is not None:
+        decode = f"{facts['decode_rate']:,.0f} images/s on one core"
+        lines.append(_line("input", f"{decode}, with the objective's crops {run['input_rate']:,.0f}"))
+    step, on_cpu = run["step"], run["device"].startswith("CPU")
+    if step is None:
+        # A step that was tried and failed stands among the problems.
+        lines.append(_line("step", "not measured" if step_is_off else "not measured; --step true does it"))
+    else:
+        lines += [
+            _line(
+                "step",
+                f"{step['rate']:,.1f} images/s without input, precision {step['precision']}, measured with "
+                f"{step['num_images']} images at once",
+            ),
+            _line(
+                "workers",
+                "data.num_workers 0: on a CPU the step has all cores, and input is read between the steps"
+                if on_cpu
+                else f"data.num_workers {step['num_workers']} for each training process",
+            ),
+            _line("length", f"{_duration(step['hours'])} on one such device, at {step['run_rate']:,.1f} images/s"),
+        ]
+    return lines + _memory(run)
+
+
+def _memory(run: dict[str, Any]) -> list[str]:
+    memory, step = run["memory_mib"], run["step"]
+    teacher = f" (the teacher's {memory['teacher']:,.0f} of them)" if memory["teacher"] else ""
+    lines = [
+        _line(
+            "memory",
+            f"{memory['total']:,.0f} MiB = parameters {memory['parameters']:,.0f}{teacher} + gradients "
+            f"{memory['gradients']:,.0f} + AdamW {memory['optimizer']:,.0f}",
+        )
+    ]
+    if step is None:
+        return [*lines, _line("", "and activations, which are measured with a step")]
+    return [
+        *lines,
+        _line("", f"and activations, {step['activations']:,.0f} MiB for {step['num_images']} images at once"),
+    ]
+
+
+def _line(label: str, text: str) -> str:
+    return f"{label:{_LABEL}}{text}"
+
+
+def _item(text: str) -> str:
+    return textwrap.fill(text, _WIDTH, initial_indent="  - ", subsequent_indent="    ", break_on_hyphens=False)
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items())
+
+
+def _deep(count: int) -> str:
+    return f"; {count:,} of 16 bits, read as 8" if count else ""
+
+
+def _size(size: list[int]) -> str:
+    """[height, width] as people say a size."""
+    return f"{size[1]} x {size[0]}"
+
+
+def _place(item: dict[str, Any]) -> str:
+    return f"row {item['row']}" + (f" ({item['path']})" if item["path"] else "")
+
+
+def _labels(labels: dict[str, Any] | None, num_images: int) -> str:
+    if labels is None:
+        return "none"
+    smallest, largest = labels["smallest"], labels["largest"]
+    if labels["num_classes"] == 1:
+        text = f"1 class, {largest['name']!r} with {largest['size']:,}"
+    elif smallest["size"] == largest["size"]:
+        text = f"{labels['num_classes']:,} classes of {smallest['size']:,} images each"
+    else:
+        text = (
+            f"{labels['num_classes']:,} classes, the smallest {smallest['name']!r} with {smallest['size']:,} images, "
+            f"the largest {largest['name']!r} with {largest['size']:,}"
+        )
+    without = labels["num_unlabelled"]
+    return text + (f"; {without / num_images:.1%} of the images have no label" if without else "")
+
+
+def _duration(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:,.1f} hours"
+    return f"{60 * hours:.1f} minutes"
