@@ -4,7 +4,6 @@ import hashlib
 import io
 import time
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +13,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from ssl_vit.data.decode import decode
 from ssl_vit.data.sources import Source
@@ -117,7 +117,7 @@ def choose_rows(num_images: int, sample: int | None, seed: int) -> Int64[np.ndar
     return np.sort(np.random.default_rng(seed).choice(num_images, size=sample, replace=False))
 
 
-def read_pictures(source: Source, rows: Iterable[int], num_channels: int) -> Pictures:
+def read_pictures(source: Source, rows: Int64[np.ndarray, " r"], num_channels: int) -> Pictures:
     """Read and decode rows of a source, one after another; none is kept.
 
     Args:
@@ -126,7 +126,7 @@ def read_pictures(source: Source, rows: Iterable[int], num_channels: int) -> Pic
     """
     found = Pictures(num_channels, pixel_sums=[0] * num_channels, square_sums=[0] * num_channels)
     seen: dict[bytes, int] = {}
-    for row in map(int, rows):
+    for row in tqdm(rows.tolist(), desc="reading", unit="image", leave=False, disable=None):
         found.num_read += 1
         start = time.perf_counter()
         stored = source.rows[row][source.image_column] or {}

@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from ssl_vit.benchmarks.step import Step, prepare_step
@@ -19,8 +21,10 @@ from ssl_vit.models.vit import choose_attention
 from ssl_vit.objectives.objective import Objective, Transform
 
 _MIB = 2**20
-_CPU_IMAGES = 8  # images of the micro-batch that is measured on a CPU
-_ROUNDS = 2  # steps that are timed, after one to warm up
+_CPU_WORK = 20_000_000_000  # parameters x patches x images that are measured at once on a CPU
+_CPU_IMAGES = 8  # but no fewer images than these
+_ROUNDS = 2  # steps that are timed at least, after one to warm up
+_SECONDS = 3.0  # that they take at least: the first ones are slow
 
 
 def build_on_meta(config: RunConfig) -> Objective:
@@ -62,10 +66,10 @@ def model_memory(objective: Objective) -> Memory:
     return Memory(held / _MIB, teacher / _MIB, learns / _MIB, 2 * learns / _MIB)
 
 
-def measure_crops(source: Source, rows: Iterable[int], transform: Transform, num_channels: int) -> float:
+def measure_crops(source: Source, rows: Int64[np.ndarray, " r"], transform: Transform, num_channels: int) -> float:
     """Seconds that the worker's part of a transform takes for a picture; those that cannot be read are passed over."""
     seconds, count = 0.0, 0
-    for row in map(int, rows):
+    for row in rows.tolist():
         try:
             image = source.image(row, num_channels)
         except ValueError:
@@ -92,16 +96,17 @@ class StepCost:
 def measure_step(config: RunConfig, device: torch.device) -> StepCost:
     """Time training steps with fresh weights on noise, without any input.
 
-    On a CPU the micro-batch is small, since the time of an image depends little on it there. Elsewhere it is the
-    config's, halved until it fits.
+    On a CPU the micro-batch of a large model is small, since the time of an image depends little on it there.
+    Elsewhere it is the config's, halved until it fits.
     """
     # Weights to start from take as long as fresh ones.
     config = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, pretrained=None))
-    size = config.batch.size // config.batch.num_micro(1)
-    if device.type == "cpu":
-        size = min(size, _CPU_IMAGES)
     precision = resolve_precision(config.precision, device)
     objective = config.build_objective().to(device)
+    size = config.batch.size // config.batch.num_micro(1)
+    if device.type == "cpu":
+        work = objective.encoder.num_patches * sum(parameter.numel() for parameter in objective.parameters())
+        size = min(size, max(_CPU_IMAGES, _CPU_WORK // work))
     choose_attention(objective, objective.encoder.num_patches, device, precision)
     while True:
         try:
@@ -130,8 +135,12 @@ def _time(step: Step, device: torch.device) -> tuple[float, float]:
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    times = [(timed(step.forward_backward), timed(step.update)) for _ in range(_ROUNDS)]
-    return min(first for first, _ in times), min(second for _, second in times)
+    times: list[tuple[float, float]] = []
+    start = time.perf_counter()
+    while len(times) < _ROUNDS or time.perf_counter() - start < _SECONDS:
+        times.append((timed(step.forward_backward), timed(step.update)))
+    forward_backward, update = zip(*times, strict=True)
+    return statistics.median_low(forward_backward), statistics.median_low(update)
 
 
 def _saved_for_backward(objective: Objective, step: Step) -> int:

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 import torch
-from tqdm import tqdm
 
 from ssl_vit.config import RunConfig
 from ssl_vit.data.doctor import Pictures, choose_rows, count_labels, read_pictures
@@ -44,11 +44,12 @@ def diagnose(config: RunConfig, source: Source, *, sample: int | None, step: Mea
         Plain values that JSON takes, the same for the same arguments but for rates and what follows from them.
             "problems" and "warnings" are lists of sentences; "run" is None where the config's run cannot be built.
     """
+    load = psutil.getloadavg()[0] / (psutil.cpu_count() or 1)  # before there is any of ours
     rows = choose_rows(len(source), sample, config.seed)
     labels = count_labels(source)
-    with _one_thread():  # as a loader's worker
-        bar = tqdm(rows, desc="reading", unit="image", leave=False, disable=None)
-        pictures = read_pictures(source, bar, config.encoder.in_chans)
+    with _restored_threads():
+        torch.set_num_threads(1)  # as a loader's worker
+        pictures = read_pictures(source, rows, config.encoder.in_chans)
     problems = problems_of_pictures(pictures) + problems_of_size(config, len(source))
     warnings = warnings_of_pictures(pictures, labels, len(source))
     run, more_problems, more_warnings = _examine_run(config, source, rows, pictures, step)
@@ -59,6 +60,7 @@ def diagnose(config: RunConfig, source: Source, *, sample: int | None, step: Mea
         "labels": None if labels is None else _plain(labels),
         "settings": suggest_settings(config, pictures),
         "run": run,
+        "load_per_core": load,
         "problems": problems + more_problems,
         "warnings": warnings + more_warnings,
     }
@@ -165,14 +167,16 @@ def _examine_run(
     }
     if not pictures.num_readable:
         return run, problems, []
-    with _one_thread():
+    with _restored_threads():
+        torch.set_num_threads(1)
         crops = measure_crops(source, rows[:_CROPPED], transform, encoder.in_chans)
     run["input_rate"] = 1 / (pictures.seconds / pictures.num_readable + crops)
     warnings = warnings_of_run(given, encoder, pictures, len(source))
     if step == "true" or (step == "auto" and (device.type == "cuda" or trainable <= _SMALL_MODEL)):
         try:
-            use_all_cpus(device)
-            cost = measure_step(config, device)
+            with _restored_threads():
+                use_all_cpus(device)
+                cost = measure_step(config, device)
         except ValueError as error:
             return run, [*problems, str(error)], warnings
         together = pace(cost.rate, run["input_rate"], device)
@@ -192,9 +196,8 @@ def _plain(values: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def _restored_threads() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
         yield
     finally:

@@ -81,6 +81,7 @@ def _run(facts: dict[str, Any], step_is_off: bool) -> list[str]:
     run = facts["run"]
     if run is None:
         return [_line("run", "cannot be built")]
+    busy = "; busy with other work, so that rates are lower than they would be" if facts["load_per_core"] > 0.5 else ""
     lines = [
         _line(
             "run",
@@ -88,7 +89,7 @@ def _run(facts: dict[str, Any], step_is_off: bool) -> list[str]:
             f"{run['num_parameters'] / 1e6:.1f} M trainable parameters",
         ),
         _line("", f"{run['num_steps']:,} steps of {run['batch_size']:,} images = {run['epochs']:,.4g} epochs"),
-        _line("machine", f"{run['device']}, {run['cores']} cores"),
+        _line("machine", f"{run['device']}, {run['cores']} cores{busy}"),
     ]
     if run["input_rate"] is not None:
         decode = f"{facts['decode_rate']:,.0f} images/s on one core"
@@ -134,7 +135,14 @@ def _memory(run: dict[str, Any]) -> list[str]:
 
 
 def _line(label: str, text: str) -> str:
-    return f"{label:{_LABEL}}{text}"
+    return textwrap.fill(
+        text,
+        _WIDTH,
+        initial_indent=f"{label:{_LABEL}}",
+        subsequent_indent=" " * _LABEL,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _item(text: str) -> str:
