@@ -47,9 +47,11 @@ def examine(
         return 2
     facts = diagnose(config, source, sample=sample, step=step)
     print(json.dumps(facts, indent=2) if as_json else as_text(facts, step_is_off=step == "false"))
-    if config_file is not None:
+    if config_file is not None and facts["settings"] is None:
+        print(f"--write_config={config_file}: not written, since no picture can be read", file=sys.stderr)
+    elif config_file is not None:
         try:
-            write_settings(facts, config_file)
+            write_settings(facts["settings"], config_file)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
@@ -57,15 +59,13 @@ def examine(
     return 1 if facts["problems"] else 0
 
 
-def write_settings(facts: dict[str, Any], file: Path) -> None:
+def write_settings(settings: dict[str, Any], file: Path) -> None:
     """Write source, mean, deviation and channels as a config that pre-training takes.
 
     Raises:
-        ValueError: there is nothing to write, or the file cannot be written.
+        ValueError: the file cannot be written.
     """
-    if facts["settings"] is None:
-        raise ValueError(f"--write_config={file}: not written, since no picture can be read")
-    text = yaml.safe_dump(facts["settings"], sort_keys=False, default_flow_style=None, allow_unicode=True)
+    text = yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, allow_unicode=True)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)

@@ -81,6 +81,7 @@ def _run(facts: dict[str, Any], step_is_off: bool) -> list[str]:
     run = facts["run"]
     if run is None:
         return [_line("run", "cannot be built")]
+    steps = f"{run['num_steps']:,} step{'s' if run['num_steps'] > 1 else ''}"
     busy = "; busy with other work, so that rates are lower than they would be" if facts["load_per_core"] > 0.5 else ""
     lines = [
         _line(
@@ -88,7 +89,10 @@ def _run(facts: dict[str, Any], step_is_off: bool) -> list[str]:
             f"{run['objective']}, {run['arch']}, input {_size(run['image_size'])}, "
             f"{run['num_parameters'] / 1e6:.1f} M trainable parameters",
         ),
-        _line("", f"{run['num_steps']:,} steps of {run['batch_size']:,} images = {run['epochs']:,.4g} epochs"),
+        _line(
+            "",
+            f"{steps} of {run['batch_size']:,} images = {run['epochs']:,.4g} epochs",
+        ),
         _line("machine", f"{run['device']}, {run['cores']} cores{busy}"),
     ]
     if run["input_rate"] is not None:
