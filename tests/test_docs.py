@@ -24,6 +24,7 @@ SHORT = {
     "attentive": [*_TRAINED, "--evaluation.max_images=8"],
     "finetune": [*_TRAINED, "--evaluation.max_images=8"],
     "linear_probe": ["--probe.epochs=1", "--folds=2", "--shots=[1]", "--draws=1"],
+    "doctor": ["--batch.size=8", "--epochs=1"],  # of a few pictures
     "segmentation": ["--steps=2", "--batch_size=2"],
 }
 
@@ -98,7 +99,7 @@ def test_files_named_in_the_docs_exist() -> None:
 
 
 def test_every_setting_named_in_readme_exists() -> None:
-    scripts = ("pretrain_mae", "evaluate_knn", "linear_probe", "extract_features", "evaluate_segmentation", "export")
+    scripts = ("pretrain_mae", "evaluate_knn", "linear_probe", "extract_features", "evaluate_segmentation", "export", "doctor")
     text = "".join(run([sys.executable, f"scripts/{name}.py", "--help"], ROOT) for name in scripts)
     for flag in re.findall(r"`(--[a-z_.]+)", README):
         if flag not in ("--multi_gpu", "--standalone", "--config"):
