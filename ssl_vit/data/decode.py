@@ -2,6 +2,8 @@
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,29 +12,44 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ssl_vit.data.arrays import NPY_SIGNATURE, TIFF_SIGNATURES, decode_npy, decode_tiff, needs_tifffile, to_8_bits
+from ssl_vit.data.headers import (
+    JPEG_SIGNATURE,
+    MAX_PIXELS,
+    PNG_SIGNATURE,
+    check_size,
+    is_sound_png16,
+    read_jpeg_size,
+    read_png,
+)
+
 try:
     from torchvision.io import decode_image
 except ImportError:  # torchvision >= 0.29 announces that its decoders will move to another package
     decode_image = None
 
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_JPEG_SIGNATURE = b"\xff\xd8\xff"
 
-
-def decode(data: bytes | str | Path, num_channels: int) -> UInt8[Tensor, "{num_channels} h w"]:
+def decode(
+    data: bytes | str | Path, num_channels: int, max_pixels: int = MAX_PIXELS
+) -> UInt8[Tensor, "{num_channels} h w"]:
     """Decode a picture, turned upright as its EXIF data says. Of an animation, the first frame.
+
+    Any file that Pillow reads, TIFF files of any number of channels (with the extra `tiff`), and .npy arrays of
+    [h, w], [h, w, c] or [c, h, w]. Floats within [0, 1] are multiplied by 255; others, NaN and infinity are refused,
+    since they do not say what is black and what is white.
 
     Args:
         data: the encoded file, or its path.
         num_channels: 1 gives greyscale, 3 RGB and 4 RGBA, whatever the file holds; transparent pixels are
             laid on white for 1 and 3. Any other count is given only by a file of exactly that many channels.
+        max_pixels: larger pictures, height times width, are refused before memory is taken for them.
 
     Returns:
         Pixels in [0, 255], the channels of a pixel side by side in memory. 16-bit pictures are divided by 257, so
             65535 becomes 255.
 
     Raises:
-        ValueError: no picture can be read from the data, or not with `num_channels` channels. The text is the
+        ValueError: no whole picture can be read from the data, or not with `num_channels` channels. The text is the
             reason only: the caller knows where the data came from.
         OSError: the path cannot be read.
     """
@@ -40,64 +57,95 @@ def decode(data: bytes | str | Path, num_channels: int) -> UInt8[Tensor, "{num_c
         data = Path(data).read_bytes()
     if not data:
         raise ValueError("the file is empty")
-    pixels = _decode_with_torchvision(data)
-    if pixels is None:
-        pixels = _decode_with_pillow(data)
+    if data.startswith(NPY_SIGNATURE):
+        pixels = decode_npy(data, num_channels, max_pixels)
+    elif data.startswith(JPEG_SIGNATURE):
+        pixels = _decode_jpeg(data, num_channels, max_pixels)
+    elif data.startswith(PNG_SIGNATURE):
+        pixels = _decode_png(data, num_channels, max_pixels)
+    else:
+        pixels = _decode_with_pillow(data, num_channels, max_pixels)
     # Pixel by pixel in memory, as decoders write them: crops are then resized more than twice as fast.
     return _to_channels(pixels, num_channels).permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
-def _decode_with_torchvision(data: bytes) -> UInt8[Tensor, "c h w"] | None:
-    """Decode at full speed; None for what torchvision cannot read or would read otherwise than Pillow."""
-    if decode_image is None or not (data.startswith(_JPEG_SIGNATURE) or _is_plain_png(data)):
+def _decode_jpeg(data: bytes, num_channels: int, max_pixels: int) -> UInt8[Tensor, "c h w"]:
+    size = read_jpeg_size(data)
+    if size is not None:
+        check_size(*size, max_pixels)
+        pixels = _decode_with_torchvision(data)
+        if pixels is not None and pixels.shape[0] != 4:  # the four channels of a JPEG are CMYK inks, not RGBA
+            return pixels
+    return _decode_with_pillow(data, num_channels, max_pixels)
+
+
+def _decode_png(data: bytes, num_channels: int, max_pixels: int) -> UInt8[Tensor, "c h w"]:
+    """By Pillow, which is as fast; torchvision crashes on damaged ones, but keeps all 16 bits of colours."""
+    png = read_png(data)
+    check_size(png.height, png.width, max_pixels)
+    pixels = _decode_with_torchvision(data) if is_sound_png16(png) else None
+    return _decode_with_pillow(data, num_channels, max_pixels) if pixels is None else _to_8_bits(pixels)
+
+
+def _decode_with_torchvision(data: bytes) -> Tensor | None:
+    """The stored samples as [c h w] at full speed; None for what torchvision cannot read."""
+    if decode_image is None:
         return None
     buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
         with warnings.catch_warnings():
             # The announcement, made at every call.
             warnings.filterwarnings("ignore", message=".*TorchVision are deprecated")
-            pixels = decode_image(buffer, apply_exif_orientation=True)
+            return decode_image(buffer, apply_exif_orientation=True)
     except RuntimeError:
         return None  # Pillow has a second try, and the clearer error text
-    if data.startswith(_JPEG_SIGNATURE) and pixels.shape[0] == 4:
-        return None  # the four channels of a JPEG are CMYK inks, not RGBA
-    return _to_8_bits(pixels) if pixels.dtype == torch.uint16 else pixels
 
 
-def _is_plain_png(data: bytes) -> bool:
-    """Whether this PNG's stored samples are its channels, 8 or 16 bits each.
-
-    Not so for palettes, transparency given by a `tRNS` chunk and packed bits: torchvision returns palette
-    indices or drops the transparency there.
-    """
-    if not data.startswith(_PNG_SIGNATURE) or len(data) < 33:
-        return False
-    bit_depth, colour_type = data[24], data[25]
-    end_of_header = data.find(b"IDAT")
-    return bit_depth in (8, 16) and colour_type != 3 and data.find(b"tRNS", 0, end_of_header) < 0
-
-
-def _decode_with_pillow(data: bytes) -> UInt8[Tensor, "c h w"]:
+def _decode_with_pillow(data: bytes, num_channels: int, max_pixels: int) -> UInt8[Tensor, "c h w"]:
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            array = _to_array(ImageOps.exif_transpose(image))
+        with _pillow_alone(), Image.open(io.BytesIO(data)) as image:
+            check_size(image.height, image.width, max_pixels)
+            if image.format == "TIFF" and needs_tifffile(image, num_channels):
+                return decode_tiff(data, num_channels, max_pixels)
+            array = _to_array(_upright(image))
     except Image.UnidentifiedImageError:
+        if data.startswith(TIFF_SIGNATURES):
+            return decode_tiff(data, num_channels, max_pixels)
         raise ValueError("not an image file, or one of a format that Pillow does not read") from None
     except Exception as error:  # a damaged file raises anything: OSError, SyntaxError, struct.error ...
         raise ValueError(str(error) or type(error).__name__) from error
-    pixels = torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)
-    return pixels if pixels.dtype == torch.uint8 else _to_8_bits(pixels)
+    return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)
 
 
-def _to_array(image: Image.Image) -> np.ndarray:
-    """Pixels as [h w] or [h w c]: uint8, or int32 within [0, 65535] for 16-bit greyscale."""
+@contextmanager
+def _pillow_alone() -> Iterator[None]:
+    """Without Pillow's own limit of pixels, in whose place is `max_pixels`, and its remarks on odd metadata."""
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF data raises anything, and the pixels are whole
+        return image
+
+
+def _to_array(image: Image.Image) -> UInt8[np.ndarray, "h w *c"]:
     if image.mode == "F":
-        raise ValueError("floating-point pixels have no fixed range; convert the picture to 8 or 16 bits")
+        return to_8_bits(np.array(image))
     if image.mode.startswith("I"):
         wide = np.array(image).astype(np.int32)
         if wide.min() < 0 or wide.max() > 65535:
             raise ValueError(f"integer pixels from {wide.min()} to {wide.max()} do not fit in 16 bits")
-        return wide
+        return to_8_bits(wide.astype(np.uint16))
     if image.mode == "1":
         return np.array(image.convert("L"))
     if image.mode in ("L", "LA", "RGB", "RGBA") and "transparency" not in image.info:
@@ -107,8 +155,7 @@ def _to_array(image: Image.Image) -> np.ndarray:
 
 def _to_8_bits(pixels: Tensor) -> UInt8[Tensor, "c h w"]:
     """16-bit samples to the nearest 8-bit ones."""
-    # In int32: few operations know uint16.
-    return ((pixels.to(torch.int32) + 128) // 257).to(torch.uint8)
+    return torch.from_numpy(to_8_bits(pixels.numpy()))
 
 
 def _to_channels(pixels: UInt8[Tensor, "c h w"], num_channels: int) -> UInt8[Tensor, "{num_channels} h w"]:

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ssl_vit.data import openmoji
 from ssl_vit.data.decode import decode
+from ssl_vit.data.headers import MAX_PIXELS
 from ssl_vit.data.labels import Labels, encode, integers, is_integer, read_labels, type_name
 
-_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "npy")
 # A source that ends in one of these is a mistyped path rather than the name of a data set on the hub.
-_FILE_SUFFIXES = (*_IMAGE_SUFFIXES, "parquet", "arrow", "csv", "json", "npy", "npz", "zip", "tar", "gz")
+_FILE_SUFFIXES = (*_IMAGE_SUFFIXES, "parquet", "arrow", "csv", "json", "npz", "zip", "tar", "gz")
 _KINDS = (
     "'openmoji' (built-in demo pictures), a folder of images, a parquet file or a quoted glob of them, "
     "a folder written by datasets' save_to_disk, or the id of a data set on the Hugging Face hub"
@@ -46,6 +47,8 @@ class DataConfig:
     """Mean of each channel, of images scaled to [0, 1]. Their number is the number of channels."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     """Standard deviation of each channel, of images scaled to [0, 1]."""
+    max_pixels: int = MAX_PIXELS
+    """Most pixels, height times width, of a picture; larger ones are refused before memory is taken for them."""
     num_workers: int = -1
     """Loader processes of each training process; -1 = chosen from the machine."""
 
@@ -58,6 +61,8 @@ class DataConfig:
             raise ValueError(f"std={self.std!r}: give one number in (0, 1] per channel; divide 0-255 by 255")
         if len(self.std) != len(self.mean):
             raise ValueError(f"std={self.std!r}: give as many numbers as in mean={self.mean!r}")
+        if self.max_pixels < 1:
+            raise ValueError(f"max_pixels={self.max_pixels!r}: must be at least 1")
         if self.num_workers < -1:
             raise ValueError(f"num_workers={self.num_workers!r}: must be at least 0, or -1 (automatic)")
 
@@ -82,6 +87,8 @@ class Source:
     """The other columns of the same rows; None where there are none."""
     attribution: str | None = None
     """Text that the pictures' licence asks to be shown with them."""
+    max_pixels: int = MAX_PIXELS
+    """Larger pictures are refused."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -108,7 +115,7 @@ class Source:
         try:
             if data is None:
                 raise ValueError("the row holds no image")
-            return decode(data, num_channels)
+            return decode(data, num_channels, self.max_pixels)
         except (ValueError, OSError) as error:
             where = f"row {index}" + (f" ({path})" if path else "")
             raise ValueError(f"data.source={self.name!r}: {where}: {error}") from error
@@ -120,6 +127,10 @@ def open_source(config: DataConfig) -> Source:
     Raises:
         ValueError: nothing usable there. The text begins with the setting at fault: `data.source='...': ...`.
     """
+    return replace(_open(config), max_pixels=config.max_pixels)
+
+
+def _open(config: DataConfig) -> Source:
     if not config.source:
         raise _error(config, "source", f"name the images: {_KINDS}")
     if config.source == "openmoji":

@@ -163,8 +163,8 @@ def test_what_is_no_picture_is_refused():
 
 
 def test_pixels_without_a_range_are_refused():
-    floats = Image.fromarray(np.ones((4, 4), dtype=np.float32))
-    with pytest.raises(ValueError, match="floating-point pixels"):
+    floats = Image.fromarray(np.full((4, 4), 255, dtype=np.float32))
+    with pytest.raises(ValueError, match=r"floating-point pixels from 255 to 255; scale them to \[0, 1\]"):
         decode(_encoded(floats, "TIFF"), 1)
     integers = Image.fromarray(np.full((4, 4), 70_000, dtype=np.int32))
     with pytest.raises(ValueError, match="70000"):

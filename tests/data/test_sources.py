@@ -64,6 +64,7 @@ def _parquet(path: Path, **columns: object) -> str:
         ({"std": (58.4, 57.1, 57.4)}, r"std=\(58\.4, 57\.1, 57\.4\): .*divide 0-255 by 255"),
         ({"mean": (0.5,)}, r"std=\(0\.229, 0\.224, 0\.225\): .*mean=\(0\.5,\)"),
         ({"num_workers": -2}, r"num_workers=-2: .*-1"),
+        ({"max_pixels": 0}, r"max_pixels=0: "),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict, start: str):
@@ -86,6 +87,17 @@ def test_folder_without_classes(tmp_path):
     assert _reds(source) == [0, 1, 2, 3]  # in the order of their paths
     assert (source.labels, source.class_names, source.groups, source.attribution) == (None, (), None, None)
     assert source.rows[1] == {"image": {"bytes": None, "path": str(tmp_path / "b/c/d.jpeg")}}
+
+
+def test_arrays_are_found_in_folders_and_the_limit_of_pixels_holds(tmp_path):
+    _write(tmp_path / "a.png", tmp_path / "c.tif")
+    np.save(tmp_path / "b.npy", np.full((3, 6, 8), 1 / 255, dtype=np.float32))
+    assert _reds(_open(tmp_path)) == [0, 1, 1]
+    np.save(tmp_path / "b.npy", np.zeros((7, 8), dtype=np.uint8))
+    limited = _open(tmp_path, max_pixels=48).subset(np.arange(2))
+    assert limited.image(0, 3).shape == (3, 6, 8)
+    with pytest.raises(ValueError, match=r"row 1 \(.*b.npy\): 7 x 8 pixels are more than data.max_pixels=48"):
+        limited.image(1, 3)
 
 
 def test_first_level_folders_are_classes(tmp_path):
