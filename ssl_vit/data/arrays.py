@@ -62,7 +62,7 @@ def decode_npy(data: bytes, num_channels: int, max_pixels: int) -> UInt8[Tensor,
         read_header = np.lib.format.read_array_header_1_0 if version[0] == 1 else np.lib.format.read_array_header_2_0
         header = read_header(stream)
     except Exception as error:  # a damaged header is evaluated as Python's literals are: SyntaxError, TypeError ...
-        raise ValueError(f"not a readable .npy file: {error}") from error
+        raise ValueError("not a readable .npy file: its header is damaged or cut off") from error
     shape = list(header[0])
     dtype = header[2]
     if dtype.hasobject:
