@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
@@ -18,20 +18,30 @@ from ssl_vit.objectives.objective import Transform
 class TransformedSource(Dataset[dict[str, Tensor]]):
     """Samples of a source by key: decoded, then transformed with the sample's own generator.
 
-    Where the source has labels, a sample holds its `label` too (-1 = none).
+    Where the source has labels, a sample holds its `label` too (-1 = none). With `skip_bad` a picture that cannot be
+    decoded is replaced by the next good one, and the sample's `bad_row` names the bad one's row (-1 = was good).
     """
 
-    def __init__(self, source: Source, transform: Transform, num_channels: int, seed: int) -> None:
+    def __init__(
+        self, source: Source, transform: Transform, num_channels: int, seed: int, skip_bad: bool = False
+    ) -> None:
         self.source, self.transform, self.num_channels, self.seed = source, transform, num_channels, seed
+        self.skip_bad = skip_bad
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, key: SampleKey) -> dict[str, Tensor]:
-        image = self.source.image(key.index, self.num_channels)
+        row = key.index
+        if self.skip_bad:
+            image, row = self.source.next_image(row, self.num_channels)
+        else:
+            image = self.source.image(row, self.num_channels)
         sample = self.transform(image, sample_rng(self.seed, key))
         if self.source.labels is not None:
-            sample["label"] = torch.tensor(self.source.labels[key.index])
+            sample["label"] = torch.tensor(self.source.labels[row])
+        if self.skip_bad:
+            sample["bad_row"] = torch.tensor(-1 if row == key.index else key.index)
         return sample
 
 
@@ -96,16 +106,20 @@ def build_loader(
     num_channels: int,
     num_workers: int,
     device: torch.device,
+    note_bad: Callable[[Tensor], None] | None = None,
 ) -> Generator[dict[str, Tensor], None, None]:
     """Micro-batches in the sampler's order, on `device`, as the objective takes them.
 
     Close it (`contextlib.closing`) to end its workers.
 
+    Args:
+        note_bad: given the `bad_row` of each batch; pictures that cannot be decoded are replaced. None = they raise.
+
     Raises:
-        ValueError: an image cannot be decoded; see `Source.image`.
+        ValueError: an image cannot be decoded; see `Source.image` and `Source.next_image`.
     """
     loader = DataLoader(
-        TransformedSource(source, transform, num_channels, sampler.seed),
+        TransformedSource(source, transform, num_channels, sampler.seed, skip_bad=note_bad is not None),
         batch_sampler=sampler,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
@@ -113,4 +127,6 @@ def build_loader(
         worker_init_fn=_leave_signals_to_the_main_process,
     )
     for batch in read_batches(loader):
+        if note_bad is not None:
+            note_bad(batch.pop("bad_row"))
         yield transform.on_device(batch, device)

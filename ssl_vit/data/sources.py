@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import datasets
 import numpy as np
@@ -21,6 +21,7 @@ from ssl_vit.data.headers import MAX_PIXELS
 from ssl_vit.data.labels import Labels, encode, integers, is_integer, read_labels, type_name
 
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "npy")
+MAX_TRIES = 50  # rows in which a picture that can be decoded is looked for
 # A source that ends in one of these is a mistyped path rather than the name of a data set on the hub.
 _FILE_SUFFIXES = (*_IMAGE_SUFFIXES, "parquet", "arrow", "csv", "json", "npz", "zip", "tar", "gz")
 _KINDS = (
@@ -49,6 +50,10 @@ class DataConfig:
     """Standard deviation of each channel, of images scaled to [0, 1]."""
     max_pixels: int = MAX_PIXELS
     """Most pixels, height times width, of a picture; larger ones are refused before memory is taken for them."""
+    on_bad_image: Literal["skip", "raise"] = "skip"
+    """When training draws a picture that cannot be decoded: take the next good one and note it, or stop."""
+    max_bad_share: float = 0.05
+    """Stop when more than this share of the pictures drawn, or of the source, cannot be decoded."""
     num_workers: int = -1
     """Loader processes of each training process; -1 = chosen from the machine."""
 
@@ -63,6 +68,10 @@ class DataConfig:
             raise ValueError(f"std={self.std!r}: give as many numbers as in mean={self.mean!r}")
         if self.max_pixels < 1:
             raise ValueError(f"max_pixels={self.max_pixels!r}: must be at least 1")
+        if self.on_bad_image not in ("skip", "raise"):
+            raise ValueError(f"on_bad_image={self.on_bad_image!r}: choose 'skip' or 'raise'")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"max_bad_share={self.max_bad_share!r}: must lie between 0 and 1; 1 never stops")
         if self.num_workers < -1:
             raise ValueError(f"num_workers={self.num_workers!r}: must be at least 0, or -1 (automatic)")
 
@@ -119,6 +128,20 @@ class Source:
         except (ValueError, OSError) as error:
             where = f"row {index}" + (f" ({path})" if path else "")
             raise ValueError(f"data.source={self.name!r}: {where}: {error}") from error
+
+    def next_image(self, index: int, num_channels: int) -> tuple[UInt8[Tensor, "{num_channels} h w"], int]:
+        """The picture of a row, or of the next one that can be decoded, round the end; and the row it is of.
+
+        Raises:
+            ValueError: none of `MAX_TRIES` rows can be decoded. Names the first.
+        """
+        first: ValueError | None = None
+        for row in range(index, index + min(MAX_TRIES, len(self))):
+            try:
+                return self.image(row % len(self), num_channels), row % len(self)
+            except ValueError as error:
+                first = first or error
+        raise ValueError(f"{first}; nor can any of the next {MAX_TRIES - 1} be decoded") from first
 
 
 def open_source(config: DataConfig) -> Source:

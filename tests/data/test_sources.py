@@ -65,6 +65,8 @@ def _parquet(path: Path, **columns: object) -> str:
         ({"mean": (0.5,)}, r"std=\(0\.229, 0\.224, 0\.225\): .*mean=\(0\.5,\)"),
         ({"num_workers": -2}, r"num_workers=-2: .*-1"),
         ({"max_pixels": 0}, r"max_pixels=0: "),
+        ({"max_bad_share": 1.5}, r"max_bad_share=1\.5: "),
+        ({"max_bad_share": float("nan")}, r"max_bad_share=nan: "),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict, start: str):

@@ -1,0 +1,143 @@
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ssl_vit.data.bad_images import BadImages, leave_out_bad
+from ssl_vit.data.loader import TransformedSource, build_loader
+from ssl_vit.data.sampler import SampleKey, StepSampler
+from ssl_vit.data.sources import MAX_TRIES, DataConfig, Source, open_source
+from ssl_vit.objectives.mae import MAEConfig
+from tests.data.broken import broken_files, noise
+
+CPU = torch.device("cpu")
+
+
+def transform():
+    return MAEConfig().build_transform((32, 32), (8, 8), (0.5,) * 3, (0.5,) * 3)
+
+
+def folder_of(folder: Path, num_good: int, bad: tuple[int, ...] = ()) -> Source:
+    """Pictures by number, in two classes in turns, some of them broken."""
+    for number in range(num_good + len(bad)):
+        path = folder / f"{number:03d}.png"
+        noise().save(path)
+        if number in bad:
+            path.write_bytes(path.read_bytes()[:-40])
+    return open_source(DataConfig(source=str(folder)))
+
+
+def bad_images(source: Source, folder: Path, start_step: int = 0, **settings: float) -> BadImages:
+    config = DataConfig(source=source.name, **settings)
+    metrics = folder / "metrics.jsonl"
+    return BadImages(source, config, folder, metrics=metrics, start_step=start_step, num_channels=3, is_writer=True)
+
+
+def listed(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "bad_images.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_every_broken_file_is_replaced_counted_and_listed_with_its_reason(tmp_path: Path, num_workers: int) -> None:
+    photos, run = tmp_path / "photos", tmp_path / "run"
+    photos.mkdir()
+    run.mkdir()
+    reasons = {}
+    for number, broken in enumerate(broken_files().values()):
+        noise().save(photos / f"{number:03d}-good.png")
+        path = photos / f"{number:03d}.{broken.suffix}"
+        path.write_bytes(broken.data)
+        reasons[str(path)] = broken.reason
+    source = open_source(DataConfig(source=str(photos)))
+    bad = bad_images(source, run)
+    sampler = StepSampler(num_samples=len(source), batch_size=len(source), num_steps=2, seed=0)
+    batches = build_loader(
+        source, transform(), sampler, num_channels=3, num_workers=num_workers, device=CPU, note_bad=bad.note
+    )
+    for step, batch in enumerate(batches, start=1):
+        assert set(batch) == {"images", "keep"}
+        assert bad.settle(step) == step * len(reasons)
+    records = listed(run)
+    assert len(records) == len(reasons)
+    assert {record["path"] for record in records} == set(reasons)
+    for record in records:
+        assert source.rows[record["row"]]["image"]["path"] == record["path"]
+        assert re.search(reasons[record["path"]], record["reason"])
+
+
+def test_a_bad_picture_becomes_the_next_good_one_under_its_own_key(tmp_path: Path) -> None:
+    source = folder_of(tmp_path, 5, bad=(2, 3, 6))
+    source = open_source(DataConfig(source=str(tmp_path)))
+    source = Source(source.name, source.rows, source.image_column, labels=np.arange(8), class_names=tuple("abcdefgh"))
+    samples = TransformedSource(source, transform(), 3, seed=4, skip_bad=True)
+    strict = TransformedSource(source, transform(), 3, seed=4)
+    for bad, good in ((2, 4), (3, 4), (6, 7)):
+        found, expected = samples[SampleKey(1, 5, bad)], strict[SampleKey(1, 5, good)]
+        assert int(found.pop("bad_row")) == bad
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert int(samples[SampleKey(1, 5, 4)]["bad_row"]) == -1
+    with pytest.raises(ValueError, match="row 2"):
+        strict[SampleKey(1, 5, 2)]
+
+
+def test_the_next_good_one_is_looked_for_round_the_end_and_not_forever(tmp_path: Path) -> None:
+    (tmp_path / "few").mkdir()
+    (tmp_path / "none").mkdir()
+    source = folder_of(tmp_path / "few", 1, bad=(1, 2))
+    assert source.next_image(1, 3)[1] == 0
+    for number in range(MAX_TRIES + 5):
+        (tmp_path / "none" / f"{number}.png").touch()
+    source = open_source(DataConfig(source=str(tmp_path / "none")))
+    with pytest.raises(ValueError, match=r"row 3 \(.*\): the file is empty; nor can any of the next 49 be decoded"):
+        source.next_image(3, 3)
+
+
+def test_rows_and_counts_go_on_from_the_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    source = folder_of(tmp_path / "photos", 90, bad=(1, 2, 3))
+    bad = bad_images(source, tmp_path)
+    bad.note(torch.tensor([-1, 1, -1, 1]))
+    assert bad.settle(1) == 2
+    bad.note(torch.tensor([2]))
+    assert bad.settle(2) == 3
+    assert [(record["step"], record["row"]) for record in listed(tmp_path)] == [(1, 1), (2, 2)]
+    with (tmp_path / "bad_images.jsonl").open("a") as file:
+        file.write('{"step": 3, "ro')  # killed while writing
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "bad_images": 2}\n{"step": 1, "eval": 0.5}\n')
+    again = bad_images(source, tmp_path, start_step=1)
+    assert (again.count, again.rows) == (2, {1})
+    again.note(torch.tensor([2, 3]))
+    assert again.settle(2) == 4
+    assert [record["row"] for record in listed(tmp_path)] == [1, 2, 3]
+    assert "cut off" in listed(tmp_path)[2]["reason"]
+
+
+def test_a_run_that_draws_too_many_is_stopped(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    source = folder_of(tmp_path / "photos", 17, bad=(0, 1, 2))
+    bad = bad_images(source, tmp_path, max_bad_share=0.1)
+    bad.note(torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1]))
+    bad.settle(1)
+    bad.check(99)  # too few to judge by
+    with pytest.raises(ValueError, match=r"^data.max_bad_share=0.1: 11 of the 109 pictures drawn so far .*jsonl says"):
+        bad.check(109)
+    bad.check(110)
+    bad.note(torch.tensor([2]))
+    bad.settle(2)
+    with pytest.raises(ValueError, match=r"3 of the source's 20 pictures cannot be decoded"):
+        bad.check(10_000)
+    lenient = bad_images(source, tmp_path, start_step=2, max_bad_share=1.0)
+    assert lenient.rows == {0, 1, 2}
+    lenient.check(1000)
+
+
+def test_rows_that_cannot_be_decoded_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = folder_of(tmp_path, 5, bad=(2, 6))
+    readable = leave_out_bad(source, 3, 0)
+    assert [Path(row["image"]["path"]).stem for row in readable.rows] == ["000", "001", "003", "004", "005"]
+    assert "2 of the 7 pictures" in capsys.readouterr().out
+    assert leave_out_bad(readable, 3, 0) is readable
