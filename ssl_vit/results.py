@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from ssl_vit.config import RunConfig, as_plain
+from ssl_vit.data.bad_images import leave_out_bad
 from ssl_vit.data.device_transforms import normalize
 from ssl_vit.data.loader import choose_num_workers
 from ssl_vit.data.sources import DataConfig, Source, open_source
@@ -37,6 +38,7 @@ def evaluate_in_training(
     config: RunConfig, accelerator: Accelerator, objective: Objective, judges: Judges, step: int, log: MetricLog
 ) -> None:
     """Score the backbone as it is now: all processes encode, the main one scores."""
+    judges = _readable(config, accelerator, judges, objective.encoder.in_chans)
     scores = _evaluate(objective.backbone(), config, judges, accelerator)
     if accelerator.is_main_process:
         log.write({"step": step, **{f"eval_{name}": score.accuracy for name, score in scores.items()}})
@@ -71,6 +73,7 @@ def finish(
         if draw(config, objective, source, picture, accelerator.device):
             written.insert(1, f"picture    {picture}")
     if judges is not None:
+        judges = _readable(config, accelerator, judges, objective.encoder.in_chans)
         before = config.build_objective().backbone().to(accelerator.device)  # the same weights as at step 0
         scores, text = compare(config, accelerator, backbone, before, judges)
         written.append(f"scores     {folder / RESULTS_FILE}")
@@ -88,12 +91,14 @@ def draw(config: RunConfig, objective: Objective, source: Source, path: Path, de
     encoder = objective.encoder
     rng = np.random.default_rng((config.seed, 2))
     chosen = rng.choice(len(source), size=min(NUM_PICTURES, len(source)), replace=False)
-    images = torch.stack(
-        [
-            centre_crop(source.image(int(index), encoder.in_chans), encoder.image_size, config.evaluation.crop_pct)
-            for index in chosen
-        ]
-    )
+    decoded = [
+        source.next_image(int(index), encoder.in_chans)[0]
+        if config.data.on_bad_image == "skip"
+        else source.image(int(index), encoder.in_chans)
+        for index in chosen
+    ]
+    size, crop_pct = encoder.image_size, config.evaluation.crop_pct
+    images = torch.stack([centre_crop(picture, size, crop_pct) for picture in decoded])
     objective.eval()
     try:
         normalised = normalize(images.to(device), config.data.mean, config.data.std)
@@ -174,6 +179,22 @@ def _judging(config: RunConfig, source: str) -> DataConfig:
     # `none` is said of the images that are learned from.
     column = config.data.label_column
     return dataclasses.replace(config.data, source=source, label_column=None if column == "none" else column)
+
+
+def _readable(config: RunConfig, accelerator: Accelerator, judges: Judges, num_channels: int) -> Judges:
+    """The pictures that judge, chosen as ever, without those that cannot be decoded where these are skipped."""
+    if config.data.on_bad_image == "raise":
+        return judges
+    split = split_sources(*judges, config.evaluation.max_images, config.seed)
+    num_workers = choose_num_workers(config.data.num_workers, accelerator.device)
+    rows = {"labelled": split.rows, "test": split.test_rows}
+    found = {}
+    for name, source in judges._asdict().items():
+        if source is not None:
+            chosen = source.subset(rows[name])
+            readable = leave_out_bad(chosen, num_channels, num_workers)
+            found[name] = source if readable is chosen else readable
+    return judges._replace(**found)
 
 
 def _evaluate(encoder: Encoder, config: RunConfig, judges: Judges, accelerator: Accelerator) -> dict[str, Score]:

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ssl_vit.config import RunConfig, as_plain
+from ssl_vit.data.bad_images import leave_out_bad
 from ssl_vit.data.loader import choose_num_workers
 from ssl_vit.data.sources import Source
 from ssl_vit.distributed import autocast_dtype, process_index
@@ -151,6 +152,8 @@ def export_settings(config: dict[str, Any], class_names: tuple[str, ...], step: 
 def _test(config: RunConfig, accelerator: Accelerator, objective: Supervised, source: Source) -> dict[str, Score]:
     """Scores of each head; every process calls this, the main one is given them."""
     encoder, data = objective.encoder, config.data
+    if data.on_bad_image == "skip":
+        source = leave_out_bad(source, encoder.in_chans, choose_num_workers(data.num_workers, accelerator.device))
 
     def classify(images: Tensor) -> dict[str, Tensor]:
         return {name: values.argmax(dim=1) for name, values in objective.logits(images).items()}
