@@ -20,6 +20,8 @@ FREE_SETTINGS = (
     "on_collapse",
     "batch.per_device",
     "data.num_workers",
+    "data.on_bad_image",  # a run that went on past a picture has decoded or replaced it either way
+    "data.max_bad_share",
     "checkpoint.",
     "evaluation.",
 )

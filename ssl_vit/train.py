@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 from ssl_vit import results
 from ssl_vit.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint
 from ssl_vit.config import RunConfig, parse_run, section
+from ssl_vit.data.bad_images import BadImages
 from ssl_vit.data.loader import build_loader, choose_num_workers
 from ssl_vit.data.sampler import StepSampler
 from ssl_vit.data.sources import Source, open_source
@@ -229,14 +230,6 @@ def train(run: Run) -> int:
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
     )
-    batches = build_loader(
-        run.source,
-        run.transform,
-        sampler,
-        num_channels=objective.encoder.in_chans,
-        num_workers=choose_num_workers(config.data.num_workers, device),
-        device=device,
-    )
     log = MetricLog(
         run.folder / METRICS_FILE,
         start_step=run.start_step,
@@ -244,6 +237,26 @@ def train(run: Run) -> int:
         batch_size=config.batch.size,
         log_every=config.log_every,
         is_writer=accelerator.is_main_process,
+    )
+    bad_images = None
+    if config.data.on_bad_image == "skip":
+        bad_images = BadImages(
+            run.source,
+            config.data,
+            run.folder,
+            metrics=run.folder / METRICS_FILE,
+            start_step=run.start_step,
+            num_channels=objective.encoder.in_chans,
+            is_writer=accelerator.is_main_process,
+        )
+    batches = build_loader(
+        run.source,
+        run.transform,
+        sampler,
+        num_channels=objective.encoder.in_chans,
+        num_workers=choose_num_workers(config.data.num_workers, device),
+        device=device,
+        note_bad=bad_images.note if bad_images else None,
     )
     alarm = CollapseAlarm()
     evaluate_every = config.evaluation.every_steps
@@ -281,7 +294,14 @@ def train(run: Run) -> int:
             collapsed = False
             if save_due or signal_number or log.is_due():
                 costly = {name: value.item() for name, value in objective.diagnostics().items()}
+                if bad_images is not None:
+                    before = bad_images.count
+                    settings["bad_images"] = bad_images.settle(done)
+                    if bad_images.count > before == 0:
+                        log.say(f"WARNING: pictures that cannot be decoded are passed over; see {bad_images.path}")
                 values = log.write_interval(costly | settings, progress)
+                if bad_images is not None:
+                    bad_images.check(done * config.batch.size)
                 # Weights that have hardly moved look like a collapse and are none.
                 diagnosis = objective.diagnose(values) if progress >= float(config.optim.warmup) else None
                 if collapsed := alarm.raised(diagnosis):

@@ -349,6 +349,7 @@ def test_a_broken_picture_ends_a_run_in_one_line_and_code_1(
     (tmp_path / "photos" / "square" / "19.png").write_bytes(b"no image")
     flags = [f"--data.source={tmp_path / 'photos'}", f"--output_dir={tmp_path / 'run'}", "--steps=6"]
     more = [f"--data.num_workers={num_workers}", "--checkpoint.every_steps=1", "--data.label_column=none"]
+    more.append("--data.on_bad_image=raise")
     monkeypatch.setattr("sys.argv", ["pretrain_mae.py", *SMALL_RUN, *flags, *more])
     assert main(DEFAULTS) == 1
     (line,) = capsys.readouterr().err.splitlines()

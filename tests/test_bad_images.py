@@ -1,0 +1,128 @@
+"""Runs over pictures some of which cannot be decoded, through the real script."""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+
+from scripts.pretrain_mae import DEFAULTS
+from ssl_vit.train import main
+from tests.conftest import SMALL_RUN
+from tests.test_resume import STEPS, command, finish, kill_at, losses, same, weights
+
+BAD = ("disc/07.png", "square/19.png")
+
+
+@pytest.fixture(scope="module")
+def photos(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 pictures, two of which are cut off."""
+    folder = tmp_path_factory.mktemp("damaged") / "photos"
+    shutil.copytree(photo_folder, folder)
+    for name in BAD:
+        (folder / name).write_bytes((folder / name).read_bytes()[:1000])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    text = finish([sys.executable, *command(photos, run)])
+    assert text.count("WARNING: pictures that cannot be decoded are passed over") == 1
+    return run
+
+
+def counts(run: Path) -> list[int]:
+    return [json.loads(line)["bad_images"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def listed(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "bad_images.jsonl").read_text().splitlines()]
+
+
+def test_bad_pictures_are_counted_and_listed_once(photos: Path, whole: Path) -> None:
+    assert counts(whole) == sorted(counts(whole))
+    assert counts(whole)[4] == 2  # five steps are an epoch
+    assert counts(whole)[-1] >= 4
+    assert sorted(record["path"] for record in listed(whole)) == [str(photos / name) for name in BAD]
+    assert {record["reason"] for record in listed(whole)} == {"the PNG file is cut off"}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_killed_run_skips_the_same_pictures(photos: Path, whole: Path, tmp_path: Path, num_workers: int) -> None:
+    run = tmp_path / "run"
+    flags = (f"--data.num_workers={num_workers}", "--checkpoint.every_steps=3")
+    words = [sys.executable, *command(photos, run, *flags)]
+    kill_at(words, 5)
+    finish(words)
+    assert same(weights(whole), weights(run)) == []
+    assert losses(run) == losses(whole)
+    assert counts(run) == counts(whole)
+    assert listed(run) == listed(whole)
+
+
+def test_two_processes_skip_what_one_skips(photos: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    flags = ["--encoder.drop_path_rate=0", "--data.label_column=null", "--evaluation.every_steps=6"]
+    finish([sys.executable, *command(photos, one, *flags)])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    text = finish([*launcher, *command(photos, two, *flags)])
+    assert "2 processes on cpu" in text
+    assert text.count("2 of the 40 pictures that judge cannot be decoded and are left out") == 2
+    for run in (one, two):
+        scores = json.loads((run / "results.json").read_text())["scores"]
+        assert {scores[name]["knn"]["n"] for name in scores} == {38}
+    records = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two)]
+    found = [[record["bad_images"] for record in of_run if "loss" in record] for of_run in records]
+    assert found[0] == found[1]
+    assert len(found[0]) == STEPS
+    assert listed(one) == listed(two)
+
+
+@pytest.fixture
+def _fresh_state() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+    torch.set_num_threads(threads)
+
+
+def start(photos: Path, run: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
+    given = [f"--data.source={photos}", f"--output_dir={run}", f"--steps={STEPS}", "--data.label_column=none"]
+    AcceleratorState._reset_state()
+    monkeypatch.setattr("sys.argv", ["pretrain_mae.py", *SMALL_RUN, *given, *flags])
+    return main(DEFAULTS)
+
+
+@pytest.mark.usefixtures("_fresh_state")
+def test_a_run_of_too_many_stops_and_goes_on_where_more_are_allowed(
+    photos: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, every = tmp_path / "run", "--checkpoint.every_steps=1"
+    assert start(photos, run, monkeypatch, every, "--data.max_bad_share=0.02") == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: data.max_bad_share=0.02: 2 of the source's 40 pictures cannot be decoded; ")
+    assert line.endswith("The checkpoints before it are whole.")
+    assert list((run / "checkpoints").iterdir())
+    assert start(photos, run, monkeypatch, every, "--data.on_bad_image=raise") == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "the PNG file is cut off" in line
+    assert start(photos, run, monkeypatch, every) == 0
+    assert same(weights(whole), weights(run)) == []
+    assert listed(run) == listed(whole)
+
+
+@pytest.mark.usefixtures("_fresh_state")
+def test_a_run_without_a_good_picture_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        (tmp_path / "photos" / f"{number}.jpg").write_bytes(b"no image")
+    assert start(tmp_path / "photos", tmp_path / "run", monkeypatch) == 1
+    assert "nor can any of the next" in capsys.readouterr().err
