@@ -71,6 +71,7 @@ def test_the_first_two_commands_install_and_run_the_quickstart_and_the_tests() -
     assert second == 'pip install -e ".[demo,test]" && pytest'
 
 
+@pytest.mark.slow
 def test_commands_and_code_run(desk: Path) -> None:
     """All of them, in their order, since each builds on those before."""
     assert len(commands()) >= 7

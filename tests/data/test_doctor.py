@@ -64,7 +64,7 @@ def test_planted_faults_are_found_and_no_others(sick_folder: Path) -> None:
     assert (found.num_read, found.num_readable, found.num_unreadable) == (9, 6, 3)
     assert [Path(item.place.path or "").name for item in found.unreadable] == ["c_cut.jpg", "d_page.jpg", "e_empty.png"]
     reasons = [item.reason for item in found.unreadable]
-    assert "truncated" in reasons[0]
+    assert "cut off" in reasons[0]
     assert "not an image file" in reasons[1]
     assert "empty" in reasons[2]
     assert found.formats == {"JPEG": 3, "PNG": 4, "HTML": 1, "empty": 1}

@@ -58,7 +58,7 @@ REFUSED = {
     ("torchvision", "no class token"): "no class token",
 }
 SLOW_TARGETS = ("onnx", "torch_export")  # seconds each
-SLOW_ENCODERS = ("not square", "registers")
+SLOW_ENCODERS = ("learned positions", "registers, not square")
 
 
 def build(config: ViTConfig, objective: str = "MAE") -> Trained:
