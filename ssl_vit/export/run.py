@@ -45,7 +45,7 @@ class Trained:
     """Share of a resized picture's sides that its evaluation keeps."""
     provenance: dict[str, Any]
     folder: Path
-    """Of the run or the exported backbone; scores lie there."""
+    """Of the run or the exported backbone, where scores lie; of published weights what names them."""
     mae: MAE | None = None
     """With its decoder, of a run of MAE."""
 
@@ -237,7 +237,7 @@ def _open_published(name: str) -> Trained:
     load_pretrained(encoder, name)
     usual = DataConfig()
     mean, std = found.mean or usual.mean, found.std or usual.std
-    return Trained(encoder.eval(), mean, std, 0.875, {"pretrained": name}, Path())
+    return Trained(encoder.eval(), mean, std, 0.875, {"pretrained": name}, Path(name))
 
 
 def tuples_of(values: dict[str, Any]) -> dict[str, Any]:

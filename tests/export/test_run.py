@@ -192,8 +192,11 @@ def test_the_script_refuses_what_does_not_go_together(
 
 @pytest.mark.filterwarnings("default")
 def test_published_weights_are_converted_and_can_be_judged(
-    tmp_path: Path, photo_folder: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, photo_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("knn.json").write_text(json.dumps({"other": {"k=20": {"accuracy": 0.5, "low": 0, "high": 1, "n": 4}}}))
     original = ViTConfig(arch="vit_tiny_patch16_224", image_size=32, depth=2).build()
     torch.save({"model": original.vit.state_dict()}, tmp_path / "official.pth")
     code, text = call(capsys, tmp_path / "official.pth", "--out", tmp_path / "public")
@@ -207,6 +210,7 @@ def test_published_weights_are_converted_and_can_be_judged(
     assert code == 0
     card = (tmp_path / "transformers" / "README.md").read_text()
     assert "A Vision Transformer, converted" in card
+    assert "None were found beside it." in card  # those of the present folder are another's
     assert f"| weights of | `{tmp_path / 'official.pth'}` |" in card
     code, text = call(capsys, tmp_path / "nothing")
     assert (code, "holds no run (config.yaml is missing); name the folder to write to with --out" in text) == (2, True)
