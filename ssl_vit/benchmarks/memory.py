@@ -1,15 +1,13 @@
-"""Peak memory of DINO's head and loss, beside the loss in its pairwise form; each in a process of its own."""
+"""Peak memory of DINO's head and loss, beside the loss in its pairwise form."""
 
-import re
-import resource
-import subprocess
-import sys
-from pathlib import Path
+from itertools import accumulate
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from ssl_vit.benchmarks.rounds import machine
 from ssl_vit.objectives.dino import dino_loss
@@ -50,29 +48,32 @@ def peak_mib(kind: str, *, batch: int, num_local_crops: int, num_prototypes: int
         before = torch.cuda.memory_allocated()
         step()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = _peak_kib()
-    step()
-    return (_peak_kib() - before) / 2**10
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    return _peak_of_tensors(profiler) / 2**20
 
 
-def _peak_kib() -> int:
-    """Most memory that this process has held so far."""
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss begins there with that of the process that started this one
-        return int(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def _peak_of_tensors(profiler: profile) -> int:
+    """Most bytes that tensors held at once above what stood before.
+
+    Unlike the process's own peak, this does not depend on what the allocator keeps.
+    """
+    assert profiler.profiler is not None
+    kineto: Any = profiler.profiler.kineto_results
+    events = [event for event in kineto.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 def compare_memory(*, batch: int = 64, num_local_crops: int = 8, num_prototypes: int = 65536, rounds: int = 3) -> dict:
-    """Peak memory of both losses, alternating, in fresh processes."""
+    """Peak memory of both losses, alternating."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings = f"batch={batch}, num_local_crops={num_local_crops}, num_prototypes={num_prototypes}, device={device!r}"
     peaks: dict[str, list[float]] = {kind: [] for kind in LOSSES}
     for _ in range(rounds):
         for kind in LOSSES:
-            code = f"from ssl_vit.benchmarks.memory import peak_mib; print(peak_mib({kind!r}, {settings}))"
-            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-            peaks[kind].append(float(done.stdout))
+            peak = peak_mib(
+                kind, batch=batch, num_local_crops=num_local_crops, num_prototypes=num_prototypes, device=device
+            )
+            peaks[kind].append(peak)
     shares = [own / pairwise for own, pairwise in zip(peaks["ssl_vit"], peaks["pairwise"], strict=True)]
     return {
         "what": f"head and loss at batch {batch}, 2 + {num_local_crops} crops, {num_prototypes:,} prototypes",
