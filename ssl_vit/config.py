@@ -241,7 +241,9 @@ def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "")
 
 def _own_folder(config: RunConfig) -> str:
     objective = type(config.objective).__name__.removesuffix("Config").lower()
-    source = re.sub(r"[^\w.-]+", "-", config.data.source.rstrip("/").rpartition("/")[2]).strip("-.")
+    given = config.data.source
+    names = [name.rstrip("/").rpartition("/")[2] for name in ([given] if isinstance(given, str) else given)]
+    source = "+".join(re.sub(r"[^\w.-]+", "-", name).strip("-.") for name in names)
     return f"runs/{objective}_{config.encoder.arch}_{source or 'images'}"
 
 

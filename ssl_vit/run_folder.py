@@ -51,7 +51,7 @@ def check_run_folder(config: RunConfig) -> None:
     bound = getattr(config.objective, "decides_data", ())
     changed = {
         key: values
-        for key, values in differences(_read_config(saved), as_plain(config)).items()
+        for key, values in differences(_read_config(saved, config), as_plain(config)).items()
         if (key in bound or not key.startswith(FREE_SETTINGS))
         and values[1] != "auto"  # not yet known; checked again once it is
     }
@@ -99,8 +99,12 @@ def is_finished(folder: Path, num_steps: int) -> bool:
         return False
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path, config: RunConfig) -> dict[str, Any]:
+    """The settings of a saved run; data settings that did not exist yet when it began have their defaults."""
     try:
-        return yaml.safe_load(path.read_text()) or {}
+        saved = yaml.safe_load(path.read_text()) or {}
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+    if isinstance(saved.get("data"), dict):
+        saved["data"] = as_plain(type(config.data)()) | saved["data"]
+    return saved

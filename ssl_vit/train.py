@@ -229,6 +229,7 @@ def train(run: Run) -> int:
         num_micro=run.num_micro,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
+        order=run.source.mixture.order if run.source.mixture else None,
     )
     log = MetricLog(
         run.folder / METRICS_FILE,

@@ -1,6 +1,7 @@
 """Which samples each process trains on, as a pure function of seed and step."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -47,7 +48,13 @@ class StepSampler(Sampler[list[SampleKey]]):
         num_micro: int = 1,
         process_index: int = 0,
         num_processes: int = 1,
+        order: Callable[[int, int], Int64[np.ndarray, " n"]] | None = None,
     ) -> None:
+        """Begin at `start_step`.
+
+        Args:
+            order: the rows of an epoch by seed and epoch, `num_samples` of them; None = all of them, shuffled.
+        """
         if num_samples < 1:
             raise ValueError("num_samples=0: there is nothing to train on")
         if batch_size % (num_micro * num_processes):
@@ -57,6 +64,7 @@ class StepSampler(Sampler[list[SampleKey]]):
         self.num_samples, self.batch_size, self.num_steps = num_samples, batch_size, num_steps
         self.seed, self.start_step, self.num_micro = seed, start_step, num_micro
         self.process_index, self.num_processes = process_index, num_processes
+        self.order = order or partial(epoch_order, num_samples)
 
     def __len__(self) -> int:
         return (self.num_steps - self.start_step) * self.num_micro
@@ -71,7 +79,7 @@ class StepSampler(Sampler[list[SampleKey]]):
                 for draw in range(start, start + size):
                     if draw // self.num_samples != epoch:
                         epoch = draw // self.num_samples
-                        order = epoch_order(self.num_samples, self.seed, epoch)
+                        order = self.order(self.seed, epoch)
                     position = draw % self.num_samples
                     keys.append(SampleKey(epoch, position, int(order[position])))
                 yield keys

@@ -1,12 +1,11 @@
 """Where the images come from: every kind of source as an indexable set of undecoded images."""
 
-import difflib
 import glob
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import cast
 
 import datasets
 import numpy as np
@@ -16,64 +15,17 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from ssl_vit.data import openmoji
+from ssl_vit.data.columns import find_image_column, find_label_column
+from ssl_vit.data.config import KINDS, DataConfig, near_match, setting_error
 from ssl_vit.data.decode import decode
 from ssl_vit.data.headers import MAX_PIXELS
-from ssl_vit.data.labels import Labels, encode, integers, is_integer, read_labels, type_name
+from ssl_vit.data.labels import Labels, encode, integers, read_labels
+from ssl_vit.data.mixture import Mixture, as_text
 
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "npy")
 MAX_TRIES = 50  # rows in which a picture that can be decoded is looked for
 # A source that ends in one of these is a mistyped path rather than the name of a data set on the hub.
 _FILE_SUFFIXES = (*_IMAGE_SUFFIXES, "parquet", "arrow", "csv", "json", "npz", "zip", "tar", "gz")
-_KINDS = (
-    "'openmoji' (built-in demo pictures), a folder of images, a parquet file or a quoted glob of them, "
-    "a folder written by datasets' save_to_disk, or the id of a data set on the Hugging Face hub"
-)
-# Columns taken for labels if they hold integers, and preferred if there are several columns of classes.
-_LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Which images to use, and how they become numbers."""
-
-    source: str = ""
-    """openmoji | folder of images | parquet file or glob | save_to_disk folder | Hugging Face hub id."""
-    split: str = "train"
-    """Split of a hub, parquet or save_to_disk source. Hub and parquet also take slices: `train[:10%]`."""
-    image_column: str | None = None
-    """Column that holds the images; found by its type where there is only one."""
-    label_column: str | None = None
-    """Column that holds the classes, for evaluation; found where possible. `none` = ignore labels."""
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    """Mean of each channel, of images scaled to [0, 1]. Their number is the number of channels."""
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    """Standard deviation of each channel, of images scaled to [0, 1]."""
-    max_pixels: int = MAX_PIXELS
-    """Most pixels, height times width, of a picture; larger ones are refused before memory is taken for them."""
-    on_bad_image: Literal["skip", "raise"] = "skip"
-    """When training draws a picture that cannot be decoded: take the next good one and note it, or stop."""
-    max_bad_share: float = 0.05
-    """Stop when more than this share of the pictures drawn, or of the source, cannot be decoded."""
-    num_workers: int = -1
-    """Loader processes of each training process; -1 = chosen from the machine."""
-
-    def __post_init__(self) -> None:
-        if not self.split:
-            raise ValueError(f"split={self.split!r}: name a split, such as 'train'")
-        if not self.mean or not all(0 <= value <= 1 for value in self.mean):
-            raise ValueError(f"mean={self.mean!r}: give one number in [0, 1] per channel; divide 0-255 by 255")
-        if not all(0 < value <= 1 for value in self.std):
-            raise ValueError(f"std={self.std!r}: give one number in (0, 1] per channel; divide 0-255 by 255")
-        if len(self.std) != len(self.mean):
-            raise ValueError(f"std={self.std!r}: give as many numbers as in mean={self.mean!r}")
-        if self.max_pixels < 1:
-            raise ValueError(f"max_pixels={self.max_pixels!r}: must be at least 1")
-        if self.on_bad_image not in ("skip", "raise"):
-            raise ValueError(f"on_bad_image={self.on_bad_image!r}: choose 'skip' or 'raise'")
-        if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"max_bad_share={self.max_bad_share!r}: must lie between 0 and 1; 1 never stops")
-        if self.num_workers < -1:
-            raise ValueError(f"num_workers={self.num_workers!r}: must be at least 0, or -1 (automatic)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,9 +50,16 @@ class Source:
     """Text that the pictures' licence asks to be shown with them."""
     max_pixels: int = MAX_PIXELS
     """Larger pictures are refused."""
+    mixture: Mixture | None = None
+    """Which source each row comes from; None where there is only one."""
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def num_samples(self) -> int:
+        """Images of an epoch."""
+        return len(self)
 
     def subset(self, rows: Int64[np.ndarray, " r"]) -> "Source":
         """Some rows of the source, in this order."""
@@ -110,6 +69,7 @@ class Source:
             columns=None if self.columns is None else self.columns.select(rows),
             labels=None if self.labels is None else self.labels[rows],
             groups=None if self.groups is None else self.groups[rows],
+            mixture=None if self.mixture is None else self.mixture.subset(rows),
         )
 
     def image(self, index: int, num_channels: int) -> UInt8[Tensor, "{num_channels} h w"]:
@@ -126,21 +86,35 @@ class Source:
                 raise ValueError("the row holds no image")
             return decode(data, num_channels, self.max_pixels)
         except (ValueError, OSError) as error:
-            where = f"row {index}" + (f" ({path})" if path else "")
-            raise ValueError(f"data.source={self.name!r}: {where}: {error}") from error
+            name, row = self._origin(index)
+            where = f"row {row}" + (f" ({path})" if path else "")
+            raise ValueError(f"data.source={name!r}: {where}: {error}") from error
+
+    def _origin(self, index: int) -> tuple[str, int]:
+        """The source that a row comes from, and its number there."""
+        if self.mixture is None:
+            return self.name, index
+        origin = self.mixture.origin
+        return self.mixture.names[origin[index]], int((origin[:index] == origin[index]).sum())
 
     def next_image(self, index: int, num_channels: int) -> tuple[UInt8[Tensor, "{num_channels} h w"], int]:
         """The picture of a row, or of the next one that can be decoded, round the end; and the row it is of.
 
+        In a mixture the next one is of the same source.
+
         Raises:
             ValueError: none of `MAX_TRIES` rows can be decoded. Names the first.
         """
-        first: ValueError | None = None
-        for row in range(index, index + min(MAX_TRIES, len(self))):
+        try:
+            return self.image(index, num_channels), index
+        except ValueError as error:
+            first = error
+        following = np.roll(np.arange(len(self)), -index) if self.mixture is None else self.mixture.alike(index)
+        for row in following[1:MAX_TRIES].tolist():
             try:
-                return self.image(row % len(self), num_channels), row % len(self)
-            except ValueError as error:
-                first = first or error
+                return self.image(row, num_channels), row
+            except ValueError:
+                continue
         raise ValueError(f"{first}; nor can any of the next {MAX_TRIES - 1} be decoded") from first
 
 
@@ -150,12 +124,73 @@ def open_source(config: DataConfig) -> Source:
     Raises:
         ValueError: nothing usable there. The text begins with the setting at fault: `data.source='...': ...`.
     """
-    return replace(_open(config), max_pixels=config.max_pixels)
+    if config.streaming:
+        raise setting_error(config, "streaming", "pictures are needed here in any order; leave this setting out")
+    opened = _open_mixture(config) if isinstance(config.source, dict) else _open(config)
+    return replace(opened, max_pixels=config.max_pixels)
+
+
+def _open_mixture(config: DataConfig) -> Source:
+    """All sources of a mixture as one, their rows one after another."""
+    weights = cast("dict[str, float]", config.source)
+    parts = [_open(_own_settings(config, name)) for name in weights]
+    mixture = Mixture(tuple(weights), tuple(weights.values()), np.repeat(np.arange(len(parts)), list(map(len, parts))))
+    for name, count in zip(weights, mixture.draws(), strict=True):
+        if count == 0:
+            raise ValueError(f"data.source={as_text(weights)}: {name!r} would never be drawn; give it more weight")
+    images = [
+        part.rows if part.image_column == "image" else part.rows.rename_column(part.image_column, "image")
+        for part in parts
+    ]
+    class_names = tuple(dict.fromkeys(name for part in parts for name in part.class_names))
+    labels = np.concatenate([_labels_among(class_names, part) for part in parts])
+    attributions = dict.fromkeys(part.attribution for part in parts if part.attribution)
+    return Source(
+        name=as_text(weights),
+        rows=datasets.concatenate_datasets(images),
+        image_column="image",
+        labels=labels if class_names else None,
+        class_names=class_names,
+        groups=_join_groups(parts),
+        attribution=" ".join(attributions) or None,
+        mixture=mixture,
+    )
+
+
+def _own_settings(config: DataConfig, name: str) -> DataConfig:
+    """The settings of one source of a mixture: what is said of splits and columns is not said of those without."""
+    path = Path(name).expanduser()
+    if name == "openmoji" or (path.is_dir() and not _is_saved_dataset(path)):
+        label_column = "none" if config.label_column == "none" else None
+        return replace(config, source=name, split="train", image_column=None, label_column=label_column)
+    return replace(config, source=name)
+
+
+def _labels_among(class_names: tuple[str, ...], part: Source) -> Int64[np.ndarray, " n"]:
+    """A source's labels as those of the mixture: classes of the same name are the same."""
+    if part.labels is None:
+        return np.full(len(part), -1, dtype=np.int64)
+    index = {name: number for number, name in enumerate(class_names)}
+    # -1 stays -1: the last entry is where it points.
+    return np.array([*(index[name] for name in part.class_names), -1], dtype=np.int64)[part.labels]
+
+
+def _join_groups(parts: list[Source]) -> Int64[np.ndarray, " n"] | None:
+    """Groups that stay apart; a row of a source without groups is one of its own."""
+    if all(part.groups is None for part in parts):
+        return None
+    joined, used = [], 0
+    for part in parts:
+        groups = np.unique(np.arange(len(part)) if part.groups is None else part.groups, return_inverse=True)[1]
+        joined.append(groups + used)
+        used += int(groups.max()) + 1
+    return np.concatenate(joined)
 
 
 def _open(config: DataConfig) -> Source:
+    assert isinstance(config.source, str)
     if not config.source:
-        raise _error(config, "source", f"name the images: {_KINDS}")
+        raise setting_error(config, "source", f"name the images: {KINDS}")
     if config.source == "openmoji":
         return _open_openmoji(config)
     try:
@@ -165,22 +200,12 @@ def _open(config: DataConfig) -> Source:
                 return _open_folder(path, config)
             rows = _load_saved(path, config)
         elif path.exists() or glob.has_magic(config.source):
-            rows = _load_parquet(path, config)
+            rows = _load_parquet(config)
         else:
             rows = _load_from_hub(config)
     except (OSError, RuntimeError) as error:
-        raise _error(config, "source", f"cannot be read: {error}") from error
+        raise setting_error(config, "source", f"cannot be read: {error}") from error
     return _open_rows(rows, config)
-
-
-def _error(config: DataConfig, field: str, what: str) -> ValueError:
-    """An error about one setting; use as `raise _error(...)`."""
-    return ValueError(f"data.{field}={getattr(config, field)!r}: {what}")
-
-
-def near_match(name: str, names: list[str]) -> str:
-    matches = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {matches[0]!r}? " if matches else ""
 
 
 def _refuse_columns(config: DataConfig, what: str) -> None:
@@ -188,7 +213,7 @@ def _refuse_columns(config: DataConfig, what: str) -> None:
     no_effect = {"split": ("train",), "image_column": (None,), "label_column": (None, "none")}
     for field, values in no_effect.items():
         if getattr(config, field) not in values:
-            raise _error(config, field, f"{what} has neither splits nor columns; leave this setting out")
+            raise setting_error(config, field, f"{what} has neither splits nor columns; leave this setting out")
 
 
 def _open_openmoji(config: DataConfig) -> Source:
@@ -196,7 +221,7 @@ def _open_openmoji(config: DataConfig) -> Source:
     rows = openmoji.load()
     keep_labels = config.label_column != "none"
     return Source(
-        name=config.source,
+        name=cast(str, config.source),
         rows=rows.select_columns(["image"]),
         image_column="image",
         labels=integers(rows, "label") if keep_labels else None,
@@ -213,14 +238,16 @@ def _open_folder(root: Path, config: DataConfig) -> Source:
     images = [file for file in files if _suffix(file) in _IMAGE_SUFFIXES]
     if not images:
         parquet = any(_suffix(file) == "parquet" for file in files)
+        tar = any(_suffix(file) == "tar" for file in files)
         hint = f"; for its parquet files, give a quoted glob: '{prefix}**/*.parquet'" if parquet else ""
+        hint = f"; for its tar files, give --data.streaming true and a quoted glob: '{prefix}**/*.tar'" if tar else hint
         kinds = " ".join(_IMAGE_SUFFIXES)
-        raise _error(config, "source", f"no images in this folder or below it (looked for {kinds}){hint}")
+        raise setting_error(config, "source", f"no images in this folder or below it (looked for {kinds}){hint}")
     # Arrow holds the paths in one block: millions of them cost little memory and are shared with the workers.
     rows = datasets.Dataset.from_dict({"image": [prefix + file for file in images]})
     labels, class_names = _folder_labels(images) if config.label_column != "none" else (None, ())
     return Source(
-        name=config.source,
+        name=cast(str, config.source),
         rows=rows.cast_column("image", datasets.Image(decode=False)),
         image_column="image",
         labels=labels,
@@ -271,126 +298,104 @@ def _load_saved(folder: Path, config: DataConfig) -> datasets.Dataset:
     try:
         saved = datasets.load_from_disk(folder)
     except Exception as error:  # whatever a half-written folder makes the reader stumble over
-        raise _error(config, "source", f"this save_to_disk folder is empty or incomplete: {error}") from error
+        raise setting_error(config, "source", f"this save_to_disk folder is empty or incomplete: {error}") from error
     if isinstance(saved, datasets.DatasetDict):
         if config.split not in saved:
             names = list(map(str, saved))
             near = near_match(config.split, names)
-            raise _error(config, "split", f"no such split; {near}there are: {', '.join(names)}")
+            raise setting_error(config, "split", f"no such split; {near}there are: {', '.join(names)}")
         return saved[config.split]
     if config.split not in ("train", str(saved.split)):
-        raise _error(config, "split", "data.source is one data set without splits; leave data.split out")
+        raise setting_error(config, "split", "data.source is one data set without splits; leave data.split out")
     return saved
 
 
-def _load_parquet(path: Path, config: DataConfig) -> datasets.Dataset:
+def find_files(config: DataConfig) -> list[str]:
+    """The files that a path or pattern names, all of the same kind.
+
+    Raises:
+        ValueError: there are none.
+    """
+    path = Path(cast(str, config.source)).expanduser()
     # Path.glob refuses absolute patterns.
     files = [str(path)] if path.is_file() else sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207
     if not files:
-        raise _error(config, "source", "no file matches this pattern")
-    num_rows = 0
+        raise setting_error(config, "source", "no file matches this pattern")
+    return files
+
+
+def count_parquet_rows(files: list[str], config: DataConfig) -> list[int]:
+    """Rows of each file, as their footers say.
+
+    Raises:
+        ValueError: not parquet, or no rows in any.
+    """
+    counts = []
     for file in files:
+        if _suffix(file) == "tar":
+            raise setting_error(config, "source", "WebDataset tars are streamed; give --data.streaming true")
         if _suffix(file) != "parquet":
-            raise _error(config, "source", f"{file} is not a parquet file; data.source may be {_KINDS}")
+            raise setting_error(config, "source", f"{file} is not a parquet file; data.source may be {KINDS}")
         try:
-            num_rows += pq.read_metadata(file).num_rows
+            counts.append(pq.read_metadata(file).num_rows)
         except pa.ArrowException as error:
-            raise _error(config, "source", f"{file} is not a readable parquet file: {error}") from error
-    if num_rows == 0:
-        raise _error(config, "source", "holds no rows")
+            raise setting_error(config, "source", f"{file} is not a readable parquet file: {error}") from error
+    if sum(counts) == 0:
+        raise setting_error(config, "source", "holds no rows")
+    return counts
+
+
+def _load_parquet(config: DataConfig) -> datasets.Dataset:
+    files = find_files(config)
+    count_parquet_rows(files, config)
     try:
         loaded = datasets.load_dataset("parquet", data_files={"train": files}, split=config.split)
         return cast(datasets.Dataset, loaded)
     except ValueError as error:  # what `datasets` raises for an unknown split, or a slice it cannot parse
-        raise _error(config, "split", f"{error} Parquet files are the split 'train'") from error
+        raise setting_error(config, "split", f"{error} Parquet files are the split 'train'") from error
     except Exception as error:
         reason = error.__cause__ or error  # the outer error only says that there was one
-        raise _error(config, "source", f"reading the parquet files failed: {reason}") from error
+        raise setting_error(config, "source", f"reading the parquet files failed: {reason}") from error
+
+
+def hub_id(config: DataConfig) -> str:
+    """The source as the id of a data set on the hub.
+
+    Raises:
+        ValueError: it looks like a path.
+    """
+    source = cast(str, config.source)
+    starts_as_path = source.startswith(("/", ".", "~"))
+    if starts_as_path or source.count("/") > 1 or "\\" in source or _suffix(source) in _FILE_SUFFIXES:
+        raise setting_error(config, "source", "no such file or folder")
+    return source
 
 
 def _load_from_hub(config: DataConfig) -> datasets.Dataset:
-    source = config.source
-    starts_as_path = source.startswith(("/", ".", "~"))
-    if starts_as_path or source.count("/") > 1 or "\\" in source or _suffix(source) in _FILE_SUFFIXES:
-        raise _error(config, "source", "no such file or folder")
+    source = hub_id(config)
     try:
         return cast(datasets.Dataset, datasets.load_dataset(source, split=config.split))
     except Exception as error:  # not found, not allowed, offline, unknown split, a format that needs code ...
         what = (
             f"no such file or folder here, and loading split {config.split!r} of the data set of this name "
-            f"from the Hugging Face hub failed: {error}. data.source may be {_KINDS}"
+            f"from the Hugging Face hub failed: {error}. data.source may be {KINDS}"
         )
-        raise _error(config, "source", what) from error
+        raise setting_error(config, "source", what) from error
 
 
 def _open_rows(rows: datasets.Dataset, config: DataConfig) -> Source:
     if len(rows) == 0:
-        raise _error(config, "source", f"split {config.split!r} holds no rows")
-    image_column = _find_image_column(rows, config)
-    label_column = _find_label_column(rows, config)
+        raise setting_error(config, "source", f"split {config.split!r} holds no rows")
+    image_column = find_image_column(rows.features, config)
+    label_column = find_label_column(rows.features, config)
     labels, class_names = read_labels(rows, label_column) if label_column else (None, ())
     images = rows.with_format(None).select_columns([image_column])
     others = [name for name in rows.column_names if name != image_column]
     return Source(
-        name=config.source,
+        name=cast(str, config.source),
         rows=images.cast_column(image_column, datasets.Image(decode=False)),
         image_column=image_column,
         labels=labels,
         class_names=class_names,
         columns=rows.with_format(None).select_columns(others) if others else None,
     )
-
-
-def _check_column(rows: datasets.Dataset, config: DataConfig, field: str) -> str:
-    """The column named by a setting, if there is one of this name."""
-    name = getattr(config, field)
-    if name not in rows.column_names:
-        near = near_match(name, rows.column_names)
-        raise _error(config, field, f"no such column; {near}there are: {_columns_with_types(rows)}")
-    return name
-
-
-def _columns_with_types(rows: datasets.Dataset) -> str:
-    return ", ".join(f"{name} ({type_name(feature)})" for name, feature in rows.features.items())
-
-
-def _find_image_column(rows: datasets.Dataset, config: DataConfig) -> str:
-    ranks = {name: rank for name, feature in rows.features.items() if (rank := _image_rank(feature))}
-    if config.image_column is not None:
-        name = _check_column(rows, config, "image_column")
-        if name not in ranks:
-            raise _error(config, "image_column", f"not a column of images: {_columns_with_types(rows)}")
-        return name
-    candidates = [name for name, rank in ranks.items() if rank == min(ranks.values())]
-    if not candidates:
-        raise _error(config, "source", f"no column holds images; there are: {_columns_with_types(rows)}")
-    if len(candidates) > 1:
-        listed = ", ".join(candidates)
-        raise _error(config, "image_column", f"several columns hold images, name one of them: {listed}")
-    return candidates[0]
-
-
-def _image_rank(feature: Any) -> int:
-    """1 for surely images to 3 for possibly, 0 for surely not.
-
-    A parquet file written without Hugging Face's metadata has structs or plain bytes only.
-    """
-    if isinstance(feature, datasets.Image):
-        return 1
-    if isinstance(feature, dict) and "bytes" in feature and set(feature) <= {"bytes", "path"}:
-        return 2
-    return 3 if isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary") else 0
-
-
-def _find_label_column(rows: datasets.Dataset, config: DataConfig) -> str | None:
-    if config.label_column == "none":
-        return None
-    if config.label_column is not None:
-        return _check_column(rows, config, "label_column")
-    candidates = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
-    usual = [name for name in _LABEL_COLUMNS if name in candidates]
-    if len(candidates) > 1 and not usual:
-        listed = ", ".join(candidates)
-        raise _error(config, "label_column", f"several columns hold classes, name one or 'none': {listed}")
-    numbered = [name for name in _LABEL_COLUMNS if is_integer(rows.features.get(name))]
-    return next(iter(usual + candidates + numbered), None)

@@ -104,7 +104,7 @@ class Backbone:
     transform: EvalTransform
     device: torch.device
     autocast_dtype: torch.dtype | None
-    own_source: str | None
+    own_source: str | dict[str, float] | None
     """What it was trained on."""
     feature: str
     """What stands for a picture unless another feature is named: patch mean of an MAE, class token of others."""

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 import ssl_vit
+from ssl_vit.data.mixture import as_text
 from ssl_vit.export.run import Trained
 from ssl_vit.run_folder import METRICS_FILE, RESULTS_FILE
 
@@ -79,7 +80,8 @@ def _describe(trained: Trained) -> Iterator[tuple[str, Any]]:
     if known.get("weights"):
         yield "weights", known["weights"]
     images = f", {known['num_images']:,} images" if known.get("num_images") else ""
-    yield "data", f"`{known.get('source')}`{images}"
+    source = known.get("source")
+    yield "data", f"`{as_text(source) if isinstance(source, dict) else source}`{images}"
     if known.get("steps"):
         batch = known.get("batch_size")
         yield "training", f"{known['steps']:,} steps of {batch} images"

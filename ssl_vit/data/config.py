@@ -1,0 +1,93 @@
+"""Settings that say which images to use, and how they are refused."""
+
+import difflib
+from dataclasses import dataclass
+from typing import Literal
+
+from ssl_vit.data.headers import MAX_PIXELS
+from ssl_vit.data.mixture import as_text, check_weights
+
+KINDS = (
+    "'openmoji' (built-in demo pictures), a folder of images, a parquet file or a quoted glob of them, "
+    "a folder written by datasets' save_to_disk, the id of a data set on the Hugging Face hub, with "
+    "--data.streaming true a WebDataset .tar or a quoted glob of them, or a mapping of several to their weights"
+)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images to use, and how they become numbers."""
+
+    source: str | dict[str, float] = ""
+    """openmoji | folder of images | parquet file or glob | save_to_disk folder | Hugging Face hub id | with streaming
+    a .tar or glob | several with weights: `{photos: 0.7, openmoji: 0.3}`."""
+    split: str = "train"
+    """Split of a hub, parquet or save_to_disk source. Hub and parquet also take slices: `train[:10%]`."""
+    image_column: str | None = None
+    """Column that holds the images; found by its type where there is only one."""
+    label_column: str | None = None
+    """Column that holds the classes, for evaluation; found where possible. `none` = ignore labels."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Mean of each channel, of images scaled to [0, 1]. Their number is the number of channels."""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    """Standard deviation of each channel, of images scaled to [0, 1]."""
+    max_pixels: int = MAX_PIXELS
+    """Most pixels, height times width, of a picture; larger ones are refused before memory is taken for them."""
+    on_bad_image: Literal["skip", "raise"] = "skip"
+    """When training draws a picture that cannot be decoded: take the next good one and note it, or stop."""
+    max_bad_share: float = 0.05
+    """Stop when more than this share of the pictures drawn, or of the source, cannot be decoded."""
+    num_workers: int = -1
+    """Loader processes of each training process; -1 = chosen from the machine."""
+    streaming: bool = False
+    """Read hub ids, parquet files and WebDataset tars from front to back, without a copy of the data set."""
+    shuffle_buffer: int = 4000
+    """Undecoded pictures that a streamed run shuffles among, over all its processes."""
+    num_streams: int = 32
+    """Shards that a streamed run reads at once, over all its processes. More of them mix better, allow more loader
+    processes and take more memory."""
+    num_samples: int | None = None
+    """Pictures of a streamed source that cannot tell, for epochs and `auto`. Given, tars are not counted."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.source, dict):
+            check_weights(self.source)
+            if self.streaming:
+                raise ValueError(
+                    f"streaming=True: a mixture is not streamed ({as_text(self.source)}); leave this setting out, or "
+                    "stream one source"
+                )
+        elif self.source.startswith("{") and self.source.endswith("}"):
+            raise ValueError(f"source={self.source!r}: a mixture is {{SOURCE: WEIGHT, ...}} with numbers as weights")
+        for name in ("shuffle_buffer", "num_streams", "num_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value!r}: must be at least 1")
+        if self.num_samples is not None and not self.streaming:
+            raise ValueError(f"num_samples={self.num_samples!r}: only streamed sources need it; leave this setting out")
+        if not self.split:
+            raise ValueError(f"split={self.split!r}: name a split, such as 'train'")
+        if not self.mean or not all(0 <= value <= 1 for value in self.mean):
+            raise ValueError(f"mean={self.mean!r}: give one number in [0, 1] per channel; divide 0-255 by 255")
+        if not all(0 < value <= 1 for value in self.std):
+            raise ValueError(f"std={self.std!r}: give one number in (0, 1] per channel; divide 0-255 by 255")
+        if len(self.std) != len(self.mean):
+            raise ValueError(f"std={self.std!r}: give as many numbers as in mean={self.mean!r}")
+        if self.max_pixels < 1:
+            raise ValueError(f"max_pixels={self.max_pixels!r}: must be at least 1")
+        if self.on_bad_image not in ("skip", "raise"):
+            raise ValueError(f"on_bad_image={self.on_bad_image!r}: choose 'skip' or 'raise'")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"max_bad_share={self.max_bad_share!r}: must lie between 0 and 1; 1 never stops")
+        if self.num_workers < -1:
+            raise ValueError(f"num_workers={self.num_workers!r}: must be at least 0, or -1 (automatic)")
+
+
+def setting_error(config: DataConfig, field: str, what: str) -> ValueError:
+    """An error about one setting; use as `raise setting_error(...)`."""
+    return ValueError(f"data.{field}={getattr(config, field)!r}: {what}")
+
+
+def near_match(name: str, names: list[str]) -> str:
+    matches = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {matches[0]!r}? " if matches else ""
