@@ -1,6 +1,5 @@
 """What a run reports: metrics.jsonl always, a progress bar on a terminal, readable lines elsewhere."""
 
-import json
 import math
 import sys
 import time
@@ -12,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssl_vit.distributed import mean_over_processes
+from ssl_vit.writing import JsonLines, forget_after
 
 
 class MetricLog:
@@ -23,9 +23,10 @@ class MetricLog:
     def __init__(
         self, path: Path, *, start_step: int, num_steps: int, batch_size: int, log_every: int, is_writer: bool
     ) -> None:
-        self.path, self.num_steps, self.batch_size = path, num_steps, batch_size
+        self.num_steps, self.batch_size = num_steps, batch_size
         self.log_every, self.is_writer = log_every, is_writer
         self.step, self.start_step = start_step, start_step
+        self._file = JsonLines(path)
         self.on_terminal = sys.stderr.isatty()
         if is_writer:
             forget_after(path, start_step)
@@ -107,10 +108,8 @@ class MetricLog:
     def write(self, record: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
         if self.is_writer:
-            with self.path.open("a") as file:
-                # JSON has no infinity, which the gradient's norm is where fp16 overflowed.
-                plain = {key: value if math.isfinite(value) else None for key, value in record.items()}
-                file.write(json.dumps(plain) + "\n")
+            # JSON has no infinity, which the gradient's norm is where fp16 overflowed.
+            self._file.append([{key: value if math.isfinite(value) else None for key, value in record.items()}])
 
     def say(self, text: str) -> None:
         """Print above the progress bar."""
@@ -150,20 +149,3 @@ class CollapseAlarm:
             self._armed = False
             return True
         return False
-
-
-def forget_after(path: Path, step: int) -> None:
-    """Drop what a run that was killed logged after its last checkpoint; those steps are done again."""
-    if not path.exists():
-        return
-    lines = path.read_text().splitlines()
-    kept = [line for line in lines if _step_of(line) <= step]
-    if len(kept) < len(lines):
-        path.write_text("".join(line + "\n" for line in kept))
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):  # the line that a kill cut short
-        return float("inf")

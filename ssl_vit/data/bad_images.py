@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ssl_vit.data.sources import DataConfig, Source
 from ssl_vit.distributed import process_index, world_size
-from ssl_vit.metrics import forget_after
+from ssl_vit.writing import JsonLines, forget_after
 
 BAD_IMAGES_FILE = "bad_images.jsonl"
 JUDGED_FROM = 100  # samples; the share among fewer is chance
@@ -45,6 +45,7 @@ class BadImages:
         """
         self.source, self.num_channels, self.max_share = source, num_channels, config.max_bad_share
         self.path, self.is_writer = folder / BAD_IMAGES_FILE, is_writer
+        self._file = JsonLines(self.path)
         found = [({}, 0)]
         if is_writer:
             forget_after(self.path, start_step)
@@ -67,8 +68,7 @@ class BadImages:
         new = sorted(set(drawn) - self.rows)
         self.rows.update(new)
         if new and self.is_writer:
-            with self.path.open("a") as file:
-                file.writelines(json.dumps({"step": step, **self._describe(row)}) + "\n" for row in new)
+            self._file.append({"step": step, **self._describe(row)} for row in new)
         return self.count
 
     def check(self, num_drawn: int) -> None:
