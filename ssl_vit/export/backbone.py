@@ -8,13 +8,14 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 import ssl_vit
+from ssl_vit import reading
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.vit import ViT, ViTConfig, set_fused_attention
+from ssl_vit.reading import read_tensors
 
 BACKBONE_FILE, CONFIG_FILE = "backbone.safetensors", "config.json"
 
@@ -153,16 +154,11 @@ def read_json(file: Path) -> dict[str, Any]:
         ValueError: it is missing, or no JSON object.
     """
     try:
-        content = json.loads(file.read_text())
+        return reading.read_json(file)
     except OSError as error:
         raise ValueError(
             f"{file}: cannot be read ({error.strerror}); a backbone needs its {file.name} beside it"
         ) from error
-    except ValueError as error:
-        raise ValueError(f"{file}: is no valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: holds no JSON object")
-    return content
 
 
 def read_encoder_config(folder: Path) -> ViTConfig:
@@ -171,14 +167,6 @@ def read_encoder_config(folder: Path) -> ViTConfig:
         return ViTConfig.from_plain(read_config(folder)["ssl_vit"]["encoder"])
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG_FILE}: ssl_vit.encoder.{error}") from error
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file; ValueError where it is damaged."""
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: is no whole safetensors file: {error}") from error
 
 
 def load_strictly(module: torch.nn.Module, tensors: dict[str, Tensor], file: Path) -> None:

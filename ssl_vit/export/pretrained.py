@@ -21,13 +21,13 @@ from ssl_vit.export.backbone import (
     read_config,
     read_encoder_config,
     read_json,
-    read_tensors,
 )
 from ssl_vit.export.interop import fit_positions, read_reference
 from ssl_vit.export.layouts import Tensors, from_papers, from_transformers, is_transformers
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.positions import sincos_positions
 from ssl_vit.models.vit import ViT, ViTConfig, pair
+from ssl_vit.reading import read_tensors
 
 MODEL_FILE = "model.safetensors"
 # Widths of the papers' Vision Transformers, and timm's names of them.

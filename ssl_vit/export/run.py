@@ -21,13 +21,13 @@ from ssl_vit.export.backbone import (
     load_backbone,
     load_strictly,
     read_config,
-    read_tensors,
 )
 from ssl_vit.export.classifier import export_classifier
 from ssl_vit.export.pretrained import load_pretrained, open_pretrained
 from ssl_vit.export.provenance import provenance
 from ssl_vit.models.vit import ViT
 from ssl_vit.objectives.mae import MAE, MAEConfig
+from ssl_vit.reading import read_tensors
 from ssl_vit.run_folder import CONFIG_FILE
 
 AVERAGE = "average-last-"
