@@ -1,7 +1,9 @@
 """Checkpoints: safetensors and JSON in a folder that appears whole or not at all."""
 
+import errno
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -19,8 +21,16 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from ssl_vit.distributed import on_main_process
+from ssl_vit.manifest import MANIFEST_FILE, find_difference, write_manifest
+from ssl_vit.reading import check_header, read_json, read_tensors
+from ssl_vit.writing import UNFINISHED, flush, free_space
+
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
 KEEP_FILE = "KEEP"
+DAMAGED = "damaged-"
+
+_known_whole: set[Path] = set()  # written or verified by this process, which does not read them again to prune
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,7 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint whose files are all there and readable; damaged ones are left alone and passed over."""
+    """The newest checkpoint that is as it was written; damaged ones are reported, left alone and passed over."""
     for folder in reversed(list_checkpoints(run)):
         problem = find_damage(folder)
         if problem is None:
@@ -60,55 +70,98 @@ def newest_checkpoint(run: Path) -> Path | None:
     return None
 
 
-def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, None where nothing is."""
+def find_damage(folder: Path, *, contents: bool = True) -> str | None:
+    """What is wrong with a checkpoint's files, None where nothing is.
+
+    Files are compared with the manifest that was written with them. Checkpoints of versions before it have none, and
+    are only looked at for missing and shortened files.
+
+    Args:
+        contents: whether to compare hashes too, for which everything is read.
+    """
+    if (folder / MANIFEST_FILE).exists() and (problem := find_difference(folder, contents=contents)) is not None:
+        return problem
     try:
         for name in (MODEL_FILE, OPTIMIZER_FILE):
+            check_header(folder / name)
             with safe_open(folder / name, framework="pt"):  # checks that the file is as long as its header says
                 pass
-        json.loads((folder / STATE_FILE).read_text())
+        read_json(folder / STATE_FILE)
     except (OSError, SafetensorError, ValueError) as error:
         return str(error)
+    if contents:
+        _known_whole.add(folder.resolve())
     return None
 
 
 def save_checkpoint(
-    run: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    *,
-    is_writer: bool,
+    run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> Path:
     """Write model, optimizer and `state` (JSON) under the run folder.
 
-    Every process calls this, the one with `is_writer` writes. Tensors are stored whole and by parameter name, so that
-    any number of processes can read them. The folder is written under a temporary name, flushed, then renamed.
+    Every process calls this, the main one writes. Tensors are stored whole and by parameter name, so that any number
+    of processes can read them. The folder is written under a temporary name, flushed, then renamed.
+
+    Raises:
+        OSError: on every process, where the main one could not write, such as on a full disk. What it had written of
+            this checkpoint is removed; earlier ones are as they were.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     # torch types these by what a nested state dict may hold; whole and flat, they are tensors by name.
     model_tensors = cast("dict[str, Tensor]", get_model_state_dict(model, options=options))
     optimizer_state = cast("dict[str, Any]", get_optimizer_state_dict(model, optimizer, options=options))
     folder = checkpoint_folder(run, step)
-    if not is_writer or folder.exists():
-        return folder
-    unfinished = folder.with_name(f"unfinished-{folder.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    optimizer_tensors = {
-        f"{name}/{slot}": value for name, slots in optimizer_state["state"].items() for slot, value in slots.items()
-    }
-    save_file({name: value.contiguous() for name, value in model_tensors.items()}, unfinished / MODEL_FILE)
-    save_file({name: value.contiguous() for name, value in optimizer_tensors.items()}, unfinished / OPTIMIZER_FILE)
-    (unfinished / STATE_FILE).write_text(
-        json.dumps({"step": step, **state, "param_groups": optimizer_state["param_groups"]}, indent=1)
-    )
-    for path in (*unfinished.iterdir(), unfinished):
-        flush(path)
-    unfinished.rename(folder)
-    flush(folder.parent)
+
+    def write() -> None:
+        if folder.exists() and find_damage(folder) is None:
+            return
+        optimizer_tensors = {
+            f"{name}/{slot}": value for name, slots in optimizer_state["state"].items() for slot, value in slots.items()
+        }
+        description = {"step": step, **state, "param_groups": optimizer_state["param_groups"]}
+        _write_whole(folder, {MODEL_FILE: model_tensors, OPTIMIZER_FILE: optimizer_tensors}, description)
+
+    on_main_process(write)
     return folder
+
+
+def _write_whole(folder: Path, tensors: dict[str, dict[str, Tensor]], description: dict[str, Any]) -> None:
+    unfinished = folder.with_name(f"{UNFINISHED}{folder.name}")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        for name, values in tensors.items():
+            save_file({key: value.contiguous() for key, value in values.items()}, unfinished / name)
+        (unfinished / STATE_FILE).write_text(json.dumps(description, indent=1))
+        write_manifest(unfinished)
+        for path in (*unfinished.iterdir(), unfinished):
+            flush(path)
+        if folder.exists():  # damaged, and passed over when the run went on
+            folder.rename(_free_name(folder.with_name(f"{DAMAGED}{folder.name}")))
+        unfinished.rename(folder)
+        flush(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        number = _error_number(error)
+        if number is None:
+            raise
+        reason = f"{os.strerror(number)}, {free_space(folder.parents[1])}"
+        raise OSError(f"{folder}: cannot be saved: {reason}") from error
+    _known_whole.add(folder.resolve())
+
+
+def _error_number(error: OSError | SafetensorError) -> int | None:
+    """The system's number of an error, which safetensors tells in its text alone; None where it is no such error."""
+    if isinstance(error, OSError):
+        return error.errno or errno.EIO
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found.group(1)) if found else None
+
+
+def _free_name(path: Path) -> Path:
+    """The path, or the first of its kind that nothing has yet."""
+    names = (path if number == 1 else path.with_name(f"{path.name}-{number}") for number in range(1, 1000))
+    return next(name for name in names if not name.exists())
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -118,12 +171,12 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         ValueError: the checkpoint's parameters are not the model's.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = json.loads((folder / STATE_FILE).read_text())
-    tensors: dict[str, Any] = load_file(folder / MODEL_FILE)
+    state = read_json(folder / STATE_FILE)
+    tensors: dict[str, Any] = dict(read_tensors(folder / MODEL_FILE))
     _refuse_other_keys(folder, set(get_model_state_dict(model)), set(tensors))
     set_model_state_dict(model, tensors, options=options)
     slots: dict[str, Any] = {}
-    for key, value in load_file(folder / OPTIMIZER_FILE).items():
+    for key, value in read_tensors(folder / OPTIMIZER_FILE).items():
         name, slot = key.rsplit("/", 1)
         slots.setdefault(name, {})[slot] = value
     # Parameters that are still frozen have no moments yet, which torch does not provide for: they get some to load.
@@ -146,21 +199,36 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
 
 
 def prune_checkpoints(run: Path, config: CheckpointConfig) -> None:
-    """Delete all but the newest `keep` checkpoints and those marked to stay."""
-    for folder in list_checkpoints(run)[: -config.keep]:
+    """Delete all but the newest `keep` checkpoints and those marked to stay.
+
+    Damaged ones are neither counted nor deleted, so that a good one never goes because of newer ones that are of no
+    use. One that cannot be deleted is reported.
+    """
+    num_whole = 0
+    for folder in reversed(list_checkpoints(run)):
+        if num_whole < config.keep:
+            num_whole += _is_whole(folder)
+            continue
         step = int(folder.name.removeprefix("step-"))
         marked = (folder / KEEP_FILE).exists() or (config.keep_every_steps and step % config.keep_every_steps == 0)
-        if not marked:
-            shutil.rmtree(folder)
+        if not marked and _is_whole(folder):
+            # First renamed: a deletion that is cut short must not leave what looks like a damaged checkpoint.
+            unfinished = folder.with_name(f"{UNFINISHED}{folder.name}")
+            try:
+                folder.rename(unfinished)
+                shutil.rmtree(unfinished)
+            except OSError as error:
+                print(f"WARNING: {folder}: cannot be deleted: {error.strerror}")
 
 
-def flush(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def remove_unfinished(run: Path) -> None:
+    """Remove what a killed run had half written or half deleted; only the process that has the run's lock may."""
+    for folder in (run / "checkpoints").glob(f"{UNFINISHED}step-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_whole(folder: Path) -> bool:
+    return find_damage(folder, contents=folder.resolve() not in _known_whole) is None
 
 
 def _refuse_other_keys(folder: Path, wanted: set[str], found: set[str]) -> None:

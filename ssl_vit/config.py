@@ -22,6 +22,7 @@ from ssl_vit.models.vit import ViTConfig
 from ssl_vit.objectives.objective import Objective, ObjectiveConfig, RunSize
 from ssl_vit.objectives.recipes import resolve_warmup
 from ssl_vit.optim import OptimConfig
+from ssl_vit.writing import replace_text
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -50,9 +51,13 @@ class BatchConfig:
         share, rest = divmod(self.size, num_processes)
         if rest:
             below, above = max(share, 1) * num_processes, (share + 1) * num_processes
+            fit = [count for count in range(1, self.size + 1) if self.size % count == 0]
+            fewer = max(count for count in fit if count < num_processes)
+            more = [count for count in fit if count > num_processes][:1]
             raise ValueError(
                 f"size={self.size}: not divisible among {num_processes} processes; the nearest that are: "
-                f"{below} and {above}"
+                f"{below} and {above}; or start {' or '.join(map(str, [fewer, *more]))} "
+                "processes, as a run that goes on must"
             )
         # The fewest micro-batches that fit and cut the share evenly.
         largest = min(self.per_device or share, share)
@@ -213,7 +218,9 @@ def write_config(config: RunConfig, path: Path) -> None:
     """Write the resolved settings as YAML, in the form that `--config` reads."""
     values = as_plain(config)
     values.pop("fresh")  # belongs to one call, not to the run
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    text = yaml.safe_dump(values, sort_keys=False)
+    if not path.exists() or path.read_text() != text:  # going on needs no space on the disk
+        replace_text(path, text)
 
 
 def as_plain(config: Any) -> dict[str, Any]:

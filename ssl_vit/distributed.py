@@ -5,12 +5,12 @@ import os
 import platform
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import psutil
@@ -25,6 +25,7 @@ from ssl_vit.data.loader import num_cpus, num_local_processes
 
 EXIT_STOPPED: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + signal, the shell's convention
 EXIT_COLLAPSED = 3
+T = TypeVar("T")
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=4))
 
 
@@ -136,6 +137,26 @@ def world_size() -> int:
 def process_index() -> int:
     """Number of this process among all, 0 for the main one."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def on_main_process(work: Callable[[], T]) -> T:
+    """Do something in the main process alone, and give all processes what it returns; every process calls this.
+
+    Raises:
+        OSError, ValueError: in every process, where the main one came upon it.
+    """
+    if world_size() == 1:
+        return work()
+    outcome: list[Any] = [None, None]
+    if process_index() == 0:
+        try:
+            outcome[0] = work()
+        except (OSError, ValueError) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def sum_over_processes(values: Tensor) -> Tensor:

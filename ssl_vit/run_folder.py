@@ -7,8 +7,10 @@ from typing import Any
 
 import yaml
 
-from ssl_vit.checkpoint import newest_checkpoint
+from ssl_vit.checkpoint import newest_checkpoint, remove_unfinished
 from ssl_vit.config import RunConfig, as_plain, differences, write_config
+from ssl_vit.run_lock import LOCK_FILE, lock_folder
+from ssl_vit.writing import UNFINISHED, replace_json
 
 CONFIG_FILE, METRICS_FILE, RESULTS_FILE = "config.yaml", "metrics.jsonl", "results.json"
 
@@ -42,7 +44,7 @@ def check_run_folder(config: RunConfig) -> None:
         raise ValueError(f"output_dir={config.output_dir!r}: is a file; name a folder")
     saved = folder / CONFIG_FILE
     if not saved.exists():
-        if any(folder.iterdir()):
+        if _holds_anything(folder):
             raise ValueError(
                 f"output_dir={config.output_dir!r}: holds files but no run ({CONFIG_FILE} is missing); "
                 "choose another --output_dir, or --fresh to move it aside"
@@ -64,17 +66,24 @@ def check_run_folder(config: RunConfig) -> None:
 
 
 def open_run_folder(config: RunConfig) -> Path | None:
-    """Create the folder, or find where its run goes on; only the main process calls this.
+    """Take the folder for this process, create it or find where its run goes on; only the main process calls this.
 
     Returns:
         The checkpoint to go on from, None for a run that starts.
+
+    Raises:
+        ValueError: another run works in it.
     """
     folder = Path(config.output_dir)
-    if config.fresh and folder.exists() and any(folder.iterdir()):
+    if folder.exists():
+        lock_folder(folder)
+    if config.fresh and folder.exists() and _holds_anything(folder):
         aside = folder.with_name(f"{folder.name}-before-{datetime.now():%Y%m%d-%H%M%S}")
         folder.rename(aside)
         print(f"Moved the existing run aside: {aside}")
     folder.mkdir(parents=True, exist_ok=True)
+    lock_folder(folder)
+    remove_unfinished(folder)
     checkpoint = newest_checkpoint(folder)
     write_config(config, folder / CONFIG_FILE)
     return checkpoint
@@ -86,9 +95,7 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
     Args:
         results: for `json.dump`; its "step" is the one the run ends at.
     """
-    unfinished = folder / f"unfinished-{RESULTS_FILE}"
-    unfinished.write_text(json.dumps(results, indent=2) + "\n")
-    unfinished.replace(folder / RESULTS_FILE)
+    replace_json(folder / RESULTS_FILE, results)
 
 
 def is_finished(folder: Path, num_steps: int) -> bool:
@@ -97,6 +104,11 @@ def is_finished(folder: Path, num_steps: int) -> bool:
         return json.loads((folder / RESULTS_FILE).read_text())["step"] == num_steps
     except (OSError, ValueError, KeyError):
         return False
+
+
+def _holds_anything(folder: Path) -> bool:
+    """Whether there is more than a run leaves that was killed before it wrote its settings."""
+    return any(path.name != LOCK_FILE and not path.name.startswith(UNFINISHED) for path in folder.iterdir())
 
 
 def _read_config(path: Path, config: RunConfig) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import sys
 import time
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -23,6 +23,7 @@ from ssl_vit.distributed import (
     EXIT_STOPPED,
     PATIENCE,
     StopSignal,
+    on_main_process,
     resolve_precision,
     seed_step,
     start_processes,
@@ -34,6 +35,7 @@ from ssl_vit.models.vit import choose_attention
 from ssl_vit.objectives.objective import Objective, Transform
 from ssl_vit.optim import build_optimizer, clip_gradients, set_schedule
 from ssl_vit.run_folder import METRICS_FILE, RESULTS_FILE, check_run_folder, is_finished, open_run_folder
+from ssl_vit.sessions import note_session
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -96,7 +98,7 @@ def main(defaults: RunConfig, quickstart: str | None = None, ending: Ending = re
             print(f"error: {error}", file=sys.stderr)
             return 2
         return train(run)
-    except (FloatingPointError, ValueError) as error:
+    except (FloatingPointError, OSError, ValueError) as error:
         text = " ".join(str(error).split()).rstrip(".")
         print(f"error: {text}. The checkpoints before it are whole.", file=sys.stderr)
         return 1
@@ -128,10 +130,7 @@ def set_up(config: RunConfig, ending: Ending = results) -> Run:
     choose_attention(objective, objective.encoder.num_patches, accelerator.device, precision)
     transform = build_transform(config, objective.encoder)
 
-    found = [None]
-    if accelerator.is_main_process:
-        found = [open_run_folder(config)]
-    checkpoint = cast("Path | None", broadcast_object_list(found)[0])
+    checkpoint = on_main_process(lambda: open_run_folder(config))
     model, optimizer = accelerator.prepare(objective, build_optimizer(objective, config.optim, precision))
     start_step = 0
     if checkpoint is not None:
@@ -152,6 +151,16 @@ def set_up(config: RunConfig, ending: Ending = results) -> Run:
         start_step,
     )
     describe(run, precision, checkpoint)
+    if accelerator.is_main_process:
+        note_session(
+            run.folder,
+            source,
+            seed=config.seed,
+            start_step=start_step,
+            num_processes=accelerator.num_processes,
+            num_micro=num_micro,
+            precision=precision,
+        )
     accelerator.print("".join(f"auto       {reason}\n" for reason in reasons), end="")
     return run
 
@@ -310,7 +319,7 @@ def train(run: Run) -> int:
                     collapsed = config.on_collapse == "stop"
             if save_due or signal_number or collapsed:
                 paused = log.pause()
-                folder = save(run, done)
+                folder = save(run, done, is_last=done == run.num_steps or bool(signal_number) or collapsed)
                 log.go_on(paused)
             if collapsed:
                 log.close()
@@ -338,19 +347,31 @@ def train(run: Run) -> int:
     return 0
 
 
-def save(run: Run, step: int) -> Path:
-    """Save a checkpoint and delete those that need not stay."""
-    accelerator = run.accelerator
+def save(run: Run, step: int, *, is_last: bool) -> Path | None:
+    """Save a checkpoint and delete those that need not stay.
+
+    Returns:
+        Its folder; None where it could not be written and the run goes on, to try again at the next save.
+
+    Raises:
+        OSError: the last one could not be written, even after those that it takes the place of were deleted.
+    """
+    accelerator, config = run.accelerator, run.config.checkpoint
     state: dict[str, Any] = {
         **facts(run.objective, run.source, accelerator.device, accelerator.num_processes),
         "backbone": backbone_prefix(run.objective),
         "class_names": list(run.source.class_names),
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
     }
-    folder = save_checkpoint(run.folder, step, run.model, run.optimizer, state, is_writer=accelerator.is_main_process)
-    if accelerator.is_main_process:
-        prune_checkpoints(run.folder, run.config.checkpoint)
-    accelerator.wait_for_everyone()
+    try:
+        folder = save_checkpoint(run.folder, step, run.model, run.optimizer, state)
+    except OSError as error:
+        if not is_last:
+            accelerator.print(f"WARNING: {error}; the run goes on, and the next save tries again")
+            return None
+        on_main_process(lambda: prune_checkpoints(run.folder, replace(config, keep=max(1, config.keep - 1))))
+        folder = save_checkpoint(run.folder, step, run.model, run.optimizer, state)
+    on_main_process(lambda: prune_checkpoints(run.folder, config))
     return folder
 
 

@@ -87,8 +87,10 @@ def test_a_run_ends_with_everything_it_promises(
         "config.json",
         "config.yaml",
         "metrics.jsonl",
+        "provenance.json",
         "reconstructions.png",
         "results.json",
+        "run.lock",
     }
     assert [folder.name for folder in list_checkpoints(run)] == ["step-00000004", "step-00000006"]
     assert len(losses(run)) == 6
