@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -81,6 +82,7 @@ class MetricLog:
             "progress": progress,
             "images_per_second": self._count * self.batch_size / seconds,
             "data_wait": self._data_wait / seconds,
+            "memory_mib": memory_mib(),
         }
         self.write(record)
         if not math.isfinite(record["loss"]):
@@ -128,6 +130,13 @@ class MetricLog:
 
     def close(self) -> None:
         self.bar.close()
+
+
+def memory_mib() -> float:
+    """What this process needs: the most that tensors held on its GPU so far; without a GPU, its resident memory now."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return psutil.Process().memory_info().rss / 2**20
 
 
 class CollapseAlarm:

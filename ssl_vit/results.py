@@ -22,7 +22,7 @@ from ssl_vit.export.provenance import facts, provenance
 from ssl_vit.metrics import MetricLog
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.objectives.objective import Objective
-from ssl_vit.run_folder import METRICS_FILE, RESULTS_FILE, write_results
+from ssl_vit.run_folder import METRICS_FILE, PICTURES_FOLDER, RESULTS_FILE, write_results
 
 NUM_PICTURES = 8
 
@@ -44,6 +44,22 @@ def evaluate_in_training(
         log.write({"step": step, **{f"eval_{name}": score.accuracy for name, score in scores.items()}})
         log.say(f"step {step}  " + "  ".join(f"{name} {score.accuracy:.1%}" for name, score in scores.items()))
     accelerator.wait_for_everyone()
+
+
+def draw_in_training(
+    config: RunConfig, accelerator: Accelerator, objective: Objective, source: Source, step: int, log: MetricLog
+) -> None:
+    """Draw what is known before step `step`, where a picture is due: always the same images and masks.
+
+    Only the main process draws, and nothing random is drawn from what training uses.
+    """
+    every = config.evaluation.pictures_every_steps
+    if every is None or not accelerator.is_main_process or (step % every and step != log.num_steps):
+        return
+    paused = log.pause()
+    path = Path(config.output_dir) / PICTURES_FOLDER / f"step-{step:08d}.webp"
+    draw(config, objective, source, path, accelerator.device, num_pictures=4)
+    log.go_on(paused)
 
 
 def finish(
@@ -86,7 +102,14 @@ def finish(
     accelerator.wait_for_everyone()
 
 
-def draw(config: RunConfig, objective: Objective, source: Source, path: Path, device: torch.device) -> bool:
+def draw(
+    config: RunConfig,
+    objective: Objective,
+    source: Source,
+    path: Path,
+    device: torch.device,
+    num_pictures: int = NUM_PICTURES,
+) -> bool:
     """Draw what was learned about a few images, the same ones for the same seed."""
     encoder = objective.encoder
     rng = np.random.default_rng((config.seed, 2))
@@ -95,7 +118,7 @@ def draw(config: RunConfig, objective: Objective, source: Source, path: Path, de
         source.next_image(int(index), encoder.in_chans)[0]
         if config.data.on_bad_image == "skip"
         else source.image(int(index), encoder.in_chans)
-        for index in chosen
+        for index in chosen[:num_pictures]
     ]
     size, crop_pct = encoder.image_size, config.evaluation.crop_pct
     images = torch.stack([centre_crop(picture, size, crop_pct) for picture in decoded])

@@ -13,6 +13,7 @@ from ssl_vit.run_lock import LOCK_FILE, lock_folder
 from ssl_vit.writing import UNFINISHED, replace_json
 
 CONFIG_FILE, METRICS_FILE, RESULTS_FILE = "config.yaml", "metrics.jsonl", "results.json"
+PICTURES_FOLDER = "pictures"
 
 # May change when a run goes on, since they do not change what is learned, unless the objective says so.
 FREE_SETTINGS = (

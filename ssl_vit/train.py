@@ -273,6 +273,7 @@ def train(run: Run) -> int:
     run.model.train()
     with StopSignal().listening() as stop, closing(batches):
         for step in range(run.start_step, run.num_steps):
+            results.draw_in_training(config, accelerator, objective, run.source, step, log)
             progress = step / run.num_steps
             losses: dict[str, torch.Tensor] = {}
             for micro in range(run.num_micro):
@@ -338,6 +339,8 @@ def train(run: Run) -> int:
                 paused = log.pause()
                 run.ending.evaluate_in_training(config, accelerator, objective, run.judges, done, log)
                 log.go_on(paused)
+    if run.start_step < run.num_steps:
+        results.draw_in_training(config, accelerator, objective, run.source, run.num_steps, log)
     log.close()
     # What the main process sees counts: it may write the file before another one looks.
     if run.start_step == run.num_steps and broadcast_object_list([is_finished(run.folder, run.num_steps)])[0]:

@@ -24,6 +24,8 @@ class EvaluationConfig:
 
     every_steps: int | None = None
     """During training: evaluate after every so many steps; `null` = only at the end."""
+    pictures_every_steps: int | None = None
+    """During pre-training: draw a few pictures after every so many steps into `pictures/`; `null` = never."""
     source: str | None = None
     """Labelled pictures the probes learn from; `null` = the run's `data.source`."""
     test_source: str | None = None
@@ -46,7 +48,7 @@ class EvaluationConfig:
     """Evaluate on a seeded random subset of at most so many pictures of each source; `null` = all."""
 
     def __post_init__(self) -> None:
-        for name in ("every_steps", "max_images"):
+        for name in ("every_steps", "pictures_every_steps", "max_images"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value!r}: must be at least 1; leave it at null to set no number")

@@ -108,6 +108,16 @@ def open_trained(path: str | Path, weights: str | None = None) -> Trained:
     )
 
 
+def data_settings(trained: Trained, source: str | None = None) -> DataConfig:
+    """How the pictures of `source` are read, or those that a backbone was trained on, as far as that is known."""
+    settings_file = trained.folder / CONFIG_FILE
+    if source is None and settings_file.is_file():
+        return DataConfig(**tuples_of(yaml.safe_load(settings_file.read_text())["data"]))
+    return DataConfig(
+        source or trained.provenance.get("source") or "", mean=trained.mean, std=trained.std, label_column="none"
+    )
+
+
 def is_fine_tuned(path: Path) -> bool:
     """Whether this is the folder of a fine-tuning, whose classifier is what there is to export."""
     checkpoint = newest_checkpoint(path) if (path / CONFIG_FILE).is_file() else None

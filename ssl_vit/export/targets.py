@@ -7,20 +7,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_vit.data.device_transforms import normalize
-from ssl_vit.data.sources import DataConfig, open_source
+from ssl_vit.data.sources import open_source
 from ssl_vit.evaluation.features import centre_crop
 from ssl_vit.export import onnx, timm, torch_export, torchvision, transformers
 from ssl_vit.export.card import write_card
-from ssl_vit.export.run import Trained, tuples_of
+from ssl_vit.export.run import Trained, data_settings
 from ssl_vit.models.encoder import Features
 from ssl_vit.models.vit import set_fused_attention
-from ssl_vit.run_folder import CONFIG_FILE
 
 TOLERANCE = 1e-5
 """Largest difference of a feature, as a share of the largest feature where that is above 1; fp32."""
@@ -157,14 +155,8 @@ def proof_images(trained: Trained, source: str | None = None) -> Proof:
         ValueError: `source` is named and cannot be opened.
     """
     encoder = trained.encoder
-    data = DataConfig(
-        source or trained.provenance.get("source") or "", mean=trained.mean, std=trained.std, label_column="none"
-    )
-    settings_file = trained.folder / CONFIG_FILE
-    if source is None and settings_file.is_file():
-        data = DataConfig(**tuples_of(yaml.safe_load(settings_file.read_text())["data"]))
     try:
-        opened = open_source(data)
+        opened = open_source(data_settings(trained, source))
         rows = torch.linspace(0, len(opened) - 1, min(_NUM_IMAGES, len(opened))).long().tolist()
         images = torch.stack(
             [centre_crop(opened.image(row, encoder.in_chans), encoder.image_size, trained.crop_pct) for row in rows]

@@ -1,13 +1,16 @@
-"""A grid of pictures as a PNG: a row for each image, a titled column for each way to show it."""
+"""A grid of pictures as one picture: a row for each image, a titled column for each way to show it."""
 
 import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from einops import rearrange, repeat
 from jaxtyping import Float, UInt8
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -16,21 +19,46 @@ _WIDTH_INCHES = 6.5  # text width of a paper, so that the font sizes below are w
 _MIN_CELL_PIXELS = 280  # a picture is enlarged by a whole factor to at least this width
 _MARGIN_INCHES = 0.06
 _GAP_INCHES = 0.05
-_LINE_INCHES = {"title": 0.21, "column": 0.19, "caption": 0.14}
-_FONT_POINTS = {"title": 10, "column": 8.5, "caption": 7}
+_MIN_WIDTH_PIXELS = 1100  # of all pictures together, so that few columns are not coarse
+_LINE_INCHES = {"title": 0.21, "column": 0.19, "cell": 0.15, "scale": 0.17, "caption": 0.14}
+_FONT_POINTS = {"title": 10, "column": 8.5, "cell": 7, "scale": 7, "caption": 7}
 _CHARACTERS = {"title": 80, "caption": 120}  # that fit into the width
 
 
+class Scale(NamedTuple):
+    """What the colours of maps mean: one of matplotlib's maps, and words or numbers for its two ends."""
+
+    name: str
+    low: str
+    high: str
+
+
 def draw_grid(
-    panels: Float[Tensor, "b v h w 3"], columns: Sequence[str], path: Path, *, title: str = "", caption: str = ""
+    panels: Float[Tensor, "b v h w 3"],
+    columns: Sequence[str],
+    path: Path,
+    *,
+    title: str = "",
+    caption: str = "",
+    scale: Scale | None = None,
+    cells: Sequence[Sequence[str]] | None = None,
 ) -> None:
-    """Write a PNG of RGB panels in [0, 1]: title above, the columns' names, and a caption below.
+    """Write RGB panels in [0, 1] as a picture: title above, the columns' names, a scale and a caption below.
 
     Args:
-        path: the file; its folder is made where it does not exist.
+        cells: a short text below each panel, row by row.
+        path: the file, PNG or WebP by its suffix; its folder is made where it does not exist.
     """
+    save_figure(_figure(panels, columns, title, caption, scale, cells), path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG or, with the suffix .webp, as WebP; the file is never there in part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _figure(panels, columns, title, caption).savefig(path, format="png")
+    webp = path.suffix == ".webp"
+    unfinished = path.with_name(f"unfinished-{path.name}")
+    figure.savefig(unfinished, format="webp" if webp else "png", pil_kwargs={"quality": 85} if webp else None)
+    unfinished.replace(path)
 
 
 def to_rgb(images: Float[Tensor, "b c h w"], mean: Sequence[float], std: Sequence[float]) -> Float[Tensor, "b h w 3"]:
@@ -49,20 +77,30 @@ def channel_caption(num_channels: int) -> list[str]:
     return []
 
 
-def _figure(panels: Float[Tensor, "b v h w 3"], columns: Sequence[str], title: str, caption: str) -> Figure:
+def _figure(
+    panels: Float[Tensor, "b v h w 3"],
+    columns: Sequence[str],
+    title: str,
+    caption: str,
+    scale: Scale | None,
+    cells: Sequence[Sequence[str]] | None,
+) -> Figure:
     """Lay out panels pixel by pixel: every image pixel becomes a whole square of figure pixels."""
     num_columns, width = panels.shape[1], panels.shape[3]
-    factor = math.ceil(_MIN_CELL_PIXELS / width)
+    factor = math.ceil(max(_MIN_CELL_PIXELS, _MIN_WIDTH_PIXELS / num_columns) / width)
     cell_width = width * factor
     # The cells keep their size in pixels; what is left of the width goes to gaps and margins.
     dpi = num_columns * cell_width / (_WIDTH_INCHES - 2 * _MARGIN_INCHES - (num_columns - 1) * _GAP_INCHES)
     gap, margin = round(_GAP_INCHES * dpi), round(_MARGIN_INCHES * dpi)
-    mosaic = _mosaic(panels, factor, gap)
+    line = {name: round(inches * dpi) for name, inches in _LINE_INCHES.items()}
+    row_gap = gap if cells is None else gap + line["cell"]
+    mosaic = _mosaic(panels, factor, gap, row_gap)
     title_lines = textwrap.wrap(title, _CHARACTERS["title"])
     caption_lines = textwrap.wrap(caption, _CHARACTERS["caption"])
-    line = {name: round(inches * dpi) for name, inches in _LINE_INCHES.items()}
+    below_cells = 0 if cells is None else line["cell"]
+    below_scale = 0 if scale is None else line["scale"] + gap
     above = margin + len(title_lines) * line["title"] + line["column"]
-    below = margin + len(caption_lines) * line["caption"] + (gap if caption_lines else 0)
+    below = margin + len(caption_lines) * line["caption"] + (gap if caption_lines else 0) + below_scale + below_cells
     total_width, total_height = mosaic.shape[1] + 2 * margin, mosaic.shape[0] + above + below
 
     # Half a pixel more, because the canvas rounds down.
@@ -87,14 +125,26 @@ def _figure(panels: Float[Tensor, "b v h w 3"], columns: Sequence[str], title: s
     for column, text in enumerate(columns):
         centre = margin + column * (cell_width + gap) + cell_width / 2
         write(text, "column", centre, above - line["column"] - 0.2 * gap, "center")
+        for row, texts in enumerate(cells or ()):
+            top = above + row * (panels.shape[2] * factor + row_gap) + panels.shape[2] * factor
+            write(texts[column], "cell", centre, top, "center")
+    bottom = above + mosaic.shape[0] + below_cells
+    if scale is not None:
+        bar_width, bar_height = round(1.6 * dpi), round(0.09 * dpi)
+        colours = colormaps[scale.name](np.linspace(0, 1, bar_width))[None, :, :3].repeat(bar_height, axis=0)
+        left, top = (total_width - bar_width) // 2, bottom + gap + (line["scale"] - bar_height) // 2
+        figure.figimage(colours, xo=left, yo=total_height - top - bar_height, origin="upper")
+        write(scale.low, "scale", left - gap, bottom + gap, "right")
+        write(scale.high, "scale", left + bar_width + gap, bottom + gap, "left")
+        bottom += below_scale
     for i, text in enumerate(caption_lines):
-        write(text, "caption", margin, total_height - below + gap + i * line["caption"], "left")
+        write(text, "caption", margin, bottom + gap + i * line["caption"], "left")
     return figure
 
 
-def _mosaic(panels: Float[Tensor, "b v h w 3"], factor: int, gap: int) -> UInt8[Tensor, "rows columns 3"]:
+def _mosaic(panels: Float[Tensor, "b v h w 3"], factor: int, gap: int, row_gap: int) -> UInt8[Tensor, "rows columns 3"]:
     """Put panels side by side on white, each pixel enlarged `factor` times without interpolation."""
     cells = repeat(panels, "b v h w c -> b v (h fh) (w fw) c", fh=factor, fw=factor)
-    cells = torch.nn.functional.pad(cells, (0, 0, 0, gap, 0, gap), value=1.0)
-    mosaic = rearrange(cells, "b v h w c -> (b h) (v w) c")[: -gap or None, : -gap or None]
+    cells = torch.nn.functional.pad(cells, (0, 0, 0, gap, 0, row_gap), value=1.0)
+    mosaic = rearrange(cells, "b v h w c -> (b h) (v w) c")[: -row_gap or None, : -gap or None]
     return (mosaic * 255).round().to(torch.uint8)

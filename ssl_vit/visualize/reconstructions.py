@@ -44,7 +44,7 @@ def draw_reconstructions(
         std=std,
         norm_pix_loss=norm_pix_loss,
     )
-    draw_grid(panels, COLUMNS, path, title=title, caption=_caption(images.shape[1], norm_pix_loss))
+    draw_grid(panels, COLUMNS, path, title=title, caption=caption_of(images.shape[1], norm_pix_loss))
 
 
 def reconstruction_panels(
@@ -122,7 +122,7 @@ def _unpatchify(
     )
 
 
-def _caption(num_channels: int, norm_pix_loss: bool) -> str:
+def caption_of(num_channels: int, norm_pix_loss: bool) -> str:
     sentences = []
     if norm_pix_loss:
         sentences.append(

@@ -6,8 +6,16 @@ import torch
 from matplotlib import colormaps
 from PIL import Image
 
-from ssl_vit.models.vit import ViT, ViTConfig
-from ssl_vit.visualize.attention import cls_attention, draw_attention, keep_mass, shows_attention
+from ssl_vit.models.vit import ViT, ViTConfig, set_fused_attention
+from ssl_vit.visualize.attention import (
+    attention_from,
+    attention_weights,
+    cls_attention,
+    draw_attention,
+    frame,
+    keep_mass,
+    shows_attention,
+)
 from tests.conftest import TINY
 
 ARCHS = {
@@ -29,14 +37,45 @@ def test_equals_what_unfused_attention_computes(config: ViTConfig, monkeypatch: 
     assert encoder.training
     assert last.training
 
-    last.fused_attn = False
-    seen = []
+    set_fused_attention(encoder, False)
+    seen: list[torch.Tensor] = []
     softmax = torch.Tensor.softmax
     monkeypatch.setattr(torch.Tensor, "softmax", lambda self, *a, **k: seen.append(softmax(self, *a, **k)) or seen[-1])
     with torch.no_grad():
         encoder.eval()(images)
-    expected = seen[-1][:, :, 0, encoder.vit.num_prefix_tokens :].reshape(2, last.num_heads, 3, 5)
+    monkeypatch.undo()
+    prefix = encoder.vit.num_prefix_tokens
+    expected = seen[-1][:, :, 0, prefix:].reshape(2, last.num_heads, 3, 5)
     torch.testing.assert_close(attention, expected, rtol=1e-4, atol=1e-6)
+    # From a patch, and in another block; fused or not.
+    expected = seen[0][:, :, prefix + 7, prefix:].reshape(2, last.num_heads, 3, 5)
+    for fused in (False, True):
+        set_fused_attention(encoder, fused)
+        attention = attention_from(encoder, images, patch=7, layer=0)
+        torch.testing.assert_close(attention, expected, rtol=1e-4, atol=1e-6)
+    whole = attention_weights(encoder, images, layers=range(encoder.num_layers))
+    assert len(whole) == len(seen) == 2
+    for found, direct in zip(whole, seen, strict=True):
+        torch.testing.assert_close(found, direct, rtol=1e-4, atol=1e-6)
+
+
+def test_blocks_and_patches_that_are_not_there_are_refused(tiny_encoder: ViT) -> None:
+    images = torch.randn(1, 3, 32, 32)
+    with pytest.raises(ValueError, match="layer=2: there are 2 blocks, numbered 0 to 1"):
+        attention_from(tiny_encoder, images, layer=2)
+    with pytest.raises(ValueError, match="patch=16: there are 4 x 4 patches, numbered 0 to 15"):
+        attention_from(tiny_encoder, images, patch=16)
+
+
+def test_a_frame_surrounds_its_patch() -> None:
+    framed = frame(torch.zeros(1, 1, 32, 48, 3), 7, (8, 8))[0, 0]  # second row, second column of six
+    red = (framed == torch.tensor([0.85, 0.1, 0.1])).all(dim=-1)
+    assert red[8, 8:16].all()
+    assert red[15, 8:16].all()
+    assert red[8:16, 8].all()
+    assert red[8:16, 15].all()
+    assert not red[9:15, 9:15].any()
+    assert red.sum() == 28
 
 
 def test_an_encoder_without_a_class_token_is_refused() -> None:
@@ -77,9 +116,10 @@ def test_every_map_is_scaled_to_its_own_maximum(tmp_path: Path) -> None:
     attention = torch.tensor([[[[1e-3, 0.0]], [[0.5, 0.0]]]])
     path = tmp_path / "attention.png"
     draw_attention(torch.zeros(1, 3, 8, 16), attention, mean=(0.5,) * 3, std=(0.25,) * 3, path=path)
-    pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
+    pixels = np.asarray(Image.open(path).convert("RGB"))
     top, bottom = (np.round(np.array(colormaps["inferno"](end)[:3]) * 255) for end in (1.0, 0.0))
-    brightest, darkest = ((pixels == colour).all(axis=1).sum() for colour in (top, bottom))
+    maps = (pixels == bottom).all(axis=-1).sum(axis=1) > 100  # rows of the maps, and not of the scale below
+    brightest, darkest = ((pixels[maps] == colour).all(axis=-1).sum() for colour in (top, bottom))
     assert brightest == darkest > 0
 
 

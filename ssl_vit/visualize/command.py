@@ -1,0 +1,142 @@
+"""What scripts/visualize.py does with its arguments."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssl_vit.data.sources import open_source
+from ssl_vit.export.run import Trained, data_settings, open_trained
+from ssl_vit.run_folder import CONFIG_FILE, PICTURES_FOLDER
+from ssl_vit.visualize.attention import attention_from, draw_attention, has_plain_attention, shows_attention
+from ssl_vit.visualize.film import write_film
+from ssl_vit.visualize.inputs import Pictures, open_pictures
+from ssl_vit.visualize.masks import block_keeps, draw_masks, hidden_keeps, parse_patches, random_keeps
+from ssl_vit.visualize.neighbours import draw_neighbours
+from ssl_vit.visualize.patches import draw_pca, draw_positions, draw_similarity
+
+WHAT = ("reconstructions", "attention", "patch_attention", "pca", "similarity", "neighbours", "positions")
+
+
+def visualize(args: argparse.Namespace) -> int:
+    """Draw what was asked for, or all that this backbone can show; print the files.
+
+    Returns:
+        0; 2 where something named cannot be used or shown.
+    """
+    try:
+        trained = open_trained(args.path, args.weights)
+        out = args.out or _own_folder(args.path)
+        size = None if args.image_size is None else (args.image_size[0], args.image_size[-1])
+        pictures = open_pictures(trained, args.images, number=args.num_images, seed=args.seed, image_size=size)
+        for what in args.what or _possible(trained):
+            for path in _draw(what, trained, pictures, out, args):
+                print(path)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def film(args: argparse.Namespace) -> int:
+    """Write the film of a run's pictures; returns 0, or 2 where there is none to make."""
+    out = args.out or args.path / PICTURES_FOLDER / "film.gif"
+    try:
+        number = write_film(args.path, out, seconds=args.seconds, width=args.width)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{out}   {number} pictures")
+    return 0
+
+
+def _own_folder(path: Path) -> Path:
+    if (path / CONFIG_FILE).is_file() or path.is_dir():
+        return path / PICTURES_FOLDER
+    raise ValueError(f"{path}: name the folder to write to with --out")
+
+
+def _possible(trained: Trained) -> list[str]:
+    """All that this backbone can show; neighbours are left out, since a gallery has to be encoded for them."""
+    encoder = trained.encoder
+    possible = {
+        "reconstructions": trained.mae is not None,
+        # Nothing trains the class token of an MAE.
+        "attention": shows_attention(encoder) and trained.mae is None,
+        "patch_attention": has_plain_attention(encoder),
+        "pca": True,
+        "similarity": True,
+        "positions": encoder.vit.pos_embed is not None,
+    }
+    return [what for what in WHAT if possible.get(what)]
+
+
+def _draw(what: str, trained: Trained, pictures: Pictures, out: Path, args: argparse.Namespace) -> list[Path]:
+    encoder, images = trained.encoder, pictures.images
+    normalisation: dict[str, Any] = {"mean": trained.mean, "std": trained.std}
+    grid = images.shape[-2] // encoder.patch_size[0], images.shape[-1] // encoder.patch_size[1]
+    path = out / f"{what}.{args.format}"
+    patches = args.patches or [grid[0] // 2 * grid[1] + grid[1] // 2]
+    block = "the last block" if args.layer == -1 else f"block {args.layer % max(encoder.num_layers, 1)}"
+    if what == "reconstructions":
+        return _reconstructions(trained, pictures, grid, out, args)
+    if what == "attention":
+        maps = attention_from(encoder, images, layer=args.layer)
+        title = f"Attention of the class token in {block}"
+        kept = path.with_stem(f"{what}_{100 * args.mass:.0f}")
+        draw_attention(images, maps, path=path, title=title, **normalisation)
+        draw_attention(images, maps, path=kept, title=title, mass=args.mass, **normalisation)
+        return [path, kept]
+    if what == "patch_attention":
+        written = []
+        for patch in patches:
+            maps = attention_from(encoder, images, patch=patch, layer=args.layer)
+            written.append(path.with_stem(f"{what}_{patch}"))
+            title = f"Attention of patch {patch} in {block}"
+            draw_attention(images, maps, path=written[-1], title=title, patch=patch, **normalisation)
+        return written
+    if what == "positions":
+        draw_positions(encoder, path)
+        return [path]
+    if what == "neighbours":
+        gallery = open_source(data_settings(trained, args.gallery))
+        draw_neighbours(trained, pictures, gallery, path, most=args.gallery_size, seed=args.seed)
+        return [path]
+    with torch.inference_mode():
+        tokens = encoder(images).patches
+    if what == "pca":
+        draw_pca(images, tokens, grid, path=path, foreground=args.foreground, **normalisation)
+    else:
+        draw_similarity(images, tokens, grid, patches, path=path, **normalisation)
+    return [path]
+
+
+def _reconstructions(
+    trained: Trained, pictures: Pictures, grid: tuple[int, int], out: Path, args: argparse.Namespace
+) -> list[Path]:
+    mae, images = trained.mae, pictures.images
+    if mae is None:
+        raise ValueError(
+            f"--what reconstructions: {trained.folder} holds no decoder; only the folder of an MAE run with its "
+            "checkpoints does"
+        )
+    number, num_patches = len(images), grid[0] * grid[1]
+    masks = {}
+    if args.hide:
+        hidden = parse_patches(args.hide)
+        masks["hidden"] = {f"{len(set(hidden))} patches removed": hidden_keeps(number, num_patches, hidden)}
+    else:
+        for kind in args.mask:
+            masks[kind] = {
+                f"{ratio:.0%} removed": random_keeps(number, num_patches, ratio, args.seed)
+                if kind == "random"
+                else block_keeps(number, grid, ratio, args.seed)
+                for ratio in args.mask_ratios
+            }
+    written = []
+    for kind, keeps in masks.items():
+        written.append(out / f"reconstructions_{kind}.{args.format}")
+        draw_masks(mae, images, keeps, written[-1], mean=trained.mean, std=trained.std)
+    return written

@@ -1,0 +1,86 @@
+"""Pictures of a run in their order: as a GIF or WebP film, or as a strip."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont
+
+from ssl_vit.run_folder import PICTURES_FOLDER
+
+_HOLD = 5  # the last picture stays so many times as long as the others
+_HEADER = 28  # pixels for the number of the step
+
+
+class Frame(NamedTuple):
+    """A picture that was drawn during training."""
+
+    step: int
+    path: Path
+
+
+def list_frames(run: Path) -> list[Frame]:
+    """Pictures drawn during a run, in their order."""
+    found = []
+    for path in (run / PICTURES_FOLDER).glob("step-*.webp"):
+        number = path.stem.removeprefix("step-")
+        if number.isdecimal():
+            found.append(Frame(int(number), path))
+    return sorted(found)
+
+
+def write_film(run: Path, out: Path, *, seconds: float = 0.4, width: int = 900, most: int = 60) -> int:
+    """Write the pictures of a run as a film (.gif or .webp), or up to six of them below each other (.png).
+
+    Args:
+        seconds: for which each picture is shown.
+        width: of the film in pixels.
+        most: pictures at most, spread evenly.
+
+    Returns:
+        How many pictures it shows.
+
+    Raises:
+        ValueError: the run has no pictures, or a suffix that is none of these.
+    """
+    frames = list_frames(run)
+    if not frames:
+        raise ValueError(
+            f"{run}: holds no {PICTURES_FOLDER}/step-*.webp; train with --evaluation.pictures_every_steps N to get them"
+        )
+    if out.suffix not in (".gif", ".webp", ".png"):
+        raise ValueError(f"--out {out}: name a .gif or .webp for a film, or a .png for a strip")
+    chosen = spread(frames, 6 if out.suffix == ".png" else most)
+    pictures = [_with_step(item, width) for item in chosen]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".png":
+        strip = Image.new("RGB", (width, sum(picture.height for picture in pictures)), "white")
+        top = 0
+        for picture in pictures:
+            strip.paste(picture, (0, top))
+            top += picture.height
+        strip.save(out)
+        return len(pictures)
+    durations = [round(1000 * seconds)] * len(pictures)
+    durations[-1] *= _HOLD
+    pictures[0].save(out, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    return len(pictures)
+
+
+def spread(frames: Sequence[Frame], most: int) -> list[Frame]:
+    """At most so many, evenly, the first and the last among them."""
+    if len(frames) <= most:
+        return list(frames)
+    return [frames[round(place * (len(frames) - 1) / (most - 1))] for place in range(most)]
+
+
+def _with_step(frame: Frame, width: int) -> Image.Image:
+    with Image.open(frame.path) as picture:
+        height = round(picture.height * width / picture.width)
+        small = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    page = Image.new("RGB", (width, height + _HEADER), "white")
+    page.paste(small, (0, _HEADER))
+    ImageDraw.Draw(page).text(
+        (10, _HEADER / 2), f"step {frame.step:,}", fill="black", font=ImageFont.load_default(15), anchor="lm"
+    )
+    return page

@@ -1,0 +1,59 @@
+"""Which pictures are shown: files, a source, or what a run was trained on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ssl_vit.data.decode import decode
+from ssl_vit.data.device_transforms import normalize
+from ssl_vit.data.sources import Source, open_source
+from ssl_vit.evaluation.features import centre_crop
+from ssl_vit.export.run import Trained, data_settings
+
+
+class Pictures(NamedTuple):
+    """Pictures at the size of an encoder."""
+
+    images: Float[Tensor, "b c h w"]  # normalised
+    names: tuple[str, ...]  # file, or number of the row in its source
+    source: Source | None  # None where files were named one by one
+    rows: tuple[int, ...]  # of that source
+
+
+def open_pictures(
+    trained: Trained, given: Sequence[str], *, number: int, seed: int, image_size: tuple[int, int] | None = None
+) -> Pictures:
+    """Decode, resize and crop pictures as the evaluation does.
+
+    Args:
+        given: image files; or one source, of which `number` rows are drawn by `seed`; nothing = what `trained` was
+            trained on.
+        image_size: height and width; None = the encoder's own.
+
+    Raises:
+        ValueError: nothing there, or a picture that cannot be decoded.
+    """
+    channels, size = trained.encoder.in_chans, image_size or trained.encoder.image_size
+    files = [Path(item) for item in given]
+    if len(files) > 1 or (files and files[0].is_file() and files[0].suffix != ".parquet"):
+        decoded = []
+        for path in files:
+            try:
+                decoded.append(decode(path, channels))
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{path}: cannot be shown: {error}") from error
+        source, rows, names = None, (), tuple(path.name for path in files)
+    else:
+        source = open_source(data_settings(trained, given[0] if given else None))
+        rng = np.random.default_rng(seed)
+        rows = tuple(rng.choice(len(source), min(number, len(source)), replace=False).tolist())
+        found = [source.next_image(row, channels) for row in rows]
+        decoded, rows = [picture for picture, _ in found], tuple(row for _, row in found)
+        names = tuple(f"row {row}" for row in rows)
+    images = torch.stack([centre_crop(picture, size, trained.crop_pct) for picture in decoded])
+    return Pictures(normalize(images, trained.mean, trained.std), names, source, rows)

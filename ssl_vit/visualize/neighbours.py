@@ -1,0 +1,103 @@
+"""Which pictures the features take for alike: the nearest neighbours of a few."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssl_vit.data.device_transforms import normalize
+from ssl_vit.data.sources import Source
+from ssl_vit.evaluation.features import EvalTransform, centre_crop, extract_features, select_feature
+from ssl_vit.evaluation.scores import class_name
+from ssl_vit.export.run import Trained
+from ssl_vit.visualize.grid import draw_grid, to_rgb
+from ssl_vit.visualize.inputs import Pictures
+
+
+def nearest(
+    queries: Float[Tensor, "q d"],
+    gallery: Float[Tensor, "n d"],
+    k: int,
+    *,
+    query_groups: Int[np.ndarray, " q"] | None = None,
+    gallery_groups: Int[np.ndarray, " n"] | None = None,
+) -> tuple[Float[Tensor, "q k"], Int[Tensor, "q k"]]:
+    """Cosine similarity and place of the k nearest of the gallery, the nearest first.
+
+    Args:
+        query_groups, gallery_groups: numbers of what counts as the same picture, which is no neighbour of itself;
+            -1 is like nothing.
+
+    Raises:
+        ValueError: a query has fewer than k neighbours.
+    """
+    similarity = F.normalize(queries.float(), dim=-1) @ F.normalize(gallery.float(), dim=-1).T
+    if query_groups is not None and gallery_groups is not None:
+        same = (query_groups[:, None] == gallery_groups) & (query_groups[:, None] >= 0)
+        similarity = similarity.masked_fill(torch.from_numpy(same), -torch.inf)
+    if len(gallery) < k or similarity.topk(k).values.isinf().any():
+        raise ValueError(f"the gallery has too few pictures for {k} neighbours of each: name a larger --gallery")
+    found = similarity.topk(k)
+    return found.values, found.indices
+
+
+def draw_neighbours(
+    trained: Trained, pictures: Pictures, gallery: Source, path: Path, *, most: int, seed: int, k: int = 6
+) -> None:
+    """Write a picture with a row for each query: itself and its k nearest, with similarity and, if known, class.
+
+    Args:
+        gallery: where neighbours are looked for, in at most `most` rows drawn by `seed`. Rows that are a query itself
+            or a variant of it are left out.
+    """
+    encoder, height_width = trained.encoder, (pictures.images.shape[-2], pictures.images.shape[-1])
+    feature = "mean" if trained.provenance.get("objective") == "MAE" or not encoder.has_cls_token else "cls"
+    rows = np.sort(np.random.default_rng(seed).choice(len(gallery), min(most, len(gallery)), replace=False))
+    transform = EvalTransform(height_width, trained.mean, trained.std, trained.crop_pct)
+    pieces = extract_features(encoder, gallery, rows, transform, batch_size=64, device=torch.device("cpu"))
+    with torch.inference_mode():
+        found = encoder(pictures.images)
+    queries = found.cls if feature == "cls" else found.patches.mean(dim=1)
+    own = pictures.source is not None and pictures.source.name == gallery.name and len(pictures.source) == len(gallery)
+    # Without groups every row is one of its own.
+    groups = np.arange(len(gallery)) if gallery.groups is None else np.asarray(gallery.groups)
+    similarity, places = nearest(
+        queries,
+        select_feature(pieces, feature),
+        k,
+        query_groups=groups[list(pictures.rows)] if own else None,
+        gallery_groups=groups[rows] if own else None,
+    )
+    panels, cells = [], []
+    for query, (values, chosen) in enumerate(zip(similarity.tolist(), rows[places.numpy()], strict=True)):
+        decoded = [centre_crop(gallery.image(int(row), encoder.in_chans), height_width, 1.0) for row in chosen]
+        neighbours = normalize(torch.stack(decoded), trained.mean, trained.std)
+        panels.append(torch.cat([pictures.images[query : query + 1], neighbours]))
+        own_row = [pictures.rows[query]] if own else []
+        labels = [_label(gallery, int(row)) for row in [*own_row, *chosen]]
+        first = labels.pop(0) if own else _short(pictures.names[query], 15)
+        cells.append([first, *(f"{value:.3f} {name}".strip() for value, name in zip(values, labels, strict=True))])
+    flat = to_rgb(torch.cat(panels), trained.mean, trained.std)
+    what = "class tokens" if feature == "cls" else "mean patch tokens"
+    draw_grid(
+        rearrange(flat, "(q v) h w k -> q v h w k", q=len(panels)),
+        ["query", *(f"nearest {place + 1}" for place in range(k))],
+        path,
+        title="Nearest neighbours",
+        caption=f"Cosine similarity of {what}, among {len(rows):,} images of {gallery.name}.",
+        cells=cells,
+    )
+
+
+def _label(source: Source, row: int) -> str:
+    if source.labels is None or source.labels[row] < 0:
+        return ""
+    return _short(class_name(int(source.labels[row]), source.class_names))
+
+
+def _short(text: str, most: int = 10) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
