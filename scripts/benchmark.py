@@ -3,6 +3,7 @@
 python scripts/benchmark.py loader --data FOLDER        input of MAE and DINO beside the papers' Pillow pipelines
 python scripts/benchmark.py memory                      DINO's head and loss beside the pairwise form
 python scripts/benchmark.py step dino --config FILE     a training step with fused and with plain attention
+python scripts/benchmark.py step mae --peers            a training step beside transformers and lightly
 """
 
 import argparse
@@ -15,7 +16,7 @@ import torch
 
 from ssl_vit.benchmarks.loader import compare_loader
 from ssl_vit.benchmarks.memory import compare_memory
-from ssl_vit.benchmarks.step import compare_attention
+from ssl_vit.benchmarks.step import compare_attention, compare_peers
 from ssl_vit.config import parse_run
 
 
@@ -29,11 +30,14 @@ def main() -> int:
     loader.add_argument("--num_images", type=int, default=64, help="images of a round")
     loader.add_argument("--num_local_crops", type=int, default=8)
     memory = commands.add_parser("memory")
+    memory.add_argument("--peers", action="store_true", help="beside lightly (extra `bench`)")
     memory.add_argument("--batch", type=int, default=64)
     memory.add_argument("--num_local_crops", type=int, default=8)
     memory.add_argument("--num_prototypes", type=int, default=65536)
     step = commands.add_parser("step")
     step.add_argument("objective", choices=("mae", "dino", "dinov2"))
+    step.add_argument("--peers", action="store_true", help="beside other libraries (extra `bench`)")
+    step.add_argument("--steps_per_round", type=int, default=3, help="steps of a round")
     step.add_argument("--num_samples", type=int, default=100_000, help="images that settings of `auto` follow from")
     args, settings = parser.parse_known_args()
     if settings and args.command != "step":
@@ -44,9 +48,12 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if "share" in result:
-        for name, peaks in result["peak_mib"].items():
-            print(f"{name:10} {_median(peaks):8.0f} MiB")
-        print(f"ssl_vit needs {result['share']:.0%} of the pairwise form's")
+        for name, peak in result["peak_mib"].items():
+            print(f"{name:10} {peak:8.0f} MiB {_median(result['rates'][name]):10.1f} images/s")
+        for name, share in result["share"].items():
+            print(f"ssl_vit needs {share:.0%} of {name}'s")
+    elif "ratios_to" in result:
+        _print_peers(result)
     else:
         for name, rates in result["rates"].items():
             ratio = result["ratios"][name]
@@ -70,11 +77,26 @@ def _measure(args: argparse.Namespace, settings: list[str]) -> dict:
             num_local_crops=args.num_local_crops,
             num_prototypes=args.num_prototypes,
             rounds=args.rounds,
+            peers=args.peers,
         )
     sys.path.insert(0, str(Path(__file__).parents[1]))
     defaults = importlib.import_module(f"scripts.pretrain_{args.objective}").DEFAULTS
     config, _ = parse_run(defaults, settings).resolve(args.num_samples)
-    return compare_attention(config, rounds=args.rounds)
+    if args.peers:
+        return compare_peers(config, steps=args.steps_per_round, rounds=args.rounds)
+    return compare_attention(config, steps=args.steps_per_round, rounds=args.rounds)
+
+
+def _print_peers(result: dict) -> None:
+    print(f"{'':24} images/s   peak MiB   GFLOP/image    MFU")
+    for name, rates in result["rates"].items():
+        print(
+            f"{name:24} {_median(rates):8.2f} {result['peak_mib'][name]:10.0f} {result['gflop_per_image'][name]:13.1f}"
+            f" {result['mfu'][name]:6.0%}"
+        )
+    for peer, found in result["ratios_to"].items():
+        for name, ratio in found.items():
+            print(f"{name} over {peer}: {ratio['median']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]")
 
 
 def _median(values: list[float]) -> float:

@@ -1,11 +1,17 @@
-"""A training step with fused and with plain attention, on this device, in the settings of a config."""
+"""A training step beside its alternatives, on this device, in the settings of a config."""
 
+import statistics
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from ssl_vit.benchmarks.memory import peak_of
+from ssl_vit.benchmarks.peers import PEERS, own_step
+from ssl_vit.benchmarks.peers import Step as PeerStep
 from ssl_vit.benchmarks.rounds import alternate, machine, ratios
 from ssl_vit.config import RunConfig
 from ssl_vit.distributed import autocast_dtype, resolve_precision
@@ -92,3 +98,74 @@ def compare_attention(config: RunConfig, *, steps: int = 5, rounds: int = 5) -> 
         "ratios": {name: vars(ratio) for name, ratio in ratios(rates, "fused attention").items()},
         "machine": machine(),
     }
+
+
+def compare_peers(config: RunConfig, *, steps: int = 3, rounds: int = 5) -> dict:
+    """Images per second of whole training steps beside other libraries', each in fp32 and in the run's precision.
+
+    Args:
+        config: a run's settings, without `auto`.
+        steps: steps of a round.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size = config.batch.per_device or config.batch.size
+    own_dtype = autocast_dtype(resolve_precision(config.precision, device))
+    kinds = {"fp32": None} if own_dtype is None else {"fp32": None, str(own_dtype).removeprefix("torch."): own_dtype}
+    makers = {"ssl_vit": own_step, **PEERS.get(type(config.objective), {})}
+    if len(makers) == 1:
+        raise ValueError(f"--peers: none does the step of {type(config.objective).__name__.removesuffix('Config')}")
+    contenders = {
+        f"{library}, {kind}": make(config, size, device, dtype)
+        for library, make in makers.items()
+        for kind, dtype in kinds.items()
+    }
+    peak_flops = {kind: matmul_flops(device, dtype) for kind, dtype in kinds.items()}
+    flops = {name: _count_flops(step) for name, step in contenders.items()}
+
+    def work(step: PeerStep) -> Callable[[], int]:
+        def run() -> int:
+            for _ in range(steps):
+                step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            return steps * size
+
+        return run
+
+    rates = alternate({name: work(step) for name, step in contenders.items()}, rounds)
+    peers = [name for name in contenders if not name.startswith("ssl_vit")]
+    own = [name for name in contenders if name.startswith("ssl_vit")]
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    return {
+        "what": f"training step of {type(config.objective).__name__.removesuffix('Config')}, {config.encoder.arch}, "
+        f"batch {size}, {config.encoder.image_size} px",
+        "rates": rates,
+        "ratios_to": {peer: {name: vars(ratios(rates, peer)[name]) for name in own} for peer in peers},
+        "peak_mib": {name: peak_of(step, device) for name, step in contenders.items()},
+        "gflop_per_image": {name: count / size / 1e9 for name, count in flops.items()},
+        "matmul_gflop_per_second": {kind: value / 1e9 for kind, value in peak_flops.items()},
+        "mfu": {name: median[name] * flops[name] / size / peak_flops[name.rpartition(", ")[2]] for name in contenders},
+        "machine": machine(),
+    }
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype | None, seconds: float = 1.0) -> float:
+    """Floating-point operations per second of a large matrix product: what a step's use is judged by."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=dtype or torch.float32) for _ in range(2))
+    best = 0.0
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 2 * side**3 / (time.perf_counter() - start))
+    return best
+
+
+def _count_flops(step: PeerStep) -> int:
+    """Operations of the matrix products of one step, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()

@@ -20,6 +20,7 @@ from ssl_vit.models.encoder import Encoder, Features
 from ssl_vit.objectives.collapse import PrototypeUse, diagnose, feature_std, rankme
 from ssl_vit.objectives.heads import DINOHead
 from ssl_vit.objectives.objective import Objective, ParamGroup, Resolved, RunSize
+from ssl_vit.objectives.prototype_loss import cross_entropy, dino_prototype_loss, num_terms
 from ssl_vit.objectives.recipes import resolve_distillation
 from ssl_vit.schedules import cosine, warmup_linear
 
@@ -164,7 +165,7 @@ class DINO(Objective):
             teacher_probs = self.center_probs(teacher_logits, self.center, temp)
             self._teacher_sums.add(rearrange(teacher_logits, "v b k -> (v b) k"), progress)
         student_cls = torch.cat([self.encode(self.encoder, crops).cls for crops in by_size(batch)])
-        loss = dino_loss(self.head(student_cls), teacher_probs, self.config.student_temp)
+        loss = dino_prototype_loss(*self.head(student_cls, as_factors=True), teacher_probs, self.config.student_temp)
         return {
             "loss": loss,
             **self.observe(loss, teacher.cls, teacher_probs, progress),
@@ -325,8 +326,7 @@ def dino_loss(
     Views are stacked first, global ones before local ones; a teacher's view is not compared with the student's view of
     the same index. Sums are taken in fp32.
 
-    No tensor of pairs exists: for one student view the sum over teacher views is a single cross-entropy with the sum of
-    their probabilities. Backward needs the logits, the probabilities and one number an image and view.
+    Training computes the same from the head's last layer, see `ssl_vit.objectives.prototype_loss`.
 
     Args:
         student_logits: before the temperature.
@@ -336,41 +336,10 @@ def dino_loss(
         ValueError: there is no pair of different views.
     """
     views, teachers = len(student_logits), len(teacher_probs)
-    if teachers > views or views * teachers <= teachers:
-        raise ValueError(
-            f"student_logits has {views} views and teacher_probs {teachers}: the student must see all views of the "
-            "teacher and at least two"
-        )
-    return _PairwiseCrossEntropy.apply(student_logits, teacher_probs, student_temp)  # pyright: ignore[reportReturnType]
-
-
-class _PairwiseCrossEntropy(torch.autograd.Function):
-    """`dino_loss`: one view at a time, so that nothing of the size of all logits exists but their gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, probs: Tensor, temp: float) -> Tensor:
-        total = probs.sum(dim=0, dtype=torch.float32)
-        loss = torch.zeros((), device=logits.device)
-        logsumexp = torch.empty(logits.shape[:2], device=logits.device)
-        for view, row in enumerate(logits):
-            scaled = row.float() / temp
-            logsumexp[view] = scaled.logsumexp(dim=-1)
-            target = total - probs[view] if view < len(probs) else total
-            loss += (target.sum(dim=-1) * logsumexp[view]).sum() - torch.dot(target.flatten(), scaled.flatten())
-        ctx.save_for_backward(logits, probs, logsumexp)
-        ctx.temp = temp
-        ctx.num_terms = (len(logits) * len(probs) - len(probs)) * logits.shape[1]
-        return loss / ctx.num_terms
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        logits, probs, logsumexp = ctx.saved_tensors
-        total = probs.sum(dim=0, dtype=torch.float32)
-        scale = grad.float() / (ctx.temp * ctx.num_terms)
-        gradient = torch.empty_like(logits)
-        for view, row in enumerate(logits):
-            target = total - probs[view] if view < len(probs) else total
-            softmax = (row.float() / ctx.temp).sub_(logsumexp[view, :, None]).exp_()
-            gradient[view] = softmax.mul_(target.sum(dim=-1, keepdim=True)).sub_(target).mul_(scale)
-        return gradient, None, None
+    pairs = num_terms(views, teachers)
+    total = teacher_probs.sum(dim=0, dtype=torch.float32)
+    loss = torch.zeros((), device=student_logits.device)
+    for view, logits in enumerate(student_logits):
+        target = total - teacher_probs[view] if view < teachers else total
+        loss = loss + cross_entropy(logits.float() / student_temp, target).sum()
+    return loss / (pairs * student_logits.shape[1])

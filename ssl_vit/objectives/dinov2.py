@@ -18,8 +18,14 @@ from ssl_vit.data.multicrop import MultiCropTransform
 from ssl_vit.distributed import gather_with_gradient, max_over_processes, sum_over_processes, world_size
 from ssl_vit.ema import update_ema
 from ssl_vit.models.encoder import Encoder
-from ssl_vit.objectives.dino import DINO, DINOConfig, RunningMean, dino_loss, freeze
+from ssl_vit.objectives.dino import DINO, DINOConfig, RunningMean, freeze
 from ssl_vit.objectives.objective import ParamGroup
+from ssl_vit.objectives.prototype_loss import (
+    cross_entropy,
+    dino_prototype_loss,
+    ibot_prototype_loss,
+    masked_patch_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -147,7 +153,7 @@ class DINOv2(DINO):
         student_cls = student.cls
         if "local_crops" in batch:
             student_cls = torch.cat([student_cls, self.encode(self.encoder, batch["local_crops"]).cls])
-        loss = dino_loss(self.head(student_cls), teacher_probs, config.student_temp)
+        loss = dino_prototype_loss(*self.head(student_cls, as_factors=True), teacher_probs, config.student_temp)
         parts = {"loss": loss, "loss_dino": loss.detach(), **self.observe(loss, teacher.cls, teacher_probs, progress)}
 
         if masks is not None:
@@ -155,9 +161,8 @@ class DINOv2(DINO):
                 patch_logits = (self.teacher_patch_head or self.teacher_head)(teacher.patches[masks])
                 patch_probs = self._patch_probs(patch_logits, temp)
                 self._patch_sums.add(patch_logits, progress)
-            ibot = ibot_loss(
-                (self.patch_head or self.head)(student.patches[masks]), patch_probs, masks, config.student_temp
-            )
+            factors = (self.patch_head or self.head)(student.patches[masks], as_factors=True)
+            ibot = ibot_prototype_loss(*factors, patch_probs, masks, config.student_temp)
             parts["loss"] = parts["loss"] + config.ibot_weight * ibot
             parts["loss_ibot"] = ibot.detach()
         if config.koleo_weight:
@@ -234,10 +239,7 @@ def ibot_loss(
         student_logits, teacher_probs: of the masked patches only, in the order of `masks`.
         masks: True where a patch of a crop is masked.
     """
-    scaled = student_logits.float() / student_temp
-    cross_entropy = scaled.logsumexp(dim=-1) * teacher_probs.sum(dim=-1) - (teacher_probs * scaled).sum(dim=-1)
-    weights = (masks / masks.sum(dim=-1, keepdim=True).clamp(min=1))[masks]
-    return (cross_entropy * weights).sum() / masks[..., 0].numel()
+    return (cross_entropy(student_logits.float() / student_temp, teacher_probs) * masked_patch_weights(masks)).sum()
 
 
 def koleo_loss(features: Float[Tensor, "b d"], eps: float = 1e-8) -> Float[Tensor, ""]:

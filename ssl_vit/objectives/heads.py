@@ -36,10 +36,13 @@ class DINOHead(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, features: Float[Tensor, "*b d"]) -> Float[Tensor, "*b k"]:
-        """Logits: the cosine to each prototype, times its norm."""
+    def forward(
+        self, features: Float[Tensor, "*b d"], as_factors: bool = False
+    ) -> Float[Tensor, "*b k"] | tuple[Float[Tensor, "*b e"], Float[Tensor, "k e"]]:
+        """Logits: the cosine to each prototype, times its norm; or the two matrices whose product they are."""
         # The norm is taken in fp32: squares of 256 half-precision numbers lose too much.
-        return self.last_layer(F.normalize(self.mlp(features).float(), dim=-1))
+        bottleneck = F.normalize(self.mlp(features).float(), dim=-1)
+        return (bottleneck, self.last_layer.weight()) if as_factors else self.last_layer(bottleneck)
 
 
 class Prototypes(nn.Module):
@@ -51,6 +54,10 @@ class Prototypes(nn.Module):
         # The paper's code keeps torch's initialisation of a linear layer here.
         self.weight_v = nn.Parameter(nn.Linear(in_dim, num_prototypes, bias=False).weight.detach())
 
-    def forward(self, features: Float[Tensor, "*b d"]) -> Float[Tensor, "*b k"]:
+    def weight(self) -> Float[Tensor, "k d"]:
+        """Directions times norms."""
         # The operation behind torch's weight_norm: unlike a division and a product it keeps one copy of the weights.
-        return F.linear(features, torch._weight_norm(self.weight_v, self.weight_g, 0))  # pyright: ignore[reportPrivateImportUsage]
+        return torch._weight_norm(self.weight_v, self.weight_g, 0)  # pyright: ignore[reportPrivateImportUsage]
+
+    def forward(self, features: Float[Tensor, "*b d"]) -> Float[Tensor, "*b k"]:
+        return F.linear(features, self.weight())

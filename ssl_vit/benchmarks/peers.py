@@ -1,0 +1,216 @@
+"""The same training steps in other libraries, from their own parts (extra `bench`).
+
+Each takes our settings and gives one step: forward, backward, optimizer, and the teacher's average where there is one.
+Images are there already, normalised, for us and for them.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from ssl_vit.config import RunConfig
+from ssl_vit.models.vit import ViT
+from ssl_vit.objectives.dino import DINOConfig
+from ssl_vit.objectives.mae import MAEConfig
+from ssl_vit.optim import build_optimizer, clip_gradients, set_schedule
+
+Step = Callable[[], None]
+
+
+def own_step(config: RunConfig, batch: int, device: torch.device, dtype: torch.dtype | None) -> Step:
+    """One step of ours; `dtype` is autocast's, None = fp32."""
+    objective = config.build_objective().to(device).train()
+    precision = "no" if dtype is None else "bf16"
+    optimizer = build_optimizer(objective, config.optim, precision)
+    encoder = objective.encoder
+    images: dict[str, Tensor] = {}
+    if isinstance(config.objective, MAEConfig):
+        order = torch.rand(batch, encoder.num_patches, device=device).argsort(dim=1)
+        images["keep"] = order[:, : int(encoder.num_patches * (1 - config.objective.mask_ratio))]
+        images["images"] = torch.randn(batch, encoder.in_chans, *encoder.image_size, device=device)
+    else:
+        size = config.objective.local_crop_size
+        images["global_crops"] = torch.randn(batch, 2, encoder.in_chans, *encoder.image_size, device=device)
+        images["local_crops"] = torch.randn(
+            batch, config.objective.num_local_crops, encoder.in_chans, size, size, device=device
+        )
+
+    def step() -> None:
+        set_schedule(optimizer, config.optim, 0.5, config.batch.size)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            loss = objective(images, 0.5)["loss"]
+        loss.backward()
+        if config.optim.clip_grad is not None:
+            clip_gradients(objective, config.optim)
+        optimizer.step()
+        objective.after_step(0.5)
+        optimizer.zero_grad()
+
+    return step
+
+
+def transformers_mae(config: RunConfig, batch: int, device: torch.device, dtype: torch.dtype | None) -> Step:
+    """ViTMAEForPreTraining with AdamW, which its example's Trainer uses."""
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    settings, encoder = _mae(config), _shape(config)
+    model = ViTMAEForPreTraining(
+        ViTMAEConfig(
+            image_size=encoder.image_size[0],
+            patch_size=encoder.patch_size[0],
+            num_channels=encoder.in_chans,
+            hidden_size=encoder.embed_dim,
+            num_hidden_layers=len(encoder.vit.blocks),
+            num_attention_heads=encoder.vit.blocks[0].attn.num_heads,
+            intermediate_size=encoder.vit.blocks[0].mlp.fc1.out_features,
+            decoder_hidden_size=settings.decoder_embed_dim,
+            decoder_num_hidden_layers=settings.decoder_depth,
+            decoder_num_attention_heads=settings.decoder_num_heads,
+            decoder_intermediate_size=4 * settings.decoder_embed_dim,
+            mask_ratio=settings.mask_ratio,
+            norm_pix_loss=settings.norm_pix_loss,
+        )
+    )
+    images = torch.randn(batch, encoder.in_chans, *encoder.image_size, device=device)
+    model = model.to(device).train()
+    return _plain_step(model.parameters(), lambda: model(pixel_values=images).loss, device, dtype)
+
+
+def lightly_mae(config: RunConfig, batch: int, device: torch.device, dtype: torch.dtype | None) -> Step:
+    """lightly's masked timm ViT, decoder and mask."""
+    from lightly.models import utils
+    from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
+
+    settings, encoder = _mae(config), _shape(config)
+    backbone = MaskedVisionTransformerTIMM(vit=_timm_vit(config)).to(device).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a new name is announced
+        decoder = MAEDecoderTIMM(
+            num_patches=encoder.num_patches,
+            patch_size=encoder.patch_size[0],
+            in_chans=encoder.in_chans,
+            embed_dim=encoder.embed_dim,
+            decoder_embed_dim=settings.decoder_embed_dim,
+            decoder_depth=settings.decoder_depth,
+            decoder_num_heads=settings.decoder_num_heads,
+        ).to(device)
+    images = torch.randn(batch, encoder.in_chans, *encoder.image_size, device=device)
+    length = backbone.sequence_length
+
+    def loss() -> Tensor:
+        keep, masked = utils.random_token_mask((batch, length), settings.mask_ratio, device=device)
+        visible = decoder.embed(backbone.encode(images, idx_keep=keep))
+        tokens = utils.repeat_token(decoder.mask_token, (batch, length))
+        tokens = utils.set_at_index(tokens, keep, visible.type_as(tokens))
+        predicted = decoder.predict(utils.get_at_index(decoder.decode(tokens), masked))
+        target = utils.get_at_index(utils.patchify(images, encoder.patch_size[0]), masked - 1)
+        if settings.norm_pix_loss:
+            target = utils.normalize_mean_var(target)
+        return nn.functional.mse_loss(predicted, target)
+
+    return _plain_step([*backbone.parameters(), *decoder.parameters()], loss, device, dtype)
+
+
+def lightly_dino(config: RunConfig, batch: int, device: torch.device, dtype: torch.dtype | None) -> Step:
+    """lightly's head, loss and momentum update around a timm ViT; crops of one size go through it together."""
+    from lightly.models.utils import update_momentum
+
+    settings, encoder = config.objective, _shape(config)
+    assert isinstance(settings, DINOConfig)
+    head, criterion = lightly_head_and_loss(
+        int(settings.num_prototypes), device, hidden_dim=settings.hidden_dim, bottleneck_dim=settings.bottleneck_dim
+    )
+    student = nn.ModuleList([_timm_vit(config), head(encoder.embed_dim)]).to(device).train()
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    size, local = settings.local_crop_size, settings.num_local_crops
+    large = torch.randn(2 * batch, encoder.in_chans, *encoder.image_size, device=device)
+    small = torch.randn(local * batch, encoder.in_chans, size, size, device=device)
+
+    def loss() -> Tensor:
+        with torch.no_grad():
+            targets = teacher[1](teacher[0](large)).chunk(2)
+        outputs = [*student[1](student[0](large)).chunk(2)]
+        if local:
+            outputs += student[1](student[0](small)).chunk(local)
+        return criterion(list(targets), outputs, teacher_temp=0.04)
+
+    step = _plain_step(student.parameters(), loss, device, dtype, clip=config.optim.clip_grad)
+
+    def step_and_average() -> None:
+        update_momentum(student, teacher, 0.996)
+        step()
+
+    return step_and_average
+
+
+def lightly_head_and_loss(
+    num_prototypes: int, device: torch.device | str, **widths: int
+) -> tuple[Callable[[int], nn.Module], Callable[..., Tensor]]:
+    """lightly's head, given its input's width, and loss."""
+    from lightly.loss import DINOLoss
+    from lightly.models.modules import DINOProjectionHead
+
+    def head(embed_dim: int) -> nn.Module:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's old weight norm
+            return DINOProjectionHead(embed_dim, output_dim=num_prototypes, **widths)
+
+    return head, DINOLoss(output_dim=num_prototypes).to(device)
+
+
+PEERS: dict[type, dict[str, Callable[..., Step]]] = {
+    MAEConfig: {"transformers": transformers_mae, "lightly": lightly_mae},
+    DINOConfig: {"lightly": lightly_dino},
+}
+
+
+def _plain_step(
+    parameters: Any,
+    loss: Callable[[], Tensor],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    clip: float | None = None,
+) -> Step:
+    """A step as their examples have it: AdamW with torch's own choice of implementation."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.05)
+
+    def step() -> None:
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            value = loss()
+        value.backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(trained, clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _mae(config: RunConfig) -> MAEConfig:
+    assert isinstance(config.objective, MAEConfig)
+    return config.objective
+
+
+def _shape(config: RunConfig) -> ViT:
+    """Our encoder without weights, for its sizes."""
+    with torch.device("meta"):
+        return config.encoder.build()
+
+
+def _timm_vit(config: RunConfig) -> nn.Module:
+    """The same timm model without anything of ours."""
+    return timm.create_model(
+        config.encoder.arch,
+        num_classes=0,
+        dynamic_img_size=True,
+        img_size=config.encoder.image_size,
+        in_chans=config.encoder.in_chans,
+        drop_path_rate=config.encoder.drop_path_rate,
+        **config.encoder.timm_overrides,
+    )
