@@ -17,6 +17,15 @@ def draw_keep(num_patches: int, mask_ratio: float, rng: np.random.Generator) -> 
     return torch.from_numpy(np.sort(keep))
 
 
+def draw_predicted(
+    num_patches: int, keep: Int[Tensor, " k"], predict_ratio: float, rng: np.random.Generator
+) -> Int[Tensor, " m"]:
+    """Indices of the removed patches to predict: round(ratio x n) of them but at least one, in ascending order."""
+    removed = np.setdiff1d(np.arange(num_patches), keep.numpy())
+    count = min(max(1, round(num_patches * predict_ratio)), len(removed))
+    return torch.from_numpy(np.sort(rng.permutation(removed)[:count]))
+
+
 def draw_block_mask(
     grid_size: tuple[int, int], mask_ratio: float, rng: np.random.Generator, min_block: int = 4
 ) -> Bool[Tensor, " n"]:

@@ -41,7 +41,8 @@ def _export(args: argparse.Namespace) -> int:
     if is_fine_tuned(args.path):
         return _export_fine_tuned(args, targets, out)
     trained = open_trained(args.path, args.weights)
-    if "transformers" in targets and trained.mae is not None and not args.push_to_hub:
+    has_plain_decoder = trained.mae is not None and trained.mae.config.decoder == "self"
+    if "transformers" in targets and has_plain_decoder and not args.push_to_hub:
         targets.append("transformers_mae")
     proof = proof_images(trained, args.images)
     print(f"Comparing on {proof.name}.")

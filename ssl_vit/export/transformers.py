@@ -85,10 +85,11 @@ def write_mae(trained: Trained, folder: Path) -> None:
     if mae is None:
         raise ValueError(f"{trained.folder}: only a run of MAE has a decoder to export; use --to transformers")
     shape = plain_shape(encoder.vit)
-    if shape.num_registers or shape.has_swiglu or not _is_square(encoder):
+    has_cross_decoder = mae.config.decoder == "cross"
+    if shape.num_registers or shape.has_swiglu or not _is_square(encoder) or has_cross_decoder:
         raise ValueError(
-            "transformers' ViTMAEForPreTraining cannot be this MAE: it takes square images and patches, and a ViT "
-            "without registers or SwiGLU"
+            "transformers' ViTMAEForPreTraining cannot be this MAE: it takes square images and patches, a ViT "
+            "without registers or SwiGLU, and a decoder of self-attention"
         )
     config = {
         "architectures": ["ViTMAEForPreTraining"],

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,8 +15,9 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ssl_vit.data.device_transforms import flip_horizontally, normalize
-from ssl_vit.data.masking import draw_keep, num_kept
+from ssl_vit.data.masking import draw_keep, draw_predicted, num_kept
 from ssl_vit.data.transforms import random_resized_crop
+from ssl_vit.models.cross_attention import CrossBlock
 from ssl_vit.models.encoder import Encoder, Features
 from ssl_vit.models.positions import sincos_positions
 from ssl_vit.objectives.objective import Objective, Resolved, RunSize
@@ -36,6 +37,10 @@ class MAEConfig:
     """Blocks of the decoder."""
     decoder_num_heads: int = 16
     """Attention heads of a decoder block."""
+    decoder: Literal["self", "cross"] = "self"
+    """What decoder blocks attend to: all tokens (the paper's), or the encoder's alone, which is cheaper (CrossMAE)."""
+    predict_ratio: float | None = None
+    """Share of all patches that is predicted, at most mask_ratio; null = every removed one. Needs decoder cross."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Smallest and largest share of the picture's area that a training crop covers."""
     flip_prob: float = 0.5
@@ -57,6 +62,15 @@ class MAEConfig:
             raise ValueError(
                 f"decoder_embed_dim={self.decoder_embed_dim}: must be a multiple of 4 (sine-cosine positions)"
             )
+        if self.predict_ratio is not None:
+            if self.decoder == "self":
+                raise ValueError(
+                    f"predict_ratio={self.predict_ratio!r}: decoder='self' needs all tokens; use decoder='cross'"
+                )
+            if not 0 < self.predict_ratio <= self.mask_ratio:
+                raise ValueError(
+                    f"predict_ratio={self.predict_ratio!r}: must be above 0 and at most mask_ratio={self.mask_ratio!r}"
+                )
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_scale={self.crop_scale!r}: needs 0 < smallest <= largest <= 1")
@@ -88,7 +102,10 @@ class MAEConfig:
 
 
 class MAETransform:
-    """One crop and one mask per image: `images [b c h w]` and `keep [b k]`."""
+    """One crop and one mask per image: `images [b c h w]` and `keep [b k]`.
+
+    With a `predict_ratio` also `predict [b m]`, the removed patches to predict.
+    """
 
     def __init__(
         self,
@@ -104,16 +121,19 @@ class MAETransform:
         self.mean, self.std = mean, std
 
     def __call__(self, image: UInt8[Tensor, "c h w"], rng: np.random.Generator) -> dict[str, Tensor]:
-        return {
+        sample = {
             "images": random_resized_crop(image, self.image_size, rng, scale=self.config.crop_scale),
             "flip": torch.tensor(rng.random() < self.config.flip_prob),
             "keep": draw_keep(self.num_patches, self.config.mask_ratio, rng),
         }
+        if self.config.predict_ratio is not None:
+            sample["predict"] = draw_predicted(self.num_patches, sample["keep"], self.config.predict_ratio, rng)
+        return sample
 
     def on_device(self, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         images = flip_horizontally(batch["images"].to(device, non_blocking=True), batch["flip"])
-        keep = batch["keep"].to(device, non_blocking=True)
-        return {"images": normalize(images, self.mean, self.std), "keep": keep}
+        indices = {name: batch[name].to(device, non_blocking=True) for name in ("keep", "predict") if name in batch}
+        return {"images": normalize(images, self.mean, self.std), **indices}
 
 
 class MAE(Objective):
@@ -148,8 +168,11 @@ class MAE(Objective):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         table = sincos_positions(width, encoder.grid_size, num_prefix_tokens=int(encoder.has_cls_token))
         self.register_buffer("decoder_pos_embed", table[None])
+        heads = config.decoder_num_heads
         self.decoder_blocks = nn.ModuleList(
-            Block(width, config.decoder_num_heads, mlp_ratio=4, qkv_bias=True, norm_layer=norm_layer)
+            CrossBlock(width, heads)
+            if config.decoder == "cross"
+            else Block(width, heads, mlp_ratio=4, qkv_bias=True, norm_layer=norm_layer)
             for _ in range(config.decoder_depth)
         )
         self.decoder_norm = norm_layer(width)
@@ -158,10 +181,15 @@ class MAE(Objective):
 
     def forward(self, batch: Mapping[str, Tensor], progress: float) -> dict[str, Tensor]:
         images, keep = batch["images"], batch["keep"]
-        prediction = self.reconstruct(images, keep)
         target = patchify(images, self.encoder.patch_size)
         if self.config.norm_pix_loss:
             target = normalize_patches(target)
+        if "predict" in batch:
+            predict = batch["predict"]
+            prediction = self._predict(self.encoder(images, keep=keep), predict, self._grid_size(images))
+            target = target.gather(1, repeat(predict, "b m -> b m p", p=target.shape[-1]))
+            return {"loss": (prediction.float() - target.float()).square().mean()}
+        prediction = self.reconstruct(images, keep)
         error = (prediction.float() - target.float()).square().mean(dim=-1)  # [b n]
         removed = torch.ones_like(error).scatter(1, keep, 0.0)
         return {"loss": (error * removed).sum() / removed.sum()}
@@ -173,9 +201,11 @@ class MAE(Objective):
             Patches in row-major order, pixels of a patch in (row, column, channel) order; in units of the normalised
             image, or of the patch normalised by its own mean and deviation with `norm_pix_loss`.
         """
-        height, width = images.shape[-2:]
-        grid_size = height // self.encoder.patch_size[0], width // self.encoder.patch_size[1]
-        return self._decode(self.encoder(images, keep=keep), keep, grid_size)
+        features, grid_size = self.encoder(images, keep=keep), self._grid_size(images)
+        if self.config.decoder == "self":
+            return self._decode(features, keep, grid_size)
+        patches = torch.arange(grid_size[0] * grid_size[1], device=images.device)
+        return self._predict(features, repeat(patches, "n -> b n", b=len(images)), grid_size)
 
     def draw(
         self,
@@ -221,6 +251,23 @@ class MAE(Objective):
             tokens = block(tokens)
         tokens = tokens[:, tokens.shape[1] - num_patches :]
         return self.decoder_pred(self.decoder_norm(tokens))
+
+    def _predict(
+        self, features: Features, patches: Int[Tensor, "b m"], grid_size: tuple[int, int]
+    ) -> Float[Tensor, "b m p"]:
+        """Some patches, each from the encoder's last tokens alone (CrossMAE, arXiv:2401.14391; it mixes layers)."""
+        memory = self.decoder_embed(features.patches)
+        if self.encoder.has_cls_token:
+            memory = torch.cat([self.decoder_embed(features.cls)[:, None], memory], dim=1)
+        positions = self._positions(grid_size)[0, int(self.encoder.has_cls_token) :]
+        queries = self.mask_token + positions[patches]
+        for block in self.decoder_blocks:
+            queries = block(queries, memory)
+        return self.decoder_pred(self.decoder_norm(queries))
+
+    def _grid_size(self, images: Float[Tensor, "b c h w"]) -> tuple[int, int]:
+        height, width = images.shape[-2:]
+        return height // self.encoder.patch_size[0], width // self.encoder.patch_size[1]
 
     def _positions(self, grid_size: tuple[int, int]) -> Float[Tensor, "1 n d"]:
         return resample_abs_pos_embed(

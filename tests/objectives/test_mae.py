@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from ssl_vit.export.interop import load_reference
 from ssl_vit.models.encoder import Encoder
-from ssl_vit.models.vit import ViT, ViTConfig
+from ssl_vit.models.vit import ViT, ViTConfig, set_fused_attention
 from ssl_vit.objectives.mae import MAE, MAEConfig, normalize_patches, patchify
 from tests.conftest import GOLDEN, TINY
 
@@ -197,3 +197,77 @@ def test_an_encoder_that_cannot_drop_tokens_is_refused() -> None:
 
     with pytest.raises(ValueError, match="ConvNet cannot drop tokens"):
         build(ConvNet())
+
+
+class TestCrossDecoder:
+    def batch(self) -> dict[str, torch.Tensor]:
+        transform = MAEConfig(decoder="cross", predict_ratio=0.25).build_transform(
+            (32, 32), (8, 8), (0.5,) * 3, (0.5,) * 3
+        )
+        rng = np.random.default_rng(0)
+        samples = [transform(torch.randint(0, 255, (3, 40, 50), dtype=torch.uint8), rng) for _ in range(3)]
+        return transform.on_device(
+            {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}, torch.device("cpu")
+        )
+
+    def test_predicts_a_share_of_the_removed_patches(self) -> None:
+        batch = self.batch()
+        assert batch["keep"].shape == (3, 4)
+        assert batch["predict"].shape == (3, 4)
+        for keep, predict in zip(batch["keep"], batch["predict"], strict=True):
+            assert not set(keep.tolist()) & set(predict.tolist())
+
+    def test_the_transform_draws_the_same_crop_and_mask_with_either_decoder(self) -> None:
+        image = torch.randint(0, 255, (3, 40, 50), dtype=torch.uint8)
+        samples = [
+            MAEConfig(**settings).build_transform((32, 32), (8, 8), (0.5,) * 3, (0.5,) * 3)(
+                image, np.random.default_rng(3)
+            )
+            for settings in ({}, {"decoder": "cross", "predict_ratio": 0.5})
+        ]
+        for name in ("images", "flip", "keep"):
+            assert torch.equal(samples[0][name], samples[1][name])
+
+    def test_the_loss_is_that_of_the_same_patches_of_a_whole_reconstruction(self, tiny_encoder: ViT) -> None:
+        objective, batch = build(tiny_encoder, decoder="cross", predict_ratio=0.25).eval(), self.batch()
+        whole = objective.reconstruct(batch["images"], batch["keep"])
+        target = normalize_patches(patchify(batch["images"], (8, 8)))
+        rows = torch.arange(3)[:, None]
+        wanted = (whole[rows, batch["predict"]] - target[rows, batch["predict"]]).square().mean()
+        torch.testing.assert_close(objective(batch, 0.0)["loss"], wanted)
+
+    def test_without_a_ratio_all_removed_patches_are_predicted(self, tiny_encoder: ViT) -> None:
+        objective = build(tiny_encoder, decoder="cross")
+        batch = {name: value for name, value in self.batch().items() if name != "predict"}
+        removed = ~torch.zeros(3, 16, dtype=torch.bool).scatter(1, batch["keep"], True)
+        error = objective.reconstruct(batch["images"], batch["keep"]) - normalize_patches(
+            patchify(batch["images"], (8, 8))
+        )
+        torch.testing.assert_close(objective(batch, 0.0)["loss"], error[removed].square().mean())
+
+    def test_a_prediction_depends_on_visible_patches_and_not_on_what_else_is_predicted(self, tiny_encoder: ViT) -> None:
+        objective, batch = build(tiny_encoder, decoder="cross").eval(), self.batch()
+        features = objective.encoder(batch["images"], keep=batch["keep"])
+        both = objective._predict(features, batch["predict"], (4, 4))
+        one = objective._predict(features, batch["predict"][:, 2:3], (4, 4))
+        torch.testing.assert_close(both[:, 2:3], one)
+
+    def test_every_parameter_learns_and_plain_attention_is_fused_attention(self, tiny_encoder: ViT) -> None:
+        objective, batch = build(tiny_encoder, decoder="cross", predict_ratio=0.25), self.batch()
+        loss = objective(batch, 0.0)["loss"]
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in objective.parameters() if parameter.requires_grad)
+        set_fused_attention(objective, False)
+        assert not objective.decoder_blocks[0].attn.fused_attn
+        torch.testing.assert_close(objective(batch, 0.0)["loss"], loss)
+
+    @pytest.mark.parametrize(
+        ("settings", "reason"),
+        [
+            ({"predict_ratio": 0.25}, "decoder='cross'"),
+            ({"decoder": "cross", "predict_ratio": 0.8}, "at most mask_ratio"),
+        ],
+    )
+    def test_settings_that_cannot_work(self, settings: dict, reason: str) -> None:
+        with pytest.raises(ValueError, match=reason):
+            MAEConfig(**settings)
