@@ -30,7 +30,7 @@ PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "numpy", "
 NUM_NAMED = 256  # rows whose names and sizes go into the data's fingerprint
 MATTERS = ("processes", "versions", "git.ssl_vit", "data")
 
-_SECRET_FLAG = re.compile(r"-.*(?:^|[._-])(?:token|password|passwd|secret|api_?key|credentials?)$", re.IGNORECASE)
+_SECRET_FLAG = re.compile(r"-.*(?:^|[._-])(?:token|password|passwd|secret|api[_-]?key|credentials?)$", re.IGNORECASE)
 _SECRETS = (
     (re.compile(r"\b(?:hf|gh[opsu]|github_pat)_\w{8,}"), "***"),
     (re.compile(r"(?<=://)[^/@\s]+@"), "***@"),
