@@ -95,7 +95,7 @@ def describe(
         },
         "ssl_vit": {
             "version": ssl_vit.__version__,
-            "encoder": dataclasses.asdict(config),
+            "encoder": {key: value for key, value in dataclasses.asdict(config).items() if key != "grad_checkpointing"},
             "torch": torch.__version__,
             "timm": timm.__version__,
             **provenance,

@@ -1,9 +1,12 @@
 """The encoder contract: what every backbone offers and every objective may rely on."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class Features(NamedTuple):
@@ -31,6 +34,7 @@ class Encoder(nn.Module):
     supports_keep: bool  # can drop tokens before the first block (MAE, I-JEPA)
     supports_mask: bool  # can replace patch embeddings with a mask token (SimMIM, iBOT)
     num_layers: int  # blocks
+    grad_checkpointing: bool = False  # blocks keep their input alone, and are computed again in the backward pass
     is_pretrained: bool = False  # holds weights to start from, which an objective must not initialise again
 
     @property
@@ -76,3 +80,15 @@ class Encoder(nn.Module):
         if num_layers != 1:
             raise ValueError(f"num_layers={num_layers}: {type(self).__name__} offers the last layer only")
         return [self(images)]
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module], tokens: Float[Tensor, "b t d"], grad_checkpointing: bool
+) -> Float[Tensor, "b t d"]:
+    """Send tokens through blocks; with checkpointing each keeps its input alone for the backward pass (Chen et al.,
+    2016, arXiv:1604.06174), where it is computed again with the same drop path.
+    """
+    again = grad_checkpointing and torch.is_grad_enabled()  # a teacher has no backward pass
+    for block in blocks:
+        tokens = checkpoint(block, tokens, use_reentrant=False) if again else block(tokens)
+    return tokens

@@ -13,7 +13,7 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ssl_vit.models.encoder import Encoder, Features
+from ssl_vit.models.encoder import Encoder, Features, run_blocks
 from ssl_vit.models.positions import sincos_positions
 
 
@@ -45,6 +45,8 @@ class ViTConfig:
     """Width of the MLP's hidden layer over the width of the tokens."""
     layer_scale: float | None = None
     """Initial factor of each residual branch (LayerScale); DINOv2's is 1e-5."""
+    grad_checkpointing: bool = False
+    """Less memory for a third more time: blocks are computed again in the backward pass (of MAE's decoder too)."""
     pretrained: str | None = None
     """Weights to start from: folder of a run or an export, .safetensors or official .pth file, or a timm model's name.
     Settings not given are its own."""
@@ -119,6 +121,7 @@ class ViT(Encoder):
         self.image_size = pair(config.image_size)
         self.patch_size = vit.patch_embed.patch_size
         self.has_cls_token = vit.has_class_token
+        self.grad_checkpointing = config.grad_checkpointing
         self.num_layers = len(vit.blocks)
         self._check_size(*self.image_size)
         if config.pos_embed == "sincos":
@@ -175,7 +178,7 @@ class ViT(Encoder):
         if keep is not None:
             kept = tokens[:, num_prefix:].gather(1, repeat(keep, "b k -> b k d", d=self.embed_dim))
             tokens = torch.cat([tokens[:, :num_prefix], kept], dim=1)
-        return self._features(vit.blocks(vit.norm_pre(tokens)))
+        return self._features(run_blocks(vit.blocks, vit.norm_pre(tokens), self.grad_checkpointing))
 
     def last_layers(self, images: Float[Tensor, "b c h w"], num_layers: int) -> list[Features]:
         if not 1 <= num_layers <= self.num_layers:

@@ -18,7 +18,7 @@ from ssl_vit.data.device_transforms import flip_horizontally, normalize
 from ssl_vit.data.masking import draw_keep, draw_predicted, num_kept
 from ssl_vit.data.transforms import random_resized_crop
 from ssl_vit.models.cross_attention import CrossBlock
-from ssl_vit.models.encoder import Encoder, Features
+from ssl_vit.models.encoder import Encoder, Features, run_blocks
 from ssl_vit.models.positions import sincos_positions
 from ssl_vit.objectives.objective import Objective, Resolved, RunSize
 
@@ -247,8 +247,7 @@ class MAE(Objective):
         if self.encoder.has_cls_token:
             tokens = torch.cat([self.decoder_embed(features.cls)[:, None], tokens], dim=1)
         tokens = tokens + self._positions(grid_size)
-        for block in self.decoder_blocks:
-            tokens = block(tokens)
+        tokens = run_blocks(self.decoder_blocks, tokens, self.encoder.grad_checkpointing)
         tokens = tokens[:, tokens.shape[1] - num_patches :]
         return self.decoder_pred(self.decoder_norm(tokens))
 
