@@ -18,8 +18,9 @@ from ssl_vit.checkpoint import CheckpointConfig
 from ssl_vit.data.sources import DataConfig
 from ssl_vit.evaluation.evaluate import EvaluationConfig
 from ssl_vit.export.pretrained import load_pretrained, open_pretrained
+from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.vit import ViTConfig
-from ssl_vit.objectives.objective import Objective, ObjectiveConfig, RunSize
+from ssl_vit.objectives.objective import Objective, ObjectiveConfig, RunSize, Transform
 from ssl_vit.objectives.recipes import resolve_warmup
 from ssl_vit.optim import OptimConfig
 from ssl_vit.writing import replace_text
@@ -35,6 +36,8 @@ class BatchConfig:
     """Images of one optimizer step, over all processes and micro-batches; the learning rate follows it."""
     per_device: int | None = None
     """Most images that a process takes at once; a larger share of the batch is accumulated. null: all at once."""
+    auto: bool = False
+    """Find the most images that fit on the GPU, up to per_device, by trying a few sizes before the run starts."""
 
     def __post_init__(self) -> None:
         for name in ("size", "per_device"):
@@ -85,6 +88,12 @@ class RunConfig:
     """Steps between log lines."""
     on_collapse: Literal["warn", "stop"] = "warn"
     """When the metrics say that the features have collapsed: warn, or also save and stop."""
+    max_skipped_steps: int = 10
+    """Steps in a row with a loss or gradient that is not finite, each of them skipped, after which the run stops."""
+    rewind_on_spike: int = 0
+    """How often a run goes back to its last checkpoint, and on past the samples since then, where the loss jumps."""
+    max_hours: float | None = None
+    """Save and stop with code 75 after so many hours; the same command goes on."""
     encoder: ViTConfig = field(default_factory=ViTConfig)
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
@@ -99,6 +108,12 @@ class RunConfig:
             raise ValueError(f"epochs={self.epochs!r}: must be above 0")
         if self.log_every < 1:
             raise ValueError(f"log_every={self.log_every!r}: must be at least 1")
+        if self.max_skipped_steps < 1:
+            raise ValueError(f"max_skipped_steps={self.max_skipped_steps!r}: must be at least 1")
+        if self.rewind_on_spike < 0:
+            raise ValueError(f"rewind_on_spike={self.rewind_on_spike!r}: must be at least 0; 0 never goes back")
+        if self.max_hours is not None and not self.max_hours > 0:
+            raise ValueError(f"max_hours={self.max_hours!r}: must be above 0")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed!r}: must be at least 0")
 
@@ -138,6 +153,22 @@ class RunConfig:
                 load_pretrained(encoder, self.encoder.pretrained)
         with section("objective"):
             return self.objective.build(encoder)
+
+    def build_transform(self, encoder: Encoder) -> Transform:
+        """What happens to an image before the objective sees it.
+
+        Raises:
+            ValueError: sizes or normalisation that do not fit the encoder.
+        """
+        for name in ("mean", "std"):
+            values = getattr(self.data, name)
+            if len(values) != encoder.in_chans:
+                raise ValueError(
+                    f"data.{name}={values!r}: has {len(values)} values, and encoder.in_chans is {encoder.in_chans}: "
+                    "give one for each channel"
+                )
+        with section("objective"):
+            return self.objective.build_transform(encoder.image_size, encoder.patch_size, self.data.mean, self.data.std)
 
 
 @contextmanager
@@ -202,6 +233,7 @@ def _start_from(defaults: RunConfig, path: str) -> RunConfig:
         found.config or own,
         drop_path_rate=own.drop_path_rate,
         drop_path_schedule=own.drop_path_schedule,
+        grad_checkpointing=own.grad_checkpointing,
         pretrained=path,
     )
     if found.mean is not None and found.std is not None:

@@ -1,9 +1,12 @@
 """What depends on where a run runs: precision, threads, agreement between processes, signals."""
 
 import argparse
+import math
 import os
 import platform
+import re
 import signal
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +26,10 @@ from torch import Tensor
 
 from ssl_vit.data.loader import num_cpus, num_local_processes
 
-EXIT_STOPPED: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + signal, the shell's convention
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+OUT_OF_TIME = 100  # stands beside the signals, and above all of them
+# 128 + signal is the shell's convention, and 75 is sysexits.h's "try again".
+EXIT_STOPPED: dict[int, int] = {**{number: 128 + number for number in SIGNALS}, OUT_OF_TIME: 75}
 EXIT_COLLAPSED = 3
 T = TypeVar("T")
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=4))
@@ -129,14 +135,37 @@ def seed_step(seed: int, step: int, micro: int, process_index: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence((seed, step, micro, process_index)).generate_state(1)[0]))
 
 
+_alone = False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let objectives in this block work without the other processes, which may not be doing the same."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
 def world_size() -> int:
     """Training processes on all machines."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
 
 
 def process_index() -> int:
     """Number of this process among all, 0 for the main one."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() and not _alone else 0
+
+
+def lost_process(error: RuntimeError) -> bool:
+    """Whether an error means that another process of the run has ended or cannot be reached."""
+    # gloo has no exception of its own.
+    return world_size() > 1 and (isinstance(error, dist.DistError) or bool(_LOST.search(str(error))))
+
+
+_LOST = re.compile(r"gloo|connection (closed|reset|refused)|broken pipe|timed? ?out", re.IGNORECASE)
 
 
 def on_main_process(work: Callable[[], T]) -> T:
@@ -199,14 +228,17 @@ class _Gather(torch.autograd.Function):
 
 
 class StopSignal:
-    """Notes SIGTERM and Ctrl-C, so that the loop can save before it ends; a second Ctrl-C ends at once.
+    """Notes Ctrl-C, SIGTERM and SIGUSR1, so that the loop can save before it ends; a second Ctrl-C ends at once.
 
     All processes agree on the step to stop at. They ask each other over gloo, which works on the host and never
     waits for the accelerator.
+
+    Args:
+        deadline: when to stop without any signal, in `time.monotonic` seconds.
     """
 
-    def __init__(self) -> None:
-        self.received = 0
+    def __init__(self, deadline: float = math.inf) -> None:
+        self.received, self._deadline = 0, deadline
         self._group: Any = None
         if world_size() > 1:
             self._group = dist.new_group(backend="gloo")
@@ -221,7 +253,7 @@ class StopSignal:
     @contextmanager
     def listening(self) -> Iterator["StopSignal"]:
         """Catch the signals inside this block."""
-        before = {number: signal.signal(number, self._note) for number in EXIT_STOPPED}
+        before = {number: signal.signal(number, self._note) for number in SIGNALS}
         try:
             yield self
         finally:
@@ -229,7 +261,12 @@ class StopSignal:
                 signal.signal(number, handler)
 
     def agreed(self) -> int:
-        """The signal that any process received, 0 for none; call once a step on every process."""
+        """The signal that any process received, 0 for none; call once a step on every process.
+
+        OUT_OF_TIME where the deadline has passed.
+        """
+        if time.monotonic() > self._deadline:
+            self.received = self.received or OUT_OF_TIME
         if self._launcher is not None and os.getppid() != self._launcher:
             self.received = self.received or signal.SIGTERM
         if self._group is None:

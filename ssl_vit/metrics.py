@@ -43,7 +43,7 @@ class MetricLog:
 
     def _reset(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._count = 0
+        self._count = self._taken = 0
         self._data_wait = 0.0
         self._since = time.perf_counter()
 
@@ -51,10 +51,12 @@ class MetricLog:
         """Note time in which the step waited for its batch."""
         self._data_wait += seconds
 
-    def add_step(self, losses: dict[str, Tensor]) -> None:
-        """Note the losses of a finished step."""
-        for name, value in losses.items():
-            self._sums[name] = self._sums.get(name, 0) + value.detach()
+    def add_step(self, losses: dict[str, Tensor], taken: bool = True) -> None:
+        """Note the losses of a finished step; those of a step that was not taken are left out of the averages."""
+        if taken:
+            for name, value in losses.items():
+                self._sums[name] = self._sums.get(name, 0) + value.detach()
+            self._taken += 1
         self._count += 1
         self.step += 1
         self.bar.update()
@@ -67,17 +69,16 @@ class MetricLog:
         """Write the averages since the last call, and `values` as they are. Every process calls this at the same steps.
 
         Returns:
-            What was written, the same on every process but for times.
-
-        Raises:
-            FloatingPointError: a loss since the last call was not finite.
+            What was written, the same on every process but for times; no averages where no step was taken.
         """
         names = sorted(self._sums)
-        means = mean_over_processes(torch.stack([self._sums[name].float() for name in names]) / self._count)
+        means = [self._sums[name].float() for name in names]
+        if means:
+            means = mean_over_processes(torch.stack(means) / self._taken).tolist()
         seconds = time.perf_counter() - self._since
         record = {
             "step": self.step,
-            **dict(zip(names, means.tolist(), strict=True)),
+            **dict(zip(names, means, strict=True)),
             **values,
             "progress": progress,
             "images_per_second": self._count * self.batch_size / seconds,
@@ -85,24 +86,20 @@ class MetricLog:
             "memory_mib": memory_mib(),
         }
         self.write(record)
-        if not math.isfinite(record["loss"]):
-            raise FloatingPointError(
-                f"The loss became {record['loss']} between steps {self.step - self._count} and {self.step}. "
-                "Lower optim.base_lr, set optim.clip_grad, or use precision bf16 instead of fp16."
-            )
         self._show(record)
         self._reset()
         return record
 
     def _show(self, record: dict[str, Any]) -> None:
         rate, wait = record["images_per_second"], record["data_wait"]
+        loss = f"{record['loss']:.4f}" if "loss" in record else "none (all steps skipped)"
         if self.on_terminal:
-            self.bar.set_postfix_str(f"loss {record['loss']:.4f}, {rate:.0f} images/s, {wait:.0%} waiting for data")
+            self.bar.set_postfix_str(f"loss {loss}, {rate:.0f} images/s, {wait:.0%} waiting for data")
         elif self.is_writer:
             done = self.step - self.start_step
             left = (time.perf_counter() - self._start) / done * (self.num_steps - self.step)
             print(
-                f"step {self.step}/{self.num_steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
+                f"step {self.step}/{self.num_steps}  loss {loss}  lr {record['lr']:.2e}  "
                 f"{rate:.0f} images/s  {wait:.0%} waiting for data  {tqdm.format_interval(left)} left",
                 flush=True,
             )

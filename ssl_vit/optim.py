@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ssl_vit.objectives.objective import Objective
 from ssl_vit.schedules import cosine, warmup_cosine
@@ -97,14 +100,15 @@ def set_schedule(
     return {"lr": lr, "weight_decay": weight_decay}
 
 
-def clip_gradients(objective: Objective, config: OptimConfig) -> Tensor:
-    """Scale gradients down to `clip_grad`, over what `clip_over` says.
+def clip_gradients(objective: Objective, config: OptimConfig) -> Float[Tensor, ""]:
+    """Scale gradients down to `clip_grad`, over what `clip_over` says; without a `clip_grad` leave them.
 
     Returns:
-        The norm of all gradients together before clipping.
+        The norm of all gradients together before clipping, the same on all processes; not finite where one of them is
+        not.
     """
     named = [(name, parameter) for name, parameter in objective.named_parameters() if parameter.grad is not None]
-    if config.clip_over == "all":
+    if config.clip_grad is None or config.clip_over == "all":
         groups = [[parameter for _, parameter in named]]
     elif config.clip_over == "parameter":
         groups = [[parameter] for _, parameter in named]
@@ -114,5 +118,12 @@ def clip_gradients(objective: Objective, config: OptimConfig) -> Tensor:
             # A token of the objective's own goes with the encoder that it is fed to.
             modules.setdefault(name.split(".")[0] if "." in name else "encoder", []).append(parameter)
         groups = list(modules.values())
-    limit = math.inf if config.clip_grad is None else config.clip_grad
-    return torch.stack([torch.nn.utils.clip_grad_norm_(group, limit) for group in groups]).norm()
+    norms = []
+    for group in groups:
+        norm = get_total_norm([parameter.grad for parameter in group if parameter.grad is not None])
+        if isinstance(norm, DTensor):  # of this process's shards alone so far
+            norm = norm.full_tensor()
+        if config.clip_grad is not None:
+            clip_grads_with_norm_(group, config.clip_grad, norm)
+        norms.append(norm)
+    return torch.stack(norms).norm()

@@ -46,20 +46,23 @@ def evaluate_in_training(
     accelerator.wait_for_everyone()
 
 
+def is_picture_due(config: RunConfig, step: int, num_steps: int) -> bool:
+    """Whether a picture is wanted of what is known before `step`."""
+    every = config.evaluation.pictures_every_steps
+    return every is not None and (step % every == 0 or step == num_steps)
+
+
 def draw_in_training(
-    config: RunConfig, accelerator: Accelerator, objective: Objective, source: Source, step: int, log: MetricLog
+    config: RunConfig, accelerator: Accelerator, objective: Objective, source: Source, step: int
 ) -> None:
-    """Draw what is known before step `step`, where a picture is due: always the same images and masks.
+    """Draw what is known before `step`: always the same images and masks.
 
     Only the main process draws, and nothing random is drawn from what training uses.
     """
-    every = config.evaluation.pictures_every_steps
-    if every is None or not accelerator.is_main_process or (step % every and step != log.num_steps):
+    if not accelerator.is_main_process:
         return
-    paused = log.pause()
     path = Path(config.output_dir) / PICTURES_FOLDER / f"step-{step:08d}.webp"
     draw(config, objective, source, path, accelerator.device, num_pictures=4)
-    log.go_on(paused)
 
 
 def finish(

@@ -21,7 +21,12 @@ FREE_SETTINGS = (
     "fresh",
     "log_every",
     "on_collapse",
+    "max_skipped_steps",
+    "rewind_on_spike",
+    "max_hours",
     "batch.per_device",
+    "batch.auto",
+    "encoder.grad_checkpointing",
     "data.num_workers",
     "data.on_bad_image",  # a run that went on past a picture has decoded or replaced it either way
     "data.max_bad_share",

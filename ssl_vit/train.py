@@ -1,9 +1,10 @@
 """The training loop, the same for every objective, read from top to bottom."""
 
+import math
 import sys
 import time
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -11,32 +12,38 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
-from ssl_vit import results
-from ssl_vit.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint
+from ssl_vit import results, sharding
+from ssl_vit.checkpoint import load_checkpoint, newest_checkpoint, prune_checkpoints, save_checkpoint
 from ssl_vit.config import RunConfig, parse_run, section
 from ssl_vit.data.bad_images import BadImages
 from ssl_vit.data.loader import build_loader, choose_num_workers
 from ssl_vit.data.sampler import StepSampler
 from ssl_vit.data.sources import Source, open_source
+from ssl_vit.describe import describe
 from ssl_vit.distributed import (
     EXIT_COLLAPSED,
     EXIT_STOPPED,
+    OUT_OF_TIME,
     PATIENCE,
     StopSignal,
+    lost_process,
     on_main_process,
     resolve_precision,
     seed_step,
     start_processes,
 )
 from ssl_vit.export.provenance import facts
+from ssl_vit.faults import Faults, SkippedSteps, SpikeWatch, spread, take_step
+from ssl_vit.heartbeat import State, beat
 from ssl_vit.metrics import CollapseAlarm, MetricLog
-from ssl_vit.models.encoder import Encoder
+from ssl_vit.micro_batch import choose_micro_batch, explain_out_of_memory
 from ssl_vit.models.vit import choose_attention
 from ssl_vit.objectives.objective import Objective, Transform
 from ssl_vit.optim import build_optimizer, clip_gradients, set_schedule
 from ssl_vit.run_folder import METRICS_FILE, RESULTS_FILE, check_run_folder, is_finished, open_run_folder
 from ssl_vit.sessions import note_session
 
+GO_ON = "The same command goes on from the newest checkpoint."
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
@@ -74,7 +81,9 @@ class Run:
     optimizer: torch.optim.Optimizer
     num_steps: int
     num_micro: int
-    start_step: int
+    deadline: float  # of time.monotonic
+    step: int = 0  # steps done
+    faults: Faults = field(default_factory=Faults)
 
     @property
     def folder(self) -> Path:
@@ -102,6 +111,12 @@ def main(defaults: RunConfig, quickstart: str | None = None, ending: Ending = re
         text = " ".join(str(error).split()).rstrip(".")
         print(f"error: {text}. The checkpoints before it are whole.", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if not lost_process(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        print(f"error: another process of this run ended or cannot be reached ({reason}). {GO_ON}", file=sys.stderr)
+        return 1
     finally:
         if torch.distributed.is_initialized():
             PartialState().destroy_process_group()
@@ -113,12 +128,13 @@ def set_up(config: RunConfig, ending: Ending = results) -> Run:
     Raises:
         ValueError: settings or data that cannot work, in one line.
     """
+    started = time.monotonic()
     check_run_folder(config)
     device = cast(torch.device, start_processes().device)
     precision = resolve_precision(config.precision, device)
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=[PATIENCE])
     with section("batch"):
-        num_micro = config.batch.num_micro(accelerator.num_processes)
+        config.batch.num_micro(accelerator.num_processes)  # refuses a batch that cannot be cut
 
     with accelerator.main_process_first():  # the first one fills the caches
         source = open_source(config.data)
@@ -126,15 +142,16 @@ def set_up(config: RunConfig, ending: Ending = results) -> Run:
     num_steps = config.num_steps(len(source))
     config, reasons = config.resolve(len(source), len(source.class_names))
     check_run_folder(config)
+    if config.batch.auto:
+        config, reason = choose_micro_batch(config, accelerator, precision)
+        reasons.append(reason)
     objective = config.build_objective()
     choose_attention(objective, objective.encoder.num_patches, accelerator.device, precision)
-    transform = build_transform(config, objective.encoder)
+    transform = config.build_transform(objective.encoder)
 
     checkpoint = on_main_process(lambda: open_run_folder(config))
-    model, optimizer = accelerator.prepare(objective, build_optimizer(objective, config.optim, precision))
-    start_step = 0
-    if checkpoint is not None:
-        start_step = resume(checkpoint, accelerator, model, optimizer)
+    optimizer = build_optimizer(objective, config.optim, precision)
+    model, optimizer = sharding.prepare(accelerator, objective, optimizer, precision)
 
     run = Run(
         config,
@@ -147,94 +164,82 @@ def set_up(config: RunConfig, ending: Ending = results) -> Run:
         objective,
         optimizer,
         num_steps,
-        num_micro,
-        start_step,
+        num_micro=config.batch.num_micro(accelerator.num_processes),
+        deadline=math.inf if config.max_hours is None else started + 3600 * config.max_hours,
     )
+    if checkpoint is not None:
+        resume(run, checkpoint)
     describe(run, precision, checkpoint)
     if accelerator.is_main_process:
         note_session(
             run.folder,
             source,
             seed=config.seed,
-            start_step=start_step,
+            start_step=run.step,
             num_processes=accelerator.num_processes,
-            num_micro=num_micro,
+            num_micro=run.num_micro,
             precision=precision,
         )
     accelerator.print("".join(f"auto       {reason}\n" for reason in reasons), end="")
     return run
 
 
-def build_transform(config: RunConfig, encoder: Encoder) -> Transform:
-    """What happens to an image before the objective sees it.
-
-    Raises:
-        ValueError: sizes or normalisation that do not fit the encoder.
-    """
-    for name in ("mean", "std"):
-        values = getattr(config.data, name)
-        if len(values) != encoder.in_chans:
-            raise ValueError(
-                f"data.{name}={values!r}: has {len(values)} values, and encoder.in_chans is {encoder.in_chans}: "
-                "give one for each channel"
-            )
-    with section("objective"):
-        return config.objective.build_transform(
-            encoder.image_size, encoder.patch_size, config.data.mean, config.data.std
-        )
-
-
-def resume(
-    checkpoint: Path,
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-) -> int:
-    """Fill model and optimizer from a checkpoint and return the step to go on at."""
-    state = load_checkpoint(checkpoint, model, optimizer)
-    if accelerator.scaler is not None and state["scaler"] is not None:
-        accelerator.scaler.load_state_dict(state["scaler"])
-    return state["step"]
-
-
-def describe(run: Run, precision: str, checkpoint: Path | None) -> None:
-    """Print what is about to be trained, on what, and how."""
-    config, accelerator = run.config, run.accelerator
-    trainable = sum(parameter.numel() for parameter in run.objective.parameters() if parameter.requires_grad)
-    processes = f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}"
-    micro = f"{run.num_micro} micro-batch{'es' if run.num_micro > 1 else ''}"
-    per_device = config.batch.size // (run.num_micro * accelerator.num_processes)
-    rule = "base_lr x batch / 256" if config.optim.lr_scaling == "linear" else "base_lr x sqrt(batch / 1024)"
-    accelerator.print(
-        f"data       {run.source.name}: {len(run.source):,} images"
-        + (f", {len(run.source.class_names)} classes" if run.source.class_names else ", no labels")
-        + (f"\n           {run.source.attribution}" if run.source.attribution else "")
-        + f"\nmodel      {config.encoder.arch}, {run.objective.encoder.embed_dim} wide, "
-        f"{type(run.objective).__name__}, {trainable / 1e6:.1f} M trainable parameters"
-        f"\ndevice     {processes} on {accelerator.device.type}, precision {precision}"
-        f"\nbatch      {config.batch.size} = {processes} x {micro} x {per_device} images"
-        f"\nlr         {config.optim.peak_lr(config.batch.size):.2e} = {rule}, base_lr {config.optim.base_lr:g}"
-        f"\nlength     {run.num_steps:,} steps = {run.num_steps * config.batch.size / len(run.source):.1f} epochs"
-        f"\nfolder     {run.folder}"
-    )
-    if checkpoint is not None:
-        accelerator.print(f"Going on from {checkpoint}, step {run.start_step:,} of {run.num_steps:,}")
+def resume(run: Run, checkpoint: Path) -> None:
+    """Put a run where a checkpoint left off."""
+    state = load_checkpoint(checkpoint, run.model, run.optimizer)
+    scaler = run.accelerator.scaler
+    if scaler is not None and state["scaler"] is not None:
+        scaler.load_state_dict(state["scaler"])
+    run.step = state["step"]
+    run.faults = Faults(**state.get("faults", {}))
 
 
 def train(run: Run) -> int:
     """Train to the end or to a signal, saving on the way; then export and evaluate.
 
     Returns:
-        The exit code: 0; after saving, 130 (Ctrl-C), 143 (SIGTERM) or 3 (collapse, with `on_collapse` stop).
+        The exit code: 0; after saving, 128 + the signal (130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1), 75 (`max_hours` are
+        over) or 3 (collapse, with `on_collapse` stop).
+
+    Raises:
+        FloatingPointError: too many steps in a row were skipped.
+        ValueError: the device's memory does not suffice, or an image cannot be decoded.
+    """
+    nothing_done = run.step == run.num_steps
+    try:
+        with StopSignal(run.deadline).listening() as stop:
+            if run.config.rewind_on_spike and run.step == 0:
+                save(run, is_last=True)  # to have something to go back to
+            while (code := train_steps(run, stop)) is None:
+                pass  # went back, and goes on from there
+        if code == 0:
+            finish(run, nothing_done)
+        return code
+    except torch.OutOfMemoryError:
+        heartbeat(run, "failed")  # and what it means is said outside, where the tensors of the step are gone
+    except BaseException:
+        heartbeat(run, "failed")
+        raise
+    device, num_processes = run.accelerator.device, run.accelerator.num_processes
+    per_device = run.config.batch.size // (run.num_micro * num_processes)
+    run.optimizer.state.clear()
+    raise ValueError(explain_out_of_memory(run.config, run.objective, device, per_device, num_processes))
+
+
+def train_steps(run: Run, stop: StopSignal) -> int | None:
+    """The loop, from where the run is to its end or to what stops it.
+
+    Returns:
+        The exit code, or None where the run went back to a checkpoint and is to go on from there.
     """
     config, accelerator, objective = run.config, run.accelerator, run.objective
-    device = accelerator.device
+    device, start_step = accelerator.device, run.step
     sampler = StepSampler(
         num_samples=len(run.source),
         batch_size=config.batch.size,
         num_steps=run.num_steps,
         seed=config.seed,
-        start_step=run.start_step,
+        start_step=start_step,
         num_micro=run.num_micro,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
@@ -242,7 +247,7 @@ def train(run: Run) -> int:
     )
     log = MetricLog(
         run.folder / METRICS_FILE,
-        start_step=run.start_step,
+        start_step=start_step,
         num_steps=run.num_steps,
         batch_size=config.batch.size,
         log_every=config.log_every,
@@ -255,7 +260,7 @@ def train(run: Run) -> int:
             config.data,
             run.folder,
             metrics=run.folder / METRICS_FILE,
-            start_step=run.start_step,
+            start_step=start_step,
             num_channels=objective.encoder.in_chans,
             is_writer=accelerator.is_main_process,
         )
@@ -268,12 +273,15 @@ def train(run: Run) -> int:
         device=device,
         note_bad=bad_images.note if bad_images else None,
     )
+    skipped = SkippedSteps(run.faults, sampler, run.folder, config.max_skipped_steps)
+    spikes = SpikeWatch(run.faults) if run.faults.rewinds < config.rewind_on_spike else None
     alarm = CollapseAlarm()
     evaluate_every = config.evaluation.every_steps
     run.model.train()
-    with StopSignal().listening() as stop, closing(batches):
-        for step in range(run.start_step, run.num_steps):
-            results.draw_in_training(config, accelerator, objective, run.source, step, log)
+    heartbeat(run, "training")
+    with closing(batches), closing(log):
+        for step in range(start_step, run.num_steps):
+            draw_picture(run, step, log)
             progress = step / run.num_steps
             losses: dict[str, torch.Tensor] = {}
             for micro in range(run.num_micro):
@@ -284,23 +292,26 @@ def train(run: Run) -> int:
                 last = micro == run.num_micro - 1
                 with nullcontext() if last else accelerator.no_sync(run.model):
                     parts = run.model(batch, progress)
-                    accelerator.backward(parts["loss"] / run.num_micro)
+                    accelerator.backward(spread(parts["loss"]) / run.num_micro)
                 for name, value in parts.items():
                     losses[name] = losses.get(name, torch.zeros((), device=device)) + value.detach() / run.num_micro
+            if spikes is not None and spikes.sees_spike(losses["loss"]):
+                go_back(run, step, log)
+                return None
             settings = set_schedule(run.optimizer, config.optim, progress, config.batch.size)
-            if config.optim.clip_grad is not None:
-                accelerator.unscale_gradients(run.optimizer)
-                losses["grad_norm"] = clip_gradients(objective, config.optim)
-            run.optimizer.step()
-            if not accelerator.optimizer_step_was_skipped:  # fp16 found an overflow and skipped the step
+            accelerator.unscale_gradients(run.optimizer)
+            losses["grad_norm"] = clip_gradients(objective, config.optim)
+            taken = take_step(accelerator, run.optimizer, losses["grad_norm"])
+            if taken:
                 objective.after_step(progress)
             run.optimizer.zero_grad()
+            skipped.note(step, taken, losses["loss"])
 
-            done = step + 1
+            run.step = done = step + 1
             save_due = done % config.checkpoint.every_steps == 0 or done == run.num_steps
-            # Logged before each save, so that weights are never saved after a loss that was not finite.
             settings["epoch"] = done * config.batch.size / len(run.source)
-            log.add_step(losses)
+            settings["skipped_steps"] = run.faults.skipped_steps
+            log.add_step(losses, taken)
             signal_number = stop.agreed()
             collapsed = False
             if save_due or signal_number or log.is_due():
@@ -311,46 +322,93 @@ def train(run: Run) -> int:
                     if bad_images.count > before == 0:
                         log.say(f"WARNING: pictures that cannot be decoded are passed over; see {bad_images.path}")
                 values = log.write_interval(costly | settings, progress)
+                heartbeat(run, "training", values["images_per_second"])
                 if bad_images is not None:
                     bad_images.check(done * config.batch.size)
                 # Weights that have hardly moved look like a collapse and are none.
-                diagnosis = objective.diagnose(values) if progress >= float(config.optim.warmup) else None
+                judged = progress >= float(config.optim.warmup) and "loss" in values
+                diagnosis = objective.diagnose(values) if judged else None
                 if collapsed := alarm.raised(diagnosis):
                     log.say(f"WARNING: collapse at step {done:,}. {diagnosis}")
                     collapsed = config.on_collapse == "stop"
             if save_due or signal_number or collapsed:
                 paused = log.pause()
-                folder = save(run, done, is_last=done == run.num_steps or bool(signal_number) or collapsed)
+                folder = save(run, is_last=done == run.num_steps or bool(signal_number) or collapsed)
                 log.go_on(paused)
-            if collapsed:
-                log.close()
-                accelerator.print(
-                    f"Stopped at step {done:,} of {run.num_steps:,} (--on_collapse stop), saved {folder}."
-                )
-                return EXIT_COLLAPSED
-            if signal_number:
-                log.close()
-                accelerator.print(
-                    f"Stopped by a signal at step {done:,} of {run.num_steps:,} and saved {folder}. "
-                    "The same command goes on from there."
-                )
-                return EXIT_STOPPED[signal_number]
+                if signal_number or collapsed:
+                    return stopped(run, folder, signal_number)
             if run.judges and evaluate_every and done % evaluate_every == 0 and done < run.num_steps:
                 paused = log.pause()
-                run.ending.evaluate_in_training(config, accelerator, objective, run.judges, done, log)
+                heartbeat(run, "evaluating")
+                judged_objective = sharding.whole(config, run.model, objective, device)
+                run.ending.evaluate_in_training(config, accelerator, judged_objective, run.judges, done, log)
                 log.go_on(paused)
-    if run.start_step < run.num_steps:
-        results.draw_in_training(config, accelerator, objective, run.source, run.num_steps, log)
-    log.close()
-    # What the main process sees counts: it may write the file before another one looks.
-    if run.start_step == run.num_steps and broadcast_object_list([is_finished(run.folder, run.num_steps)])[0]:
-        accelerator.print(f"This run is finished: {run.folder / RESULTS_FILE}. --fresh starts it anew.")
-        return 0
-    run.ending.finish(config, accelerator, objective, run.source, run.judges, run.num_steps)
+        if start_step < run.num_steps:
+            draw_picture(run, run.num_steps, log)
     return 0
 
 
-def save(run: Run, step: int, *, is_last: bool) -> Path | None:
+def draw_picture(run: Run, step: int, log: MetricLog) -> None:
+    """Draw what is known before `step`, where a picture is due."""
+    if results.is_picture_due(run.config, step, run.num_steps):
+        paused = log.pause()
+        objective = sharding.whole(run.config, run.model, run.objective, run.accelerator.device)
+        results.draw_in_training(run.config, run.accelerator, objective, run.source, step)
+        log.go_on(paused)
+
+
+def stopped(run: Run, folder: Path | None, signal_number: int) -> int:
+    """Say why a run stopped that has just been saved; signal number 0 is a collapse."""
+    where = f"at step {run.step:,} of {run.num_steps:,}"
+    heartbeat(run, "stopped")
+    if not signal_number:
+        run.accelerator.print(f"Stopped {where} (--on_collapse stop), saved {folder}.")
+        return EXIT_COLLAPSED
+    why = f"after {run.config.max_hours:g} hours" if signal_number == OUT_OF_TIME else "by a signal"
+    run.accelerator.print(f"Stopped {why} {where} and saved {folder}. The same command goes on from there.")
+    return EXIT_STOPPED[signal_number]
+
+
+def go_back(run: Run, step: int, log: MetricLog) -> None:
+    """Put a run whose loss jumped in `step` behind that step, with the weights of its newest checkpoint.
+
+    What was drawn since that checkpoint is not learned from. It is saved at once, so that the run is there to stay.
+    """
+    faults = run.faults
+    checkpoint = cast(Path, on_main_process(lambda: newest_checkpoint(run.folder)))  # there is one from the start on
+    run.optimizer.zero_grad()
+    run.optimizer.state.clear()
+    resume(run, checkpoint)
+    log.say(
+        f"WARNING: the loss jumped in step {step + 1:,}. Back to {checkpoint} and on from step {step + 1:,}, past the "
+        f"samples since then (rewind {faults.rewinds + 1} of {run.config.rewind_on_spike})."
+    )
+    log.write({"step": step + 1, "rewound_to": run.step})
+    run.step = step + 1
+    run.faults = replace(run.faults, rewinds=faults.rewinds + 1, skipped_steps=faults.skipped_steps)
+    save(run, is_last=True)
+
+
+def finish(run: Run, nothing_done: bool) -> None:
+    """Write what a run ends with, unless it was there when nothing was left to do."""
+    config, accelerator = run.config, run.accelerator
+    # What the main process sees counts: it may write the file before another one looks.
+    if nothing_done and broadcast_object_list([is_finished(run.folder, run.num_steps)])[0]:
+        accelerator.print(f"This run is finished: {run.folder / RESULTS_FILE}. --fresh starts it anew.")
+    else:
+        heartbeat(run, "finishing")
+        objective = sharding.whole(config, run.model, run.objective, accelerator.device)
+        run.ending.finish(config, accelerator, objective, run.source, run.judges, run.num_steps)
+    heartbeat(run, "finished")
+
+
+def heartbeat(run: Run, state: State, images_per_second: float | None = None) -> None:
+    """Tell watchers what the run is doing."""
+    if run.accelerator.is_main_process:
+        beat(run.folder, state, run.step, run.num_steps, images_per_second)
+
+
+def save(run: Run, *, is_last: bool) -> Path | None:
     """Save a checkpoint and delete those that need not stay.
 
     Returns:
@@ -365,15 +423,16 @@ def save(run: Run, step: int, *, is_last: bool) -> Path | None:
         "backbone": backbone_prefix(run.objective),
         "class_names": list(run.source.class_names),
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+        "faults": run.faults.to_plain(),
     }
     try:
-        folder = save_checkpoint(run.folder, step, run.model, run.optimizer, state)
+        folder = save_checkpoint(run.folder, run.step, run.model, run.optimizer, state)
     except OSError as error:
         if not is_last:
             accelerator.print(f"WARNING: {error}; the run goes on, and the next save tries again")
             return None
         on_main_process(lambda: prune_checkpoints(run.folder, replace(config, keep=max(1, config.keep - 1))))
-        folder = save_checkpoint(run.folder, step, run.model, run.optimizer, state)
+        folder = save_checkpoint(run.folder, run.step, run.model, run.optimizer, state)
     on_main_process(lambda: prune_checkpoints(run.folder, config))
     return folder
 

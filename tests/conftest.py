@@ -1,14 +1,22 @@
 """Fixtures: tiny models and pictures made on the fly."""
 
+import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
+from safetensors.torch import load_file
 
+from scripts import pretrain_dino, pretrain_dinov2, pretrain_mae
+from ssl_vit.checkpoint import list_checkpoints
+from ssl_vit.config import parse_run
 from ssl_vit.models.vit import ViT, ViTConfig
+from ssl_vit.train import set_up, train
 
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -75,3 +83,40 @@ SMALL_DINO = [
 ]
 # LayerScale's 1e-5 would leave all class tokens the same for a dozen steps, and KoLeo with nothing but rounding errors.
 SMALL_DINOV2 = [*SMALL_DINO, "--optim.base_lr=0.01", "--encoder.layer_scale=1.0"]
+OBJECTIVES = {
+    "mae": (pretrain_mae.DEFAULTS, SMALL_RUN),
+    "dino": (pretrain_dino.DEFAULTS, SMALL_DINO),
+    "dinov2": (pretrain_dinov2.DEFAULTS, SMALL_DINOV2),
+}
+
+
+@pytest.fixture
+def _fresh_state() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def start(photo_folder: Path, tmp_path: Path, _fresh_state: None) -> Callable[..., int]:
+    """Runs a small training in this process and returns its exit code."""
+
+    def start(*flags: str, name: str = "run", steps: int = 6, labels: bool = False, objective: str = "mae") -> int:
+        AcceleratorState._reset_state()
+        flags = flags if labels else ("--data.label_column=none", *flags)
+        defaults, small = OBJECTIVES[objective]
+        settings = [f"--data.source={photo_folder}", f"--output_dir={tmp_path / name}", f"--steps={steps}"]
+        return train(set_up(parse_run(defaults, [*small, *settings, *flags])))
+
+    return start
+
+
+def losses(run: Path) -> list[float]:
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [record["loss"] for record in records if "loss" in record]
+
+
+def last_weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(list_checkpoints(run)[-1] / "model.safetensors")

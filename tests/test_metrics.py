@@ -36,10 +36,21 @@ def test_means_between_log_steps_and_the_last_step_are_written(
     assert "left" in lines[0]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_advice(tmp_path: Path) -> None:
-    with pytest.raises(FloatingPointError, match=r"became nan between steps 2 and 4.*base_lr"):
-        run(tmp_path / "metrics.jsonl", [1.0, 1.0, float("nan"), 1.0])
-    assert [record["step"] for record in read(tmp_path / "metrics.jsonl")] == [2, 4]
+def test_steps_that_were_not_taken_are_left_out_of_the_averages(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "m.jsonl"
+    log = MetricLog(path, start_step=0, num_steps=4, batch_size=8, log_every=2, is_writer=True)
+    for loss, taken in ((1.0, True), (float("nan"), False), (float("inf"), False), (2.0, False)):
+        log.add_step({"loss": torch.tensor(loss)}, taken)
+        if log.is_due():
+            log.write_interval({"lr": 0.1}, progress=0.5)
+    log.close()
+    first, second = read(path)
+    assert (first["step"], first["loss"]) == (2, 1.0)
+    assert second["step"] == 4
+    assert "loss" not in second
+    assert "loss none (all steps skipped)" in capsys.readouterr().out
 
 
 def test_what_json_cannot_say_is_null(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_teacher_centre_and_frozen_layers_survive_being_killed(
     assert "center" in weights(run)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_the_whole_group_saves_although_workers_get_it_too(
     photo_folder: Path, whole: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

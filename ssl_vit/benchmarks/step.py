@@ -48,6 +48,7 @@ def prepare_step(config: RunConfig, objective: Objective, num_images: int, devic
     pixels = torch.from_numpy(rng.integers(0, 256, (encoder.in_chans, 256, 256), dtype=np.uint8))
     samples = [transform(pixels, rng) for _ in range(num_images)]
     collated = {name: torch.stack([item[name] for item in samples]) for name in samples[0]}
+    collated["label"] = torch.zeros(num_images, dtype=torch.int64)  # as of a labelled source; only classifiers look
 
     def forward_backward() -> None:
         batch = transform.on_device(collated, device)

@@ -69,7 +69,7 @@ def num_cpus() -> int:
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:
-    """Ctrl-C, and a SIGTERM to the whole group, must not end the workers under a run that is about to save.
+    """Ctrl-C, and SIGTERM or SIGUSR1 to the whole group, must not end the workers under a run that is about to save.
 
     A SIGTERM is heeded a minute late, and a second one at once: it may come from a main process that ends.
     """
@@ -81,6 +81,7 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
         timer.start()
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, heed_later)
 
 

@@ -1,6 +1,7 @@
 """Which samples each process trains on, as a pure function of seed and step."""
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from functools import partial
 from typing import NamedTuple
 
@@ -68,6 +69,12 @@ class StepSampler(Sampler[list[SampleKey]]):
 
     def __len__(self) -> int:
         return (self.num_steps - self.start_step) * self.num_micro
+
+    def of_step(self, step: int) -> list[list[SampleKey]]:
+        """The micro-batches of this process in one step, whatever the step that the sampler starts at."""
+        one = copy(self)
+        one.start_step, one.num_steps = step, step + 1
+        return list(one)
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         size = self.batch_size // (self.num_micro * self.num_processes)

@@ -24,7 +24,6 @@ from ssl_vit.doctor.findings import (
 )
 from ssl_vit.evaluation.scores import wilson_interval
 from ssl_vit.export.provenance import device_name
-from ssl_vit.train import build_transform
 
 Measure = Literal["auto", "true", "false"]
 _CROPPED = 64  # pictures whose crops are timed
@@ -136,14 +135,14 @@ def _examine_run(
         return None, [str(error)], []
     encoder = objective.encoder
     try:
-        build_transform(config, encoder)
+        config.build_transform(encoder)
     except ValueError as error:
         problems.append(str(error))
     # What is measured does not depend on these numbers, but there must be one for each channel.
     grey = (0.5,) * encoder.in_chans
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, mean=grey, std=grey))
     try:
-        transform = build_transform(config, encoder)
+        transform = config.build_transform(encoder)
     except ValueError:
         return None, problems, []  # not the normalisation alone
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

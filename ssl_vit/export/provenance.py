@@ -12,7 +12,7 @@ from ssl_vit.objectives.objective import Objective
 def facts(objective: Objective, source: Source, device: torch.device, num_processes: int) -> dict[str, Any]:
     """What the settings of a run do not say, in a form that JSON takes."""
     return {
-        "objective": type(objective).__name__,
+        "objective": objective.name,
         "num_images": len(source),
         "attribution": source.attribution,
         "hardware": f"{num_processes} x {device_name(device)}",

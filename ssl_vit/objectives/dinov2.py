@@ -7,7 +7,6 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from einops import rearrange
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
@@ -15,7 +14,13 @@ from torch.nn import functional as F
 
 from ssl_vit.data.masking import draw_block_mask
 from ssl_vit.data.multicrop import MultiCropTransform
-from ssl_vit.distributed import gather_with_gradient, max_over_processes, sum_over_processes, world_size
+from ssl_vit.distributed import (
+    gather_with_gradient,
+    max_over_processes,
+    process_index,
+    sum_over_processes,
+    world_size,
+)
 from ssl_vit.ema import update_ema
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.objectives.dino import DINO, DINOConfig, RunningMean, freeze
@@ -254,7 +259,7 @@ def koleo_loss(features: Float[Tensor, "b d"], eps: float = 1e-8) -> Float[Tenso
         everyone = gather_with_gradient(own)
         if len(everyone) < 2:
             return own.sum() * 0
-        first = dist.get_rank() * len(own) if dist.is_initialized() else 0
+        first = process_index() * len(own)
         with torch.no_grad():
             similarity = own @ everyone.T
             rows = torch.arange(len(own), device=own.device)

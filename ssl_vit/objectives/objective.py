@@ -97,6 +97,11 @@ class Objective(nn.Module):
     encoder: Encoder  # the one that receives gradients
     picture_file = "picture.png"  # what `draw` writes
 
+    @property
+    def name(self) -> str:
+        """Name of the class, also where FSDP has put its own before it."""
+        return type(self).__name__.removeprefix("FSDP")
+
     def forward(self, batch: Mapping[str, Tensor], progress: float) -> dict[str, Tensor]:
         """Losses of a batch, a deterministic function of (parameters, batch, progress).
 

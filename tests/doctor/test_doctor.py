@@ -20,7 +20,6 @@ from ssl_vit.data.sources import DataConfig, open_source
 from ssl_vit.doctor.cost import build_on_meta, measure_step, model_memory, pace
 from ssl_vit.doctor.findings import warnings_of_pictures
 from ssl_vit.doctor.page import as_text
-from ssl_vit.train import build_transform
 from tests.conftest import ROOT, SMALL_DINO, SMALL_RUN
 
 QUICK = [*SMALL_RUN, "--step=false"]
@@ -88,7 +87,7 @@ def test_the_written_config_is_taken_by_pre_training(
     assert list(config.data.mean) == facts["settings"]["data"]["mean"]
     assert len(open_source(config.data)) == 10
     config, _ = config.resolve(10)
-    build_transform(config, config.build_objective().encoder)
+    config.build_transform(config.build_objective().encoder)
     assert main([str(folder), *QUICK, f"--write_config={file}"]) == 2
     assert "is there already" in capsys.readouterr().err
 

@@ -1,0 +1,31 @@
+"""What is printed before a run starts."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ssl_vit.train import Run
+
+
+def describe(run: "Run", precision: str, checkpoint: Path | None) -> None:
+    """Print what is about to be trained, on what, and how."""
+    config, accelerator = run.config, run.accelerator
+    trainable = sum(parameter.numel() for parameter in run.objective.parameters() if parameter.requires_grad)
+    processes = f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}"
+    micro = f"{run.num_micro} micro-batch{'es' if run.num_micro > 1 else ''}"
+    per_device = config.batch.size // (run.num_micro * accelerator.num_processes)
+    rule = "base_lr x batch / 256" if config.optim.lr_scaling == "linear" else "base_lr x sqrt(batch / 1024)"
+    accelerator.print(
+        f"data       {run.source.name}: {len(run.source):,} images"
+        + (f", {len(run.source.class_names)} classes" if run.source.class_names else ", no labels")
+        + (f"\n           {run.source.attribution}" if run.source.attribution else "")
+        + f"\nmodel      {config.encoder.arch}, {run.objective.encoder.embed_dim} wide, "
+        f"{run.objective.name}, {trainable / 1e6:.1f} M trainable parameters"
+        f"\ndevice     {processes} on {accelerator.device.type}, precision {precision}"
+        f"\nbatch      {config.batch.size} = {processes} x {micro} x {per_device} images"
+        f"\nlr         {config.optim.peak_lr(config.batch.size):.2e} = {rule}, base_lr {config.optim.base_lr:g}"
+        f"\nlength     {run.num_steps:,} steps = {run.num_steps * config.batch.size / len(run.source):.1f} epochs"
+        f"\nfolder     {run.folder}"
+    )
+    if checkpoint is not None:
+        accelerator.print(f"Going on from {checkpoint}, step {run.step:,} of {run.num_steps:,}")

@@ -1,0 +1,34 @@
+"""heartbeat.json in a run's folder: what the run was doing when, for whoever watches it."""
+
+import json
+import os
+import platform
+from contextlib import suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Literal
+
+HEARTBEAT_FILE = "heartbeat.json"
+State = Literal["training", "evaluating", "finishing", "finished", "stopped", "failed"]
+
+
+def beat(folder: Path, state: State, step: int, num_steps: int, images_per_second: float | None = None) -> None:
+    """Rewrite the heartbeat; a reader finds the old one or the new one, never a part. Only the main process calls this.
+
+    Args:
+        step: optimizer steps done.
+        images_per_second: of all processes, over the last log interval.
+    """
+    unfinished = folder / f"unfinished-{HEARTBEAT_FILE}"
+    values = {
+        "state": state,
+        "step": step,
+        "num_steps": num_steps,
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "images_per_second": images_per_second,
+        "host": platform.node(),
+        "pid": os.getpid(),
+    }
+    with suppress(OSError):  # a watcher's convenience must not end a run
+        unfinished.write_text(json.dumps(values) + "\n")
+        unfinished.replace(folder / HEARTBEAT_FILE)
