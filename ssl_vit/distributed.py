@@ -24,7 +24,7 @@ from accelerate import InitProcessGroupKwargs, PartialState
 from jaxtyping import Num
 from torch import Tensor
 
-from ssl_vit.data.loader import num_cpus, num_local_processes
+from ssl_vit.data.workers import num_cpus, num_local_processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 OUT_OF_TIME = 100  # stands beside the signals, and above all of them

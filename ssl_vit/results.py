@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from ssl_vit.config import RunConfig, as_plain
 from ssl_vit.data.bad_images import leave_out_bad
 from ssl_vit.data.device_transforms import normalize
-from ssl_vit.data.loader import choose_num_workers
 from ssl_vit.data.sources import DataConfig, Source, open_source
+from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.distributed import autocast_dtype, process_index
 from ssl_vit.evaluation.evaluate import evaluate_encoder, evaluate_pixels, split_sources
 from ssl_vit.evaluation.features import centre_crop

@@ -16,9 +16,10 @@ from ssl_vit import results, sharding
 from ssl_vit.checkpoint import load_checkpoint, newest_checkpoint, prune_checkpoints, save_checkpoint
 from ssl_vit.config import RunConfig, parse_run, section
 from ssl_vit.data.bad_images import BadImages
-from ssl_vit.data.loader import build_loader, choose_num_workers
+from ssl_vit.data.loader import Batches
 from ssl_vit.data.sampler import StepSampler
 from ssl_vit.data.sources import Source, open_source
+from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.describe import describe
 from ssl_vit.distributed import (
     EXIT_COLLAPSED,
@@ -264,7 +265,7 @@ def train_steps(run: Run, stop: StopSignal) -> int | None:
             num_channels=objective.encoder.in_chans,
             is_writer=accelerator.is_main_process,
         )
-    batches = build_loader(
+    batches = Batches(
         run.source,
         run.transform,
         sampler,
@@ -279,7 +280,7 @@ def train_steps(run: Run, stop: StopSignal) -> int | None:
     evaluate_every = config.evaluation.every_steps
     run.model.train()
     heartbeat(run, "training")
-    with closing(batches), closing(log):
+    with batches, closing(log):
         for step in range(start_step, run.num_steps):
             draw_picture(run, step, log)
             progress = step / run.num_steps

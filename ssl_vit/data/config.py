@@ -6,6 +6,7 @@ from typing import Literal
 
 from ssl_vit.data.headers import MAX_PIXELS
 from ssl_vit.data.mixture import as_text, check_weights
+from ssl_vit.data.workers import check_num_workers
 
 KINDS = (
     "'openmoji' (built-in demo pictures), a folder of images, a parquet file or a quoted glob of them, "
@@ -37,8 +38,14 @@ class DataConfig:
     """When training draws a picture that cannot be decoded: take the next good one and note it, or stop."""
     max_bad_share: float = 0.05
     """Stop when more than this share of the pictures drawn, or of the source, cannot be decoded."""
-    num_workers: int = -1
-    """Loader processes of each training process; -1 = chosen from the machine."""
+    num_workers: int | Literal["auto"] = "auto"
+    """Loader processes of each training process; auto = chosen from the machine."""
+    cache: Literal["none", "ram", "disk"] = "none"
+    """Decode each picture once, before the first step, and keep it small: in memory for the run, or on disk."""
+    cache_side: int | Literal["auto"] = "auto"
+    """Most pixels of a kept picture's shorter side. auto: 8/7 of the encoder's, 256 for 224."""
+    cache_dir: str | None = None
+    """Folder of what is kept on disk; null = ssl_vit/decoded in the user's cache folder."""
     streaming: bool = False
     """Read hub ids, parquet files and WebDataset tars from front to back, without a copy of the data set."""
     shuffle_buffer: int = 4000
@@ -79,8 +86,11 @@ class DataConfig:
             raise ValueError(f"on_bad_image={self.on_bad_image!r}: choose 'skip' or 'raise'")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share={self.max_bad_share!r}: must lie between 0 and 1; 1 never stops")
-        if self.num_workers < -1:
-            raise ValueError(f"num_workers={self.num_workers!r}: must be at least 0, or -1 (automatic)")
+        object.__setattr__(self, "num_workers", check_num_workers(self.num_workers))
+        if self.cache not in ("none", "ram", "disk"):
+            raise ValueError(f"cache={self.cache!r}: choose 'none', 'ram' or 'disk'")
+        if self.cache_side != "auto" and self.cache_side < 1:
+            raise ValueError(f"cache_side={self.cache_side!r}: must be at least 1 pixel, or auto")
 
 
 def setting_error(config: DataConfig, field: str, what: str) -> ValueError:

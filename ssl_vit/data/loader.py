@@ -1,9 +1,8 @@
 """From a source to batches on the training device."""
 
-import os
-import signal
-import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ssl_vit.data.sampler import SampleKey, StepSampler, sample_rng
 from ssl_vit.data.sources import Source
+from ssl_vit.data.workers import CurrentRows, leave_signals_to_the_main_process, naming_killed_workers
 from ssl_vit.objectives.objective import Transform
 
 
@@ -23,10 +23,17 @@ class TransformedSource(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(
-        self, source: Source, transform: Transform, num_channels: int, seed: int, skip_bad: bool = False
+        self,
+        source: Source,
+        transform: Transform,
+        num_channels: int,
+        seed: int,
+        skip_bad: bool = False,
+        num_workers: int = 0,
     ) -> None:
         self.source, self.transform, self.num_channels, self.seed = source, transform, num_channels, seed
         self.skip_bad = skip_bad
+        self.current = CurrentRows(num_workers)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -34,8 +41,9 @@ class TransformedSource(Dataset[dict[str, Tensor]]):
     def __getitem__(self, key: SampleKey) -> dict[str, Tensor]:
         row = key.index
         if self.skip_bad:
-            image, row = self.source.next_image(row, self.num_channels)
+            image, row = self.source.next_image(row, self.num_channels, self.current.note)
         else:
+            self.current.note(row)
             image = self.source.image(row, self.num_channels)
         sample = self.transform(image, sample_rng(self.seed, key))
         if self.source.labels is not None:
@@ -45,53 +53,11 @@ class TransformedSource(Dataset[dict[str, Tensor]]):
         return sample
 
 
-def choose_num_workers(num_workers: int, device: torch.device) -> int:
-    """Loader processes of each training process; -1 means chosen from the machine.
-
-    None where the CPU trains: every core is busy with the step, and a worker that takes one away costs more than it
-    hides.
-    """
-    if num_workers >= 0:
-        return num_workers
-    if device.type == "cpu":
-        return 0
-    return max(1, min(16, num_cpus() // num_local_processes() - 1))
-
-
-def num_local_processes() -> int:
-    """Training processes on this machine, as the launcher says."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def num_cpus() -> int:
-    """CPUs that this process may use, which in a container are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _leave_signals_to_the_main_process(worker: int) -> None:
-    """Ctrl-C, and SIGTERM or SIGUSR1 to the whole group, must not end the workers under a run that is about to save.
-
-    A SIGTERM is heeded a minute late, and a second one at once: it may come from a main process that ends.
-    """
-
-    def heed_later(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        timer = threading.Timer(60, os.kill, (os.getpid(), signal.SIGTERM))
-        timer.daemon = True  # must not keep a worker alive that is done
-        timer.start()
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, heed_later)
-
-
-def read_batches(loader: DataLoader) -> Iterator[Any]:
-    """The batches of a loader, with a worker's ValueError as it would be without workers.
-
-    torch puts the worker's whole traceback into the message.
-    """
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """A worker's ValueError as it would be without workers: torch puts its whole traceback into the message."""
     try:
-        yield from loader
+        yield
     except ValueError as error:
         text = str(error)
         if not text.startswith("Caught ValueError in "):
@@ -99,35 +65,80 @@ def read_batches(loader: DataLoader) -> Iterator[Any]:
         raise ValueError(text.rpartition("\nValueError: ")[2].strip()) from None
 
 
-def build_loader(
-    source: Source,
-    transform: Transform,
-    sampler: StepSampler,
-    *,
-    num_channels: int,
-    num_workers: int,
-    device: torch.device,
-    note_bad: Callable[[Tensor], None] | None = None,
-) -> Generator[dict[str, Tensor], None, None]:
+def read_batches(loader: DataLoader) -> Iterator[Any]:
+    """The batches of a loader, see `plain_errors`."""
+    with plain_errors():
+        yield from loader
+
+
+class Batches:
     """Micro-batches in the sampler's order, on `device`, as the objective takes them.
 
-    Close it (`contextlib.closing`) to end its workers.
-
-    Args:
-        note_bad: given the `bad_row` of each batch; pictures that cannot be decoded are replaced. None = they raise.
-
-    Raises:
-        ValueError: an image cannot be decoded; see `Source.image` and `Source.next_image`.
+    A context: at its end the workers end, and inside it a worker that was killed is a ValueError that names the picture
+    it was at, wherever the news of it arrives.
     """
-    loader = DataLoader(
-        TransformedSource(source, transform, num_channels, sampler.seed, skip_bad=note_bad is not None),
-        batch_sampler=sampler,
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-        prefetch_factor=4 if num_workers else None,
-        worker_init_fn=_leave_signals_to_the_main_process,
-    )
-    for batch in read_batches(loader):
-        if note_bad is not None:
-            note_bad(batch.pop("bad_row"))
-        yield transform.on_device(batch, device)
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform,
+        sampler: StepSampler,
+        *,
+        num_channels: int,
+        num_workers: int,
+        device: torch.device,
+        note_bad: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        """No worker is started before the first batch.
+
+        Args:
+            note_bad: given the `bad_row` of each batch; pictures that cannot be decoded are replaced. None: they raise.
+        """
+        self.source, self.transform, self.device, self.note_bad = source, transform, device, note_bad
+        self._samples = TransformedSource(
+            source, transform, num_channels, sampler.seed, skip_bad=note_bad is not None, num_workers=num_workers
+        )
+        self._loader = DataLoader(
+            self._samples,
+            batch_sampler=sampler,
+            num_workers=num_workers,
+            pin_memory=device.type == "cuda",
+            prefetch_factor=4 if num_workers else None,
+            worker_init_fn=leave_signals_to_the_main_process,
+        )
+        self._iterator: Any = None
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> dict[str, Tensor]:
+        """The next micro-batch.
+
+        Raises:
+            ValueError: an image cannot be decoded; see `Source.image` and `Source.next_image`. Or a worker was killed.
+        """
+        with self._naming(), plain_errors():
+            if self._iterator is None:
+                self._iterator = iter(self._loader)
+            batch = next(self._iterator)
+        if self.note_bad is not None:
+            self.note_bad(batch.pop("bad_row"))
+        return self.transform.on_device(batch, self.device)
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # Not left to the garbage collector: an error's traceback would keep the workers alive, and the end of each of
+        # them would be one more error.
+        if hasattr(self._iterator, "_shutdown_workers"):
+            with suppress(RuntimeError):
+                self._iterator._shutdown_workers()
+        if isinstance(error, RuntimeError | OSError | EOFError):
+            with self._naming():
+                raise error
+
+    def _naming(self) -> AbstractContextManager[None]:
+        return naming_killed_workers(self._samples.current, self.source.where)

@@ -2,7 +2,7 @@
 
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -79,16 +79,13 @@ class Source:
             ValueError: the image cannot be decoded. Names the source, the row and, if any, the path.
         """
         stored = self.rows[index][self.image_column] or {}
-        path = stored.get("path")
-        data = stored.get("bytes") or path
+        data = stored.get("bytes") or stored.get("path")
         try:
             if data is None:
                 raise ValueError("the row holds no image")
             return decode(data, num_channels, self.max_pixels)
         except (ValueError, OSError) as error:
-            name, row = self._origin(index)
-            where = f"row {row}" + (f" ({path})" if path else "")
-            raise ValueError(f"data.source={name!r}: {where}: {error}") from error
+            raise ValueError(f"{self.where(index)}: {error}") from error
 
     def _origin(self, index: int) -> tuple[str, int]:
         """The source that a row comes from, and its number there."""
@@ -97,20 +94,35 @@ class Source:
         origin = self.mixture.origin
         return self.mixture.names[origin[index]], int((origin[:index] == origin[index]).sum())
 
-    def next_image(self, index: int, num_channels: int) -> tuple[UInt8[Tensor, "{num_channels} h w"], int]:
+    def where(self, index: int) -> str:
+        """What an error about the picture of a row begins with: source, row and, if any, path."""
+        path = (self.rows[index][self.image_column] or {}).get("path")
+        name, row = self._origin(index)
+        return f"data.source={name!r}: row {row}" + (f" ({path})" if path else "")
+
+    def next_image(
+        self, index: int, num_channels: int, at: Callable[[int], None] | None = None
+    ) -> tuple[UInt8[Tensor, "{num_channels} h w"], int]:
         """The picture of a row, or of the next one that can be decoded, round the end; and the row it is of.
 
         In a mixture the next one is of the same source.
 
+        Args:
+            at: told each row before it is decoded.
+
         Raises:
             ValueError: none of `MAX_TRIES` rows can be decoded. Names the first.
         """
+        if at is not None:
+            at(index)
         try:
             return self.image(index, num_channels), index
         except ValueError as error:
             first = error
         following = np.roll(np.arange(len(self)), -index) if self.mixture is None else self.mixture.alike(index)
         for row in following[1:MAX_TRIES].tolist():
+            if at is not None:
+                at(row)
             try:
                 return self.image(row, num_channels), row
             except ValueError:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ssl_vit.benchmarks.step import Step, prepare_step
 from ssl_vit.config import RunConfig, section
-from ssl_vit.data.loader import choose_num_workers, num_cpus
 from ssl_vit.data.sources import Source
+from ssl_vit.data.workers import choose_num_workers, num_cpus
 from ssl_vit.distributed import resolve_precision
 from ssl_vit.models.vit import choose_attention
 from ssl_vit.objectives.objective import Objective, Transform
@@ -180,6 +180,6 @@ def pace(step_rate: float, input_rate: float, device: torch.device) -> Pace:
     """
     if device.type == "cpu":
         # Decoded between the steps: a worker would take away the step's cores.
-        return Pace(choose_num_workers(-1, device), 1 / (1 / step_rate + 1 / input_rate), input_rate)
+        return Pace(choose_num_workers("auto", device), 1 / (1 / step_rate + 1 / input_rate), input_rate)
     workers = min(max(1, math.ceil(step_rate / input_rate)), max(1, num_cpus() - 1))
     return Pace(workers, min(step_rate, workers * input_rate), workers * input_rate)

@@ -11,8 +11,8 @@ import torch
 
 from ssl_vit.config import RunConfig
 from ssl_vit.data.doctor import Pictures, choose_rows, count_labels, read_pictures
-from ssl_vit.data.loader import num_cpus
 from ssl_vit.data.sources import Source
+from ssl_vit.data.workers import num_cpus
 from ssl_vit.distributed import use_all_cpus
 from ssl_vit.doctor.cost import build_on_meta, measure_crops, measure_step, model_memory, pace
 from ssl_vit.doctor.findings import (

@@ -12,8 +12,8 @@ from accelerate import PartialState
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from torch import Tensor
 
-from ssl_vit.data.loader import choose_num_workers
 from ssl_vit.data.sources import DataConfig, Source, open_source
+from ssl_vit.data.workers import check_num_workers, choose_num_workers
 from ssl_vit.distributed import autocast_dtype, process_index, resolve_precision, start_processes
 from ssl_vit.evaluation.cache import cached_features, feature_key, hash_file
 from ssl_vit.evaluation.evaluate import Split, check_finite, split_sources
@@ -46,15 +46,15 @@ class PicturesConfig:
     """Pictures that a process encodes at once."""
     precision: Literal["auto", "bf16", "fp16", "no"] = "auto"
     """Number format of the encoder. auto: bf16 where the device computes it in hardware, else fp32 (no)."""
-    num_workers: int = -1
-    """Loader processes of each process; -1 = chosen from the machine."""
+    num_workers: int | Literal["auto"] = "auto"
+    """Loader processes of each process; auto = chosen from the machine."""
 
     def __post_init__(self) -> None:
         if not 0 < self.crop_pct <= 1:
             raise ValueError(f"crop_pct={self.crop_pct!r}: must lie in (0, 1]; 1 keeps the largest centre crop")
-        for name, least in {"batch_size": 1, "num_workers": -1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be at least {least}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size!r}: must be at least 1")
+        object.__setattr__(self, "num_workers", check_num_workers(self.num_workers))
         if self.image_size is not None and min(_pair(self.image_size)) < 1:
             raise ValueError(f"image_size={self.image_size!r}: must be at least 1 pixel")
 

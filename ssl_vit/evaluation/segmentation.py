@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ssl_vit.data.loader import choose_num_workers, read_batches
+from ssl_vit.data.loader import read_batches
 from ssl_vit.data.sampler import SampleKey, StepSampler, sample_rng
+from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.distributed import process_index
 from ssl_vit.evaluation.command import Backbone, PicturesConfig, data_config, untrained, write_result
 from ssl_vit.evaluation.features import EvalTransform

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ssl_vit.config import RunConfig, as_plain
 from ssl_vit.data.bad_images import leave_out_bad
-from ssl_vit.data.loader import choose_num_workers
 from ssl_vit.data.sources import Source
+from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.distributed import autocast_dtype, process_index
 from ssl_vit.evaluation.evaluate import align_classes, independent_rows, split_sources
 from ssl_vit.evaluation.features import EvalTransform, stream

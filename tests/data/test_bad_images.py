@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ssl_vit.data.bad_images import BadImages, leave_out_bad
-from ssl_vit.data.loader import TransformedSource, build_loader
+from ssl_vit.data.loader import Batches, TransformedSource
 from ssl_vit.data.sampler import SampleKey, StepSampler
 from ssl_vit.data.sources import MAX_TRIES, DataConfig, Source, open_source
 from ssl_vit.objectives.mae import MAEConfig
@@ -54,7 +54,7 @@ def test_every_broken_file_is_replaced_counted_and_listed_with_its_reason(tmp_pa
     source = open_source(DataConfig(source=str(photos)))
     bad = bad_images(source, run)
     sampler = StepSampler(num_samples=len(source), batch_size=len(source), num_steps=2, seed=0)
-    batches = build_loader(
+    batches = Batches(
         source, transform(), sampler, num_channels=3, num_workers=num_workers, device=CPU, note_bad=bad.note
     )
     for step, batch in enumerate(batches, start=1):

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssl_vit.data.loader import build_loader, choose_num_workers
+from ssl_vit.data.loader import Batches
 from ssl_vit.data.sampler import StepSampler
 from ssl_vit.data.sources import DataConfig, open_source
 from ssl_vit.objectives.mae import MAEConfig
@@ -15,7 +15,7 @@ def batches(folder: Path, *, num_workers: int = 0, start_step: int = 0, seed: in
     source = open_source(DataConfig(source=str(folder)))
     transform = MAEConfig().build_transform((32, 32), (8, 8), (0.5,) * 3, (0.5,) * 3)
     sampler = StepSampler(num_samples=len(source), batch_size=8, num_steps=12, seed=seed, start_step=start_step)
-    return list(build_loader(source, transform, sampler, num_channels=3, num_workers=num_workers, device=CPU))
+    return list(Batches(source, transform, sampler, num_channels=3, num_workers=num_workers, device=CPU))
 
 
 def equal(first: list[dict[str, torch.Tensor]], second: list[dict[str, torch.Tensor]]) -> bool:
@@ -46,11 +46,3 @@ def test_a_broken_image_is_named(tmp_path: Path, num_workers: int) -> None:
     with pytest.raises(ValueError, match=r"^data.source='.*': row 0 \(.*broken.jpg\): .*") as raised:
         batches(tmp_path, num_workers=num_workers)
     assert len(str(raised.value).splitlines()) == 1
-
-
-def test_workers_are_chosen_from_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssl_vit.data.loader.num_cpus", lambda: 16)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert choose_num_workers(-1, CPU) == 0
-    assert choose_num_workers(-1, torch.device("cuda")) == 3
-    assert choose_num_workers(5, CPU) == 5
