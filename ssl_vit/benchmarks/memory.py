@@ -58,7 +58,8 @@ def head_and_loss(
         elif kind == "pairwise":
             value = pairwise_loss(head(features), (logits / 0.04).softmax(dim=-1))
         else:
-            value = dino_prototype_loss(*head(features, as_factors=True), (logits / 0.04).softmax(dim=-1))
+            bottleneck, prototypes = head(features, as_factors=True)
+            value = dino_prototype_loss(bottleneck, prototypes, (logits / 0.04).softmax(dim=-1))
         value.backward()
 
     return step

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_vit.config import RunConfig
-from ssl_vit.models.vit import ViT
+from ssl_vit.models.vit import ViT, pair
 from ssl_vit.objectives.dino import DINOConfig
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.optim import build_optimizer, clip_gradients, set_schedule
@@ -33,11 +33,11 @@ def own_step(config: RunConfig, batch: int, device: torch.device, dtype: torch.d
         order = torch.rand(batch, encoder.num_patches, device=device).argsort(dim=1)
         images["keep"] = order[:, : int(encoder.num_patches * (1 - config.objective.mask_ratio))]
         images["images"] = torch.randn(batch, encoder.in_chans, *encoder.image_size, device=device)
-    else:
-        size = config.objective.local_crop_size
+    elif isinstance(config.objective, DINOConfig):
+        local_size = pair(config.objective.local_crop_size)
         images["global_crops"] = torch.randn(batch, 2, encoder.in_chans, *encoder.image_size, device=device)
         images["local_crops"] = torch.randn(
-            batch, config.objective.num_local_crops, encoder.in_chans, size, size, device=device
+            batch, config.objective.num_local_crops, encoder.in_chans, *local_size, device=device
         )
 
     def step() -> None:
@@ -59,15 +59,16 @@ def transformers_mae(config: RunConfig, batch: int, device: torch.device, dtype:
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     settings, encoder = _mae(config), _shape(config)
-    model = ViTMAEForPreTraining(
+    block: Any = encoder.vit.blocks[0]
+    model: Any = ViTMAEForPreTraining(
         ViTMAEConfig(
             image_size=encoder.image_size[0],
             patch_size=encoder.patch_size[0],
             num_channels=encoder.in_chans,
             hidden_size=encoder.embed_dim,
             num_hidden_layers=len(encoder.vit.blocks),
-            num_attention_heads=encoder.vit.blocks[0].attn.num_heads,
-            intermediate_size=encoder.vit.blocks[0].mlp.fc1.out_features,
+            num_attention_heads=block.attn.num_heads,
+            intermediate_size=block.mlp.fc1.out_features,
             decoder_hidden_size=settings.decoder_embed_dim,
             decoder_num_hidden_layers=settings.decoder_depth,
             decoder_num_attention_heads=settings.decoder_num_heads,
@@ -83,8 +84,8 @@ def transformers_mae(config: RunConfig, batch: int, device: torch.device, dtype:
 
 def lightly_mae(config: RunConfig, batch: int, device: torch.device, dtype: torch.dtype | None) -> Step:
     """lightly's masked timm ViT, decoder and mask."""
-    from lightly.models import utils
-    from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
+    from lightly.models import utils  # pyright: ignore[reportMissingImports]
+    from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM  # pyright: ignore[reportMissingImports]
 
     settings, encoder = _mae(config), _shape(config)
     backbone = MaskedVisionTransformerTIMM(vit=_timm_vit(config)).to(device).train()
@@ -118,7 +119,7 @@ def lightly_mae(config: RunConfig, batch: int, device: torch.device, dtype: torc
 
 def lightly_dino(config: RunConfig, batch: int, device: torch.device, dtype: torch.dtype | None) -> Step:
     """lightly's head, loss and momentum update around a timm ViT; crops of one size go through it together."""
-    from lightly.models.utils import update_momentum
+    from lightly.models.utils import update_momentum  # pyright: ignore[reportMissingImports]
 
     settings, encoder = config.objective, _shape(config)
     assert isinstance(settings, DINOConfig)
@@ -127,9 +128,9 @@ def lightly_dino(config: RunConfig, batch: int, device: torch.device, dtype: tor
     )
     student = nn.ModuleList([_timm_vit(config), head(encoder.embed_dim)]).to(device).train()
     teacher = copy.deepcopy(student).requires_grad_(False)
-    size, local = settings.local_crop_size, settings.num_local_crops
+    local_size, local = pair(settings.local_crop_size), settings.num_local_crops
     large = torch.randn(2 * batch, encoder.in_chans, *encoder.image_size, device=device)
-    small = torch.randn(local * batch, encoder.in_chans, size, size, device=device)
+    small = torch.randn(local * batch, encoder.in_chans, *local_size, device=device)
 
     def loss() -> Tensor:
         with torch.no_grad():
@@ -152,8 +153,8 @@ def lightly_head_and_loss(
     num_prototypes: int, device: torch.device | str, **widths: int
 ) -> tuple[Callable[[int], nn.Module], Callable[..., Tensor]]:
     """lightly's head, given its input's width, and loss."""
-    from lightly.loss import DINOLoss
-    from lightly.models.modules import DINOProjectionHead
+    from lightly.loss import DINOLoss  # pyright: ignore[reportMissingImports]
+    from lightly.models.modules import DINOProjectionHead  # pyright: ignore[reportMissingImports]
 
     def head(embed_dim: int) -> nn.Module:
         with warnings.catch_warnings():

@@ -165,7 +165,8 @@ class DINO(Objective):
             teacher_probs = self.center_probs(teacher_logits, self.center, temp)
             self._teacher_sums.add(rearrange(teacher_logits, "v b k -> (v b) k"), progress)
         student_cls = torch.cat([self.encode(self.encoder, crops).cls for crops in by_size(batch)])
-        loss = dino_prototype_loss(*self.head(student_cls, as_factors=True), teacher_probs, self.config.student_temp)
+        bottleneck, prototypes = self.head(student_cls, as_factors=True)
+        loss = dino_prototype_loss(bottleneck, prototypes, teacher_probs, self.config.student_temp)
         return {
             "loss": loss,
             **self.observe(loss, teacher.cls, teacher_probs, progress),

@@ -158,7 +158,8 @@ class DINOv2(DINO):
         student_cls = student.cls
         if "local_crops" in batch:
             student_cls = torch.cat([student_cls, self.encode(self.encoder, batch["local_crops"]).cls])
-        loss = dino_prototype_loss(*self.head(student_cls, as_factors=True), teacher_probs, config.student_temp)
+        bottleneck, prototypes = self.head(student_cls, as_factors=True)
+        loss = dino_prototype_loss(bottleneck, prototypes, teacher_probs, config.student_temp)
         parts = {"loss": loss, "loss_dino": loss.detach(), **self.observe(loss, teacher.cls, teacher_probs, progress)}
 
         if masks is not None:
@@ -166,8 +167,8 @@ class DINOv2(DINO):
                 patch_logits = (self.teacher_patch_head or self.teacher_head)(teacher.patches[masks])
                 patch_probs = self._patch_probs(patch_logits, temp)
                 self._patch_sums.add(patch_logits, progress)
-            factors = (self.patch_head or self.head)(student.patches[masks], as_factors=True)
-            ibot = ibot_prototype_loss(*factors, patch_probs, masks, config.student_temp)
+            bottleneck, prototypes = (self.patch_head or self.head)(student.patches[masks], as_factors=True)
+            ibot = ibot_prototype_loss(bottleneck, prototypes, patch_probs, masks, config.student_temp)
             parts["loss"] = parts["loss"] + config.ibot_weight * ibot
             parts["loss_ibot"] = ibot.detach()
         if config.koleo_weight:

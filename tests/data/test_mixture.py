@@ -13,7 +13,7 @@ from PIL import Image
 from scripts.pretrain_mae import DEFAULTS
 from ssl_vit.config import parse_run
 from ssl_vit.data import openmoji
-from ssl_vit.data.loader import build_loader
+from ssl_vit.data.loader import Batches
 from ssl_vit.data.mixture import Mixture, check_weights
 from ssl_vit.data.sampler import StepSampler, epoch_order
 from ssl_vit.data.sources import DataConfig, Source, open_source
@@ -188,8 +188,8 @@ def test_batches_do_not_depend_on_workers(sources: tuple[Path, Path]) -> None:
     for num_workers in (0, 2):
         sampler = StepSampler(num_samples=16, batch_size=4, num_steps=6, seed=0, order=source.mixture.order)
         device = torch.device("cpu")
-        loader = build_loader(source, transform, sampler, num_channels=3, num_workers=num_workers, device=device)
-        found.append(torch.stack([batch["images"] for batch in loader]))
+        with Batches(source, transform, sampler, num_channels=3, num_workers=num_workers, device=device) as batches:
+            found.append(torch.stack([batch["images"] for batch in batches]))
     assert torch.equal(*found)
 
 
