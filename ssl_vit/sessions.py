@@ -19,8 +19,8 @@ import torch
 
 import ssl_vit
 from ssl_vit.config import differences
-from ssl_vit.data.workers import num_cpus
 from ssl_vit.data.sources import Source
+from ssl_vit.data.workers import num_cpus
 from ssl_vit.distributed import cpu_name
 from ssl_vit.reading import read_json
 from ssl_vit.writing import free_space, replace_json
