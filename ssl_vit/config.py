@@ -117,21 +117,29 @@ class RunConfig:
         if self.seed < 0:
             raise ValueError(f"seed={self.seed!r}: must be at least 0")
 
-    def num_steps(self, num_samples: int) -> int:
-        """Optimizer steps of the whole run over a source of `num_samples` images."""
+    def num_steps(self, num_samples: int | None) -> int:
+        """Optimizer steps of the whole run over a source of `num_samples` images (None: unknown)."""
         if self.steps is not None:
             return self.steps
         if self.epochs is None:
             raise ValueError("steps=None and epochs=None: give the length of the run with --epochs N or --steps N")
+        if num_samples is None:
+            raise ValueError(
+                f"epochs={self.epochs!r}: the number of images of the stream is not known; give the length with "
+                "--steps N, or the number with --data.num_samples N"
+            )
         return max(1, int(self.epochs * num_samples // self.batch.size))
 
-    def resolve(self, num_samples: int, num_classes: int = 0) -> tuple["RunConfig", list[str]]:
+    def resolve(self, num_samples: int | None, num_classes: int = 0) -> tuple["RunConfig", list[str]]:
         """Put numbers where settings are `auto`, for a source of `num_samples` images of `num_classes` classes.
+
+        Of a source of unknown number (None), it is taken that the run sees each image once.
 
         Returns:
             The settings, and a line for each number that says why.
         """
-        size = RunSize(num_samples, self.batch.size, self.num_steps(num_samples), num_classes)
+        num_steps = self.num_steps(num_samples)
+        size = RunSize(num_samples or num_steps * self.batch.size, self.batch.size, num_steps, num_classes)
         with section("objective"):
             found = self.objective.resolve(size)
         objective = dataclasses.replace(self.objective, **{name: value.value for name, value in found.items()})
@@ -141,6 +149,8 @@ class RunConfig:
             share = resolve_warmup(size)
             optim = dataclasses.replace(optim, warmup=share.value)
             reasons.append(f"optim.warmup {share.value:g}: {share.reason}")
+        if reasons and num_samples is None:
+            reasons.append(f"as if each of {size.num_samples:,} images were seen once; --data.num_samples says better")
         return dataclasses.replace(self, objective=objective, optim=optim), reasons
 
     def build_objective(self) -> Objective:

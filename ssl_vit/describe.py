@@ -15,8 +15,10 @@ def describe(run: "Run", precision: str, checkpoint: Path | None) -> None:
     micro = f"{run.num_micro} micro-batch{'es' if run.num_micro > 1 else ''}"
     per_device = config.batch.size // (run.num_micro * accelerator.num_processes)
     rule = "base_lr x batch / 256" if config.optim.lr_scaling == "linear" else "base_lr x sqrt(batch / 1024)"
+    num_samples, drawn = run.source.num_samples, run.num_steps * config.batch.size
+    count = "images of unknown number" if num_samples is None else f"{num_samples:,} images"
     accelerator.print(
-        f"data       {run.source.name}: {len(run.source):,} images"
+        f"data       {run.source.name}: {count}"
         + (f", {len(run.source.class_names)} classes" if run.source.class_names else ", no labels")
         + (f"\n           {run.source.attribution}" if run.source.attribution else "")
         + f"\nmodel      {config.encoder.arch}, {run.objective.encoder.embed_dim} wide, "
@@ -24,8 +26,12 @@ def describe(run: "Run", precision: str, checkpoint: Path | None) -> None:
         f"\ndevice     {processes} on {accelerator.device.type}, precision {precision}"
         f"\nbatch      {config.batch.size} = {processes} x {micro} x {per_device} images"
         f"\nlr         {config.optim.peak_lr(config.batch.size):.2e} = {rule}, base_lr {config.optim.base_lr:g}"
-        f"\nlength     {run.num_steps:,} steps = {run.num_steps * config.batch.size / len(run.source):.1f} epochs"
-        f"\nfolder     {run.folder}"
+        f"\nlength     {run.num_steps:,} steps = "
+        + (f"{drawn:,} images" if num_samples is None else f"{drawn / num_samples:.1f} epochs")
+        + f"\nfolder     {run.folder}"
     )
+    if run.feed is not None:
+        for note in run.feed.notes():
+            accelerator.print(f"note       {note}")
     if checkpoint is not None:
         accelerator.print(f"Going on from {checkpoint}, step {run.step:,} of {run.num_steps:,}")

@@ -60,7 +60,7 @@ def take_step(accelerator: Accelerator, optimizer: torch.optim.Optimizer, grad_n
 class SkippedSteps:
     """Counts skipped steps, and stops a run in which nothing else happens."""
 
-    def __init__(self, faults: Faults, sampler: StepSampler, folder: Path, max_in_a_row: int) -> None:
+    def __init__(self, faults: Faults, sampler: StepSampler | None, folder: Path, max_in_a_row: int) -> None:
         self.faults, self.sampler, self.folder, self.max_in_a_row = faults, sampler, folder, max_in_a_row
         self._in_a_row: list[tuple[int, float]] = []  # step, and the loss of this process
 
@@ -96,7 +96,9 @@ class SkippedSteps:
                     {"row": key.index, "epoch": key.epoch, "position": key.position}
                     for keys in self.sampler.of_step(step)
                     for key in keys
-                ],
+                ]
+                if self.sampler is not None  # of a stream it is not known what a step drew
+                else None,
             }
             for step, loss in self._in_a_row
         ]

@@ -12,6 +12,7 @@ from ssl_vit.config import RunConfig, as_plain
 from ssl_vit.data.bad_images import leave_out_bad
 from ssl_vit.data.device_transforms import normalize
 from ssl_vit.data.sources import DataConfig, Source, open_source
+from ssl_vit.data.streaming import Stream
 from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.distributed import autocast_dtype, process_index
 from ssl_vit.evaluation.evaluate import evaluate_encoder, evaluate_pixels, split_sources
@@ -53,7 +54,7 @@ def is_picture_due(config: RunConfig, step: int, num_steps: int) -> bool:
 
 
 def draw_in_training(
-    config: RunConfig, accelerator: Accelerator, objective: Objective, source: Source, step: int
+    config: RunConfig, accelerator: Accelerator, objective: Objective, source: Source | Stream, step: int
 ) -> None:
     """Draw what is known before `step`: always the same images and masks.
 
@@ -69,7 +70,7 @@ def finish(
     config: RunConfig,
     accelerator: Accelerator,
     objective: Objective,
-    source: Source,
+    source: Source | Stream,
     judges: Judges | None,
     step: int,
 ) -> None:
@@ -98,7 +99,8 @@ def finish(
         written.append(f"scores     {folder / RESULTS_FILE}")
     else:
         scores = {"scores": None}
-        text = "No scores: the source has no labels to judge by. scripts/evaluate_knn.py takes a labelled one."
+        why = "a stream cannot be judged by" if isinstance(source, Stream) else "the source has no labels to judge by"
+        text = f"No scores: {why}. scripts/evaluate_knn.py takes a labelled source."
     if accelerator.is_main_process:
         write_results(folder, {"step": step, **scores})
     accelerator.print("\n".join([text, *written]), flush=True)
@@ -108,21 +110,24 @@ def finish(
 def draw(
     config: RunConfig,
     objective: Objective,
-    source: Source,
+    source: Source | Stream,
     path: Path,
     device: torch.device,
     num_pictures: int = NUM_PICTURES,
 ) -> bool:
-    """Draw what was learned about a few images, the same ones for the same seed."""
+    """Draw what was learned about a few images, the same ones for the same seed; of a stream, its first ones."""
     encoder = objective.encoder
     rng = np.random.default_rng((config.seed, 2))
-    chosen = rng.choice(len(source), size=min(NUM_PICTURES, len(source)), replace=False)
-    decoded = [
-        source.next_image(int(index), encoder.in_chans)[0]
-        if config.data.on_bad_image == "skip"
-        else source.image(int(index), encoder.in_chans)
-        for index in chosen[:num_pictures]
-    ]
+    if isinstance(source, Stream):
+        decoded = source.first_images(num_pictures, encoder.in_chans)
+    else:
+        chosen = rng.choice(len(source), size=min(NUM_PICTURES, len(source)), replace=False)
+        decoded = [
+            source.next_image(int(index), encoder.in_chans)[0]
+            if config.data.on_bad_image == "skip"
+            else source.image(int(index), encoder.in_chans)
+            for index in chosen[:num_pictures]
+        ]
     size, crop_pct = encoder.image_size, config.evaluation.crop_pct
     images = torch.stack([centre_crop(picture, size, crop_pct) for picture in decoded])
     objective.eval()
@@ -169,18 +174,25 @@ def compare(
     return results, "\n".join(lines)
 
 
-def prepare(config: RunConfig, source: Source) -> tuple[Source, Judges | None]:
+def prepare(config: RunConfig, source: Source | Stream) -> tuple[Source | Stream, Judges | None]:
     """The pictures to learn from, all of them, and the labelled ones that judge the run, if there are any.
+
+    A stream is judged by `evaluation.source` alone.
 
     Raises:
         ValueError: a source that was named for it cannot be used.
     """
     settings = config.evaluation
+    if isinstance(source, Stream) and settings.source is None:
+        if process_index() == 0:
+            print("note       no scores at the end: a stream is judged by evaluation.source, which names none")
+        return source, None
     test = open_test_source(config)
     named = settings.source is not None or test is not None
-    if source.labels is None and not named:
+    if isinstance(source, Source) and source.labels is None and not named:
         return source, None
     labelled = source if settings.source is None else open_source(_judging(config, settings.source))
+    assert isinstance(labelled, Source)
     try:
         split_sources(labelled, test, settings.max_images, config.seed)
     except ValueError as error:
@@ -201,10 +213,10 @@ def open_test_source(config: RunConfig) -> Source | None:
     return open_source(dataclasses.replace(data, split=settings.test_split or data.split))
 
 
-def _judging(config: RunConfig, source: str) -> DataConfig:
-    # `none` is said of the images that are learned from.
-    column = config.data.label_column
-    return dataclasses.replace(config.data, source=source, label_column=None if column == "none" else column)
+def _judging(config: RunConfig, source: str | dict[str, float]) -> DataConfig:
+    # `none` is said of the images that are learned from, and so is what is said of streams.
+    column = None if config.data.label_column == "none" else config.data.label_column
+    return dataclasses.replace(config.data, source=source, label_column=column, streaming=False, num_samples=None)
 
 
 def _readable(config: RunConfig, accelerator: Accelerator, judges: Judges, num_channels: int) -> Judges:

@@ -20,6 +20,7 @@ import torch
 import ssl_vit
 from ssl_vit.config import differences
 from ssl_vit.data.sources import Source
+from ssl_vit.data.streaming import Stream
 from ssl_vit.data.workers import num_cpus
 from ssl_vit.distributed import cpu_name
 from ssl_vit.reading import read_json
@@ -39,7 +40,14 @@ _SECRETS = (
 
 
 def note_session(
-    folder: Path, source: Source, *, seed: int, start_step: int, num_processes: int, num_micro: int, precision: str
+    folder: Path,
+    source: Source | Stream,
+    *,
+    seed: int,
+    start_step: int,
+    num_processes: int,
+    num_micro: int,
+    precision: str,
 ) -> None:
     """Append a start to the run's provenance.json; only the main process calls this.
 
@@ -145,8 +153,13 @@ def hardware() -> dict[str, Any]:
     return found
 
 
-def fingerprint(source: Source) -> dict[str, Any]:
+def fingerprint(source: Source | Stream) -> dict[str, Any]:
     """What tells a set of images from another without reading them all, the same wherever its folder lies."""
+    if isinstance(source, Stream):
+        counts = None if source.counts is None else source.counts.tolist()
+        digest = hashlib.sha256(repr(([Path(name).name for name in source.shards], counts)).encode())
+        covers = "the names of the shards and, where known, the number of rows of each; no pixels"
+        return {"rows": source.num_samples, "sha256": digest.hexdigest(), "covers": covers}
     digest = hashlib.sha256(f"{len(source)}\n".encode())
     root = str(Path(source.name).expanduser()).rstrip(os.sep) + os.sep
     named = np.linspace(0, len(source) - 1, min(len(source), NUM_NAMED)).round().astype(int)

@@ -3,7 +3,8 @@
 import math
 import sys
 import time
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -16,9 +17,11 @@ from ssl_vit import results, sharding
 from ssl_vit.checkpoint import load_checkpoint, newest_checkpoint, prune_checkpoints, save_checkpoint
 from ssl_vit.config import RunConfig, parse_run, section
 from ssl_vit.data.bad_images import BadImages
+from ssl_vit.data.feed import Feed
 from ssl_vit.data.loader import Batches
 from ssl_vit.data.sampler import StepSampler
-from ssl_vit.data.sources import Source, open_source
+from ssl_vit.data.sources import Source
+from ssl_vit.data.streaming import Stream, open_images
 from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.describe import describe
 from ssl_vit.distributed import (
@@ -52,7 +55,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 class Ending(Protocol):
     """What judges a run and what it ends with, given as a module: `results` for pre-training."""
 
-    def prepare(self, config: RunConfig, source: Source) -> tuple[Source, Any]:
+    def prepare(self, config: RunConfig, source: Source | Stream) -> tuple[Source | Stream, Any]:
         """The pictures to learn from, and what `judges` is in the others; None where nothing can be judged."""
         ...
 
@@ -61,7 +64,13 @@ class Ending(Protocol):
     ) -> None: ...
 
     def finish(
-        self, config: RunConfig, accelerator: Accelerator, objective: Any, source: Source, judges: Any, step: int
+        self,
+        config: RunConfig,
+        accelerator: Accelerator,
+        objective: Any,
+        source: Any,  # what prepare returned
+        judges: Any,
+        step: int,
     ) -> None:
         """Write what the run ends with, and then its results.json, by which it is known to be finished."""
         ...
@@ -73,7 +82,7 @@ class Run:
 
     config: RunConfig
     accelerator: Accelerator
-    source: Source
+    source: Source | Stream
     judges: Any  # None where nothing has labels
     ending: Ending
     transform: Transform
@@ -85,6 +94,7 @@ class Run:
     deadline: float  # of time.monotonic
     step: int = 0  # steps done
     faults: Faults = field(default_factory=Faults)
+    feed: Feed | None = None  # where a stream has come to
 
     @property
     def folder(self) -> Path:
@@ -138,10 +148,10 @@ def set_up(config: RunConfig, ending: Ending = results) -> Run:
         config.batch.num_micro(accelerator.num_processes)  # refuses a batch that cannot be cut
 
     with accelerator.main_process_first():  # the first one fills the caches
-        source = open_source(config.data)
+        source = open_images(config.data)
         source, judges = ending.prepare(config, source)
-    num_steps = config.num_steps(len(source))
-    config, reasons = config.resolve(len(source), len(source.class_names))
+    num_steps = config.num_steps(source.num_samples)
+    config, reasons = config.resolve(source.num_samples, len(source.class_names))
     check_run_folder(config)
     if config.batch.auto:
         config, reason = choose_micro_batch(config, accelerator, precision)
@@ -168,8 +178,10 @@ def set_up(config: RunConfig, ending: Ending = results) -> Run:
         num_micro=config.batch.num_micro(accelerator.num_processes),
         deadline=math.inf if config.max_hours is None else started + 3600 * config.max_hours,
     )
-    if checkpoint is not None:
-        resume(run, checkpoint)
+    state = {} if checkpoint is None else resume(run, checkpoint)
+    if isinstance(source, Stream):
+        place = (accelerator.process_index, accelerator.num_processes)
+        run.feed = Feed.open(source, config.data, config.seed, *place, state.get("stream"))
     describe(run, precision, checkpoint)
     if accelerator.is_main_process:
         note_session(
@@ -185,14 +197,15 @@ def set_up(config: RunConfig, ending: Ending = results) -> Run:
     return run
 
 
-def resume(run: Run, checkpoint: Path) -> None:
-    """Put a run where a checkpoint left off."""
+def resume(run: Run, checkpoint: Path) -> dict[str, Any]:
+    """Put a run where a checkpoint left off, but for its stream, and return what else is known of it."""
     state = load_checkpoint(checkpoint, run.model, run.optimizer)
     scaler = run.accelerator.scaler
     if scaler is not None and state["scaler"] is not None:
         scaler.load_state_dict(state["scaler"])
     run.step = state["step"]
     run.faults = Faults(**state.get("faults", {}))
+    return state
 
 
 def train(run: Run) -> int:
@@ -235,17 +248,7 @@ def train_steps(run: Run, stop: StopSignal) -> int | None:
     """
     config, accelerator, objective = run.config, run.accelerator, run.objective
     device, start_step = accelerator.device, run.step
-    sampler = StepSampler(
-        num_samples=len(run.source),
-        batch_size=config.batch.size,
-        num_steps=run.num_steps,
-        seed=config.seed,
-        start_step=start_step,
-        num_micro=run.num_micro,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        order=run.source.mixture.order if run.source.mixture else None,
-    )
+    sampler = None if run.feed is not None else build_sampler(run)
     log = MetricLog(
         run.folder / METRICS_FILE,
         start_step=start_step,
@@ -265,22 +268,13 @@ def train_steps(run: Run, stop: StopSignal) -> int | None:
             num_channels=objective.encoder.in_chans,
             is_writer=accelerator.is_main_process,
         )
-    batches = Batches(
-        run.source,
-        run.transform,
-        sampler,
-        num_channels=objective.encoder.in_chans,
-        num_workers=choose_num_workers(config.data.num_workers, device),
-        device=device,
-        note_bad=bad_images.note if bad_images else None,
-    )
     skipped = SkippedSteps(run.faults, sampler, run.folder, config.max_skipped_steps)
     spikes = SpikeWatch(run.faults) if run.faults.rewinds < config.rewind_on_spike else None
     alarm = CollapseAlarm()
     evaluate_every = config.evaluation.every_steps
     run.model.train()
     heartbeat(run, "training")
-    with batches, closing(log):
+    with open_batches(run, sampler, bad_images.note if bad_images else None) as batches, closing(log):
         for step in range(start_step, run.num_steps):
             draw_picture(run, step, log)
             progress = step / run.num_steps
@@ -310,7 +304,8 @@ def train_steps(run: Run, stop: StopSignal) -> int | None:
 
             run.step = done = step + 1
             save_due = done % config.checkpoint.every_steps == 0 or done == run.num_steps
-            settings["epoch"] = done * config.batch.size / len(run.source)
+            if run.source.num_samples is not None:
+                settings["epoch"] = done * config.batch.size / run.source.num_samples
             settings["skipped_steps"] = run.faults.skipped_steps
             log.add_step(losses, taken)
             signal_number = stop.agreed()
@@ -347,6 +342,55 @@ def train_steps(run: Run, stop: StopSignal) -> int | None:
         if start_step < run.num_steps:
             draw_picture(run, run.num_steps, log)
     return 0
+
+
+def build_sampler(run: Run) -> StepSampler:
+    """Which samples this process trains on, from the step that the run is at."""
+    assert isinstance(run.source, Source)
+    return StepSampler(
+        num_samples=len(run.source),
+        batch_size=run.config.batch.size,
+        num_steps=run.num_steps,
+        seed=run.config.seed,
+        start_step=run.step,
+        num_micro=run.num_micro,
+        process_index=run.accelerator.process_index,
+        num_processes=run.accelerator.num_processes,
+        order=run.source.mixture.order if run.source.mixture else None,
+    )
+
+
+def open_batches(
+    run: Run, sampler: StepSampler | None, note_bad: Callable[[Any], None] | None
+) -> AbstractContextManager[Iterator[dict[str, torch.Tensor]]]:
+    """The micro-batches of this process, from the step that the run is at; at its end the workers end."""
+    num_channels, device = run.objective.encoder.in_chans, run.accelerator.device
+    num_workers = choose_num_workers(run.config.data.num_workers, device)
+    if run.feed is None:
+        assert isinstance(run.source, Source)
+        assert sampler is not None
+        return Batches(
+            run.source,
+            run.transform,
+            sampler,
+            num_channels=num_channels,
+            num_workers=num_workers,
+            device=device,
+            note_bad=note_bad,
+        )
+    return closing(
+        run.feed.batches(
+            run.transform,
+            batch_size=run.config.batch.size,
+            num_steps=run.num_steps,
+            start_step=run.step,
+            num_micro=run.num_micro,
+            num_channels=num_channels,
+            num_workers=num_workers,
+            device=device,
+            note_bad=note_bad,
+        )
+    )
 
 
 def draw_picture(run: Run, step: int, log: MetricLog) -> None:
@@ -426,6 +470,8 @@ def save(run: Run, *, is_last: bool) -> Path | None:
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
         "faults": run.faults.to_plain(),
     }
+    if run.feed is not None:
+        state["stream"] = run.feed.state()
     try:
         folder = save_checkpoint(run.folder, run.step, run.model, run.optimizer, state)
     except OSError as error:

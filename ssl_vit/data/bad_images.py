@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ssl_vit.data.sources import DataConfig, Source
+from ssl_vit.data.streaming import BadSample, Stream
 from ssl_vit.distributed import process_index, world_size
 from ssl_vit.writing import JsonLines, forget_after
 
@@ -27,7 +28,7 @@ class BadImages:
 
     def __init__(
         self,
-        source: Source,
+        source: Source | Stream,
         config: DataConfig,
         folder: Path,
         *,
@@ -46,29 +47,34 @@ class BadImages:
         self.source, self.num_channels, self.max_share = source, num_channels, config.max_bad_share
         self.path, self.is_writer = folder / BAD_IMAGES_FILE, is_writer
         self._file = JsonLines(self.path)
-        found = [({}, 0)]
+        found: list[tuple[set, int]] = [(set(), 0)]
         if is_writer:
             forget_after(self.path, start_step)
-            known = {record["row"]: record for record in _records(self.path)}
+            known = {(record.get("shard"), record["row"]) for record in _records(self.path)}
             counts = [r["bad_images"] for r in _records(metrics) if "bad_images" in r and r["step"] <= start_step]
             found = [(known, counts[-1] if counts else 0)]
-        known, self.count = broadcast_object_list(found)[0]
-        self.rows = set(known)
-        self._drawn: list[int] = []
+        self.rows, self.count = broadcast_object_list(found)[0]
+        self._drawn: list[BadSample] = []
 
-    def note(self, rows: Int64[Tensor, " b"]) -> None:
-        """Note the bad rows of a batch of this process; -1 = a sample whose own picture was good."""
-        self._drawn += rows[rows >= 0].tolist()
+    def note(self, bad: Int64[Tensor, " b"] | list[BadSample]) -> None:
+        """Note what was bad in a batch of this process.
+
+        Args:
+            bad: of a stream, those that were passed over; else row numbers, -1 = a sample whose own picture was good.
+        """
+        if isinstance(bad, Tensor):
+            bad = [BadSample(None, row) for row in bad[bad >= 0].tolist()]
+        self._drawn += bad
 
     def settle(self, step: int) -> int:
         """Write down new rows and return how many samples were bad so far; every process calls this."""
         drawn = gather_object(self._drawn)
         self._drawn = []
         self.count += len(drawn)
-        new = sorted(set(drawn) - self.rows)
+        new = {bad[:2]: bad for bad in drawn if bad[:2] not in self.rows}
         self.rows.update(new)
         if new and self.is_writer:
-            self._file.append({"step": step, **self._describe(row)} for row in new)
+            self._file.append({"step": step, **self._describe(new[key])} for key in sorted(new))
         return self.count
 
     def check(self, num_drawn: int) -> None:
@@ -80,9 +86,9 @@ class BadImages:
         Raises:
             ValueError: more than the setting's share of them, or of the source's rows, are bad.
         """
-        what = None
-        if len(self.rows) > self.max_share * len(self.source):
-            what = f"{len(self.rows):,} of the source's {len(self.source):,} pictures"
+        what, num_samples = None, self.source.num_samples
+        if num_samples is not None and len(self.rows) > self.max_share * num_samples:
+            what = f"{len(self.rows):,} of the source's {num_samples:,} pictures"
         elif num_drawn >= JUDGED_FROM and self.count > self.max_share * num_drawn:
             what = f"{self.count:,} of the {num_drawn:,} pictures drawn so far"
         if what is not None:
@@ -91,7 +97,10 @@ class BadImages:
                 "Repair or remove them, or allow more with --data.max_bad_share"
             )
 
-    def _describe(self, row: int) -> dict[str, object]:
+    def _describe(self, bad: BadSample) -> dict[str, object]:
+        if isinstance(self.source, Stream):
+            return bad._asdict()
+        row = bad.row
         reason = "was decoded when tried again"
         try:
             self.source.image(row, self.num_channels)

@@ -50,7 +50,7 @@ class DataConfig:
     """Read hub ids, parquet files and WebDataset tars from front to back, without a copy of the data set."""
     shuffle_buffer: int = 4000
     """Undecoded pictures that a streamed run shuffles among, over all its processes."""
-    num_streams: int = 32
+    num_readers: int = 32
     """Shards that a streamed run reads at once, over all its processes. More of them mix better, allow more loader
     processes and take more memory."""
     num_samples: int | None = None
@@ -66,7 +66,7 @@ class DataConfig:
                 )
         elif self.source.startswith("{") and self.source.endswith("}"):
             raise ValueError(f"source={self.source!r}: a mixture is {{SOURCE: WEIGHT, ...}} with numbers as weights")
-        for name in ("shuffle_buffer", "num_streams", "num_samples"):
+        for name in ("shuffle_buffer", "num_readers", "num_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value!r}: must be at least 1")

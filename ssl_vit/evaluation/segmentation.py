@@ -330,7 +330,7 @@ def _open(backbone: Backbone, config: SegmentationConfig) -> tuple[MaskedSource,
         return train, test, f"a held-out {len(test) / (len(train) + len(test)):.0%} of {data.source}"
     named = config.test_source or data.source
     other = replace(data, source=named, split=config.test_split or data.split)
-    return train, open_masked(other, mask_source=config.test_mask_source, **shared), named
+    return train, open_masked(other, mask_source=config.test_mask_source, **shared), str(named)
 
 
 def _hold_out(source: MaskedSource, folds: int, seed: int) -> tuple[MaskedSource, MaskedSource]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ssl_vit.config import RunConfig, as_plain
 from ssl_vit.data.bad_images import leave_out_bad
 from ssl_vit.data.sources import Source
+from ssl_vit.data.streaming import Stream
 from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.distributed import autocast_dtype, process_index
 from ssl_vit.evaluation.evaluate import align_classes, independent_rows, split_sources
@@ -36,13 +37,15 @@ class Judges(NamedTuple):
     """What to call the test pictures."""
 
 
-def prepare(config: RunConfig, source: Source) -> tuple[Source, Judges]:
+def prepare(config: RunConfig, source: Source | Stream) -> tuple[Source, Judges]:
     """Cut what is learned from, what picks among heads and what is tested, none of them overlapping.
 
     Raises:
         ValueError: see `split_sources`.
     """
     settings, seed = config.evaluation, config.seed
+    if isinstance(source, Stream):
+        raise ValueError("data.streaming=True: the labels of a stream are not read; leave this setting out")
     if settings.source is not None:
         raise ValueError(
             f"evaluation.source={settings.source!r}: a run with labels learns from data.source; leave this setting out"

@@ -5,15 +5,16 @@ from typing import Any
 import torch
 
 from ssl_vit.data.sources import Source
+from ssl_vit.data.streaming import Stream
 from ssl_vit.distributed import device_name
 from ssl_vit.objectives.objective import Objective
 
 
-def facts(objective: Objective, source: Source, device: torch.device, num_processes: int) -> dict[str, Any]:
+def facts(objective: Objective, source: Source | Stream, device: torch.device, num_processes: int) -> dict[str, Any]:
     """What the settings of a run do not say, in a form that JSON takes."""
     return {
         "objective": objective.name,
-        "num_images": len(source),
+        "num_images": source.num_samples,
         "attribution": source.attribution,
         "hardware": f"{num_processes} x {device_name(device)}",
     }

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_vit.data.device_transforms import normalize
-from ssl_vit.data.sources import open_source
+from ssl_vit.data.streaming import Stream, open_images
 from ssl_vit.evaluation.features import centre_crop
 from ssl_vit.export import onnx, timm, torch_export, torchvision, transformers
 from ssl_vit.export.card import write_card
@@ -156,12 +156,14 @@ def proof_images(trained: Trained, source: str | None = None) -> Proof:
     """
     encoder = trained.encoder
     try:
-        opened = open_source(data_settings(trained, source))
-        rows = torch.linspace(0, len(opened) - 1, min(_NUM_IMAGES, len(opened))).long().tolist()
-        images = torch.stack(
-            [centre_crop(opened.image(row, encoder.in_chans), encoder.image_size, trained.crop_pct) for row in rows]
-        )
-        name = f"{len(rows)} images of `{opened.name}`"
+        opened = open_images(data_settings(trained, source))
+        if isinstance(opened, Stream):
+            pictures = opened.first_images(_NUM_IMAGES, encoder.in_chans)
+        else:
+            rows = torch.linspace(0, len(opened) - 1, min(_NUM_IMAGES, len(opened))).long().tolist()
+            pictures = [opened.image(row, encoder.in_chans) for row in rows]
+        images = torch.stack([centre_crop(picture, encoder.image_size, trained.crop_pct) for picture in pictures])
+        name = f"{len(images)} images of `{opened.name}`"
     except ValueError:
         if source is not None:
             raise

@@ -1,0 +1,223 @@
+"""From a stream to batches on the training device, and back to the same sample after a stop."""
+
+import itertools
+import math
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from einops import rearrange
+from jaxtyping import Int64
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
+
+from ssl_vit.data.config import DataConfig
+from ssl_vit.data.loader import read_batches
+from ssl_vit.data.sampler import sample_rng
+from ssl_vit.data.sources import MAX_TRIES
+from ssl_vit.data.streaming import BadSample, Place, Sample, Stream, Walk, choose_num_readers
+from ssl_vit.data.workers import leave_signals_to_the_main_process
+from ssl_vit.objectives.objective import Transform
+
+
+class Chunk(NamedTuple):
+    """What a worker gives to a micro-batch."""
+
+    samples: dict[str, Tensor]
+    bad: list[BadSample]  # passed over on the way to them
+    places: Int64[Tensor, "r 5"]  # of the worker's readers after them
+
+
+@dataclass
+class Feed:
+    """The readers of a process, and how far they have come by the last batch that was taken.
+
+    Sample n of the run belongs to reader n % num_readers, and that reader to process n % num_processes and to one of
+    its workers. So neither number changes what a step learns from, and a run goes on with any number of processes that
+    divides its number of readers.
+    """
+
+    walk: Walk
+    process_index: int
+    num_processes: int
+    places: Int64[np.ndarray, "r 5"]
+    """A `Place` for each of the process's readers."""
+
+    @classmethod
+    def open(
+        cls,
+        stream: Stream,
+        config: DataConfig,
+        seed: int,
+        process_index: int,
+        num_processes: int,
+        state: dict[str, Any] | None = None,
+    ) -> "Feed":
+        """Begin, or go on from a checkpoint's `state`.
+
+        Raises:
+            ValueError: this number of processes, or this source, cannot go on from there.
+        """
+        if state is None:
+            num_readers = choose_num_readers(len(stream.shards), config.num_readers, num_processes)
+            places = np.tile(np.array(Place(), dtype=np.int64), (num_readers, 1))
+        else:
+            num_readers, places = state["num_readers"], np.array(state["places"], dtype=np.int64)
+            if state["num_shards"] != len(stream.shards):
+                raise ValueError(
+                    f"data.source={stream.name!r}: has {len(stream.shards)} shards, and the run began with "
+                    f"{state['num_shards']}; give it the same ones, or start anew with --fresh"
+                )
+            if num_readers % num_processes:
+                fits = ", ".join(str(n) for n in range(1, num_readers + 1) if num_readers % n == 0)
+                raise ValueError(
+                    f"data.streaming=True: {num_processes} processes cannot share the {num_readers} readers that the "
+                    f"run began with; start one of these numbers of processes: {fits}"
+                )
+        walk = Walk(stream, seed, num_readers, -(-config.shuffle_buffer // num_readers))
+        return cls(walk, process_index, num_processes, places[process_index::num_processes])
+
+    def notes(self) -> list[str]:
+        """What is worth saying before the first batch."""
+        num_shards, num_readers = len(self.walk.stream.shards), self.walk.num_readers
+        if self.walk.stream.counts is None and (num_shards % num_readers or num_shards < num_readers):
+            return [
+                f"{num_shards} shards do not divide among {num_readers} readers, so that some begin their next epoch "
+                "earlier than others"
+            ]
+        return []
+
+    def state(self) -> dict[str, Any]:
+        """Where all readers of all processes are, for `open`; every process calls this."""
+        found = gather_object([(self.process_index, self.places.tolist())])
+        by_process = [places for _, places in sorted(found)]
+        places = [place for together in zip(*by_process, strict=True) for place in together]
+        return {"num_readers": self.walk.num_readers, "num_shards": len(self.walk.stream.shards), "places": places}
+
+    def choose_num_workers(self, wanted: int, size: int) -> int:
+        """The most workers, up to `wanted`, that share the readers and micro-batches of `size` samples evenly."""
+        most = math.gcd(len(self.places), size)
+        return max((n for n in range(1, wanted + 1) if most % n == 0), default=0)
+
+    def batches(
+        self,
+        transform: Transform,
+        *,
+        batch_size: int,
+        num_steps: int,
+        start_step: int,
+        num_micro: int,
+        num_channels: int,
+        num_workers: int,
+        device: torch.device,
+        note_bad: Callable[[list[BadSample]], None] | None = None,
+    ) -> Generator[dict[str, Tensor], None, None]:
+        """Micro-batches of this process on `device`, as the objective takes them.
+
+        Close it (`contextlib.closing`) to end its workers.
+
+        Args:
+            num_workers: the most that are started.
+            note_bad: given the pictures passed over since they cannot be decoded. None = they raise.
+
+        Raises:
+            ValueError: a shard cannot be read, or an image cannot be decoded.
+        """
+        size = batch_size // (num_micro * self.num_processes)
+        fitting = self.choose_num_workers(num_workers, size)
+        if fitting < num_workers and self.process_index == 0:
+            print(f"note       {fitting} of {num_workers} loader workers start, so that they share the stream evenly")
+        parts = max(fitting, 1)
+        reading = _Reading(
+            self,
+            transform,
+            num_channels=num_channels,
+            first=start_step * batch_size // self.num_processes // parts,
+            num_chunks=(num_steps - start_step) * num_micro,
+            chunk_size=size // parts,
+            skip_bad=note_bad is not None,
+        )
+        loader = DataLoader(
+            reading,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=fitting,
+            prefetch_factor=4 if fitting else None,
+            worker_init_fn=leave_signals_to_the_main_process,
+        )
+        chunks: Iterator[Chunk] = read_batches(loader)
+        while taken := [chunk for _, chunk in zip(range(parts), chunks, strict=False)]:
+            for worker, chunk in enumerate(taken):
+                self.places[worker::parts] = chunk.places.numpy()
+            if note_bad is not None:
+                note_bad([bad for chunk in taken for bad in chunk.bad])
+            batch = {
+                name: rearrange([chunk.samples[name] for chunk in taken], "w s ... -> (s w) ...")
+                for name in taken[0].samples
+            }
+            if device.type == "cuda":
+                batch = {name: values.pin_memory() for name, values in batch.items()}
+            yield transform.on_device(batch, device)
+
+
+def _as_it_is(chunk: Any) -> Chunk:
+    return chunk
+
+
+class _Reading(IterableDataset[Chunk]):
+    """The chunks of one worker, or of the process where there is none."""
+
+    def __init__(
+        self,
+        feed: Feed,
+        transform: Transform,
+        *,
+        num_channels: int,
+        first: int,
+        num_chunks: int,
+        chunk_size: int,
+        skip_bad: bool,
+    ) -> None:
+        """Begin after `first` samples of each worker."""
+        self.feed, self.transform, self.num_channels = feed, transform, num_channels
+        self.first, self.num_chunks, self.chunk_size, self.skip_bad = first, num_chunks, chunk_size, skip_bad
+
+    def __iter__(self) -> Iterator[Chunk]:
+        info = get_worker_info()
+        worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
+        feed = self.feed
+        places = feed.places[worker::num_workers].copy()
+        numbers = range(feed.process_index, feed.walk.num_readers, feed.num_processes)[worker::num_workers]
+        readers = [
+            feed.walk.samples(number, Place(*place)) for number, place in zip(numbers, places.tolist(), strict=True)
+        ]
+        draws = itertools.count(self.first)
+        for _ in range(self.num_chunks):
+            samples, bad = [], []
+            for _ in range(self.chunk_size):
+                reader = next(draws) % len(readers)
+                sample, places[reader] = self._next_good(readers[reader], bad)
+                samples.append(sample)
+            yield Chunk(default_collate(samples), bad, torch.from_numpy(places.copy()))
+
+    def _next_good(
+        self, reader: Iterator[tuple[Sample, Place]], bad: list[BadSample]
+    ) -> tuple[dict[str, Tensor], Place]:
+        """The reader's next sample that can be decoded, transformed; those before it go into `bad`."""
+        stream, first = self.feed.walk.stream, None
+        for _ in range(MAX_TRIES):
+            sample, place = next(reader)
+            try:
+                image = stream.decode(sample.shard, sample.row, sample.stored, self.num_channels)
+            except ValueError as error:
+                if not self.skip_bad:
+                    raise
+                first = first or error
+                reason = str(error.__cause__ or error)
+                bad.append(BadSample(stream.shards[sample.shard], sample.row, sample.stored.get("path"), reason))
+                continue
+            return self.transform(image, sample_rng(self.feed.walk.seed, sample.key)), place
+        raise ValueError(f"{first}; nor can any of the next {MAX_TRIES - 1} be decoded") from first
