@@ -53,6 +53,7 @@ class BadImages:
             known = {(record.get("shard"), record["row"]) for record in _records(self.path)}
             counts = [r["bad_images"] for r in _records(metrics) if "bad_images" in r and r["step"] <= start_step]
             found = [(known, counts[-1] if counts else 0)]
+        # By shard, None where there are none, and row.
         self.rows, self.count = broadcast_object_list(found)[0]
         self._drawn: list[BadSample] = []
 

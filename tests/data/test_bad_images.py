@@ -109,7 +109,7 @@ def test_rows_and_counts_go_on_from_the_checkpoint(tmp_path: Path) -> None:
         file.write('{"step": 3, "ro')  # killed while writing
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "bad_images": 2}\n{"step": 1, "eval": 0.5}\n')
     again = bad_images(source, tmp_path, start_step=1)
-    assert (again.count, again.rows) == (2, {1})
+    assert (again.count, again.rows) == (2, {(None, 1)})
     again.note(torch.tensor([2, 3]))
     assert again.settle(2) == 4
     assert [record["row"] for record in listed(tmp_path)] == [1, 2, 3]

@@ -113,17 +113,18 @@ def state_of(opened: list[Feed]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("write", [write_parquet, write_tars])
-@pytest.mark.parametrize("sizes", [[5] * 8, [17, 1, 2, 9, 4, 3, 3, 1], [40], [13, 0, 27]])
+@pytest.mark.parametrize("sizes", [[5] * 8, [17, 1, 2, 9, 4, 3, 3, 1], [37], [13, 0, 22, 3]])
 def test_two_processes_of_two_workers_see_each_sample_once_an_epoch(
     tmp_path: Path, write: Any, sizes: list[int]
 ) -> None:
     """Shards of equal size, of very different sizes, and fewer than workers."""
     opened = feeds(config(write(tmp_path, sizes)), num_processes=2)
-    assert opened[0].walk.stream.num_samples == 40
+    total = sum(sizes)
+    assert opened[0].walk.stream.num_samples == total
     seen = numbers(steps(opened, 15, num_workers=2))
     for epoch in range(3):
-        assert sorted(seen[40 * epoch : 40 * (epoch + 1)]) == list(range(40))
-    assert seen[:40] != seen[40:80]
+        assert sorted(seen[total * epoch : total * (epoch + 1)]) == list(range(total))
+    assert seen[:total] != seen[total : 2 * total]
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -170,15 +171,18 @@ def test_uneven_shards_that_are_not_counted_never_hang_and_lose_nothing(tmp_path
 def test_any_step_can_be_gone_on_from_with_other_numbers_of_processes_and_workers(
     tmp_path: Path, known: bool, num_workers: int
 ) -> None:
-    given = config(write_tars(tmp_path, [7, 5, 6, 6]), num_samples=None if known else 24)
-    whole = steps(feeds(given, num_processes=2), 10)
+    # Blocks of three, and steps after which another reader is next.
+    sizes, settings = [7, 5, 6, 6, 9, 4, 8, 3], {"batch_size": 12}
+    given = config(write_tars(tmp_path, sizes), shuffle_buffer=24, num_samples=None if known else 48)
+    whole = steps(feeds(given, num_processes=2), 10, **settings)
     for stop in (1, 4) if num_workers else (0, 1, 3, 4, 7):
         opened = feeds(given, num_processes=2)
-        assert steps(opened, stop, num_workers=num_workers) == whole[:stop]
+        assert steps(opened, stop, num_workers=num_workers, **settings) == whole[:stop]
         state = state_of(opened)
         for num_processes in (1, 2) if num_workers else (1, 2, 4):
             again = feeds(given, num_processes, state)
-            assert steps(again, 10, start_step=stop, num_workers=num_workers) == whole[stop:], (stop, num_processes)
+            found = steps(again, 10, start_step=stop, num_workers=num_workers, **settings)
+            assert found == whole[stop:], (stop, num_processes)
 
 
 def test_workers_that_are_ahead_do_not_move_the_place_that_is_saved(tmp_path: Path) -> None:
