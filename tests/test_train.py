@@ -43,6 +43,9 @@ def test_a_run_ends_with_everything_it_promises(
         "run.lock",
     }
     assert [folder.name for folder in list_checkpoints(run)] == ["step-00000004", "step-00000006"]
+    files = [path for path in run.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".json", ".jsonl", ".lock", ".png", ".safetensors", ".yaml"}
+    assert [path for path in files if path.read_bytes()[:2] in (b"PK", b"\x80\x02", b"\x80\x04")] == []  # pickles
     assert len(losses(run)) == 6
     backbone, weights = load_backbone(run), last_weights(run)
     for name, value in backbone.state_dict().items():
