@@ -269,8 +269,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before_to
 FULL_IN_ONE_PROCESS = """
 import errno, os, sys
 sys.path.insert(0, {root!r})
-import scripts.pretrain_dino
-import scripts.pretrain_mae
+from scripts.pretrain_{objective} import DEFAULTS
 from ssl_vit import checkpoint
 from ssl_vit.train import main
 
