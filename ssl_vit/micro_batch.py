@@ -12,6 +12,7 @@ from ssl_vit.config import RunConfig
 from ssl_vit.distributed import alone, max_over_processes
 from ssl_vit.models.vit import choose_attention
 from ssl_vit.objectives.objective import Objective
+from ssl_vit.sharding import is_sharded
 
 _GIB = 2**30
 _NOTHING_FITS = "not even one image fits on the device; use --encoder.grad_checkpointing true or a smaller arch"
@@ -117,6 +118,8 @@ def explain_out_of_memory(
     if device.type == "cuda":
         peak, total = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
         text += f": tensors held up to {peak / _GIB:.1f} of {total / _GIB:.1f} GiB"
+    if is_sharded(objective):  # it cannot be called by one process alone
+        return f"{text}; set a smaller --batch.per_device: the batch of a step stays {config.batch.size}"
     objective.zero_grad()
     sizes = [size for size in micro_batch_sizes(config.batch.size // num_processes) if size < per_device]
     found = try_sizes(config, objective, device, sizes, num_processes)

@@ -160,6 +160,7 @@ def set_up(config: RunConfig, ending: Ending = results) -> Run:
     choose_attention(objective, objective.encoder.num_patches, accelerator.device, precision)
     transform = config.build_transform(objective.encoder)
 
+    accelerator.wait_for_everyone()  # so that nobody checks a folder that is being made
     checkpoint = on_main_process(lambda: open_run_folder(config))
     optimizer = build_optimizer(objective, config.optim, precision)
     model, optimizer = sharding.prepare(accelerator, objective, optimizer, precision)

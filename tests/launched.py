@@ -37,7 +37,7 @@ def shard_on_cpus(accelerator: Accelerator) -> None:
 
 
 def plant(kind: Any, what: str, process: int, steps: list[int], num_steps: int) -> Any:
-    """A forward whose input is NaN, or whose loss is infinite with finite gradients, in some steps of one process."""
+    """A forward in some steps of one process: its input `nan`, or its loss `inf` or 100 more with equal gradients."""
     forward = kind.forward
 
     def broken(self: Any, batch: dict, progress: float) -> dict[str, torch.Tensor]:
@@ -47,7 +47,8 @@ def plant(kind: Any, what: str, process: int, steps: list[int], num_steps: int) 
                 name: value * float("nan") if value.is_floating_point() else value for name, value in batch.items()
             }
         parts = forward(self, batch, progress)
-        return {**parts, "loss": parts["loss"] + float("inf")} if hit and what == "inf" else parts
+        more = {"inf": float("inf"), "jump": 100.0}.get(what, 0.0) if hit else 0.0
+        return {**parts, "loss": parts["loss"] + more}
 
     return mock.patch.object(kind, "forward", broken)
 
@@ -82,6 +83,7 @@ def work(job: dict) -> int | str:
         if "plant" in job:
             kind = type(config.resolve(40)[0].build_objective())
             stack.enter_context(plant(kind, *job["plant"], num_steps=config.num_steps(40)))
+        stack.enter_context(mock.patch("ssl_vit.faults.LEAST", 2))
         if "fits" in job:
             stack.enter_context(mock.patch("ssl_vit.micro_batch.has_limit", return_value=True))
             stack.enter_context(mock.patch("ssl_vit.micro_batch.prepare_step", out_of_memory_above(*job["fits"])))

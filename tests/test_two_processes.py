@@ -53,6 +53,9 @@ def runs(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     add("fsdp_checkpointing", "dino", *flags, "--encoder.grad_checkpointing=true", fsdp2=True)
     add("inf", "mae", plant=["inf", 1, [2]])
     add("stopped", "mae", "--max_skipped_steps=2", plant=["inf", 1, [2, 3]])
+    add("jump", "dino", "--rewind_on_spike=2", plant=["jump", 1, [2]])
+    for fsdp2 in (False, True):
+        add(f"bf16_{fsdp2}", "dino", "--precision=bf16", fsdp2=fsdp2)
     add("auto", "mae", "--batch.auto=true", fits=[4, 2])
     file = desk / "jobs.json"
     file.write_text(json.dumps(jobs))
@@ -103,6 +106,22 @@ def test_fsdp2_learns_what_ddp_learns(runs: dict[str, tuple[Path, int | str]], o
         assert value.dtype == found[name].dtype
         if not name.startswith("optimizer "):
             torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-4)
+
+
+def test_fsdp2_learns_what_ddp_learns_in_bf16(runs: dict[str, tuple[Path, int | str]]) -> None:
+    """Autocast alone decides what is computed in bf16: no parameter, input or loss is cast."""
+    (ddp, _), (fsdp, code) = runs["bf16_False"], runs["bf16_True"]
+    assert code == 0
+    assert losses(fsdp) == pytest.approx(losses(ddp), rel=1e-4)
+    assert losses(ddp) != pytest.approx(losses(runs["dino_ddp"][0]), rel=1e-6)  # it is bf16
+
+
+def test_a_jump_in_one_process_takes_both_back(runs: dict[str, tuple[Path, int | str]]) -> None:
+    run, code = runs["jump"]
+    assert code == 0
+    assert same(state_at(run, 2), state_at(run, 3))
+    assert not same(state_at(run, 3), state_at(run, 4))
+    assert '{"step": 3, "rewound_to": 2}' in (run / "metrics.jsonl").read_text()
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
