@@ -26,7 +26,8 @@ from torch import Tensor
 
 from ssl_vit.data.workers import num_cpus, num_local_processes
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Windows has no SIGUSR1.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 OUT_OF_TIME = 100  # stands beside the signals, and above all of them
 # 128 + signal is the shell's convention, and 75 is sysexits.h's "try again".
 EXIT_STOPPED: dict[int, int] = {**{number: 128 + number for number in SIGNALS}, OUT_OF_TIME: 75}

@@ -18,7 +18,7 @@ from ssl_vit.checkpoint import checkpoint_folder
 from ssl_vit.data.sampler import StepSampler
 from ssl_vit.export import load_backbone
 from ssl_vit.export.run import export_run
-from tests.conftest import ROOT, SMALL_RUN, last_weights, losses
+from tests.conftest import ROOT, SMALL_DINO, SMALL_RUN, last_weights, losses
 from tests.test_faults import same, state_at
 
 OBJECTIVES = ("mae", "dino", "dinov2")
@@ -195,3 +195,18 @@ def test_where_one_process_is_killed_the_other_says_so_and_ends(
     (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: another process of this run ended or cannot be reached (")
     assert line.endswith("The same command goes on from the newest checkpoint.")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_launch_file_of_fsdp2_learns_what_that_of_ddp_learns(photo_folder: Path, tmp_path: Path) -> None:
+    for name in ("eight_gpus", "fsdp2"):
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2"]
+        launcher.append(f"--config_file={ROOT / 'configs' / 'accelerate' / name}.yaml")
+        settings = [f"--data.source={photo_folder}", f"--output_dir={tmp_path / name}", f"--steps={STEPS}"]
+        settings += ["--data.label_column=none", "--encoder.drop_path_rate=0", "--precision=bf16"]
+        script = [str(ROOT / "scripts" / "pretrain_dino.py"), *SMALL_DINO, *settings]
+        done = subprocess.run([*launcher, *script], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert "2 processes on cuda" in done.stdout
+    assert losses(tmp_path / "fsdp2") == pytest.approx(losses(tmp_path / "eight_gpus"), rel=1e-3)
