@@ -121,6 +121,10 @@ class SpikeWatch:
         self.faults = faults
         self._recent = deque(faults.recent_losses, maxlen=WINDOW)
 
+    def begins(self, steps_done: int) -> bool:
+        """Whether losses may be judged from the next step on, for the first time."""
+        return steps_done == LEAST
+
     def sees_spike(self, loss: Float[Tensor, ""]) -> bool:
         """Judge a step's loss, averaged over all processes, and remember it where it is none; every process calls this.
 

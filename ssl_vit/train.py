@@ -223,8 +223,6 @@ def train(run: Run) -> int:
     nothing_done = run.step == run.num_steps
     try:
         with StopSignal(run.deadline).listening() as stop:
-            if run.config.rewind_on_spike and run.step == 0:
-                save(run, is_last=True)  # to have something to go back to
             while (code := train_steps(run, stop)) is None:
                 pass  # went back, and goes on from there
         if code == 0:
@@ -305,6 +303,7 @@ def train_steps(run: Run, stop: StopSignal) -> int | None:
 
             run.step = done = step + 1
             save_due = done % config.checkpoint.every_steps == 0 or done == run.num_steps
+            save_due |= spikes is not None and spikes.begins(done)  # to have something to go back to
             if run.source.num_samples is not None:
                 settings["epoch"] = done * config.batch.size / run.source.num_samples
             settings["skipped_steps"] = run.faults.skipped_steps
@@ -421,7 +420,8 @@ def go_back(run: Run, step: int, log: MetricLog) -> None:
     What was drawn since that checkpoint is not learned from. It is saved at once, so that the run is there to stay.
     """
     faults = run.faults
-    checkpoint = cast(Path, on_main_process(lambda: newest_checkpoint(run.folder)))  # there is one from the start on
+    # There is one from `SpikeWatch.begins` on.
+    checkpoint = cast(Path, on_main_process(lambda: newest_checkpoint(run.folder)))
     run.optimizer.zero_grad()
     run.optimizer.state.clear()
     resume(run, checkpoint)

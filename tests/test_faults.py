@@ -69,8 +69,10 @@ def test_the_first_step_may_be_skipped(
     start: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     break_steps(monkeypatch, "mae", {0}, num_steps=3)
-    assert start(*EVERY_STEP, steps=3) == 0
+    start(*EVERY_STEP, steps=3)
+    start("--checkpoint.every_steps=9", steps=3, name="unsaved")
     assert len(losses(tmp_path / "run")) == 2
+    assert same(state_at(tmp_path / "run", 3), state_at(tmp_path / "unsaved", 3))
 
 
 def test_an_infinite_loss_with_finite_gradients_spoils_them() -> None:
@@ -133,6 +135,16 @@ def test_too_many_in_a_row_stop_the_run_and_name_their_samples(
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert records[-1]["skipped_steps"] == 2  # steps 1 and 3; those after the checkpoint were done again
     assert all(value.isfinite().all() for value in last_weights(run).values())
+
+
+def test_looking_for_spikes_changes_nothing_where_there_are_none(
+    start: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ssl_vit.faults.LEAST", 3)
+    start(steps=4, name="without")
+    start("--rewind_on_spike=1", steps=4)
+    assert same(last_weights(tmp_path / "run"), last_weights(tmp_path / "without"))
+    assert [folder.name for folder in list_checkpoints(tmp_path / "run")] == ["step-00000003", "step-00000004"]
 
 
 def test_a_step_that_was_taken_starts_the_count_anew(
