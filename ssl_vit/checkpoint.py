@@ -109,7 +109,10 @@ def save_checkpoint(
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     # torch types these by what a nested state dict may hold; whole and flat, they are tensors by name.
     model_tensors = cast("dict[str, Tensor]", get_model_state_dict(model, options=options))
+    untouched = not optimizer.state  # where all steps so far were skipped
     optimizer_state = cast("dict[str, Any]", get_optimizer_state_dict(model, optimizer, options=options))
+    if untouched:
+        optimizer.state.clear()  # torch made moments, and counted a step, to have something to save
     folder = checkpoint_folder(run, step)
 
     def write() -> None:
