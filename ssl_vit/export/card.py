@@ -112,6 +112,15 @@ def training_hours(metrics: Path, batch_size: int | None) -> float | None:
 def _scores(folder: Path) -> Iterator[str]:
     """The lines of a table of all scores found in a backbone's folder."""
     heading = "| file | features | score | value | 95 % interval |\n|---|---|---|---|---|"
+    for name, row, column, value, interval in found_scores(folder):
+        if heading:
+            yield heading
+            heading = ""
+        yield f"| {name} | {row} | {column} | {100 * value:.1f} % | {interval} |"
+
+
+def found_scores(folder: Path) -> Iterator[tuple[str, str, str, float, str]]:
+    """(file, row, column, share of 1, interval as text) of all scores found in a backbone's folder."""
     for name in _SCORES:
         try:
             found = json.loads((folder / name).read_text())
@@ -119,10 +128,7 @@ def _scores(folder: Path) -> Iterator[str]:
             continue
         for row, columns in (found.get("scores", found) or {}).items():
             for column, value, interval in _read_scores(columns):
-                if heading:
-                    yield heading
-                    heading = ""
-                yield f"| {name} | {row} | {column} | {100 * value:.1f} % | {interval} |"
+                yield name, row, column, value, interval
 
 
 def _read_scores(columns: Any) -> Iterator[tuple[str, float, str]]:

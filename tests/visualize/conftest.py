@@ -14,7 +14,6 @@ LONG = [
     "--steps=6",
     "--checkpoint.every_steps=3",
     "--evaluation.max_images=16",
-    "--evaluation.every_steps=3",
     "--evaluation.pictures_every_steps=2",
 ]
 

@@ -1,0 +1,36 @@
+"""Write one HTML file about a run, or several side by side: how it goes, curves, pictures, scores, settings.
+
+python scripts/report.py RUN                   RUN/report.html; a run that still trains may be looked at too
+python scripts/report.py RUN_A RUN_B           compared, in RUN_A/report.html unless --out says otherwise
+
+The file holds everything it shows and asks the network for nothing.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ssl_vit.visualize.report import write_report
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, finished or not")
+    parser.add_argument("--out", type=Path, help="the file to write [report.html in the first run's folder]")
+    parser.add_argument("--panel_images", type=int, default=3, help="pictures of the panel; 0 leaves it out [3]")
+    given = parser.parse_args(args)
+    out = given.out or given.runs[0] / "report.html"
+    try:
+        notes = write_report(given.runs, out, num_images=given.panel_images)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for note in notes:
+        print(f"note: {note}")
+    print(f"{out}   {out.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

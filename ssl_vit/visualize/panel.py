@@ -1,0 +1,149 @@
+"""What the report's panel shows, computed ahead: attention between all tokens, similarities, and MAE's steps."""
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssl_vit.data.masking import draw_keep
+from ssl_vit.export.run import Trained
+from ssl_vit.objectives.mae import MAE
+from ssl_vit.visualize.attention import attention_weights, has_plain_attention
+from ssl_vit.visualize.grid import to_rgb
+from ssl_vit.visualize.inputs import Pictures
+from ssl_vit.visualize.patches import patch_pca
+from ssl_vit.visualize.reconstructions import reconstruction_panels
+
+_SIDE = 512  # pixels; larger pictures are made smaller
+
+
+def panel_data(trained: Trained, pictures: Pictures, *, most_bytes: int = 4_000_000, seed: int = 0) -> dict[str, Any]:
+    """Everything that the panel looks up, for `json.dump`.
+
+    Args:
+        most_bytes: for the attention of all images together, before base64. Where all blocks and heads would take more,
+            the last block stays and others are left out evenly; where even that is too much, heads are averaged.
+    """
+    encoder, images = trained.encoder, pictures.images
+    grid = images.shape[-2] // encoder.patch_size[0], images.shape[-1] // encoder.patch_size[1]
+    num_patches = grid[0] * grid[1]
+    with torch.inference_mode():
+        tokens = encoder(images).patches
+    unit = F.normalize(tokens.float(), dim=-1)
+    similarity = _bytes(torch.einsum("bnd,bmd->bnm", unit, unit).clamp(0, 1))
+    shown = to_rgb(images, trained.mean, trained.std)
+    data: dict[str, Any] = {
+        "grid": list(grid),
+        "has_cls": encoder.has_cls_token,
+        "layers": [],
+        "heads": 0,
+        "images": [
+            {"name": name, "picture": data_uri(picture), "similarity": _pack(values)}
+            for name, picture, values in zip(pictures.names, shown, similarity, strict=True)
+        ],
+    }
+    if has_plain_attention(encoder):
+        _add_attention(data, trained, images, num_patches, most_bytes)
+    if trained.mae is not None:
+        _add_steps(data, trained, trained.mae, images, grid, seed)
+    return data
+
+
+def choose_layers(num_layers: int, num_heads: int, map_bytes: int, most_bytes: int) -> tuple[list[int], bool]:
+    """Which blocks fit into so many bytes, the last one always among them, and whether heads fit one by one.
+
+    Args:
+        map_bytes: of one head's attention in one block.
+    """
+    fit = most_bytes // (map_bytes * num_heads)
+    single = fit >= 1
+    if not single:
+        fit = max(1, most_bytes // map_bytes)
+    if fit >= num_layers:
+        return list(range(num_layers)), single
+    return sorted({num_layers - 1 - round(place * num_layers / fit) for place in range(fit)}), single
+
+
+def _add_attention(
+    data: dict[str, Any], trained: Trained, images: Float[Tensor, "b c h w"], num_patches: int, most_bytes: int
+) -> None:
+    encoder: Any = trained.encoder
+    prefix, num_heads = encoder.vit.num_prefix_tokens, encoder.vit.blocks[-1].attn.num_heads
+    queries = num_patches + int(encoder.has_cls_token)
+    layers, single = choose_layers(encoder.num_layers, num_heads, len(images) * queries * num_patches, most_bytes)
+    data["layers"], data["heads"] = layers, num_heads if single else 0
+    per_image: list[list[Tensor]] = [[] for _ in images]
+    for weights in attention_weights(encoder, images, layers=layers):
+        # Class token first, where there is one; registers do not look and are not looked at here.
+        rows = torch.cat([weights[:, :, : int(encoder.has_cls_token)], weights[:, :, prefix:]], dim=2)[..., prefix:]
+        rows = rows if single else rows.mean(dim=1, keepdim=True)
+        # One scale for all heads of a token, so that their mean can be taken on the page.
+        scaled = _bytes(rows / rows.amax(dim=(1, 3), keepdim=True).clamp_min(1e-12))
+        for place, values in enumerate(scaled):
+            per_image[place].append(values)
+    for item, maps in zip(data["images"], per_image, strict=True):
+        item["attention"] = _pack(torch.stack(maps))  # layers, heads, queries, patches
+
+
+def _add_steps(
+    data: dict[str, Any], trained: Trained, mae: MAE, images: Tensor, grid: tuple[int, int], seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    num_patches = grid[0] * grid[1]
+    keep = torch.stack([draw_keep(num_patches, mae.config.mask_ratio, rng) for _ in images])
+    with torch.inference_mode():
+        visible = mae.encoder(images, keep=keep).patches
+        reconstruction = mae.reconstruct(images, keep)
+    panels = reconstruction_panels(
+        images,
+        reconstruction,
+        keep,
+        patch_size=mae.encoder.patch_size,
+        mean=trained.mean,
+        std=trained.std,
+        norm_pix_loss=mae.config.norm_pix_loss,
+    )
+    data["steps"] = {
+        "num_kept": keep.shape[1],
+        "num_patches": num_patches,
+        "embed_dim": mae.encoder.embed_dim,
+        "depth": mae.encoder.num_layers,
+        "decoder_depth": mae.config.decoder_depth,
+        "decoder_embed_dim": mae.config.decoder_embed_dim,
+        "pixels": mae.decoder_pred.out_features,
+        "norm_pix_loss": mae.config.norm_pix_loss,
+    }
+    enough = visible.shape[0] * visible.shape[1] >= 4
+    colours = patch_pca(visible, (1, keep.shape[1])).colours if enough else torch.full((*keep.shape, 3), 0.5)
+    for place, item in enumerate(data["images"]):
+        tokens = torch.full((num_patches, 3), 0.85).scatter(0, keep[place][:, None].expand(-1, 3), colours[place])
+        _, masked, decoded, pasted = panels[place]
+        item["masked"], item["decoded"], item["pasted"] = data_uri(masked), data_uri(decoded), data_uri(pasted)
+        item["tokens"] = data_uri(rearrange(tokens, "(r c) k -> r c k", r=grid[0]))
+
+
+def data_uri(picture: Float[Tensor, "h w 3"]) -> str:
+    """An RGB picture in [0, 1] as a PNG within an address; it is enlarged on the page, not here."""
+    buffer = io.BytesIO()
+    image = Image.fromarray(_bytes(picture).numpy())
+    if max(image.size) > _SIDE:
+        image.thumbnail((_SIDE, _SIDE))
+        image.save(buffer, "WEBP", quality=85)
+        return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    image.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _bytes(values: Float[Tensor, "*s"]) -> UInt8[Tensor, "*s"]:
+    return (values.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _pack(values: UInt8[Tensor, "*s"]) -> str:
+    return base64.b64encode(values.contiguous().numpy().tobytes()).decode()

@@ -1,0 +1,237 @@
+"""The report: one HTML file about one run or several, which opens from disk and asks the network for nothing."""
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+import numpy as np
+import yaml
+from PIL import Image
+
+from ssl_vit.config import differences
+from ssl_vit.export.run import open_trained
+from ssl_vit.visualize.film import Frame, spread
+from ssl_vit.visualize.inputs import open_pictures
+from ssl_vit.visualize.panel import panel_data
+from ssl_vit.visualize.run_data import RunData, read_run
+from ssl_vit.visualize.verdict import judge
+
+MOST_BYTES = 15_000_000
+_PICTURES_BYTES = 4_500_000  # of all runs together, before base64
+_MAX_POINTS = 600  # of a curve
+# Name in metrics.jsonl -> title, unit and what it means. Others that a run has logged come after these, by their names.
+_CURVES = {
+    "loss": ("Loss", "", "what is minimised"),
+    "eval_knn": ("k-NN accuracy", "%", "of frozen features, on labelled images"),
+    "eval_linear": ("Linear probe accuracy", "%", "of frozen features, on labelled images"),
+    "rankme": ("RankMe", "", "dimensions that the features make use of; a fall to a few is a collapse"),
+    "feature_std": ("Feature spread", "", "0 where all images get the same features, near 1 where they are spread"),
+    "teacher_entropy": ("Teacher entropy", "nats", "0 = always one prototype, ln K = all alike; both are collapses"),
+    "kl": ("KL, teacher to student", "nats", "how far the student is from its teacher"),
+    "below_ln_k": ("Loss below ln K", "nats", "0 means that nothing is told apart"),
+    "prototypes_used": ("Prototypes in use", "%", "of those that could be"),
+    "lr": ("Learning rate", "", "of the schedule"),
+    "weight_decay": ("Weight decay", "", "of the schedule"),
+    "teacher_temp": ("Teacher temperature", "", "lower is sharper"),
+    "ema_momentum": ("EMA momentum", "", "share of the old teacher that a step keeps"),
+    "grad_norm": ("Gradient norm", "", "before clipping"),
+    "images_per_second": ("Images per second", "", "evaluation and saving left out"),
+    "data_wait": ("Waiting for data", "%", "share of a step's time; below 10 % is well"),
+    "memory_mib": ("Memory", "MiB", "peak of the GPU, or resident memory on a CPU"),
+    "bad_images": ("Pictures that could not be decoded", "", "so far"),
+}
+
+
+def write_report(folders: Sequence[Path], out: Path, *, num_images: int = 3, seed: int = 0) -> list[str]:
+    """Write the report of runs, the first of which gets the panel.
+
+    Args:
+        num_images: of the panel; 0 leaves it out.
+
+    Returns:
+        A line for each thing that had to be left out.
+
+    Raises:
+        ValueError: a folder that holds no run.
+    """
+    runs = [read_run(folder) for folder in folders]
+    notes: list[str] = []
+    panel = None
+    if num_images:
+        try:
+            trained = open_trained(folders[0])
+            panel = panel_data(trained, open_pictures(trained, [], number=num_images, seed=seed))
+        except ValueError as error:
+            notes.append(f"no panel: {error}")
+    page = render(runs, panel)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
+    return notes
+
+
+def render(runs: Sequence[RunData], panel: dict[str, Any] | None = None) -> str:
+    """The page. All that comes from a run is escaped: names, classes and paths are other people's text."""
+    most_pictures = _PICTURES_BYTES // len(runs)
+    names = _distinct([run.name for run in runs])
+    told = [_about(run, name, most_pictures) for run, name in zip(runs, names, strict=True)]
+    data = {
+        "runs": [{"name": name, **_curves(run)} for run, name in zip(runs, names, strict=True)],
+        "curves": _curve_list(runs),
+        "frames": [about.pop("frames") for about in told],
+        "panel": panel,
+        "viridis": _map_table("viridis"),
+        "inferno": _map_table("inferno"),
+    }
+    templates = files("ssl_vit.visualize") / "templates"
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.from_string((templates / "report.html").read_text(encoding="utf-8")).render(
+        runs=told,
+        differing=_differing(runs),
+        panel=panel,
+        has_frames=any(data["frames"]),
+        data=json_for_script(data),
+        style=(templates / "report.css").read_text(encoding="utf-8"),
+        scripts=[(templates / name).read_text(encoding="utf-8") for name in ("curves.js", "film.js", "panel.js")],
+    )
+
+
+def json_for_script(data: Any) -> str:
+    """JSON that nothing in it can end the script element it stands in."""
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    for sign in "<>&\u2028\u2029":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text
+
+
+def _about(run: RunData, name: str, most_bytes: int) -> dict[str, Any]:
+    verdict = judge(run)
+    hours = run.hours
+    last = run.records[-1] if run.records else {}
+    rates = [record["images_per_second"] for record in run.records if record.get("images_per_second")]
+    step = last.get("step", 0)
+    facts = {
+        "objective": run.provenance.get("objective", "-"),
+        "architecture": run.settings["encoder"]["arch"],
+        "data": run.settings["data"]["source"],
+        "images": f"{run.provenance['num_images']:,}" if "num_images" in run.provenance else "-",
+        "state": "finished" if run.results else f"at {last.get('progress', 0):.0%}",
+        "steps": f"{step:,} of {run.batch_size:,} images",
+        "hours": f"{hours[-1]:.2g}" if hours else "-",
+        "images/s": f"{np.median(rates):,.0f} (median)" if rates else "-",
+        "hardware": run.provenance.get("hardware", "-"),
+        "versions": ", ".join(f"{key} {run.provenance[key]}" for key in ("torch", "timm") if key in run.provenance),
+        "ssl_vit": run.provenance.get("version", "-"),
+    }
+    return {
+        "name": name,
+        "verdict": verdict.word,
+        "reasons": verdict.reasons,
+        "facts": facts,
+        "attribution": run.provenance.get("attribution"),
+        "scores": [
+            {"file": file, "row": row, "column": column, "value": f"{100 * value:.1f} %", "interval": interval}
+            for file, row, column, value, interval in run.scores
+        ],
+        "config": yaml.safe_dump(run.settings, sort_keys=False),
+        "picture": None if run.frames or run.picture is None else _shrink(run.picture),
+        "frames": _embed(run.frames, most_bytes),
+    }
+
+
+def _embed(frames: Sequence[Frame], most_bytes: int) -> list[dict[str, Any]]:
+    """As many pictures, evenly, as fit into so many bytes."""
+    number = len(frames)
+    while number > 2 and sum(item.path.stat().st_size for item in spread(frames, number)) > most_bytes:
+        number -= max(1, number // 10)
+    chosen = spread(frames, number) if number else []
+    if sum(item.path.stat().st_size for item in chosen) > most_bytes:
+        chosen = []
+    return [
+        {
+            "step": item.step,
+            "picture": "data:image/webp;base64," + base64.b64encode(item.path.read_bytes()).decode(),
+        }
+        for item in chosen
+    ]
+
+
+def _shrink(path: Path) -> str:
+    buffer = io.BytesIO()
+    with Image.open(path) as picture:
+        small = picture.convert("RGB")
+        small.thumbnail((1400, 2800))
+        small.save(buffer, "WEBP", quality=80)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _curves(run: RunData) -> dict[str, Any]:
+    steps = [record["step"] for record in run.records]
+    return {
+        "batch": run.batch_size,
+        # Hours of any step lie between those of the records.
+        "clock": _thin(list(zip(steps, run.hours, strict=True))),
+        "points": {name: _thin(points) for name, points in run.curves().items()},
+    }
+
+
+def _thin(points: list[tuple[int, float]]) -> list[list[float]]:
+    """At most `_MAX_POINTS`, the first and last among them, six digits each."""
+    if len(points) > _MAX_POINTS:
+        chosen = np.linspace(0, len(points) - 1, _MAX_POINTS).round().astype(int)
+        points = [points[place] for place in chosen]
+    return [[step, float(f"{value:.6g}")] for step, value in points]
+
+
+def _curve_list(runs: Sequence[RunData]) -> list[dict[str, str]]:
+    """What has been measured at least twice and is not one constant, the known ones first."""
+    values: dict[str, set[float]] = {}
+    present = set()
+    for run in runs:
+        for name, points in run.curves().items():
+            values.setdefault(name, set()).update(value for _, value in points)
+            if len(points) > 1:
+                present.add(name)
+    present = {name for name in present if len(values[name]) > 1}
+    names = [*(name for name in _CURVES if name in present), *sorted(present - set(_CURVES))]
+    found = []
+    for name in names:
+        title, unit, help_text = _CURVES.get(name, (name.replace("_", " ").capitalize(), "", ""))
+        found.append({"name": name, "title": title, "unit": unit, "help": help_text})
+    return found
+
+
+def _differing(runs: Sequence[RunData]) -> list[dict[str, Any]]:
+    """Settings in which not all runs agree."""
+    keys: dict[str, None] = {}
+    for run in runs[1:]:
+        keys.update(dict.fromkeys(differences(runs[0].settings, run.settings)))
+    found = []
+    for key in keys:
+        values = []
+        for run in runs:
+            value: Any = run.settings
+            for part in key.split("."):
+                value = value.get(part, "-") if isinstance(value, dict) else "-"
+            values.append("null" if value is None else str(value))
+        found.append({"key": key, "values": values})
+    return found
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Runs of the same folder name get numbers."""
+    return [
+        f"{name} ({names[: place + 1].count(name)})" if list(names).count(name) > 1 else name
+        for place, name in enumerate(names)
+    ]
+
+
+def _map_table(name: str) -> list[int]:
+    """A colour map of 64 entries as numbers 0xRRGGBB."""
+    colours = (matplotlib.colormaps[name](np.linspace(0, 1, 64))[:, :3] * 255).round().astype(int)
+    return [int(red) << 16 | int(green) << 8 | int(blue) for red, green, blue in colours]

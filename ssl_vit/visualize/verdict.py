@@ -1,0 +1,140 @@
+"""How a run is going, in a word and by rules that are written down here."""
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+from ssl_vit.objectives.collapse import diagnose
+from ssl_vit.visualize.run_data import RunData
+
+MIN_RECORDS = 5  # log intervals after the warm-up
+STARVED = 0.4  # share of a step in which it waits for its batch
+FLAT = 0.01  # relative fall of the loss that counts as one
+RISE = 0.01  # of k-NN accuracy, a point
+PATIENCE = 3  # intervals in a row that look collapsed, as in training
+
+
+class Verdict(NamedTuple):
+    """A word, and why."""
+
+    word: str
+    """learning, collapsing, diverged, starved for data, not learning, or too early to say."""
+    reasons: list[str]
+    """Sentences, the one that decided first."""
+
+
+def judge(run: RunData) -> Verdict:
+    """The first of these rules that applies decides; what else is known is added as further reasons.
+
+    1. diverged: the last loss is not a finite number.
+    2. too early to say: fewer than 5 log intervals after the warm-up (optim.warmup).
+    3. collapsing: the last 3 intervals look collapsed, by the rules of training (`objectives.collapse.diagnose`).
+    4. starved for data: in the last quarter of the intervals, a step waits for its batch 40 % of its time or more.
+    5. not learning: at the end the scores are below those of the start and their 95 % interval excludes 0.
+    6. learning: that interval lies above 0; or the k-NN rose by a point or more over the run.
+    7. MAE, and other losses that can only fall by learning: learning where the loss of the last quarter is 1 % below
+       that of the first or more, else not learning.
+    8. Losses of self-distillation, which may rise while a model learns: learning where features stay spread
+       (feature_std at least .2) and RankMe has kept at least half of its highest value; else not learning.
+    """
+    records = run.records
+    if records and not _is_finite(records[-1]["loss"]):
+        return Verdict("diverged", ["The last loss is not a finite number: lower optim.base_lr or clip gradients."])
+    warmup = run.settings["optim"].get("warmup", 0.0)
+    start = float(warmup) if isinstance(warmup, int | float) else 0.0
+    settled = [record for record in records if record.get("progress", 1.0) >= start and _is_finite(record["loss"])]
+    if len(settled) < MIN_RECORDS:
+        counted = f"{len(settled)} log interval{'' if len(settled) == 1 else 's'}"
+        return Verdict("too early to say", [f"Only {counted} after the warm-up; it takes {MIN_RECORDS}."])
+    facts = [*_about_data(settled), *_about_scores(run), *_about_knn(run), _about_loss(settled)]
+    if (sign := _collapse(run, settled)) is not None:
+        return Verdict("collapsing", [sign, *(reason for _, reason in facts)])
+    decided = next((fact for fact in facts if fact[0]), None) or _by_spread(settled)
+    return Verdict(decided[0], [decided[1], *(reason for _, reason in facts if reason != decided[1])])
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _is_distillation(records: Sequence[Mapping[str, Any]]) -> bool:
+    return "teacher_entropy" in records[-1]
+
+
+def _collapse(run: RunData, records: Sequence[Mapping[str, Any]]) -> str | None:
+    prototypes = run.settings["objective"].get("num_prototypes")
+    needed = ("teacher_entropy", "kl", "feature_std", "prototypes_used")
+    last = records[-PATIENCE:]
+    if not isinstance(prototypes, int) or not all(_is_finite(record.get(name)) for record in last for name in needed):
+        return None
+    signs = [diagnose(record, prototypes) for record in last]
+    return signs[-1] if all(signs) else None
+
+
+def _about_scores(run: RunData) -> list[tuple[str, str]]:
+    found = []
+    for key, scores in (run.results or {}).items():
+        if not key.startswith("trained_minus_") or not isinstance(scores, dict):
+            continue
+        start = key.removeprefix("trained_minus_")
+        for name, values in scores.items():
+            word = "learning" if values["low"] > 0 else "not learning" if values["high"] < 0 else ""
+            found.append(
+                (
+                    word,
+                    f"At the end, {_title(name)} is {abs(100 * values['difference']):.1f} points "
+                    f"{'above' if values['difference'] >= 0 else 'below'} {start} "
+                    f"(95 % interval {100 * values['low']:+.1f} to {100 * values['high']:+.1f}).",
+                )
+            )
+    # One score below its start does not make a run useless while another is above it.
+    words = {word for word, _ in found}
+    return [("" if word == "not learning" and "learning" in words else word, reason) for word, reason in found]
+
+
+def _about_knn(run: RunData) -> list[tuple[str, str]]:
+    scores = [line["eval_knn"] for line in run.evaluations if _is_finite(line.get("eval_knn"))]
+    if len(scores) < 2:
+        return []
+    rise = scores[-1] - scores[0]
+    word = "learning" if rise >= RISE and run.results is None else ""
+    return [(word, f"k-NN went from {scores[0]:.1%} to {scores[-1]:.1%} during training.")]
+
+
+def _about_loss(records: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    quarter = max(1, len(records) // 4)
+    first, last = (median(record["loss"] for record in part) for part in (records[:quarter], records[-quarter:]))
+    fall = (first - last) / abs(first) if first else 0.0
+    word = "learning" if fall >= FLAT else "not learning"
+    if _is_distillation(records):
+        word = ""
+    moved = "fell" if fall > 0 else "rose"
+    return word, f"The loss {moved} by {abs(fall):.1%} from the first to the last quarter ({first:.4g} to {last:.4g})."
+
+
+def _about_data(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    waits = [record["data_wait"] for record in records[-max(1, len(records) // 4) :] if "data_wait" in record]
+    if not waits:
+        return []
+    wait = median(waits)
+    if wait >= STARVED:
+        advice = "raise data.num_workers, store smaller images, or use a faster disk"
+        return [("starved for data", f"{wait:.0%} of a step's time goes to waiting for its batch: {advice}.")]
+    return [("", f"{wait:.0%} of a step's time goes to waiting for its batch.")]
+
+
+def _by_spread(records: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    last = records[-1]
+    spread, ranks = last.get("feature_std"), [r["rankme"] for r in records if _is_finite(r.get("rankme"))]
+    if spread is None or not ranks:
+        return "too early to say", "Neither scores nor the spread of the features tell."
+    healthy = spread >= 0.2 and ranks[-1] >= max(ranks) / 2
+    reason = (
+        f"The features' spread is {spread:.2f} of 1, and RankMe is {ranks[-1]:.1f}, {max(ranks):.1f} at its highest."
+    )
+    return ("learning" if healthy else "not learning"), reason
+
+
+def _title(name: str) -> str:
+    return {"knn": "k-NN", "linear": "the linear probe"}.get(name, name)
