@@ -23,6 +23,7 @@ from ssl_vit.models.vit import ViTConfig
 from ssl_vit.objectives.objective import Objective, ObjectiveConfig, RunSize, Transform
 from ssl_vit.objectives.recipes import resolve_warmup
 from ssl_vit.optim import OptimConfig
+from ssl_vit.tracking import TrackerName
 from ssl_vit.writing import replace_text
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -86,6 +87,10 @@ class RunConfig:
     """Number format of the forward pass. auto: bf16 where the device computes it in hardware, else fp32 (no)."""
     log_every: int = 50
     """Steps between log lines."""
+    quiet: bool = False
+    """Show neither progress bar nor log lines: warnings, scores and the end alone."""
+    tracking: TrackerName = "none"
+    """Send metrics and pictures to a tracker too, in the run's folder: tensorboard, wandb, mlflow or trackio."""
     on_collapse: Literal["warn", "stop"] = "warn"
     """When the metrics say that the features have collapsed: warn, or also save and stop."""
     max_skipped_steps: int = 10

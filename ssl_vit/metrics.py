@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssl_vit.distributed import mean_over_processes
+from ssl_vit.tracking import Tracker
 from ssl_vit.writing import JsonLines, forget_after
 
 
@@ -22,21 +23,32 @@ class MetricLog:
     """
 
     def __init__(
-        self, path: Path, *, start_step: int, num_steps: int, batch_size: int, log_every: int, is_writer: bool
+        self,
+        path: Path,
+        *,
+        start_step: int,
+        num_steps: int,
+        batch_size: int,
+        log_every: int,
+        is_writer: bool,
+        quiet: bool = False,
+        tracker: Tracker | None = None,
     ) -> None:
         self.num_steps, self.batch_size = num_steps, batch_size
         self.log_every, self.is_writer = log_every, is_writer
         self.step, self.start_step = start_step, start_step
         self._file = JsonLines(path)
+        self.quiet, self.tracker = quiet, tracker
         self.on_terminal = sys.stderr.isatty()
         if is_writer:
             forget_after(path, start_step)
+        self._knn = last_value(path, "eval_knn")
         self.bar = tqdm(
             total=num_steps,
             initial=start_step,
             unit="step",
             dynamic_ncols=True,
-            disable=not (is_writer and self.on_terminal),
+            disable=quiet or not (is_writer and self.on_terminal),
         )
         self._start = time.perf_counter()
         self._reset()
@@ -91,24 +103,38 @@ class MetricLog:
         return record
 
     def _show(self, record: dict[str, Any]) -> None:
+        if self.quiet:
+            return
         rate, wait = record["images_per_second"], record["data_wait"]
+        knn = "" if self._knn is None else f"k-NN {self._knn:.1%}"
         loss = f"{record['loss']:.4f}" if "loss" in record else "none (all steps skipped)"
         if self.on_terminal:
-            self.bar.set_postfix_str(f"loss {loss}, {rate:.0f} images/s, {wait:.0%} waiting for data")
+            parts = [f"loss {loss}", f"{rate:.0f} images/s", f"{wait:.0%} waiting for data", knn]
+            self.bar.set_postfix_str(", ".join(filter(None, parts)))
         elif self.is_writer:
             done = self.step - self.start_step
             left = (time.perf_counter() - self._start) / done * (self.num_steps - self.step)
             print(
                 f"step {self.step}/{self.num_steps}  loss {loss}  lr {record['lr']:.2e}  "
-                f"{rate:.0f} images/s  {wait:.0%} waiting for data  {tqdm.format_interval(left)} left",
+                f"{rate:.0f} images/s  {wait:.0%} waiting for data  {knn + '  ' if knn else ''}"
+                f"{tqdm.format_interval(left)} left",
                 flush=True,
             )
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl."""
+        """Append a line to metrics.jsonl, and send it to the tracker."""
+        self._knn = record.get("eval_knn", self._knn)
         if self.is_writer:
             # JSON has no infinity, which the gradient's norm is where fp16 overflowed.
-            self._file.append([{key: value if math.isfinite(value) else None for key, value in record.items()}])
+            plain = {key: value if math.isfinite(value) else None for key, value in record.items()}
+            self._file.append([plain])
+            if self.tracker is not None:
+                self.tracker.log(plain)
+
+    def picture(self, path: Path, step: int) -> None:
+        """Send a picture to the tracker."""
+        if self.tracker is not None:
+            self.tracker.picture(path, step)
 
     def say(self, text: str) -> None:
         """Print above the progress bar."""
@@ -127,6 +153,8 @@ class MetricLog:
 
     def close(self) -> None:
         self.bar.close()
+        if self.tracker is not None:
+            self.tracker.finish()
 
 
 def memory_mib() -> float:
@@ -155,3 +183,11 @@ class CollapseAlarm:
             self._armed = False
             return True
         return False
+
+
+def last_value(path: Path, name: str) -> float | None:
+    """What metrics.jsonl says last under a name; None where it says nothing."""
+    if not path.exists():
+        return None
+    lines = path.read_text().splitlines()
+    return next((json.loads(line)[name] for line in reversed(lines) if f'"{name}"' in line), None)

@@ -54,7 +54,12 @@ def is_picture_due(config: RunConfig, step: int, num_steps: int) -> bool:
 
 
 def draw_in_training(
-    config: RunConfig, accelerator: Accelerator, objective: Objective, source: Source | Stream, step: int
+    config: RunConfig,
+    accelerator: Accelerator,
+    objective: Objective,
+    source: Source | Stream,
+    step: int,
+    log: MetricLog,
 ) -> None:
     """Draw what is known before `step`: always the same images and masks.
 
@@ -63,7 +68,8 @@ def draw_in_training(
     if not accelerator.is_main_process:
         return
     path = Path(config.output_dir) / PICTURES_FOLDER / f"step-{step:08d}.webp"
-    draw(config, objective, source, path, accelerator.device, num_pictures=4)
+    if draw(config, objective, source, path, accelerator.device, num_pictures=4):
+        log.picture(path, step)
 
 
 def finish(

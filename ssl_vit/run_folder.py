@@ -20,6 +20,8 @@ FREE_SETTINGS = (
     "output_dir",
     "fresh",
     "log_every",
+    "quiet",
+    "tracking",
     "on_collapse",
     "max_skipped_steps",
     "rewind_on_spike",

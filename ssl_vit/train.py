@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 
 from ssl_vit import results, sharding
 from ssl_vit.checkpoint import load_checkpoint, newest_checkpoint, prune_checkpoints, save_checkpoint
-from ssl_vit.config import RunConfig, parse_run, section
+from ssl_vit.config import RunConfig, as_plain, parse_run, section
 from ssl_vit.data.bad_images import BadImages
 from ssl_vit.data.feed import Feed
 from ssl_vit.data.loader import Batches
@@ -46,6 +46,7 @@ from ssl_vit.objectives.objective import Objective, Transform
 from ssl_vit.optim import build_optimizer, clip_gradients, set_schedule
 from ssl_vit.run_folder import METRICS_FILE, RESULTS_FILE, check_run_folder, is_finished, open_run_folder
 from ssl_vit.sessions import note_session
+from ssl_vit.tracking import check_tracker, start_tracker
 
 GO_ON = "The same command goes on from the newest checkpoint."
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -141,6 +142,7 @@ def set_up(config: RunConfig, ending: Ending = results) -> Run:
     """
     started = time.monotonic()
     check_run_folder(config)
+    check_tracker(config.tracking)
     device = cast(torch.device, start_processes().device)
     precision = resolve_precision(config.precision, device)
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=[PATIENCE])
@@ -255,6 +257,10 @@ def train_steps(run: Run, stop: StopSignal) -> int | None:
         batch_size=config.batch.size,
         log_every=config.log_every,
         is_writer=accelerator.is_main_process,
+        quiet=config.quiet,
+        tracker=start_tracker(
+            config.tracking, run.folder, as_plain(config), start_step, is_writer=accelerator.is_main_process
+        ),
     )
     bad_images = None
     if config.data.on_bad_image == "skip":
@@ -398,7 +404,7 @@ def draw_picture(run: Run, step: int, log: MetricLog) -> None:
     if results.is_picture_due(run.config, step, run.num_steps):
         paused = log.pause()
         objective = sharding.whole(run.config, run.model, run.objective, run.accelerator.device)
-        results.draw_in_training(run.config, run.accelerator, objective, run.source, step)
+        results.draw_in_training(run.config, run.accelerator, objective, run.source, step, log)
         log.go_on(paused)
 
 

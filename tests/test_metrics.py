@@ -1,10 +1,19 @@
+import fcntl
 import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
 from pathlib import Path
 
 import pytest
 import torch
 
 from ssl_vit.metrics import CollapseAlarm, MetricLog, forget_after
+from tests.conftest import ROOT
 
 
 def run(path: Path, losses: list[float], start_step: int = 0) -> None:
@@ -77,3 +86,60 @@ def test_a_resumed_log_reads_as_if_never_interrupted(tmp_path: Path) -> None:
     run(tmp_path / "b.jsonl", [1.0] * 6)
     run(tmp_path / "b.jsonl", [1.0] * 4, start_step=4)
     assert [r["step"] for r in read(tmp_path / "a.jsonl")] == [r["step"] for r in read(tmp_path / "b.jsonl")]
+
+
+def progress(path: Path, start_step: int = 0, **settings: bool) -> None:
+    log = MetricLog(path, start_step=start_step, num_steps=8, batch_size=4, log_every=1, is_writer=True, **settings)
+    for value in (None, 0.25, None):
+        log.add_step({"loss": torch.tensor(1.0)})
+        log.write_interval({"lr": 0.1}, progress=0.5)
+        if value is not None:
+            log.write({"step": log.step, "eval_knn": value})
+    log.close()
+
+
+def test_the_last_knn_stands_in_the_line_also_after_a_resume(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    progress(tmp_path / "m.jsonl")
+    lines = capsys.readouterr().out.splitlines()
+    assert ["k-NN" in line for line in lines] == [False, False, True]
+    assert "k-NN 25.0%  " in lines[-1]
+    assert lines[-1].endswith(" left")
+    progress(tmp_path / "m.jsonl", start_step=3)
+    assert "k-NN 25.0%" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_a_quiet_log_is_written_and_not_shown(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    progress(tmp_path / "m.jsonl", quiet=True)
+    assert len(read(tmp_path / "m.jsonl")) == 4
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_bar_on_a_terminal_has_rate_time_left_and_no_colours(tmp_path: Path) -> None:
+    """Through a real terminal, since only there is a bar drawn."""
+    code = (
+        "from pathlib import Path\nfrom tests.test_metrics import progress\n"
+        f"progress(Path({str(tmp_path / 'm.jsonl')!r}))"
+    )
+    text = in_terminal([sys.executable, "-c", code])
+    assert re.search(r"3/8 \[\d\d:\d\d<\d\d:\d\d,.*loss 1.0000, \d+ images/s, 0% waiting for data, k-NN 25.0%", text)
+    assert not re.search(r"\x1b\[[0-9;]*m", text)
+
+
+def in_terminal(words: list[str]) -> str:
+    """What a command writes to a terminal 200 wide."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 200, 0, 0))
+    with subprocess.Popen(words, stdout=slave, stderr=slave, cwd=ROOT, env={**os.environ, "NO_COLOR": "1"}) as process:
+        os.close(slave)
+        text = b""
+        while True:
+            try:
+                part = os.read(master, 65536)
+            except OSError:  # what a closed terminal gives
+                break
+            if not part:
+                break
+            text += part
+    os.close(master)
+    assert process.returncode == 0, text
+    return text.decode()
