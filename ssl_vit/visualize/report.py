@@ -132,7 +132,7 @@ def _about(run: RunData, name: str, most_bytes: int) -> dict[str, Any]:
         "name": name,
         "verdict": verdict.word,
         "reasons": verdict.reasons,
-        "facts": facts,
+        "facts": {key: value for key, value in facts.items() if value not in ("", "-")},
         "attribution": run.provenance.get("attribution"),
         "scores": [
             {"file": file, "row": row, "column": column, "value": f"{100 * value:.1f} %", "interval": interval}
@@ -211,6 +211,7 @@ def _differing(runs: Sequence[RunData]) -> list[dict[str, Any]]:
     keys: dict[str, None] = {}
     for run in runs[1:]:
         keys.update(dict.fromkeys(differences(runs[0].settings, run.settings)))
+    keys.pop("output_dir", None)
     found = []
     for key in keys:
         values = []

@@ -36,7 +36,8 @@ def judge(run: RunData) -> Verdict:
     7. MAE, and other losses that can only fall by learning: learning where the loss of the last quarter is 1 % below
        that of the first or more, else not learning.
     8. Losses of self-distillation, which may rise while a model learns: learning where features stay spread
-       (feature_std at least .2) and RankMe has kept at least half of its highest value; else not learning.
+       (feature_std at least .2), RankMe has kept at least half of its highest value, and at least 5 % of the
+       prototypes that could be are in use; else not learning.
     """
     records = run.records
     if records and not _is_finite(records[-1]["loss"]):
@@ -129,9 +130,11 @@ def _by_spread(records: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     spread, ranks = last.get("feature_std"), [r["rankme"] for r in records if _is_finite(r.get("rankme"))]
     if spread is None or not ranks:
         return "too early to say", "Neither scores nor the spread of the features tell."
-    healthy = spread >= 0.2 and ranks[-1] >= max(ranks) / 2
+    used = last.get("prototypes_used", 1.0)
+    healthy = spread >= 0.2 and ranks[-1] >= max(ranks) / 2 and used >= 0.05
     reason = (
-        f"The features' spread is {spread:.2f} of 1, and RankMe is {ranks[-1]:.1f}, {max(ranks):.1f} at its highest."
+        f"The features' spread is {spread:.2f} of 1, RankMe is {ranks[-1]:.1f}, {max(ranks):.1f} at its highest, and "
+        f"{used:.0%} of the prototypes that could be are in use."
     )
     return ("learning" if healthy else "not learning"), reason
 

@@ -94,3 +94,6 @@ def test_of_self_distillation_the_spread_decides_and_not_the_loss() -> None:
     found = judge(run(narrow))
     assert found.word == "not learning"
     assert "RankMe is 2.9, 18.2 at its highest" in found.reasons[0]
+    few = judge(run([{"loss": 4.0, **HEALTHY, "prototypes_used": 0.01}] * 20))
+    assert few.word == "not learning"
+    assert "1% of the prototypes" in few.reasons[0]
