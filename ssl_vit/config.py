@@ -264,7 +264,8 @@ def load_encoder_config(path: Path) -> ViTConfig:
 def write_config(config: RunConfig, path: Path) -> None:
     """Write the resolved settings as YAML, in the form that `--config` reads."""
     values = as_plain(config)
-    values.pop("fresh")  # belongs to one call, not to the run
+    for name in ("fresh", "quiet"):  # belong to one call, not to the run
+        values.pop(name)
     text = yaml.safe_dump(values, sort_keys=False)
     if not path.exists() or path.read_text() != text:  # going on needs no space on the disk
         replace_text(path, text)
@@ -309,7 +310,8 @@ def _build_parser(defaults: RunConfig) -> ArgumentParser:
     parser.add_argument("--config", action="config", help="YAML file with any of these settings; may be repeated.")
     parser.add_argument("--fresh", action="store_true", help="Start anew: an existing run is moved aside.")
     sections = [item.name for item in dataclasses.fields(defaults) if _is_section(defaults, item.name)]
-    parser.add_class_arguments(RunConfig, skip={"fresh", *sections})
+    parser.add_argument("--quiet", action="store_true", help="Show warnings, scores and the end alone.")
+    parser.add_class_arguments(RunConfig, skip={"fresh", "quiet", *sections})
     for name in sections:
         parser.add_class_arguments(type(getattr(defaults, name)), name)
     parser.set_defaults(dict(_flatten(defaults)))

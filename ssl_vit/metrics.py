@@ -1,5 +1,6 @@
 """What a run reports: metrics.jsonl always, a progress bar on a terminal, readable lines elsewhere."""
 
+import json
 import math
 import sys
 import time

@@ -68,6 +68,8 @@ def draw_in_training(
     if not accelerator.is_main_process:
         return
     path = Path(config.output_dir) / PICTURES_FOLDER / f"step-{step:08d}.webp"
+    if step == log.start_step and path.exists():  # drawn before the run was interrupted
+        return
     if draw(config, objective, source, path, accelerator.device, num_pictures=4):
         log.picture(path, step)
 
