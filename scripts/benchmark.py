@@ -1,6 +1,6 @@
 """Measure ssl_vit beside its alternatives, in alternating rounds of one run, and print a table and JSON.
 
-python scripts/benchmark.py loader --data FOLDER        input of MAE and DINO beside the papers' Pillow pipelines
+python scripts/benchmark.py loader --data FOLDER        input of MAE and DINO, with a cache too, beside the papers'
 python scripts/benchmark.py memory                      DINO's head and loss beside the pairwise form
 python scripts/benchmark.py step dino --config FILE     a training step with fused and with plain attention
 python scripts/benchmark.py step mae --peers            a training step beside transformers and lightly
@@ -58,7 +58,7 @@ def main() -> int:
         for name, rates in result["rates"].items():
             ratio = result["ratios"][name]
             spread = f"{ratio['median']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
-            print(f"{name:32} {_median(rates):8.1f} images/s   {spread}")
+            print(f"{name:36} {_median(rates):8.1f} images/s   {spread}")
     print(f"{result['what']}; {', '.join(f'{key} {value}' for key, value in result['machine'].items())}")
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")

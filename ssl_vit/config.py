@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
@@ -156,7 +157,12 @@ class RunConfig:
             reasons.append(f"optim.warmup {share.value:g}: {share.reason}")
         if reasons and num_samples is None:
             reasons.append(f"as if each of {size.num_samples:,} images were seen once; --data.num_samples says better")
-        return dataclasses.replace(self, objective=objective, optim=optim), reasons
+        data = self.data
+        if data.cache != "none" and data.cache_side == "auto":
+            shorter = min(np.atleast_1d(self.encoder.image_size).tolist())
+            data = dataclasses.replace(data, cache_side=-(-shorter * 8 // 7))
+            reasons.append(f"data.cache_side {data.cache_side}: 8/7 of the encoder's {shorter} pixels")
+        return dataclasses.replace(self, objective=objective, optim=optim, data=data), reasons
 
     def build_objective(self) -> Objective:
         """Encoder and objective with the fresh weights that the seed gives."""

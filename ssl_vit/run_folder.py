@@ -1,6 +1,7 @@
 """The folder of a run: new, resumed, refused or moved aside; never overwritten silently."""
 
 import json
+from dataclasses import fields, is_dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ FREE_SETTINGS = (
     "batch.auto",
     "encoder.grad_checkpointing",
     "data.num_workers",
+    "data.cache_dir",
     "data.on_bad_image",  # a run that went on past a picture has decoded or replaced it either way
     "data.max_bad_share",
     "checkpoint.",
@@ -63,6 +65,7 @@ def check_run_folder(config: RunConfig) -> None:
         key: values
         for key, values in differences(_read_config(saved, config), as_plain(config)).items()
         if (key in bound or not key.startswith(FREE_SETTINGS))
+        and not (key == "data.cache" and "none" not in values)  # memory and disk hold the same
         and values[1] != "auto"  # not yet known; checked again once it is
     }
     if changed:
@@ -120,11 +123,13 @@ def _holds_anything(folder: Path) -> bool:
 
 
 def _read_config(path: Path, config: RunConfig) -> dict[str, Any]:
-    """The settings of a saved run; data settings that did not exist yet when it began have their defaults."""
+    """A run's settings; those that are newer than the run stand at their defaults, by which it ran."""
     try:
         saved = yaml.safe_load(path.read_text()) or {}
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
-    if isinstance(saved.get("data"), dict):
-        saved["data"] = as_plain(type(config.data)()) | saved["data"]
+    for item in fields(config):
+        own = getattr(config, item.name)
+        if is_dataclass(own) and isinstance(saved.get(item.name), dict):
+            saved[item.name] = as_plain(type(own)()) | saved[item.name]
     return saved

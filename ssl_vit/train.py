@@ -17,6 +17,7 @@ from ssl_vit import results, sharding
 from ssl_vit.checkpoint import load_checkpoint, newest_checkpoint, prune_checkpoints, save_checkpoint
 from ssl_vit.config import RunConfig, as_plain, parse_run, section
 from ssl_vit.data.bad_images import BadImages
+from ssl_vit.data.decoded import open_decoded
 from ssl_vit.data.feed import Feed
 from ssl_vit.data.loader import Batches
 from ssl_vit.data.sampler import StepSampler
@@ -84,6 +85,7 @@ class Run:
     config: RunConfig
     accelerator: Accelerator
     source: Source | Stream
+    pictures: Source | Stream  # what is trained on: the source, or its pictures decoded beforehand
     judges: Any  # None where nothing has labels
     ending: Ending
     transform: Transform
@@ -161,6 +163,9 @@ def set_up(config: RunConfig, ending: Ending = results) -> Run:
     objective = config.build_objective()
     choose_attention(objective, objective.encoder.num_patches, accelerator.device, precision)
     transform = config.build_transform(objective.encoder)
+    pictures = source
+    if isinstance(source, Source):
+        pictures = open_decoded(source, config.data, objective.encoder.in_chans)
 
     accelerator.wait_for_everyone()  # so that nobody checks a folder that is being made
     checkpoint = on_main_process(lambda: open_run_folder(config))
@@ -171,6 +176,7 @@ def set_up(config: RunConfig, ending: Ending = results) -> Run:
         config,
         accelerator,
         source,
+        pictures,
         judges,
         ending,
         transform,
@@ -373,10 +379,10 @@ def open_batches(
     num_channels, device = run.objective.encoder.in_chans, run.accelerator.device
     num_workers = choose_num_workers(run.config.data.num_workers, device)
     if run.feed is None:
-        assert isinstance(run.source, Source)
+        assert isinstance(run.pictures, Source)
         assert sampler is not None
         return Batches(
-            run.source,
+            run.pictures,
             run.transform,
             sampler,
             num_channels=num_channels,

@@ -1,4 +1,4 @@
-"""Input of MAE and DINO beside the papers' Pillow pipelines, restated from torchvision's transforms."""
+"""Input of MAE and DINO, decoded or from the cache, beside the papers' Pillow pipelines (torchvision's transforms)."""
 
 import random
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
 from ssl_vit.benchmarks.rounds import alternate, machine, ratios
+from ssl_vit.data.decoded import open_decoded
 from ssl_vit.data.multicrop import MultiCropConfig
 from ssl_vit.data.sources import DataConfig, Source, open_source
 from ssl_vit.objectives.mae import MAEConfig
@@ -67,6 +68,8 @@ def compare_loader(
 ) -> dict:
     """Images per second of one process, for MAE and DINO: the paper's pipeline, ours up to the crops, and ours whole.
 
+    Ours both as each picture is decoded and as it comes from the decoded cache, 256 pixels.
+
     Args:
         folder: a folder of images.
         num_images: images of a round.
@@ -76,7 +79,10 @@ def compare_loader(
     if not paths:
         raise ValueError(f"--data={folder}: holds no .jpg or .png file")
     paths = [paths[row % len(paths)] for row in range(num_images)]
-    source = open_source(DataConfig(source=folder, label_column="none"))
+    data = DataConfig(source=folder, label_column="none", cache="ram", cache_side=256)
+    source = open_source(data)
+    source = source.subset(np.arange(min(num_images, len(source))))
+    cached = open_decoded(source, data, 3)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipelines = {
         "MAE": ([pillow_mae()], MAEConfig()),
@@ -86,7 +92,10 @@ def compare_loader(
     found: dict[str, dict] = {}
     for name, (views, config) in pipelines.items():
         transform: Transform = config.build_transform((224, 224), (16, 16), MEAN, STD)
-        contenders = _contenders(paths, views, source, transform, batch_size, device)
+        contenders = {"paper (Pillow)": _pillow(paths, views)}
+        contenders |= _own(len(paths), source, transform, batch_size, device)
+        of_cache = _own(len(paths), cached, transform, batch_size, device)
+        contenders |= {f"{kind}, cache": work for kind, work in of_cache.items()}
         own = alternate({f"{name}: {key}": work for key, work in contenders.items()}, rounds)
         rates |= own
         found |= {key: vars(ratio) for key, ratio in ratios(own, f"{name}: paper (Pillow)").items()}
@@ -98,15 +107,8 @@ def compare_loader(
     }
 
 
-def _contenders(
-    paths: list[Path],
-    views: list[T.Compose],
-    source: Source,
-    transform: Transform,
-    batch_size: int,
-    device: torch.device,
-) -> dict[str, Callable[[], int]]:
-    def pillow() -> int:
+def _pillow(paths: list[Path], views: list[T.Compose]) -> Callable[[], int]:
+    def work() -> int:
         for path in paths:
             with Image.open(path) as image:
                 rgb = image.convert("RGB")
@@ -114,21 +116,27 @@ def _contenders(
                 view(rgb)
         return len(paths)
 
+    return work
+
+
+def _own(
+    num_images: int, source: Source, transform: Transform, batch_size: int, device: torch.device
+) -> dict[str, Callable[[], int]]:
     def sample(row: int) -> dict[str, torch.Tensor]:
         return transform(source.image(row % len(source), 3), np.random.default_rng(row))
 
     def crops() -> int:
-        for row in range(len(paths)):
+        for row in range(num_images):
             sample(row)
-        return len(paths)
+        return num_images
 
     def whole() -> int:
-        for start in range(0, len(paths), batch_size):
-            samples = [sample(row) for row in range(start, min(start + batch_size, len(paths)))]
+        for start in range(0, num_images, batch_size):
+            samples = [sample(row) for row in range(start, min(start + batch_size, num_images))]
             batch = {name: torch.stack([item[name] for item in samples]) for name in samples[0]}
             transform.on_device(batch, device)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return len(paths)
+        return num_images
 
-    return {"paper (Pillow)": pillow, "crops alone": crops, f"whole, colours on {device.type}": whole}
+    return {"crops alone": crops, f"whole, colours on {device.type}": whole}

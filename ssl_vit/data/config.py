@@ -87,8 +87,8 @@ class DataConfig:
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share={self.max_bad_share!r}: must lie between 0 and 1; 1 never stops")
         object.__setattr__(self, "num_workers", check_num_workers(self.num_workers))
-        if self.cache not in ("none", "ram", "disk"):
-            raise ValueError(f"cache={self.cache!r}: choose 'none', 'ram' or 'disk'")
+        if self.streaming and self.cache != "none":
+            raise ValueError(f"cache={self.cache!r}: a stream is not decoded beforehand; leave out this or streaming")
         if self.cache_side != "auto" and self.cache_side < 1:
             raise ValueError(f"cache_side={self.cache_side!r}: must be at least 1 pixel, or auto")
 

@@ -1,6 +1,6 @@
 """Labels out of the columns of a data set."""
 
-from typing import Any, cast
+from typing import Any
 
 import datasets
 import numpy as np
@@ -56,7 +56,7 @@ def encode(values: list[str] | pa.ChunkedArray) -> tuple[Int64[np.ndarray, " n"]
     # In Arrow: ten million Python strings would take a gigabyte and half a minute.
     column: Any = pa.chunked_array([pa.array(values, pa.string())]) if isinstance(values, list) else values
     names = sorted(name for name in column.unique().to_pylist() if name is not None)
-    found = cast(Any, pc).index_in(column, value_set=pa.array(names, column.type), skip_nulls=True)
+    found = pc.call_function("index_in", [column], pc.SetLookupOptions(pa.array(names, column.type), skip_nulls=True))
     return np.asarray(pc.fill_null(found, -1), dtype=np.int64), tuple(names)
 
 

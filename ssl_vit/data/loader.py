@@ -1,7 +1,7 @@
 """From a source to batches on the training device."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ssl_vit.data.sampler import SampleKey, StepSampler, sample_rng
 from ssl_vit.data.sources import Source
-from ssl_vit.data.workers import CurrentRows, leave_signals_to_the_main_process, naming_killed_workers
+from ssl_vit.data.workers import CurrentRows, leave_signals_to_the_main_process, naming_killed_workers, shut_down
 from ssl_vit.objectives.objective import Transform
 
 
@@ -131,11 +131,7 @@ class Batches:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # Not left to the garbage collector: an error's traceback would keep the workers alive, and the end of each of
-        # them would be one more error.
-        if hasattr(self._iterator, "_shutdown_workers"):
-            with suppress(RuntimeError):
-                self._iterator._shutdown_workers()
+        shut_down(self._iterator)
         if isinstance(error, RuntimeError | OSError | EOFError):
             with self._naming():
                 raise error

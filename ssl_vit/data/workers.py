@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Literal
 
 import torch
@@ -65,6 +65,17 @@ def leave_signals_to_the_main_process(worker: int) -> None:
     if hasattr(signal, "SIGUSR1"):  # not on Windows
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, heed_later)
+
+
+def shut_down(iterator: object) -> None:
+    """End the workers of a loader's iterator, if it has any.
+
+    Not left to the garbage collector: the traceback of an error would keep the workers alive, and the end of each of
+    them would be one more error.
+    """
+    if hasattr(iterator, "_shutdown_workers"):
+        with suppress(RuntimeError):
+            iterator._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class CurrentRows:
@@ -136,7 +147,7 @@ def _find_killed(rows: CurrentRows, error: BaseException) -> tuple[int, str] | N
     for _ in range(20):
         try:
             found = _said_to_be_killed(error) or rows.find_killed()
-            if found is not None or isinstance(error, RuntimeError):
+            if found is not None or not isinstance(error, ConnectionError | EOFError):
                 return found
             time.sleep(0.1)  # a connection breaks a little before its process counts as ended
         except RuntimeError as news:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ssl_vit.data.fingerprint import fingerprint
 from ssl_vit.data.sources import Source
 from ssl_vit.distributed import process_index
 from ssl_vit.evaluation.features import EvalTransform
@@ -94,22 +95,4 @@ def hash_file(path: Path) -> str:
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
-    return digest.hexdigest()
-
-
-def fingerprint(source: Source, rows: Int[np.ndarray, " n"]) -> str:
-    """What tells these rows of a source from others, and from themselves after a change.
-
-    Of pictures in files of their own it is path, size and time of change, else the data set's own fingerprint.
-    """
-    digest = hashlib.sha256(np.ascontiguousarray(rows, dtype=np.int64).tobytes())
-    digest.update(f"{source.rows._fingerprint} {source.image_column}".encode())
-    first = (source.rows[int(rows[0])][source.image_column] or {}) if len(rows) else {}
-    if first.get("bytes") is None and first.get("path") is not None:
-        column = source.rows.with_format("arrow")
-        for start in range(0, len(rows), 10_000):
-            chunk: Any = column[rows[start : start + 10_000]]
-            for path in chunk.column(source.image_column).combine_chunks().field("path").to_pylist():
-                status = Path(path).stat() if path is not None and Path(path).is_file() else None
-                digest.update(f"{path} {status and (status.st_size, status.st_mtime_ns)}\n".encode())
     return digest.hexdigest()

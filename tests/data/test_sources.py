@@ -64,8 +64,6 @@ def _parquet(path: Path, **columns: object) -> str:
         ({"std": (58.4, 57.1, 57.4)}, r"std=\(58\.4, 57\.1, 57\.4\): .*divide 0-255 by 255"),
         ({"mean": (0.5,)}, r"std=\(0\.229, 0\.224, 0\.225\): .*mean=\(0\.5,\)"),
         ({"num_workers": -2}, r"num_workers=-2: .*auto"),
-        ({"num_workers": "many"}, r"num_workers='many': .*auto"),
-        ({"cache": "both"}, r"cache='both': "),
         ({"cache_side": 0}, r"cache_side=0: .*auto"),
         ({"max_pixels": 0}, r"max_pixels=0: "),
         ({"max_bad_share": 1.5}, r"max_bad_share=1\.5: "),

@@ -1,0 +1,262 @@
+"""Pictures that were decoded beforehand are those that would have been decoded, whatever happens on the way."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ssl_vit.data import decoded, sources
+from ssl_vit.data.decode import decode
+from ssl_vit.data.decoded import DecodedSource, open_decoded, shrink
+from ssl_vit.data.sources import DataConfig, Source, open_source
+from tests.data.broken import broken_files
+
+SIDE = 24
+
+
+@pytest.fixture
+def photos(photo_folder: Path, tmp_path: Path) -> Path:
+    """Pictures of several shapes, kinds and sizes, smaller ones than the side too, and two that are bad."""
+    folder = tmp_path / "photos"
+    shutil.copytree(photo_folder / "disc", folder)
+    rng = np.random.default_rng(0)
+    for number, (size, mode) in enumerate({(9, 300): "L", (24, 24): "RGBA", (10, 12): "RGB", (200, 25): "RGB"}.items()):
+        pixels = rng.integers(0, 256, (*size, 4), dtype=np.uint8)
+        Image.fromarray(pixels).convert(mode).save(folder / f"odd{number}.png")
+    for name in ("half a jpeg", "html page"):
+        (folder / f"bad {name}.jpg").write_bytes(broken_files()[name].data)
+    return folder
+
+
+def settings(photos: Path, cache: str = "disk", side: int = SIDE) -> DataConfig:
+    return DataConfig(source=str(photos), cache=cache, cache_side=side, cache_dir=str(photos.parent / "cache"))
+
+
+def opened(photos: Path, cache: str = "disk", side: int = SIDE, num_channels: int = 3) -> DecodedSource:
+    config = settings(photos, cache, side)
+    source = open_decoded(open_source(config), config, num_channels)
+    assert isinstance(source, DecodedSource)
+    return source
+
+
+def entries(photos: Path) -> list[Path]:
+    return [path for path in (photos.parent / "cache").iterdir() if path.suffix != ".lock"]
+
+
+@pytest.mark.parametrize("cache", ["ram", "disk"])
+@pytest.mark.parametrize("num_channels", [1, 3])
+def test_pixels_are_those_of_the_decoder_made_smaller(photos: Path, cache: str, num_channels: int) -> None:
+    source, kept = open_source(settings(photos)), opened(photos, cache, num_channels=num_channels)
+    shapes = set()
+    for row in range(len(source)):
+        path = Path(source.rows[row]["image"]["path"])
+        if path.name.startswith("bad"):
+            messages = []
+            for each in (source, kept):
+                with pytest.raises(ValueError, match=r"row \d+ ") as raised:
+                    each.image(row, num_channels)
+                messages.append(str(raised.value))
+            assert messages[0] == messages[1]
+            continue
+        image, expected = kept.image(row, num_channels), shrink(decode(path, num_channels), SIDE)
+        if num_channels > 1:
+            assert image.stride()[0] == 1  # as the decoder leaves them, which makes crops fast
+        assert torch.equal(image, expected)
+        assert min(image.shape[1:]) <= SIDE
+        shapes.add(tuple(image.shape[1:]))
+    assert {(29, 24), (9, 300), (24, 24), (10, 12), (192, 24)} == shapes
+    # Whoever writes into a picture spoils his own alone.
+    before = kept.image(5, num_channels).clone()
+    kept.image(5, num_channels).zero_()
+    assert torch.equal(kept.image(5, num_channels), before)
+    assert kept.next_image(20, num_channels)[1] == source.next_image(20, num_channels)[1] == 22
+    part = kept.subset(np.array([7]))
+    assert type(part) is Source
+    assert part.image(0, 3).shape == (3, 48, 40)
+
+
+def test_shorter_sides_shrink_to_the_side_and_nothing_grows() -> None:
+    for before, after in {(48, 40): (29, 24), (1000, 25): (960, 24), (24, 90): (24, 90), (2, 3): (2, 3)}.items():
+        assert shrink(torch.zeros(3, *before, dtype=torch.uint8), SIDE).shape == (3, *after)
+
+
+def test_what_is_on_disk_is_decoded_once_and_again_after_a_change(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened(photos)
+    assert "26 pictures, 2 of them bad" in capsys.readouterr().out
+    (done,) = entries(photos)
+
+    def builds(side: int = SIDE, num_channels: int = 3) -> bool:
+        opened(photos, side=side, num_channels=num_channels)
+        return "decoded in" in capsys.readouterr().out
+
+    assert not builds()
+    assert builds(side=20)
+    assert builds(num_channels=1)
+    assert not builds()
+    with (done / "pixels.bin").open("r+b") as file:
+        file.truncate(1000)
+    assert builds()
+    assert torch.equal(opened(photos).image(7, 3), shrink(open_source(settings(photos)).image(7, 3), SIDE))
+    Image.fromarray(np.full((30, 30, 3), 7, np.uint8)).save(photos / "07.png")
+    assert builds()
+    assert (opened(photos).image(7, 3) == 7).all()
+    assert len(entries(photos)) == 4
+
+
+def test_rows_with_bytes_of_their_own_are_kept_apart_by_their_data_set(tmp_path: Path) -> None:
+    saved, cache = str(tmp_path / "saved"), str(tmp_path / "cache")
+    config = DataConfig(source=saved, cache="disk", cache_side=SIDE, cache_dir=cache)
+    for value in (3, 4):
+        shutil.rmtree(tmp_path / "saved", ignore_errors=True)
+        images = [Image.fromarray(np.full((30, 30, 3), value, np.uint8))]
+        rows = datasets.Dataset.from_dict({"image": images}, datasets.Features({"image": datasets.Image()}))
+        rows.save_to_disk(tmp_path / "saved")
+        assert (open_decoded(open_source(config), config, 3).image(0, 3) == value).all()
+
+
+def test_a_source_of_bad_pictures_alone_is_kept_too(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.jpg").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="not an image"):
+        opened(tmp_path / "photos").image(0, 3)
+
+
+def _build(photos: Path, seconds: float, sums: "multiprocessing.Queue[int]") -> None:
+    """Decode slowly, as a run of its own."""
+    own = sources.decode
+
+    def slow(data: bytes | str | Path, *args: int) -> torch.Tensor:
+        time.sleep(seconds)
+        return own(data, *args)
+
+    sources.decode = slow
+    sums.put(int(opened(photos).image(7, 3).sum()))
+
+
+def start(photos: Path, seconds: float) -> "tuple[Any, multiprocessing.Queue[int]]":
+    context = multiprocessing.get_context("fork")
+    sums = context.Queue()
+    process = context.Process(target=_build, args=(photos, seconds, sums))
+    process.start()
+    return process, sums
+
+
+def test_a_kill_in_the_middle_leaves_nothing_half(photos: Path) -> None:
+    process, _ = start(photos, 0.3)
+    while not list(photos.parent.glob("cache/unfinished-*/pixels.bin")):
+        assert process.is_alive()
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    assert [path.name[:11] for path in entries(photos)] == ["unfinished-"]
+    expected = shrink(open_source(settings(photos)).image(7, 3), SIDE)
+    # What another one left behind is cleared away as well; what is under way is not.
+    (photos.parent / "cache" / "unfinished-left").mkdir()
+    (photos.parent / "cache" / "unfinished-busy").mkdir()
+    with decoded.FileLock(photos.parent / "cache" / "busy.lock"):
+        assert torch.equal(opened(photos).image(7, 3), expected)
+    names = sorted(path.name for path in entries(photos))
+    assert len(names) == 2
+    assert names[1] == "unfinished-busy"
+
+
+def test_of_two_runs_at_once_one_decodes_and_the_other_waits(photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    both = [start(photos, 0.1) for _ in range(2)]
+    assert len({sums.get(timeout=60) for _, sums in both}) == 1
+    for process, _ in both:
+        process.join()
+    text = capfd.readouterr().out
+    assert text.count("decoded in") == text.count("another run decodes these pictures; waiting for") == 1
+    assert len(entries(photos)) == 1
+
+
+def test_too_little_space_is_refused_before_anything_is_decoded(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoded, "_decode_all", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
+    expected = r"^data.cache_dir='.*cache': 26 decoded pictures need about 0.00 GiB and 0.00 GiB are free; name another"
+    with pytest.raises(ValueError, match=expected):
+        opened(photos)
+    assert entries(photos) == []
+    monkeypatch.setattr(decoded.psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000))
+    with pytest.raises(ValueError, match=r"^data.cache='ram': 26 decoded pictures need about .* free; take disk"):
+        opened(photos, "ram")
+
+
+def test_the_space_that_is_needed_is_that_which_is_taken(photos: Path) -> None:
+    source = open_source(settings(photos))
+    taken = sum((path.stat().st_size for path in (opened(photos) and entries(photos)[0]).iterdir()), 0)
+    assert decoded._estimate(source, 3, SIDE) == pytest.approx(taken, rel=0.05)
+
+
+def test_a_disk_that_fills_up_ends_in_one_line(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(ValueError, match=r"^data.cache_dir='.*': cannot be used: .*No space left on device") as raised:
+        opened(photos)
+    assert len(str(raised.value).splitlines()) == 1
+    assert entries(photos) == []
+    with pytest.raises(ValueError, match=r"^data.cache='ram': .*No space left on device; take disk$"):
+        opened(photos, "ram")
+    (photos.parent / "file").touch()
+    config = DataConfig(source=str(photos), cache="disk", cache_side=SIDE, cache_dir=str(photos.parent / "file"))
+    with pytest.raises(ValueError, match=r"^data.cache_dir='.*file': cannot be used: "):
+        open_decoded(open_source(config), config, 3)
+
+
+def _sum(source: DecodedSource, queue: "multiprocessing.Queue[int]") -> None:
+    queue.put(int(source.image(7, 3).sum()))
+
+
+def test_a_spawned_process_is_handed_the_files_and_no_copy(photos: Path) -> None:
+    source = opened(photos)
+    shutil.rmtree(entries(photos)[0])  # it has been opened
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_sum, args=(source, queue))
+    process.start()
+    found = queue.get(timeout=60)
+    process.join()
+    assert found == int(source.image(7, 3).sum()) > 0
+
+
+def test_what_is_decoded_into_memory_has_no_name(photos: Path) -> None:
+    source = opened(photos, "ram")
+    assert source.decoded.table.shape == (26, 3)
+    files = [str(Path(f"/proc/self/fd/{file.number}").readlink()) for file in source.decoded._files]
+    assert all(name.endswith(" (deleted)") for name in files)
+
+
+def test_a_container_has_less_memory_than_its_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {"memory.max": "1000000\n", "memory.stat": "anon 300000\nfile 500000\nshmem 100000\n"}
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path: texts.get(path.name) or read(path))
+    assert decoded.free_memory() == 600_000
+    texts["memory.max"] = "max\n"
+    assert decoded.free_memory() > 1_000_000
+
+
+def test_the_folder_is_beside_other_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert decoded.cache_folder(DataConfig()) == tmp_path / "ssl_vit" / "decoded"
+    assert decoded.cache_folder(DataConfig(cache_dir="~/x")) == Path.home() / "x"
+
+
+def test_a_note_beside_the_pixels_says_what_they_are(photos: Path) -> None:
+    opened(photos)
+    about = json.loads((entries(photos)[0] / "about.json").read_text())
+    assert (about["source"], about["side"], about["channels"], about["bad"]) == (str(photos), SIDE, 3, 2)
+    assert about["max_pixels"] == sources.MAX_PIXELS

@@ -1,0 +1,101 @@
+"""Runs over pictures that were decoded beforehand, through the real script."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from scripts.pretrain_mae import DEFAULTS
+from ssl_vit.config import RunConfig, as_plain, parse_run
+from ssl_vit.run_folder import check_run_folder, write_config
+from tests.test_resume import STEPS, command, finish, kill_at, losses, same, weights
+
+BAD = ("disc/07.png", "square/19.png")
+SIDE = "--data.cache_side=36"
+
+
+@pytest.fixture(scope="module")
+def photos(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("damaged") / "photos"
+    shutil.copytree(photo_folder, folder)
+    for name in BAD:
+        (folder / name).write_bytes((folder / name).read_bytes()[:1000])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    text = finish([sys.executable, *command(photos, run, "--data.cache=ram", SIDE, "--encoder.drop_path_rate=0")])
+    assert "cache      40 pictures, 2 of them bad" in text
+    return run
+
+
+def listed(run: Path) -> str:
+    return (run / "bad_images.jsonl").read_text()
+
+
+def test_a_killed_run_goes_on_bit_for_bit_with_other_workers_and_from_disk(
+    photos: Path, whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    disk = ("--data.cache=disk", f"--data.cache_dir={tmp_path / 'cache'}")
+    flags = (SIDE, "--encoder.drop_path_rate=0", "--checkpoint.every_steps=3")
+    kill_at([sys.executable, *command(photos, run, *flags, *disk, "--data.num_workers=2")], 5)
+    kill_at([sys.executable, *command(photos, run, *flags, *disk, "--data.num_workers=0")], 8)
+    text = finish([sys.executable, *command(photos, run, *flags, "--data.cache=ram", "--data.num_workers=2")])
+    assert "Going on from" in text
+    assert same(weights(whole), weights(run)) == []
+    assert losses(run) == losses(whole)
+    assert listed(run) == listed(whole)
+    assert len(listed(run).splitlines()) == 2
+    assert {json.loads(line)["reason"] for line in listed(run).splitlines()} == {"the PNG file is cut off"}
+
+
+@pytest.mark.slow
+def test_two_processes_share_what_the_first_one_decodes(photos: Path, whole: Path, tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    flags = (SIDE, "--encoder.drop_path_rate=0", "--data.cache=ram")
+    text = finish([*launcher, *command(photos, tmp_path / "two", *flags)])
+    assert "2 processes on cpu" in text
+    assert text.count("decoded in") == 1
+    assert losses(tmp_path / "two") == pytest.approx(losses(whole), rel=1e-4)
+    assert len(losses(tmp_path / "two")) == STEPS
+    assert listed(tmp_path / "two") == listed(whole)
+
+
+def config(run: Path, *flags: str) -> RunConfig:
+    found = parse_run(DEFAULTS, ["--data.source=x", "--steps=10", f"--output_dir={run}", *flags])
+    return found.resolve(100)[0]
+
+
+def test_cached_and_fresh_pixels_are_not_mixed_in_one_run(tmp_path: Path) -> None:
+    write_config(config(tmp_path, "--data.cache=disk"), tmp_path / "config.yaml")
+    check_run_folder(config(tmp_path, "--data.cache=ram", "--data.cache_dir=elsewhere"))
+    with pytest.raises(ValueError, match=r"data.cache 'disk' -> 'none'"):
+        check_run_folder(config(tmp_path))
+    with pytest.raises(ValueError, match=r"data.cache_side 256 -> 300"):
+        check_run_folder(config(tmp_path, "--data.cache=disk", "--data.cache_side=300"))
+
+
+def test_the_side_follows_from_the_encoder(tmp_path: Path) -> None:
+    flags = ("--data.cache=ram", "--encoder.image_size=[448,336]")
+    assert config(tmp_path, *flags).data.cache_side == 384
+    assert config(tmp_path, *flags, "--data.cache_side=500").data.cache_side == 500
+    assert config(tmp_path).data.cache_side == "auto"
+
+
+def test_runs_from_before_a_setting_go_on(tmp_path: Path) -> None:
+
+    old = as_plain(config(tmp_path))
+    for name in ("cache", "cache_side", "cache_dir"):
+        del old["data"][name]
+    old["data"]["num_workers"] = -1
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+    check_run_folder(config(tmp_path))
+    check_run_folder(parse_run(DEFAULTS, [f"--config={tmp_path / 'config.yaml'}"]))
+    with pytest.raises(ValueError, match=r"data.cache 'none' -> 'ram'"):
+        check_run_folder(config(tmp_path, "--data.cache=ram"))
