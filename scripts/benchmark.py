@@ -1,6 +1,6 @@
 """Measure ssl_vit beside its alternatives, in alternating rounds of one run, and print a table and JSON.
 
-python scripts/benchmark.py loader --data FOLDER        input of MAE and DINO, with a cache too, beside the papers'
+python scripts/benchmark.py loader --data FOLDER        input of MAE and DINO, with cache and without, and the papers'
 python scripts/benchmark.py memory                      DINO's head and loss beside the pairwise form
 python scripts/benchmark.py step dino --config FILE     a training step with fused and with plain attention
 python scripts/benchmark.py step mae --peers            a training step beside transformers and lightly

@@ -53,7 +53,7 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 ROOT = Path(__file__).parents[1]
-_SMALL_ENCODER = [
+SMALL_ENCODER = [
     "--encoder.arch=vit_tiny_patch16_224",
     "--encoder.image_size=32",
     "--encoder.patch_size=8",
@@ -67,14 +67,14 @@ _SMALL_ENCODER = [
     "--evaluation.folds=2",
 ]
 SMALL_RUN = [
-    *_SMALL_ENCODER,
+    *SMALL_ENCODER,
     "--optim.base_lr=0.032",
     "--objective.decoder_embed_dim=16",
     "--objective.decoder_depth=1",
     "--objective.decoder_num_heads=2",
 ]
 SMALL_DINO = [
-    *_SMALL_ENCODER,
+    *SMALL_ENCODER,
     "--optim.base_lr=0.032",
     "--objective.hidden_dim=48",
     "--objective.bottleneck_dim=16",

@@ -10,9 +10,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 
+from scripts.finetune import DEFAULTS as FINETUNE
 from scripts.pretrain_mae import DEFAULTS
+from ssl_vit.evaluation import supervised
 from ssl_vit.train import main
-from tests.conftest import SMALL_RUN
+from tests.conftest import SMALL_ENCODER, SMALL_RUN
 from tests.test_resume import STEPS, command, finish, kill_at, losses, same, weights
 
 BAD = ("disc/07.png", "square/19.png")
@@ -126,3 +128,17 @@ def test_a_run_without_a_good_picture_stops(
         (tmp_path / "photos" / f"{number}.jpg").write_bytes(b"no image")
     assert start(tmp_path / "photos", tmp_path / "run", monkeypatch) == 1
     assert "nor can any of the next" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_fresh_state")
+def test_fine_tuning_passes_over_bad_pictures_and_is_not_tested_on_them(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    flags = [*SMALL_ENCODER, f"--data.source={photos}", f"--output_dir={run}", f"--steps={STEPS}", "--encoder.depth=1"]
+    AcceleratorState._reset_state()
+    monkeypatch.setattr("sys.argv", ["finetune.py", *flags, f"--evaluation.test_source={photos}"])
+    assert main(FINETUNE, ending=supervised) == 0
+    assert "2 of the 40 pictures that judge cannot be decoded" in capsys.readouterr().out
+    assert sorted(record["path"] for record in listed(run)) == [str(photos / name) for name in BAD]
+    assert json.loads((run / "results.json").read_text())["scores"]["fine-tuned"]["test"]["n"] == 38

@@ -38,6 +38,9 @@ def decode(
     [h, w], [h, w, c] or [c, h, w]. Floats within [0, 1] are multiplied by 255; others, NaN and infinity are refused,
     since they do not say what is black and what is white.
 
+    A file that is cut off is refused, and so is a JPEG or PNG whose end was overwritten by zeros. In BMP, WebP and
+    uncompressed TIFF zeros are pixels as good as any, with no checksum to tell them from a picture's own.
+
     Args:
         data: the encoded file, or its path.
         num_channels: 1 gives greyscale, 3 RGB and 4 RGBA, whatever the file holds; transparent pixels are

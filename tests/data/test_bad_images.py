@@ -141,3 +141,23 @@ def test_rows_that_cannot_be_decoded_are_left_out(tmp_path: Path, capsys: pytest
     assert [Path(row["image"]["path"]).stem for row in readable.rows] == ["000", "001", "003", "004", "005"]
     assert "2 of the 7 pictures" in capsys.readouterr().out
     assert leave_out_bad(readable, 3, 0) is readable
+
+
+def test_a_file_that_may_not_be_read_is_replaced_and_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "photos").mkdir()
+    source = folder_of(tmp_path / "photos", 4)
+    locked, read = tmp_path / "photos" / "002.png", Path.read_bytes
+
+    def refuse(path: Path) -> bytes:  # to root, who may run this, the system refuses nothing
+        if path == locked:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    bad = bad_images(source, tmp_path)
+    sampler = StepSampler(num_samples=4, batch_size=4, num_steps=1, seed=0)
+    list(Batches(source, transform(), sampler, num_channels=3, num_workers=0, device=CPU, note_bad=bad.note))
+    assert bad.settle(1) == 1
+    (record,) = listed(tmp_path)
+    assert record["path"] == str(locked)
+    assert "Permission denied" in record["reason"]

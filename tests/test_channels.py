@@ -1,0 +1,47 @@
+"""Runs over pictures that are neither square nor of three channels, from the command line to the backbone."""
+
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from ssl_vit.export import load_backbone
+from ssl_vit.train import main
+from tests.conftest import SMALL_DINO, SMALL_RUN
+
+tifffile = pytest.importorskip("tifffile")
+
+
+@pytest.fixture
+def bands(tmp_path: Path) -> Path:
+    """Pictures of 12 bands, half of them arrays and half of them TIFF files."""
+    folder = tmp_path / "bands"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(8):
+        pixels = rng.integers(0, 256, (40, 60, 12), dtype=np.uint8)
+        if number % 2:
+            np.save(folder / f"{number}.npy", pixels)
+        else:
+            tifffile.imwrite(folder / f"{number}.tif", pixels, photometric="minisblack", planarconfig="contig")
+    return folder
+
+
+@pytest.mark.parametrize(("objective", "small", "cache"), [("mae", SMALL_RUN, "ram"), ("dino", SMALL_DINO, "none")])
+def test_twelve_bands_of_no_square_are_learned_from(
+    bands: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str, small: list[str], cache: str
+) -> None:
+    twelve = [f"--data.{name}={[0.4] * 12}" for name in ("mean", "std")]
+    run = [f"--data.source={bands}", f"--output_dir={tmp_path / 'run'}", "--steps=2", "--data.label_column=none"]
+    size = ["--encoder.in_chans=12", "--encoder.image_size=[24,40]", f"--data.cache={cache}"]
+    local = ["--objective.local_crop_size=[8,16]"] if objective == "dino" else []
+    AcceleratorState._reset_state()
+    monkeypatch.setattr("sys.argv", ["pretrain.py", *small, *run, *twelve, *size, *local, "--data.on_bad_image=raise"])
+    threads = torch.get_num_threads()
+    assert main(importlib.import_module(f"scripts.pretrain_{objective}").DEFAULTS) == 0
+    torch.set_num_threads(threads)
+    encoder = load_backbone(tmp_path / "run")
+    assert encoder(torch.zeros(1, 12, 24, 40)).patches.shape == (1, 15, 32)
