@@ -1,5 +1,6 @@
 """Streamed runs that are killed, and streamed runs of two processes, through the real script."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -7,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from ssl_vit.config import BatchConfig, RunConfig
+from ssl_vit.config import BatchConfig, RunConfig, as_plain
+from ssl_vit.data.config import DataConfig
 from ssl_vit.export.run import open_trained
 from ssl_vit.export.targets import proof_images
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.optim import OptimConfig
+from ssl_vit.run_folder import check_run_folder
 from tests.data.shards import write_parquet, write_tars
 from tests.test_resume import command, finish, kill_at, losses, same, weights
 
@@ -116,3 +120,15 @@ def test_automatic_settings_take_a_stream_of_unknown_length_for_one_epoch() -> N
     known, _ = config.resolve(25_600)
     assert found == known
     assert reasons[-1] == "as if each of 25,600 images were seen once; --data.num_samples says better"
+
+
+def test_a_run_from_before_these_settings_goes_on_and_none_of_them_may_change(tmp_path: Path) -> None:
+    config = RunConfig(objective=MAEConfig(), output_dir=str(tmp_path), data=DataConfig(source="photos"))
+    saved = as_plain(config)
+    for name in ("streaming", "shuffle_buffer", "num_readers", "num_samples"):
+        del saved["data"][name]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    check_run_folder(config)
+    for data in (DataConfig(source="photos", streaming=True), DataConfig(source={"photos": 1.0, "more": 1.0})):
+        with pytest.raises(ValueError, match="holds a run with other settings: data"):
+            check_run_folder(dataclasses.replace(config, data=data))

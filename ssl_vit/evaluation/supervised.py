@@ -99,7 +99,12 @@ def evaluate_in_training(
 
 
 def finish(
-    config: RunConfig, accelerator: Accelerator, objective: Supervised, source: Source, judges: Judges, step: int
+    config: RunConfig,
+    accelerator: Accelerator,
+    objective: Supervised,
+    source: Source | Stream,
+    judges: Judges,
+    step: int,
 ) -> None:
     """Pick the best head, test it, print the tables, and export the classifier of a fine-tuning."""
     folder = Path(config.output_dir)
