@@ -27,7 +27,12 @@ def train(defaults: RunConfig, flags: list[str], source: Path, folder: Path) -> 
 
 @pytest.fixture(scope="session")
 def mae_run(tmp_path_factory: pytest.TempPathFactory, photo_folder: Path) -> Path:
-    return train(pretrain_mae.DEFAULTS, SMALL_RUN, photo_folder, tmp_path_factory.mktemp("runs") / "mae")
+    return train(
+        pretrain_mae.DEFAULTS,
+        [*SMALL_RUN, "--tracking=tensorboard"],
+        photo_folder,
+        tmp_path_factory.mktemp("runs") / "mae",
+    )
 
 
 @pytest.fixture(scope="session")

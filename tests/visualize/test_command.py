@@ -1,5 +1,6 @@
 """scripts/visualize.py on runs, exports and files."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scripts.visualize import main
 from ssl_vit.export.run import open_trained
@@ -120,3 +122,16 @@ def test_a_film_shows_them_in_their_order(mae_run: Path, tmp_path: Path, capsys:
         assert strip.height == pytest.approx(4 * (28 + (film.height - 28) / 3), abs=4)
     assert "pictures_every_steps N" in refused(capsys, "film", tmp_path)
     assert "name a .gif" in refused(capsys, "film", mae_run, "--out", tmp_path / "film.mp4")
+
+
+def test_a_tracker_is_given_the_numbers_and_the_pictures_of_the_run(mae_run: Path) -> None:
+    lines = map(json.loads, (mae_run / "metrics.jsonl").read_text().splitlines())
+    records = {line["step"]: line for line in lines if "loss" in line}
+    read = EventAccumulator(str(mae_run / "tensorboard"))
+    read.Reload()
+    assert set(read.Tags()["scalars"]) == set(records[6]) - {"step"}
+    for name in ("loss", "lr", "images_per_second"):
+        events = read.Scalars(name)
+        assert [event.step for event in events] == list(records)
+        assert [event.value for event in events] == pytest.approx([line[name] for line in records.values()], rel=1e-6)
+    assert [image.step for image in read.Images("pictures")] == [frame.step for frame in list_frames(mae_run)]
