@@ -107,7 +107,8 @@ def finish(
         written.append(f"scores     {folder / RESULTS_FILE}")
     else:
         scores = {"scores": None}
-        why = "a stream cannot be judged by" if isinstance(source, Stream) else "the source has no labels to judge by"
+        streamed = "a stream gives no pictures to judge by"
+        why = streamed if isinstance(source, Stream) else "the source has no labels to judge by"
         text = f"No scores: {why}. scripts/evaluate_knn.py takes a labelled source."
     if accelerator.is_main_process:
         write_results(folder, {"step": step, **scores})
