@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ssl_vit.train import Run
+    from ssl_vit.run import Run
 
 
 def describe(run: "Run", precision: str, checkpoint: Path | None) -> None:

@@ -1,107 +1,39 @@
 """The training loop, the same for every objective, read from top to bottom."""
 
-import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import cast
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from ssl_vit import results, sharding
-from ssl_vit.checkpoint import load_checkpoint, newest_checkpoint, prune_checkpoints, save_checkpoint
-from ssl_vit.config import RunConfig, as_plain, parse_run, section
+from ssl_vit.checkpoint import newest_checkpoint
+from ssl_vit.config import RunConfig, as_plain, parse_run
 from ssl_vit.data.bad_images import BadImages
-from ssl_vit.data.decoded import open_decoded
-from ssl_vit.data.feed import Feed
-from ssl_vit.data.loader import Batches
-from ssl_vit.data.sampler import StepSampler
-from ssl_vit.data.sources import Source
-from ssl_vit.data.streaming import Stream, open_images
-from ssl_vit.data.workers import choose_num_workers
-from ssl_vit.describe import describe
 from ssl_vit.distributed import (
     EXIT_COLLAPSED,
     EXIT_STOPPED,
     OUT_OF_TIME,
-    PATIENCE,
     StopSignal,
     lost_process,
     on_main_process,
-    resolve_precision,
     seed_step,
-    start_processes,
 )
-from ssl_vit.export.provenance import facts
-from ssl_vit.faults import Faults, SkippedSteps, SpikeWatch, spread, take_step
-from ssl_vit.heartbeat import State, beat
+from ssl_vit.faults import SkippedSteps, SpikeWatch, spread, take_step
 from ssl_vit.metrics import CollapseAlarm, MetricLog
-from ssl_vit.micro_batch import choose_micro_batch, explain_out_of_memory
-from ssl_vit.models.vit import choose_attention
-from ssl_vit.objectives.objective import Objective, Transform
-from ssl_vit.optim import build_optimizer, clip_gradients, set_schedule
-from ssl_vit.run_folder import METRICS_FILE, RESULTS_FILE, check_run_folder, is_finished, open_run_folder
-from ssl_vit.sessions import note_session
-from ssl_vit.tracking import check_tracker, start_tracker
+from ssl_vit.micro_batch import explain_out_of_memory
+from ssl_vit.optim import clip_gradients, set_schedule
+from ssl_vit.run import Ending, Run, build_sampler, heartbeat, open_batches, resume, save, set_up
+from ssl_vit.run_folder import METRICS_FILE, RESULTS_FILE, is_finished
+from ssl_vit.tracking import start_tracker
 
 GO_ON = "The same command goes on from the newest checkpoint."
 CONFIGS = Path(__file__).parents[1] / "configs"
-
-
-@runtime_checkable
-class Ending(Protocol):
-    """What judges a run and what it ends with, given as a module: `results` for pre-training."""
-
-    def prepare(self, config: RunConfig, source: Source | Stream) -> tuple[Source | Stream, Any]:
-        """The pictures to learn from, and what `judges` is in the others; None where nothing can be judged."""
-        ...
-
-    def evaluate_in_training(
-        self, config: RunConfig, accelerator: Accelerator, objective: Any, judges: Any, step: int, log: MetricLog
-    ) -> None: ...
-
-    def finish(
-        self,
-        config: RunConfig,
-        accelerator: Accelerator,
-        objective: Any,
-        source: Any,  # what prepare returned
-        judges: Any,
-        step: int,
-    ) -> None:
-        """Write what the run ends with, and then its results.json, by which it is known to be finished."""
-        ...
-
-
-@dataclass
-class Run:
-    """A run that is ready to train."""
-
-    config: RunConfig
-    accelerator: Accelerator
-    source: Source | Stream
-    pictures: Source | Stream  # what is trained on: the source, or its pictures decoded beforehand
-    judges: Any  # None where nothing has labels
-    ending: Ending
-    transform: Transform
-    model: torch.nn.Module  # the objective as prepared by Accelerate; its forward is called through this
-    objective: Objective
-    optimizer: torch.optim.Optimizer
-    num_steps: int
-    num_micro: int
-    deadline: float  # of time.monotonic
-    step: int = 0  # steps done
-    faults: Faults = field(default_factory=Faults)
-    feed: Feed | None = None  # where a stream has come to
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.config.output_dir)
 
 
 def main(defaults: RunConfig, quickstart: str | None = None, ending: Ending = results) -> int:
@@ -134,87 +66,6 @@ def main(defaults: RunConfig, quickstart: str | None = None, ending: Ending = re
     finally:
         if torch.distributed.is_initialized():
             PartialState().destroy_process_group()
-
-
-def set_up(config: RunConfig, ending: Ending = results) -> Run:
-    """Build everything a run needs, and put it where its newest checkpoint left off.
-
-    Raises:
-        ValueError: settings or data that cannot work, in one line.
-    """
-    started = time.monotonic()
-    check_run_folder(config)
-    check_tracker(config.tracking)
-    device = cast(torch.device, start_processes().device)
-    precision = resolve_precision(config.precision, device)
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=[PATIENCE])
-    with section("batch"):
-        config.batch.num_micro(accelerator.num_processes)  # refuses a batch that cannot be cut
-
-    with accelerator.main_process_first():  # the first one fills the caches
-        source = open_images(config.data)
-        source, judges = ending.prepare(config, source)
-    num_steps = config.num_steps(source.num_samples)
-    config, reasons = config.resolve(source.num_samples, len(source.class_names))
-    check_run_folder(config)
-    if config.batch.auto:
-        config, reason = choose_micro_batch(config, accelerator, precision)
-        reasons.append(reason)
-    objective = config.build_objective()
-    choose_attention(objective, objective.encoder.num_patches, accelerator.device, precision)
-    transform = config.build_transform(objective.encoder)
-    pictures = source
-    if isinstance(source, Source):
-        pictures = open_decoded(source, config.data, objective.encoder.in_chans)
-
-    accelerator.wait_for_everyone()  # so that nobody checks a folder that is being made
-    checkpoint = on_main_process(lambda: open_run_folder(config))
-    optimizer = build_optimizer(objective, config.optim, precision)
-    model, optimizer = sharding.prepare(accelerator, objective, optimizer, precision)
-
-    run = Run(
-        config,
-        accelerator,
-        source,
-        pictures,
-        judges,
-        ending,
-        transform,
-        model,
-        objective,
-        optimizer,
-        num_steps,
-        num_micro=config.batch.num_micro(accelerator.num_processes),
-        deadline=math.inf if config.max_hours is None else started + 3600 * config.max_hours,
-    )
-    state = {} if checkpoint is None else resume(run, checkpoint)
-    if isinstance(source, Stream):
-        place = (accelerator.process_index, accelerator.num_processes)
-        run.feed = Feed.open(source, config.data, config.seed, *place, state.get("stream"))
-    describe(run, precision, checkpoint)
-    if accelerator.is_main_process:
-        note_session(
-            run.folder,
-            source,
-            seed=config.seed,
-            start_step=run.step,
-            num_processes=accelerator.num_processes,
-            num_micro=run.num_micro,
-            precision=precision,
-        )
-    accelerator.print("".join(f"auto       {reason}\n" for reason in reasons), end="")
-    return run
-
-
-def resume(run: Run, checkpoint: Path) -> dict[str, Any]:
-    """Put a run where a checkpoint left off, but for its stream, and return what else is known of it."""
-    state = load_checkpoint(checkpoint, run.model, run.optimizer)
-    scaler = run.accelerator.scaler
-    if scaler is not None and state["scaler"] is not None:
-        scaler.load_state_dict(state["scaler"])
-    run.step = state["step"]
-    run.faults = Faults(**state.get("faults", {}))
-    return state
 
 
 def train(run: Run) -> int:
@@ -356,55 +207,6 @@ def train_steps(run: Run, stop: StopSignal) -> int | None:
     return 0
 
 
-def build_sampler(run: Run) -> StepSampler:
-    """Which samples this process trains on, from the step that the run is at."""
-    assert isinstance(run.source, Source)
-    return StepSampler(
-        num_samples=len(run.source),
-        batch_size=run.config.batch.size,
-        num_steps=run.num_steps,
-        seed=run.config.seed,
-        start_step=run.step,
-        num_micro=run.num_micro,
-        process_index=run.accelerator.process_index,
-        num_processes=run.accelerator.num_processes,
-        order=run.source.mixture.order if run.source.mixture else None,
-    )
-
-
-def open_batches(
-    run: Run, sampler: StepSampler | None, note_bad: Callable[[Any], None] | None
-) -> AbstractContextManager[Iterator[dict[str, torch.Tensor]]]:
-    """The micro-batches of this process, from the step that the run is at; at its end the workers end."""
-    num_channels, device = run.objective.encoder.in_chans, run.accelerator.device
-    num_workers = choose_num_workers(run.config.data.num_workers, device)
-    if run.feed is None:
-        assert isinstance(run.pictures, Source)
-        assert sampler is not None
-        return Batches(
-            run.pictures,
-            run.transform,
-            sampler,
-            num_channels=num_channels,
-            num_workers=num_workers,
-            device=device,
-            note_bad=note_bad,
-        )
-    return closing(
-        run.feed.batches(
-            run.transform,
-            batch_size=run.config.batch.size,
-            num_steps=run.num_steps,
-            start_step=run.step,
-            num_micro=run.num_micro,
-            num_channels=num_channels,
-            num_workers=num_workers,
-            device=device,
-            note_bad=note_bad,
-        )
-    )
-
-
 def draw_picture(run: Run, step: int, log: MetricLog) -> None:
     """Draw what is known before `step`, where a picture is due."""
     if results.is_picture_due(run.config, step, run.num_steps):
@@ -458,46 +260,3 @@ def finish(run: Run, nothing_done: bool) -> None:
         objective = sharding.whole(config, run.model, run.objective, accelerator.device)
         run.ending.finish(config, accelerator, objective, run.source, run.judges, run.num_steps)
     heartbeat(run, "finished")
-
-
-def heartbeat(run: Run, state: State, images_per_second: float | None = None) -> None:
-    """Tell watchers what the run is doing."""
-    if run.accelerator.is_main_process:
-        beat(run.folder, state, run.step, run.num_steps, images_per_second)
-
-
-def save(run: Run, *, is_last: bool) -> Path | None:
-    """Save a checkpoint and delete those that need not stay.
-
-    Returns:
-        Its folder; None where it could not be written and the run goes on, to try again at the next save.
-
-    Raises:
-        OSError: the last one could not be written, even after those that it takes the place of were deleted.
-    """
-    accelerator, config = run.accelerator, run.config.checkpoint
-    state: dict[str, Any] = {
-        **facts(run.objective, run.source, accelerator.device, accelerator.num_processes),
-        "backbone": backbone_prefix(run.objective),
-        "class_names": list(run.source.class_names),
-        "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-        "faults": run.faults.to_plain(),
-    }
-    if run.feed is not None:
-        state["stream"] = run.feed.state()
-    try:
-        folder = save_checkpoint(run.folder, run.step, run.model, run.optimizer, state)
-    except OSError as error:
-        if not is_last:
-            accelerator.print(f"WARNING: {error}; the run goes on, and the next save tries again")
-            return None
-        on_main_process(lambda: prune_checkpoints(run.folder, replace(config, keep=max(1, config.keep - 1))))
-        folder = save_checkpoint(run.folder, run.step, run.model, run.optimizer, state)
-    on_main_process(lambda: prune_checkpoints(run.folder, config))
-    return folder
-
-
-def backbone_prefix(objective: Objective) -> str:
-    """Where the backbone's parameters stand among the objective's, so that an export needs no objective."""
-    backbone = objective.backbone()
-    return next(f"{name}." for name, module in objective.named_modules() if module is backbone)

@@ -38,7 +38,7 @@ def test_a_run_tells_all_that_it_does(
     start: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    monkeypatch.setattr("ssl_vit.train.beat", lambda folder, state, step, *rest: seen.append((state, step)))
+    monkeypatch.setattr("ssl_vit.run.beat", lambda folder, state, step, *rest: seen.append((state, step)))
     for name in ("evaluate_in_training", "finish"):  # which take longer than all the rest
         monkeypatch.setattr(results, name, lambda *_: None)
     start("--evaluation.every_steps=2", "--log_every=3", labels=True, steps=3)

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ from pathlib import Path
 from ssl_vit.run_lock import lock_folder
 lock_folder(Path(sys.argv[1]))
 child = os.fork()  # as a loader worker, which lives on for a while
-print(child, flush=True)
-time.sleep(60)
+if child:
+    print(child, flush=True)
+time.sleep(600)
 """
 
 
@@ -36,10 +38,12 @@ def test_a_second_run_is_refused_until_the_first_is_gone_however_it_goes(tmp_pat
             assert str(refused.value).startswith(f"output_dir={str(tmp_path)!r}: another run works in this folder")
             holder.send_signal(signal.SIGKILL)
             os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
+            os.kill(child, 0)  # still there
             lock_folder(tmp_path)
         finally:
             holder.kill()
-            os.kill(child, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
     assert f'"pid": {os.getpid()}' in (tmp_path / "run.lock").read_text()
 
 
