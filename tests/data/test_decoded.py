@@ -88,10 +88,14 @@ def test_pixels_are_those_of_the_decoder_made_smaller(photos: Path, cache: str, 
 def test_shorter_sides_shrink_to_the_side_and_nothing_grows() -> None:
     for before, after in {(48, 40): (29, 24), (1000, 25): (960, 24), (24, 90): (24, 90), (2, 3): (2, 3)}.items():
         assert shrink(torch.zeros(3, *before, dtype=torch.uint8), SIDE).shape == (3, *after)
+    # Antialiased: lines too fine to be kept become grey.
+    lines = torch.zeros(3, 120, 120, dtype=torch.uint8)
+    lines[:, ::2] = 255
+    assert (shrink(lines, SIDE).int() - 128).abs().max() < 20
 
 
 def test_what_is_on_disk_is_decoded_once_and_again_after_a_change(
-    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     opened(photos)
     assert "26 pictures, 2 of them bad" in capsys.readouterr().out
