@@ -62,7 +62,7 @@ def whole(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(
     photo_folder: Path, whole: Path, tmp_path: Path, num_workers: int
 ) -> None:
@@ -87,7 +87,9 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[s
     return [name for name in one if not torch.equal(one[name], other[name])]
 
 
-@pytest.mark.parametrize(("objective", "steps"), [("dino", [4, 8]), ("dinov2", [8])])
+@pytest.mark.parametrize(
+    ("objective", "steps"), [("dino", [4, 8]), pytest.param("dinov2", [8], marks=pytest.mark.slow)]
+)
 def test_teacher_centre_and_frozen_layers_survive_being_killed(
     photo_folder: Path, tmp_path: Path, objective: str, steps: list[int]
 ) -> None:
@@ -105,7 +107,9 @@ def test_teacher_centre_and_frozen_layers_survive_being_killed(
     assert "center" in weights(run)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM, signal.SIGUSR1]
+)
 def test_a_signal_to_the_whole_group_saves_although_workers_get_it_too(
     photo_folder: Path, whole: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

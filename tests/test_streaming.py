@@ -55,7 +55,7 @@ def bad_counts(run: Path) -> list[int]:
     return [json.loads(line)["bad_images"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_killed_streamed_run_ends_with_the_same_weights_bit_for_bit(
     shards: str, whole: Path, tmp_path: Path, num_workers: int
 ) -> None:
