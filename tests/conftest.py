@@ -29,6 +29,11 @@ GOLDEN = Path(__file__).parent / "golden"
 TINY = {"arch": "vit_small_patch16_224", "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs first, which take longest: so that no core waits for the other at the end."""
+    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

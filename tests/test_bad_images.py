@@ -67,6 +67,7 @@ def test_a_killed_run_skips_the_same_pictures(photos: Path, whole: Path, tmp_pat
     assert listed(run) == listed(whole)
 
 
+@pytest.mark.slow
 def test_two_processes_skip_what_one_skips(photos: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     flags = ["--encoder.drop_path_rate=0", "--data.label_column=null", "--evaluation.every_steps=6"]

@@ -99,6 +99,7 @@ def test_files_named_in_the_docs_exist() -> None:
             assert "NAME" in path or (ROOT / path).exists(), f"{document} names {path}"
 
 
+@pytest.mark.slow
 def test_every_setting_named_in_readme_exists() -> None:
     evaluations = ("evaluate_knn", "linear_probe", "extract_features", "evaluate_segmentation")
     scripts = ("pretrain_mae", "export", "doctor", "visualize", "report", *evaluations)

@@ -131,7 +131,7 @@ def test_a_signal_to_the_whole_group_saves_although_workers_get_it_too(
     assert all(torch.equal(value, weights(run)[name]) for name, value in weights(whole).items())
 
 
-@pytest.mark.parametrize("objective", ["mae", "dino", "dinov2"])
+@pytest.mark.parametrize("objective", ["mae", pytest.param("dino", marks=pytest.mark.slow), "dinov2"])
 def test_two_processes_learn_what_one_learns(photo_folder: Path, tmp_path: Path, objective: str) -> None:
     """Centre (DINO), Sinkhorn-Knopp and KoLeo (DINOv2) are over all processes."""
     flags = ["--encoder.drop_path_rate=0"]  # what is drawn on the device may depend on the process

@@ -77,7 +77,7 @@ def test_the_written_config_repeats_the_run(start: Callable[..., int], tmp_path:
         assert torch.equal(value, last_weights(tmp_path / "again")[name]), name
 
 
-@pytest.mark.parametrize("objective", ["mae", "dino"])
+@pytest.mark.parametrize("objective", [pytest.param("mae", marks=pytest.mark.slow), "dino"])
 def test_accumulation_is_one_big_batch(start: Callable[..., int], tmp_path: Path, objective: str) -> None:
     start("--encoder.drop_path_rate=0", name="whole", objective=objective)
     start("--encoder.drop_path_rate=0", "--batch.per_device=2", name="cut", objective=objective)
