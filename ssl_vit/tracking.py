@@ -42,7 +42,7 @@ class Tracker:
         if self.name == "mlflow":
             self._tracker.log_artifact(str(path), "pictures")
         elif self.name == "trackio":
-            import trackio
+            import trackio  # pyright: ignore[reportMissingImports]
 
             with Image.open(path) as picture:
                 self._tracker.log({"pictures": trackio.Image(picture.convert("RGB"))}, step=step)

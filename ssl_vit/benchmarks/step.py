@@ -158,7 +158,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype | None, seconds: float
     until = time.perf_counter() + seconds
     while time.perf_counter() < until:
         start = time.perf_counter()
-        a @ b
+        torch.matmul(a, b)
         if device.type == "cuda":
             torch.cuda.synchronize()
         best = max(best, 2 * side**3 / (time.perf_counter() - start))
