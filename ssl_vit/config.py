@@ -86,6 +86,8 @@ class RunConfig:
     """Length in optimizer steps; wins over epochs."""
     precision: Literal["auto", "bf16", "fp16", "no"] = "auto"
     """Number format of the forward pass. auto: bf16 where the device computes it in hardware, else fp32 (no)."""
+    compile: bool | Literal["auto"] = "auto"
+    """Let torch.compile fuse what blocks do. auto: on GPUs, in runs long enough to win back what it takes."""
     log_every: int = 50
     """Steps between log lines."""
     quiet: bool = False

@@ -24,7 +24,8 @@ def describe(run: "Run", precision: str, checkpoint: Path | None) -> None:
         + f"\nmodel      {config.encoder.arch}, {run.objective.encoder.embed_dim} wide, "
         f"{run.objective.name}, {trainable / 1e6:.1f} M trainable parameters"
         f"\ndevice     {processes} on {accelerator.device.type}, precision {precision}"
-        f"\nbatch      {config.batch.size} = {processes} x {micro} x {per_device} images"
+        + (", compiled" if run.compiled else "")
+        + f"\nbatch      {config.batch.size} = {processes} x {micro} x {per_device} images"
         f"\nlr         {config.optim.peak_lr(config.batch.size):.2e} = {rule}, base_lr {config.optim.base_lr:g}"
         f"\nlength     {run.num_steps:,} steps = "
         + (f"{drawn:,} images" if num_samples is None else f"{drawn / num_samples:.1f} epochs")

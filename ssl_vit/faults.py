@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ssl_vit.data.sampler import StepSampler
@@ -45,16 +45,30 @@ def spread(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
     return loss * (1 + (loss - loss).detach())  # x 1.0, which changes no bit, or x NaN
 
 
-def take_step(accelerator: Accelerator, optimizer: torch.optim.Optimizer, grad_norm: Float[Tensor, ""]) -> bool:
+def take_step(
+    accelerator: Accelerator, optimizer: torch.optim.Optimizer, grad_norm: Float[Tensor, ""]
+) -> Bool[Tensor, ""]:
     """Step the optimizer, unless a gradient is not finite; the same on all processes.
 
-    The host waits for the backward pass here, to read one number. Gradients that fp16 made overflow are the scaler's,
-    which skips the step and lowers its scale.
+    The host goes on without waiting for the backward pass, and does not know whether the step was taken. Gradients that
+    fp16 made overflow are the scaler's, which waits, skips the step and lowers its scale.
+
+    Returns:
+        Whether the step was taken, on the device.
     """
-    if accelerator.scaler is None and not torch.isfinite(grad_norm):
-        return False
+    if accelerator.scaler is not None:
+        optimizer.step()
+        return torch.tensor(not accelerator.optimizer_step_was_skipped, device=grad_norm.device)
+    return step_if_finite(optimizer, grad_norm)
+
+
+def step_if_finite(optimizer: torch.optim.Optimizer, grad_norm: Float[Tensor, ""]) -> Bool[Tensor, ""]:
+    """Step a fused optimizer that reads on the device whether it may; returns that."""
+    taken = torch.isfinite(grad_norm)
+    inner: Any = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's
+    inner.found_inf = (~taken).float()
     optimizer.step()
-    return not accelerator.optimizer_step_was_skipped
+    return taken
 
 
 class SkippedSteps:
@@ -63,19 +77,48 @@ class SkippedSteps:
     def __init__(self, faults: Faults, sampler: StepSampler | None, folder: Path, max_in_a_row: int) -> None:
         self.faults, self.sampler, self.folder, self.max_in_a_row = faults, sampler, folder, max_in_a_row
         self._in_a_row: list[tuple[int, float]] = []  # step, and the loss of this process
+        self._unread: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
-    def note(self, step: int, taken: bool, loss: Float[Tensor, ""]) -> None:
+    def note(self, step: int, taken: Bool[Tensor, ""], loss: Float[Tensor, ""]) -> None:
         """Note whether a step was taken; every process calls this.
+
+        On a GPU a step is judged when the next one is noted: its numbers have arrived by then, and the GPU has work.
 
         Raises:
             FloatingPointError: too many in a row were not. `skipped_steps.json` in the run's folder then lists their
                 samples.
         """
+        values = torch.stack([taken.double(), loss.detach().double()])
+        if values.is_cuda:
+            values = values.to("cpu", non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            self._unread.append((step, values, arrived))
+        else:
+            self._unread.append((step, values, None))
+            self.settle()
+        if len(self._unread) > 1:
+            self._judge()
+
+    def settle(self) -> None:
+        """Judge all steps noted so far; every process calls this at the same steps.
+
+        Raises:
+            FloatingPointError: as `note`.
+        """
+        while self._unread:
+            self._judge()
+
+    def _judge(self) -> None:
+        step, values, arrived = self._unread.popleft()
+        if arrived is not None:
+            arrived.synchronize()
+        taken, loss = values.tolist()
         if taken:
             self._in_a_row.clear()
             return
         self.faults.skipped_steps += 1
-        self._in_a_row.append((step, loss.item()))
+        self._in_a_row.append((step, loss))
         if len(self._in_a_row) < self.max_in_a_row:
             return
         path = self._write()

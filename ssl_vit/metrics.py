@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 from tqdm import tqdm
 
@@ -56,7 +57,8 @@ class MetricLog:
 
     def _reset(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._count = self._taken = 0
+        self._count = 0
+        self._taken: int | Tensor = 0
         self._data_wait = 0.0
         self._since = time.perf_counter()
 
@@ -64,12 +66,16 @@ class MetricLog:
         """Note time in which the step waited for its batch."""
         self._data_wait += seconds
 
-    def add_step(self, losses: dict[str, Tensor], taken: bool = True) -> None:
-        """Note the losses of a finished step; those of a step that was not taken are left out of the averages."""
-        if taken:
-            for name, value in losses.items():
-                self._sums[name] = self._sums.get(name, 0) + value.detach()
-            self._taken += 1
+    def add_step(self, losses: dict[str, Tensor], taken: Bool[Tensor, ""] | None = None) -> None:
+        """Note the losses of a finished step.
+
+        Args:
+            taken: on the device; the losses of a step that was not taken are left out of the averages.
+        """
+        for name, value in losses.items():
+            value = value.detach()
+            self._sums[name] = self._sums.get(name, 0) + (value if taken is None else torch.where(taken, value, 0.0))
+        self._taken = self._taken + (1 if taken is None else taken)
         self._count += 1
         self.step += 1
         self.bar.update()
@@ -85,9 +91,13 @@ class MetricLog:
             What was written, the same on every process but for times; no averages where no step was taken.
         """
         names = sorted(self._sums)
-        means = [self._sums[name].float() for name in names]
-        if means:
-            means = mean_over_processes(torch.stack(means) / self._taken).tolist()
+        num_taken = int(self._taken)
+        means: list[float] = []
+        if num_taken == 0:
+            names = []
+        elif names:
+            sums = torch.stack([self._sums[name].float() for name in names])
+            means = mean_over_processes(sums / num_taken).tolist()
         seconds = time.perf_counter() - self._since
         record = {
             "step": self.step,

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from ssl_vit import results, sharding
 from ssl_vit.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint
+from ssl_vit.compiling import compile_blocks, resolve_compile
 from ssl_vit.config import RunConfig, section
 from ssl_vit.data.decoded import open_decoded
 from ssl_vit.data.feed import Feed
@@ -82,6 +83,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     num_steps: int
     num_micro: int
+    compiled: bool  # blocks are torch.compile's
     deadline: float  # of time.monotonic
     step: int = 0  # steps done
     faults: Faults = field(default_factory=Faults)
@@ -126,7 +128,10 @@ def set_up(config: RunConfig, ending: Ending = results) -> Run:
     accelerator.wait_for_everyone()  # so that nobody checks a folder that is being made
     checkpoint = on_main_process(lambda: open_run_folder(config))
     optimizer = build_optimizer(objective, config.optim, precision)
+    compiled = resolve_compile(config.compile, accelerator.device, num_steps, accelerator.is_fsdp2)
     model, optimizer = sharding.prepare(accelerator, objective, optimizer, precision)
+    if compiled:
+        compile_blocks(objective)
 
     run = Run(
         config,
@@ -141,6 +146,7 @@ def set_up(config: RunConfig, ending: Ending = results) -> Run:
         optimizer,
         num_steps,
         num_micro=config.batch.num_micro(accelerator.num_processes),
+        compiled=compiled,
         deadline=math.inf if config.max_hours is None else started + 3600 * config.max_hours,
     )
     state = {} if checkpoint is None else resume(run, checkpoint)
@@ -171,6 +177,11 @@ def resume(run: Run, checkpoint: Path) -> dict[str, Any]:
     run.step = state["step"]
     run.faults = Faults(**state.get("faults", {}))
     return state
+
+
+def as_written(run: Run) -> AbstractContextManager[Any]:
+    """For what is done beside training: batches of other sizes, which are not worth compiling for."""
+    return torch.compiler.set_stance("force_eager") if run.compiled else nullcontext()
 
 
 def build_sampler(run: Run) -> StepSampler:

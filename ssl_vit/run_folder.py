@@ -29,6 +29,7 @@ FREE_SETTINGS = (
     "max_hours",
     "batch.per_device",
     "batch.auto",
+    "compile",
     "encoder.grad_checkpointing",
     "data.num_workers",
     "data.cache_dir",

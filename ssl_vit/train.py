@@ -28,7 +28,7 @@ from ssl_vit.faults import SkippedSteps, SpikeWatch, spread, take_step
 from ssl_vit.metrics import CollapseAlarm, MetricLog
 from ssl_vit.micro_batch import explain_out_of_memory
 from ssl_vit.optim import clip_gradients, set_schedule
-from ssl_vit.run import Ending, Run, build_sampler, heartbeat, open_batches, resume, save, set_up
+from ssl_vit.run import Ending, Run, as_written, build_sampler, heartbeat, open_batches, resume, save, set_up
 from ssl_vit.run_folder import METRICS_FILE, RESULTS_FILE, is_finished
 from ssl_vit.tracking import start_tracker
 
@@ -159,8 +159,7 @@ def train_steps(run: Run, stop: StopSignal) -> int | None:
             accelerator.unscale_gradients(run.optimizer)
             losses["grad_norm"] = clip_gradients(objective, config.optim)
             taken = take_step(accelerator, run.optimizer, losses["grad_norm"])
-            if taken:
-                objective.after_step(progress)
+            objective.after_step(progress, taken)
             run.optimizer.zero_grad()
             skipped.note(step, taken, losses["loss"])
 
@@ -169,11 +168,12 @@ def train_steps(run: Run, stop: StopSignal) -> int | None:
             save_due |= spikes is not None and spikes.begins(done)  # to have something to go back to
             if run.source.num_samples is not None:
                 settings["epoch"] = done * config.batch.size / run.source.num_samples
-            settings["skipped_steps"] = run.faults.skipped_steps
             log.add_step(losses, taken)
             signal_number = stop.agreed()
             collapsed = False
             if save_due or signal_number or log.is_due():
+                skipped.settle()
+                settings["skipped_steps"] = run.faults.skipped_steps
                 costly = {name: value.item() for name, value in objective.diagnostics().items()}
                 if bad_images is not None:
                     before = bad_images.count
@@ -200,7 +200,8 @@ def train_steps(run: Run, stop: StopSignal) -> int | None:
                 paused = log.pause()
                 heartbeat(run, "evaluating")
                 judged_objective = sharding.whole(config, run.model, objective, device)
-                run.ending.evaluate_in_training(config, accelerator, judged_objective, run.judges, done, log)
+                with as_written(run):
+                    run.ending.evaluate_in_training(config, accelerator, judged_objective, run.judges, done, log)
                 log.go_on(paused)
         if start_step < run.num_steps:
             draw_picture(run, run.num_steps, log)
@@ -212,7 +213,8 @@ def draw_picture(run: Run, step: int, log: MetricLog) -> None:
     if results.is_picture_due(run.config, step, run.num_steps):
         paused = log.pause()
         objective = sharding.whole(run.config, run.model, run.objective, run.accelerator.device)
-        results.draw_in_training(run.config, run.accelerator, objective, run.source, step, log)
+        with as_written(run):
+            results.draw_in_training(run.config, run.accelerator, objective, run.source, step, log)
         log.go_on(paused)
 
 
@@ -258,5 +260,6 @@ def finish(run: Run, nothing_done: bool) -> None:
     else:
         heartbeat(run, "finishing")
         objective = sharding.whole(config, run.model, run.objective, accelerator.device)
-        run.ending.finish(config, accelerator, objective, run.source, run.judges, run.num_steps)
+        with as_written(run):
+            run.ending.finish(config, accelerator, objective, run.source, run.judges, run.num_steps)
     heartbeat(run, "finished")

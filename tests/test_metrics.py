@@ -51,7 +51,7 @@ def test_steps_that_were_not_taken_are_left_out_of_the_averages(
     path = tmp_path / "m.jsonl"
     log = MetricLog(path, start_step=0, num_steps=4, batch_size=8, log_every=2, is_writer=True)
     for loss, taken in ((1.0, True), (float("nan"), False), (float("inf"), False), (2.0, False)):
-        log.add_step({"loss": torch.tensor(loss)}, taken)
+        log.add_step({"loss": torch.tensor(loss)}, torch.tensor(taken))
         if log.is_due():
             log.write_interval({"lr": 0.1}, progress=0.5)
     log.close()

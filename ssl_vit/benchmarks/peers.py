@@ -4,7 +4,6 @@ Each takes our settings and gives one step: forward, backward, optimizer, and th
 Images are there already, normalised, for us and for them.
 """
 
-import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +12,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from ssl_vit.compiling import compile_blocks
 from ssl_vit.config import RunConfig
-from ssl_vit.models.vit import ViT, pair
+from ssl_vit.faults import step_if_finite
+from ssl_vit.models.vit import ViT, choose_attention, pair
 from ssl_vit.objectives.dino import DINOConfig
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.optim import build_optimizer, clip_gradients, set_schedule
@@ -22,10 +23,15 @@ from ssl_vit.optim import build_optimizer, clip_gradients, set_schedule
 Step = Callable[[], None]
 
 
-def own_step(config: RunConfig, batch: int, device: torch.device, dtype: torch.dtype | None) -> Step:
-    """One step of ours; `dtype` is autocast's, None = fp32."""
+def own_step(
+    config: RunConfig, batch: int, device: torch.device, dtype: torch.dtype | None, compiled: bool = False
+) -> Step:
+    """One step of ours as the training loop takes it; `dtype` is autocast's, None = fp32."""
     objective = config.build_objective().to(device).train()
     precision = "no" if dtype is None else "bf16"
+    choose_attention(objective, objective.encoder.num_patches, device, precision)
+    if compiled:
+        compile_blocks(objective)
     optimizer = build_optimizer(objective, config.optim, precision)
     encoder = objective.encoder
     images: dict[str, Tensor] = {}
@@ -45,10 +51,8 @@ def own_step(config: RunConfig, batch: int, device: torch.device, dtype: torch.d
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
             loss = objective(images, 0.5)["loss"]
         loss.backward()
-        if config.optim.clip_grad is not None:
-            clip_gradients(objective, config.optim)
-        optimizer.step()
-        objective.after_step(0.5)
+        taken = step_if_finite(optimizer, clip_gradients(objective, config.optim))
+        objective.after_step(0.5, taken)
         optimizer.zero_grad()
 
     return step
@@ -126,8 +130,9 @@ def lightly_dino(config: RunConfig, batch: int, device: torch.device, dtype: tor
     head, criterion = lightly_head_and_loss(
         int(settings.num_prototypes), device, hidden_dim=settings.hidden_dim, bottleneck_dim=settings.bottleneck_dim
     )
-    student = nn.ModuleList([_timm_vit(config), head(encoder.embed_dim)]).to(device).train()
-    teacher = copy.deepcopy(student).requires_grad_(False)
+    student, teacher = (nn.ModuleList([_timm_vit(config), head(encoder.embed_dim)]).to(device) for _ in range(2))
+    teacher.load_state_dict(student.train().state_dict())
+    teacher.requires_grad_(False)
     local_size, local = pair(settings.local_crop_size), settings.num_local_crops
     large = torch.randn(2 * batch, encoder.in_chans, *encoder.image_size, device=device)
     small = torch.randn(local * batch, encoder.in_chans, *local_size, device=device)

@@ -13,8 +13,10 @@ from ssl_vit.benchmarks.memory import peak_of
 from ssl_vit.benchmarks.peers import PEERS, own_step
 from ssl_vit.benchmarks.peers import Step as PeerStep
 from ssl_vit.benchmarks.rounds import alternate, machine, ratios
+from ssl_vit.compiling import LEAST_STEPS, compile_blocks, resolve_compile
 from ssl_vit.config import RunConfig
 from ssl_vit.distributed import autocast_dtype, resolve_precision
+from ssl_vit.faults import step_if_finite
 from ssl_vit.models.vit import set_fused_attention
 from ssl_vit.objectives.objective import Objective
 from ssl_vit.optim import build_optimizer, clip_gradients, set_schedule
@@ -33,12 +35,14 @@ def prepare_step(config: RunConfig, objective: Objective, num_images: int, devic
     """A training step on a micro-batch made up of noise.
 
     Args:
-        config: a run's settings, without `auto`.
+        config: a run's settings, without `auto`; with `compile` true the objective is compiled in place.
         objective: what they build, on the device.
         num_images: size of the micro-batch.
     """
     precision = resolve_precision(config.precision, device)
     dtype = autocast_dtype(precision)
+    if config.compile is True:
+        compile_blocks(objective)
     optimizer = build_optimizer(objective.train(), config.optim, precision)
     encoder = objective.encoder
     transform = config.objective.build_transform(
@@ -58,10 +62,12 @@ def prepare_step(config: RunConfig, objective: Objective, num_images: int, devic
 
     def update() -> None:
         set_schedule(optimizer, config.optim, 0.5, config.batch.size)
-        if config.optim.clip_grad is not None:
-            clip_gradients(objective, config.optim)
-        optimizer.step()
-        objective.after_step(0.5)
+        norm = clip_gradients(objective, config.optim)
+        if precision == "fp16":  # the scaler's, which is not here
+            optimizer.step()
+            objective.after_step(0.5)
+        else:
+            objective.after_step(0.5, step_if_finite(optimizer, norm))
         optimizer.zero_grad()
 
     return Step(forward_backward, update)
@@ -120,8 +126,13 @@ def compare_peers(config: RunConfig, *, steps: int = 3, rounds: int = 5) -> dict
         for library, make in makers.items()
         for kind, dtype in kinds.items()
     }
+    eager = dict(contenders)  # whose operations can be counted
+    if resolve_compile(config.compile, device, LEAST_STEPS, is_sharded=False):
+        for kind, dtype in kinds.items():
+            contenders[f"ssl_vit, compiled, {kind}"] = own_step(config, size, device, dtype, compiled=True)
+            eager[f"ssl_vit, compiled, {kind}"] = eager[f"ssl_vit, {kind}"]
     peak_flops = {kind: matmul_flops(device, dtype) for kind, dtype in kinds.items()}
-    flops = {name: _count_flops(step) for name, step in contenders.items()}
+    flops = {name: _count_flops(step) for name, step in eager.items()}
 
     def work(step: PeerStep) -> Callable[[], int]:
         def run() -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ssl_vit.ema import update_ema
 from ssl_vit.evaluation.augment import AugmentConfig, SupervisedTransform
 from ssl_vit.models.encoder import Encoder
-from ssl_vit.objectives.objective import Objective, ParamGroup, Resolved, RunSize
+from ssl_vit.objectives.objective import Objective, ParamGroup, Resolved, RunSize, Taken
 
 
 @dataclass(frozen=True)
@@ -138,10 +138,10 @@ class FineTune(Supervised):
     def logits(self, images: Float[Tensor, "b c h w"]) -> dict[str, Float[Tensor, "b classes"]]:
         return {"head": self.tested_classifier()(self._pool(self.backbone(), images))}
 
-    def after_step(self, progress: float) -> None:
+    def after_step(self, progress: float, taken: Taken = None) -> None:
         if self.ema_encoder is not None and self.ema_classifier is not None and self.config.model_ema is not None:
-            update_ema(self.ema_encoder, self.encoder, self.config.model_ema)
-            update_ema(self.ema_classifier, self.classifier, self.config.model_ema)
+            update_ema(self.ema_encoder, self.encoder, self.config.model_ema, taken)
+            update_ema(self.ema_classifier, self.classifier, self.config.model_ema, taken)
 
     def backbone(self) -> Encoder:
         return self.encoder if self.ema_encoder is None else self.ema_encoder

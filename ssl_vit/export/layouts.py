@@ -99,7 +99,7 @@ def _not_plain(vit: Any) -> str | None:
     if vit.patch_embed.proj.bias is None:
         return "the patch projection has no bias"
     for block in vit.blocks:
-        if type(block) is not Block or type(block.attn).__name__ != "Attention":
+        if not isinstance(block, Block) or type(block.attn).__name__ != "Attention":
             return f"the blocks are of another kind ({type(block).__name__})"
     norms = [vit.norm, *(norm for block in vit.blocks for norm in (block.norm1, block.norm2))]
     if any(not isinstance(norm, nn.LayerNorm) or norm.eps != norms[0].eps for norm in norms):

@@ -1,12 +1,10 @@
 """The encoder contract: what every backbone offers and every objective may rely on."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 
 class Features(NamedTuple):
@@ -68,6 +66,22 @@ class Encoder(nn.Module):
         """
         raise NotImplementedError
 
+    def forward_groups(
+        self,
+        groups: Sequence[Float[Tensor, "_ c _ _"]],
+        *,
+        mask: Bool[Tensor, "b n"] | None = None,
+        mask_token: Float[Tensor, " d"] | None = None,
+    ) -> list[Features]:
+        """Encode batches of several sizes, at once where the backbone can.
+
+        Args:
+            groups: normalised images; those of a batch have one size.
+            mask, mask_token: as in `forward`, for the first batch.
+        """
+        masking = {} if mask is None else {"mask": mask, "mask_token": mask_token}
+        return [self(images, **(masking if number == 0 else {})) for number, images in enumerate(groups)]
+
     def remove_norm(self) -> None:
         """Return tokens as the last block leaves them, for heads that pool before they normalise."""
         raise ValueError(f"{type(self).__name__} has no final norm that could be left out")
@@ -80,15 +94,3 @@ class Encoder(nn.Module):
         if num_layers != 1:
             raise ValueError(f"num_layers={num_layers}: {type(self).__name__} offers the last layer only")
         return [self(images)]
-
-
-def run_blocks(
-    blocks: Iterable[nn.Module], tokens: Float[Tensor, "b t d"], grad_checkpointing: bool
-) -> Float[Tensor, "b t d"]:
-    """Send tokens through blocks; with checkpointing each keeps its input alone for the backward pass (Chen et al.,
-    2016, arXiv:1604.06174), where it is computed again with the same drop path.
-    """
-    again = grad_checkpointing and torch.is_grad_enabled()  # a teacher has no backward pass
-    for block in blocks:
-        tokens = checkpoint(block, tokens, use_reentrant=False) if again else block(tokens)
-    return tokens

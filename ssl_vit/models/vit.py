@@ -1,6 +1,7 @@
 """Every plain Vision Transformer of timm as an encoder."""
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -12,8 +13,10 @@ from timm.layers.drop import DropPath
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ssl_vit.models.encoder import Encoder, Features, run_blocks
+from ssl_vit.models.blocks import make_packable, run_blocks, run_packed_blocks
+from ssl_vit.models.encoder import Encoder, Features
 from ssl_vit.models.positions import sincos_positions
 
 
@@ -123,6 +126,7 @@ class ViT(Encoder):
         self.has_cls_token = vit.has_class_token
         self.grad_checkpointing = config.grad_checkpointing
         self.num_layers = len(vit.blocks)
+        self._packs = make_packable(vit.blocks)
         self._check_size(*self.image_size)
         if config.pos_embed == "sincos":
             self._fix_positions()
@@ -165,27 +169,55 @@ class ViT(Encoder):
         mask: Bool[Tensor, "b n"] | None = None,
         mask_token: Float[Tensor, " d"] | None = None,
     ) -> Features:
+        tokens = self.vit.norm_pre(self._embed(images, keep, mask, mask_token))
+        return self._features(run_blocks(self.vit.blocks, tokens, self.grad_checkpointing))
+
+    def forward_groups(
+        self,
+        groups: Sequence[Float[Tensor, "_ c _ _"]],
+        *,
+        mask: Bool[Tensor, "b n"] | None = None,
+        mask_token: Float[Tensor, " d"] | None = None,
+    ) -> list[Features]:
+        if not self._packs or len(groups) == 1:
+            return super().forward_groups(groups, mask=mask, mask_token=mask_token)
+        tokens = [
+            self.vit.norm_pre(self._embed(images, None, mask if number == 0 else None, mask_token))
+            for number, images in enumerate(groups)
+        ]
+        return [self._features(part) for part in run_packed_blocks(self.vit.blocks, tokens, self.grad_checkpointing)]
+
+    def _embed(
+        self,
+        images: Float[Tensor, "b c h w"],
+        keep: Int[Tensor, "b k"] | None = None,
+        mask: Bool[Tensor, "b n"] | None = None,
+        mask_token: Float[Tensor, " d"] | None = None,
+    ) -> Float[Tensor, "b t d"]:
+        """Patches with their positions, behind class and register tokens; of the kept ones only, where given."""
         self._check_size(*images.shape[-2:])
-        vit = self.vit
-        tokens = vit.patch_embed(images)  # [b rows columns d]
+        (height, width), embed = self.patch_size, self.vit.patch_embed
+        patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=height, q=width)
+        if keep is not None:
+            patches = patches.gather(1, repeat(keep, "b k -> b k p", p=patches.shape[-1]))
+        # The patch projection as the product that it is: cuDNN's convolution takes several times as long.
+        tokens = embed.norm(F.linear(patches, embed.proj.weight.flatten(1), embed.proj.bias))
         if mask is not None:
             if mask_token is None:
                 raise ValueError("mask is given without mask_token, the embedding to put in its place")
-            replaced = rearrange(mask, "b (rows columns) -> b rows columns 1", rows=tokens.shape[1])
-            tokens = torch.where(replaced, mask_token.to(tokens.dtype), tokens)
-        tokens = vit._pos_embed(tokens)  # adds positions, puts class and register tokens in front
-        num_prefix = vit.num_prefix_tokens
-        if keep is not None:
-            kept = tokens[:, num_prefix:].gather(1, repeat(keep, "b k -> b k d", d=self.embed_dim))
-            tokens = torch.cat([tokens[:, :num_prefix], kept], dim=1)
-        return self._features(run_blocks(vit.blocks, vit.norm_pre(tokens), self.grad_checkpointing))
+            tokens = torch.where(mask[..., None], mask_token.to(tokens.dtype), tokens)
+        # What timm adds to patches and puts in front of them is what it makes of patches of zeros.
+        rows, columns = images.shape[-2] // height, images.shape[-1] // width
+        added = self.vit._pos_embed(tokens.new_zeros(1, rows, columns, self.embed_dim))
+        prefix, positions = added.split([added.shape[1] - rows * columns, rows * columns], dim=1)
+        tokens = tokens + (positions if keep is None else positions[0][keep])
+        return torch.cat([prefix.expand(len(images), -1, -1), tokens], dim=1)
 
     def last_layers(self, images: Float[Tensor, "b c h w"], num_layers: int) -> list[Features]:
         if not 1 <= num_layers <= self.num_layers:
             raise ValueError(f"num_layers={num_layers}: {self.config.arch} has {self.num_layers} blocks; give 1 to it")
-        self._check_size(*images.shape[-2:])
         vit = self.vit
-        tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
+        tokens = vit.norm_pre(self._embed(images))
         found = []
         for number, block in enumerate(vit.blocks, start=1):
             tokens = block(tokens)

@@ -41,7 +41,7 @@ class PrototypeUse:
         """Count the likeliest prototype of every sample."""
         if self._used is None:
             self._used = torch.zeros(probs.shape[-1], dtype=torch.bool, device=probs.device)
-        self._used[probs.argmax(dim=-1)] = True
+        self._used.index_fill_(0, probs.argmax(dim=-1), True)  # unlike an assignment does not wait for the device
         self._seen += len(probs)
 
     def read(self) -> Float[Tensor, ""]:

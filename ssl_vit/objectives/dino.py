@@ -19,7 +19,7 @@ from ssl_vit.ema import update_ema
 from ssl_vit.models.encoder import Encoder, Features
 from ssl_vit.objectives.collapse import PrototypeUse, diagnose, feature_std, rankme
 from ssl_vit.objectives.heads import DINOHead
-from ssl_vit.objectives.objective import Objective, ParamGroup, Resolved, RunSize
+from ssl_vit.objectives.objective import Objective, ParamGroup, Resolved, RunSize, Taken
 from ssl_vit.objectives.prototype_loss import cross_entropy, dino_prototype_loss, num_terms
 from ssl_vit.objectives.recipes import resolve_distillation
 from ssl_vit.schedules import cosine, warmup_linear
@@ -160,11 +160,11 @@ class DINO(Objective):
     def forward(self, batch: Mapping[str, Tensor], progress: float) -> dict[str, Tensor]:
         temp = self.teacher_temp(progress)
         with torch.no_grad():
-            teacher = self.encode(self.teacher_encoder, batch["global_crops"])
+            [teacher] = self.encode(self.teacher_encoder, [batch["global_crops"]])
             teacher_logits = self.teacher_head(teacher.cls)
             teacher_probs = self.center_probs(teacher_logits, self.center, temp)
             self._teacher_sums.add(rearrange(teacher_logits, "v b k -> (v b) k"), progress)
-        student_cls = torch.cat([self.encode(self.encoder, crops).cls for crops in by_size(batch)])
+        student_cls = torch.cat([features.cls for features in self.encode(self.encoder, by_size(batch))])
         bottleneck, prototypes = self.head(student_cls, as_factors=True)
         loss = dino_prototype_loss(bottleneck, prototypes, teacher_probs, self.config.student_temp)
         return {
@@ -173,13 +173,20 @@ class DINO(Objective):
             **self._schedules(progress, loss.device),
         }
 
-    def encode(self, encoder: Encoder, crops: Float[Tensor, "b v c h w"], **kwargs: Tensor) -> Features:
-        """Features of all crops of one size in one call, views first: cls [v b d], patches [v b n d]."""
-        cls, patches = encoder(rearrange(crops, "b v c h w -> (v b) c h w"), **kwargs)
-        views = crops.shape[1]
-        return Features(
-            rearrange(cls, "(v b) d -> v b d", v=views), rearrange(patches, "(v b) n d -> v b n d", v=views)
-        )
+    def encode(self, encoder: Encoder, crops: list[Float[Tensor, "_ _ c _ _"]], **masking: Tensor) -> list[Features]:
+        """Features of crops [b v c h w] of each size, views first: cls [v b d], patches [v b n d].
+
+        Args:
+            masking: `mask` and `mask_token` of the encoder, for the first size.
+        """
+        groups = encoder.forward_groups([rearrange(views, "b v c h w -> (v b) c h w") for views in crops], **masking)
+        return [
+            Features(
+                rearrange(cls, "(v b) d -> v b d", v=views.shape[1]),
+                rearrange(patches, "(v b) n d -> v b n d", v=views.shape[1]),
+            )
+            for (cls, patches), views in zip(groups, crops, strict=True)
+        ]
 
     def center_probs(
         self, logits: Float[Tensor, "v b k"], center: Float[Tensor, "1 k"], temp: float
@@ -202,12 +209,12 @@ class DINO(Objective):
         """Share of the old teacher that a step keeps at this point of the run."""
         return cosine(progress, float(self.config.ema_momentum), self.config.ema_momentum_end)
 
-    def after_step(self, progress: float) -> None:
+    def after_step(self, progress: float, taken: Taken = None) -> None:
         momentum = self.ema_momentum(progress)
-        update_ema(self.teacher_encoder, self.encoder, momentum)
-        update_ema(self.teacher_head, self.head, momentum)
+        update_ema(self.teacher_encoder, self.encoder, momentum, taken)
+        update_ema(self.teacher_head, self.head, momentum, taken)
         if self.config.centering == "center":
-            self._teacher_sums.move(self.center, self.config.center_momentum)
+            self._teacher_sums.move(self.center, self.config.center_momentum, taken)
 
     def observe(
         self,
@@ -309,13 +316,19 @@ class RunningMean:
         self._sum += rows.sum(dim=0, keepdim=True, dtype=torch.float32)
         self._count += len(rows)
 
-    def move(self, center: Float[Tensor, "1 k"], momentum: float) -> None:
-        """center = momentum x center + (1 - momentum) x mean; starts anew. Without any row the centre stays."""
+    def move(self, center: Float[Tensor, "1 k"], momentum: float, taken: Taken = None) -> None:
+        """center = momentum x center + (1 - momentum) x mean; starts anew.
+
+        Without any row the centre stays, and where `taken`, a scalar on the device, is False.
+        """
         assert self._sum is not None, "nothing was added"
         count = torch.full_like(self._sum[:, :1], self._count)
         total = sum_over_processes(torch.cat([self._sum, count], dim=1))
         mean = total[:, :-1] / total[:, -1:].clamp(min=1)
-        center.lerp_(torch.where(total[:, -1:] > 0, mean, center), 1 - momentum)
+        moves = total[:, -1:] > 0
+        if taken is not None:
+            moves = moves & taken
+        center.lerp_(torch.where(moves, mean, center), 1 - momentum)
         self._sum = None
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,7 +24,7 @@ from ssl_vit.distributed import (
 from ssl_vit.ema import update_ema
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.objectives.dino import DINO, DINOConfig, RunningMean, freeze
-from ssl_vit.objectives.objective import ParamGroup
+from ssl_vit.objectives.objective import ParamGroup, Taken
 from ssl_vit.objectives.prototype_loss import (
     cross_entropy,
     dino_prototype_loss,
@@ -108,7 +108,10 @@ class MaskedMultiCropTransform:
         return {**self.crops(image, rng), "masks": torch.stack([self._draw_mask(rng) for _ in range(2)])}
 
     def on_device(self, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-        return {**self.crops.on_device(batch, device), "masks": batch["masks"].to(device, non_blocking=True)}
+        # Which patches are masked is known here on the host, which need not wait for the device to tell.
+        extra = {"masks": batch["masks"], "masked": masked_indices(batch["masks"])}
+        moved = {name: values.to(device, non_blocking=True) for name, values in extra.items()}
+        return {**self.crops.on_device(batch, device), **moved}
 
     def _draw_mask(self, rng: np.random.Generator) -> Bool[Tensor, " n"]:
         masked = self.config.ibot_weight > 0 and rng.random() < self.config.mask_prob
@@ -146,7 +149,7 @@ class DINOv2(DINO):
         use_masks = config.ibot_weight > 0
         masks = rearrange(batch["masks"], "b v n -> v b n") if use_masks else None
         with torch.no_grad():
-            teacher = self.encode(self.teacher_encoder, global_crops)
+            [teacher] = self.encode(self.teacher_encoder, [global_crops])
             teacher_logits = self.teacher_head(teacher.cls)
             teacher_probs = self.center_probs(teacher_logits, self.center, temp)
             self._teacher_sums.add(rearrange(teacher_logits, "v b k -> (v b) k"), progress)
@@ -154,21 +157,23 @@ class DINOv2(DINO):
         masking = {}
         if masks is not None:
             masking = {"mask": rearrange(masks, "v b n -> (v b) n"), "mask_token": self.mask_token[0]}
-        student = self.encode(self.encoder, global_crops, **masking)
-        student_cls = student.cls
-        if "local_crops" in batch:
-            student_cls = torch.cat([student_cls, self.encode(self.encoder, batch["local_crops"]).cls])
+        crops = [batch[name] for name in ("global_crops", "local_crops") if name in batch]
+        student, *local = self.encode(self.encoder, crops, **masking)
+        student_cls = torch.cat([student.cls, *(features.cls for features in local)])
         bottleneck, prototypes = self.head(student_cls, as_factors=True)
         loss = dino_prototype_loss(bottleneck, prototypes, teacher_probs, config.student_temp)
         parts = {"loss": loss, "loss_dino": loss.detach(), **self.observe(loss, teacher.cls, teacher_probs, progress)}
 
         if masks is not None:
+            masked = batch["masked"] if "masked" in batch else masked_indices(batch["masks"])
             with torch.no_grad():
-                patch_logits = (self.teacher_patch_head or self.teacher_head)(teacher.patches[masks])
+                patch_logits = (self.teacher_patch_head or self.teacher_head)(take_patches(teacher.patches, masked))
                 patch_probs = self._patch_probs(patch_logits, temp)
                 self._patch_sums.add(patch_logits, progress)
-            bottleneck, prototypes = (self.patch_head or self.head)(student.patches[masks], as_factors=True)
-            ibot = ibot_prototype_loss(bottleneck, prototypes, patch_probs, masks, config.student_temp)
+            patches = take_patches(student.patches, masked)
+            bottleneck, prototypes = (self.patch_head or self.head)(patches, as_factors=True)
+            weights = masked_patch_weights(masks, masked)
+            ibot = ibot_prototype_loss(bottleneck, prototypes, patch_probs, weights, config.student_temp)
             parts["loss"] = parts["loss"] + config.ibot_weight * ibot
             parts["loss_ibot"] = ibot.detach()
         if config.koleo_weight:
@@ -182,12 +187,12 @@ class DINOv2(DINO):
             return sinkhorn_knopp(logits, temp, self.config.sinkhorn_iterations)
         return ((logits.float() - self.patch_center) / temp).softmax(dim=-1)
 
-    def after_step(self, progress: float) -> None:
-        super().after_step(progress)
+    def after_step(self, progress: float, taken: Taken = None) -> None:
+        super().after_step(progress, taken)
         if self.patch_head is not None and self.teacher_patch_head is not None:
-            update_ema(self.teacher_patch_head, self.patch_head, self.ema_momentum(progress))
+            update_ema(self.teacher_patch_head, self.patch_head, self.ema_momentum(progress), taken)
         if self.config.ibot_weight and self.config.centering == "center":
-            self._patch_sums.move(self.patch_center, self.config.center_momentum)
+            self._patch_sums.move(self.patch_center, self.config.center_momentum, taken)
 
     def param_groups(self) -> list[ParamGroup]:
         """DINO's groups, split by the learning rate's factor: layer_decay to the power of the blocks that follow."""
@@ -202,6 +207,16 @@ class DINOv2(DINO):
         inner = name.removeprefix("encoder.")
         scale = config.layer_decay ** (encoder.num_layers + 1 - encoder.layer_of(inner))
         return scale * config.patch_embed_lr if "patch_embed" in inner else scale
+
+
+def masked_indices(masks: Bool[Tensor, "b v n"]) -> Int[Tensor, " m"]:
+    """Where the masked patches stand among those of all crops, views first."""
+    return rearrange(masks, "b v n -> (v b n)").nonzero().flatten()
+
+
+def take_patches(patches: Float[Tensor, "v b n d"], indices: Int[Tensor, " m"]) -> Float[Tensor, "m d"]:
+    """Some patches of all crops together."""
+    return rearrange(patches, "v b n d -> (v b n) d").index_select(0, indices)
 
 
 @torch.no_grad()
@@ -245,7 +260,8 @@ def ibot_loss(
         student_logits, teacher_probs: of the masked patches only, in the order of `masks`.
         masks: True where a patch of a crop is masked.
     """
-    return (cross_entropy(student_logits.float() / student_temp, teacher_probs) * masked_patch_weights(masks)).sum()
+    weights = masked_patch_weights(masks, masks.flatten().nonzero().flatten())
+    return (cross_entropy(student_logits.float() / student_temp, teacher_probs) * weights).sum()
 
 
 def koleo_loss(features: Float[Tensor, "b d"], eps: float = 1e-8) -> Float[Tensor, ""]:
@@ -263,8 +279,7 @@ def koleo_loss(features: Float[Tensor, "b d"], eps: float = 1e-8) -> Float[Tenso
         first = process_index() * len(own)
         with torch.no_grad():
             similarity = own @ everyone.T
-            rows = torch.arange(len(own), device=own.device)
-            similarity[rows, rows + first] = -1  # not itself
+            similarity.diagonal(first).fill_(-1)  # not itself
             nearest = similarity.argmax(dim=-1)
         distance = F.pairwise_distance(own, everyone[nearest], eps=eps)
         return -(distance + eps).log().mean()

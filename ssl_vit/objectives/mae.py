@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from ssl_vit.data.device_transforms import flip_horizontally, normalize
 from ssl_vit.data.masking import draw_keep, draw_predicted, num_kept
 from ssl_vit.data.transforms import random_resized_crop
+from ssl_vit.models.blocks import run_blocks
 from ssl_vit.models.cross_attention import CrossBlock
-from ssl_vit.models.encoder import Encoder, Features, run_blocks
+from ssl_vit.models.encoder import Encoder, Features
 from ssl_vit.models.positions import sincos_positions
 from ssl_vit.objectives.objective import Objective, Resolved, RunSize
 
@@ -177,20 +178,16 @@ class MAE(Objective):
         )
         self.decoder_norm = norm_layer(width)
         self.decoder_pred = nn.Linear(width, patch_height * patch_width * encoder.in_chans)
+        self.patch_error = PatchError(encoder.patch_size, config.norm_pix_loss)
         initialize(self)
 
     def forward(self, batch: Mapping[str, Tensor], progress: float) -> dict[str, Tensor]:
         images, keep = batch["images"], batch["keep"]
-        target = patchify(images, self.encoder.patch_size)
-        if self.config.norm_pix_loss:
-            target = normalize_patches(target)
         if "predict" in batch:
             predict = batch["predict"]
             prediction = self._predict(self.encoder(images, keep=keep), predict, self._grid_size(images))
-            target = target.gather(1, repeat(predict, "b m -> b m p", p=target.shape[-1]))
-            return {"loss": (prediction.float() - target.float()).square().mean()}
-        prediction = self.reconstruct(images, keep)
-        error = (prediction.float() - target.float()).square().mean(dim=-1)  # [b n]
+            return {"loss": self.patch_error(prediction, images, predict).mean()}
+        error = self.patch_error(self.reconstruct(images, keep), images)
         removed = torch.ones_like(error).scatter(1, keep, 0.0)
         return {"loss": (error * removed).sum() / removed.sum()}
 
@@ -206,6 +203,9 @@ class MAE(Objective):
             return self._decode(features, keep, grid_size)
         patches = torch.arange(grid_size[0] * grid_size[1], device=images.device)
         return self._predict(features, repeat(patches, "n -> b n", b=len(images)), grid_size)
+
+    def compilable(self) -> list[nn.Module]:
+        return [*super().compilable(), self.patch_error]
 
     def draw(
         self,
@@ -275,6 +275,31 @@ class MAE(Objective):
             old_size=list(self.encoder.grid_size),
             num_prefix_tokens=int(self.encoder.has_cls_token),
         )
+
+
+class PatchError(nn.Module):
+    """Mean squared error of each predicted patch, over its pixels and in fp32."""
+
+    def __init__(self, patch_size: tuple[int, int], norm_pix_loss: bool) -> None:
+        super().__init__()
+        self.patch_size, self.norm_pix_loss = patch_size, norm_pix_loss
+
+    def forward(
+        self,
+        prediction: Float[Tensor, "b m p"],
+        images: Float[Tensor, "b c h w"],
+        patches: Int[Tensor, "b m"] | None = None,
+    ) -> Float[Tensor, "b m"]:
+        """
+        Args:
+            patches: which ones are predicted; None = all, row-major.
+        """
+        target = patchify(images, self.patch_size)
+        if self.norm_pix_loss:
+            target = normalize_patches(target)
+        if patches is not None:
+            target = target.gather(1, repeat(patches, "b m -> b m p", p=target.shape[-1]))
+        return (prediction.float() - target.float()).square().mean(dim=-1)
 
 
 def initialize(objective: MAE) -> None:

@@ -7,10 +7,12 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
 from ssl_vit.models.encoder import Encoder
+
+Taken = Bool[Tensor, ""] | None
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,13 @@ class Objective(nn.Module):
         """
         raise NotImplementedError
 
-    def after_step(self, progress: float) -> None:
-        """Called once after every real optimizer step: EMA, centre. Nothing by default."""
+    def after_step(self, progress: float, taken: Taken = None) -> None:
+        """Called once after every optimizer step: EMA, centre. Nothing by default.
+
+        Args:
+            taken: scalar on the device, False where the optimizer left the step out and nothing else may move either;
+                None = taken. The host does not know, so that it need not wait for the device.
+        """
 
     def diagnostics(self) -> dict[str, Tensor]:
         """Scalars that are too costly for every step; called on every process at log steps, after `forward`."""
@@ -124,6 +131,10 @@ class Objective(nn.Module):
     def backbone(self) -> Encoder:
         """The encoder that is evaluated and exported."""
         return self.encoder
+
+    def compilable(self) -> list[nn.Module]:
+        """Modules that torch.compile makes faster; by default what lies in lists called `blocks` or `..._blocks`."""
+        return [module for name, module in self.named_modules() if name.rpartition(".")[0].endswith("blocks")]
 
     def param_groups(self) -> list[ParamGroup]:
         """Trainable parameters by optimizer setting. As in the papers, one-dimensional ones and biases don't decay."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 CHUNK_NUMBERS = 2**22  # logits at a time: 16 MiB in fp32
@@ -63,24 +63,32 @@ def ibot_prototype_loss(
     features: Float[Tensor, "m d"],
     prototypes: Float[Tensor, "k d"],
     teacher_probs: Float[Tensor, "m k"],
-    masks: Bool[Tensor, "*v n"],
+    weights: Float[Tensor, " m"],
     student_temp: float = 0.1,
 ) -> Float[Tensor, ""]:
-    """`ibot_loss` of the logits features x prototypes (iBOT, arXiv:2111.07832, equation 3)."""
+    """`ibot_loss` of the logits features x prototypes (iBOT, arXiv:2111.07832, equation 3).
+
+    Args:
+        weights: see `masked_patch_weights`.
+    """
     return _prototype_loss(
         features,
         prototypes,
         lambda rows: teacher_probs[rows].float().clone(),
-        masked_patch_weights(masks),
+        weights,
         student_temp,
         max(1, len(features)),
     )
 
 
-def masked_patch_weights(masks: Bool[Tensor, "*v n"]) -> Float[Tensor, " m"]:
-    """Of each masked patch: one over the masked patches of its crop, over the number of all crops."""
+def masked_patch_weights(masks: Bool[Tensor, "*v n"], masked: Int[Tensor, " m"]) -> Float[Tensor, " m"]:
+    """Of each masked patch: one over the masked patches of its crop, over the number of all crops.
+
+    Args:
+        masked: where the masked patches stand in `masks`, flattened.
+    """
     weights = masks / masks.sum(dim=-1, keepdim=True).clamp(min=1)
-    return weights[masks] / masks[..., 0].numel()
+    return weights.flatten().index_select(0, masked) / masks[..., 0].numel()
 
 
 def _prototype_loss(

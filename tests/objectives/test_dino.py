@@ -51,7 +51,8 @@ class TestAgainstThePapersCode:
     def test_features_of_global_crops(self, reference: DINO, golden: dict[str, torch.Tensor]) -> None:
         crops = torch.stack([golden["global_0"], golden["global_1"]], dim=1)
         for module, key in ((reference.encoder, "student_cls_global"), (reference.teacher_encoder, "teacher_cls")):
-            cls = reference.encode(module, crops).cls.flatten(0, 1)
+            [features] = reference.encode(module, [crops])
+            cls = features.cls.flatten(0, 1)
             torch.testing.assert_close(cls, golden[key], rtol=1e-4, atol=1e-5)
 
     def test_logits(self, reference: DINO, golden: dict[str, torch.Tensor]) -> None:
@@ -115,12 +116,14 @@ class TestLoss:
         sizes = []
         monkeypatch.setattr(
             objective.encoder,
-            "forward",
-            lambda images: sizes.append(len(images)) or ViT.forward(objective.encoder, images),
+            "forward_groups",
+            lambda groups: (
+                sizes.append([len(images) for images in groups]) or ViT.forward_groups(objective.encoder, groups)
+            ),
         )
         objective({"global_crops": torch.randn(2, 2, 3, 32, 32), "local_crops": torch.randn(2, 4, 3, 32, 32)}, 0.0)
         objective(random_batch(2), 0.0)
-        assert sizes == [12, 4, 8]
+        assert sizes == [[12], [4, 8]]
 
 
 class TestTeacher:

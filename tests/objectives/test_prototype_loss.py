@@ -9,7 +9,7 @@ from torch import Tensor
 from ssl_vit.objectives import prototype_loss
 from ssl_vit.objectives.dino import dino_loss
 from ssl_vit.objectives.dinov2 import ibot_loss
-from ssl_vit.objectives.prototype_loss import dino_prototype_loss, ibot_prototype_loss
+from ssl_vit.objectives.prototype_loss import dino_prototype_loss, ibot_prototype_loss, masked_patch_weights
 
 MASKS = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 0], [0, 1, 1, 1, 1]]).bool()
 
@@ -37,16 +37,18 @@ def test_ibot(monkeypatch: pytest.MonkeyPatch, numbers_at_a_time: int) -> None:
     features, prototypes = torch.randn(7, 8), torch.randn(33, 8)
     probs = torch.randn(7, 33).mul(3).softmax(dim=-1)
     before = probs.clone()
-    found = value_and_gradients(lambda z, w: ibot_prototype_loss(z, w, probs, MASKS), features, prototypes)
+    weights = masked_patch_weights(MASKS, MASKS.flatten().nonzero().flatten())
+    found = value_and_gradients(lambda z, w: ibot_prototype_loss(z, w, probs, weights), features, prototypes)
     assert torch.equal(probs, before)
     wanted = value_and_gradients(lambda z, w: ibot_loss(z @ w.T, probs, MASKS), features, prototypes)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_nothing_masked_is_no_loss_and_no_gradient() -> None:
-    masks = torch.zeros_like(MASKS)
     found = value_and_gradients(
-        lambda z, w: ibot_prototype_loss(z, w, torch.zeros(0, 33), masks), torch.zeros(0, 8), torch.randn(33, 8)
+        lambda z, w: ibot_prototype_loss(z, w, torch.zeros(0, 33), torch.zeros(0)),
+        torch.zeros(0, 8),
+        torch.randn(33, 8),
     )
     assert all(not value.any() for value in found)
 

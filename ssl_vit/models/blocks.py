@@ -1,0 +1,109 @@
+"""timm's transformer block, also for tokens of images of several sizes at once."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from timm.layers.attention import Attention
+from timm.layers.drop import DropPath
+from timm.models.vision_transformer import Block as TimmBlock
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+Shapes = tuple[tuple[int, int], ...]  # of each group of sequences: how many, and how long
+
+
+class Block(TimmBlock):
+    """timm's block, by the same class name. Given `shapes`, it takes groups of sequences of different lengths packed
+    into one, so that all but attention itself is done for all of them at once, without padding.
+    """
+
+    def forward(self, x: Tensor, *args: Any, shapes: Shapes | None = None, **kwargs: Any) -> Tensor:
+        if shapes is None:
+            return super().forward(x, *args, **kwargs)
+        x = x + _drop_path(self.drop_path1, self.ls1(_attend(self.attn, self.norm1(x), shapes)), shapes)
+        return x + _drop_path(self.drop_path2, self.ls2(self.mlp(self.norm2(x))), shapes)
+
+
+class CompilableDropPath(nn.Module):
+    """timm's stochastic depth, whose rate is data: as a plain number it would cost a program for each block."""
+
+    keep_prob: Tensor
+
+    def __init__(self, drop_prob: float, device: torch.device) -> None:
+        super().__init__()
+        self.register_buffer("keep_prob", torch.tensor(1 - drop_prob, device=device), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        kept = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) < self.keep_prob
+        return x * (kept / self.keep_prob).to(x.dtype)
+
+
+def make_packable(blocks: Iterable[nn.Module]) -> bool:
+    """Turn timm's plain blocks into ours, in place; False, and nothing done, where one is of another kind."""
+    blocks = list(blocks)
+    if not all(type(block) is TimmBlock and type(block.attn) is Attention for block in blocks):
+        return False
+    for block in blocks:
+        block.__class__ = Block
+    return True
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module], tokens: Float[Tensor, "b t d"], grad_checkpointing: bool
+) -> Float[Tensor, "b t d"]:
+    """Send tokens through blocks; with checkpointing each keeps its input alone for the backward pass (Chen et al.,
+    2016, arXiv:1604.06174), where it is computed again with the same drop path.
+    """
+    again = grad_checkpointing and torch.is_grad_enabled()  # a teacher has no backward pass
+    for block in blocks:
+        tokens = checkpoint(block, tokens, use_reentrant=False) if again else block(tokens)
+    return tokens
+
+
+def run_packed_blocks(
+    blocks: Iterable[nn.Module], groups: Sequence[Float[Tensor, "_ _ d"]], grad_checkpointing: bool
+) -> list[Float[Tensor, "_ _ d"]]:
+    """`run_blocks` of several groups of sequences at once; within a group all have the same length."""
+    shapes = tuple((group.shape[0], group.shape[1]) for group in groups)
+    packed = torch.cat([rearrange(group, "b t d -> 1 (b t) d") for group in groups], dim=1)
+    again = grad_checkpointing and torch.is_grad_enabled()
+    for block in blocks:
+        if again:
+            packed = checkpoint(block, packed, shapes=shapes, use_reentrant=False)
+        else:
+            packed = block(packed, shapes=shapes)
+    parts = packed.split([count * length for count, length in shapes], dim=1)
+    return [rearrange(part, "1 (b t) d -> b t d", b=count) for part, (count, _) in zip(parts, shapes, strict=True)]
+
+
+def _attend(attn: Any, x: Float[Tensor, "1 n d"], shapes: Shapes) -> Float[Tensor, "1 n d"]:
+    """timm's attention within each sequence of each group."""
+    found = []
+    for part, (count, _) in zip(attn.qkv(x).split([b * t for b, t in shapes], dim=1), shapes, strict=True):
+        q, k, v = rearrange(part, "1 (b t) (three h e) -> three b h t e", b=count, three=3, h=attn.num_heads)
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        if attn.fused_attn:
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=attn.attn_drop.p if attn.training else 0.0)
+        else:
+            out = attn.attn_drop((q * attn.scale @ k.transpose(-2, -1)).softmax(dim=-1)) @ v
+        found.append(rearrange(out, "b h t e -> 1 (b t) (h e)"))
+    together = attn.norm(torch.cat(found, dim=1))
+    gate = getattr(attn, "gate", None)
+    if gate is not None:
+        together = together * gate(x).sigmoid()
+    return attn.proj_drop(attn.proj(together))
+
+
+def _drop_path(path: nn.Module, x: Float[Tensor, "1 n d"], shapes: Shapes) -> Float[Tensor, "1 n d"]:
+    """Stochastic depth: a draw for each sequence, spread over its tokens."""
+    if not (isinstance(path, DropPath | CompilableDropPath) and path.training):
+        return path(x)
+    drawn = path(x.new_ones(sum(count for count, _ in shapes), 1))
+    counts = torch.cat([drawn.new_full((count,), length, dtype=torch.int64) for count, length in shapes])
+    return x * drawn.repeat_interleave(counts, dim=0, output_size=x.shape[1])

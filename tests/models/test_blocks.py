@@ -1,0 +1,73 @@
+"""Packed crops: the features and gradients of one call for each size, whatever the block."""
+
+import pytest
+import torch
+
+from ssl_vit.models.blocks import Block, make_packable
+from ssl_vit.models.vit import ViTConfig, set_fused_attention
+
+SMALL = {"image_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 4}
+ARCHS = {
+    "plain": ViTConfig("vit_small_patch16_224", **SMALL),
+    "layer scale": ViTConfig("vit_small_patch16_224", layer_scale=0.1, **SMALL),
+    "registers": ViTConfig("vit_small_patch14_reg4_dinov2", **{**SMALL, "patch_size": 16}),
+    "parallel blocks": ViTConfig("vit_small_patch16_18x2_224", **SMALL),
+    "checkpointing": ViTConfig("vit_small_patch16_224", grad_checkpointing=True, **SMALL),
+}
+
+
+def groups() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(count, 3, size, size, generator=generator) for count, size in ((4, 64), (6, 32))]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", list(ARCHS))
+def test_packed_groups_have_the_features_and_gradients_of_single_calls(name: str, fused: bool) -> None:
+    torch.manual_seed(0)
+    encoder = ARCHS[name].build()
+    set_fused_attention(encoder, fused)
+    mask = torch.rand(4, 16) < 0.4
+    token = torch.randn(encoder.embed_dim)
+
+    def run(together: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        encoder.zero_grad()
+        large, small = groups()
+        if together:
+            found = encoder.forward_groups([large, small], mask=mask, mask_token=token)
+        else:
+            found = [encoder(large, mask=mask, mask_token=token), encoder(small)]
+        outputs = [tensor for features in found for tensor in features]
+        torch.stack([output.square().sum() for output in outputs]).sum().backward()
+        return outputs, [parameter.grad.clone() for parameter in encoder.parameters() if parameter.grad is not None]
+
+    assert encoder._packs == (name != "parallel blocks")
+    for kind, packed, single in zip(("features", "gradients"), run(True), run(False), strict=True):
+        assert len(packed) == len(single) > 0
+        for ours, theirs in zip(packed, single, strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4), kind
+
+
+def test_drop_path_of_packed_groups_drops_whole_sequences() -> None:
+    torch.manual_seed(0)
+    encoder = ViTConfig("vit_small_patch16_224", drop_path_rate=0.5, drop_path_schedule="uniform", **SMALL).build()
+    block = encoder.vit.blocks[0].train()
+    with torch.no_grad():
+        block.attn.proj.weight.zero_()
+        block.attn.proj.bias.fill_(1.0)
+        block.mlp.fc2.weight.zero_()
+        block.mlp.fc2.bias.fill_(10.0)
+    shapes = ((200, 5), (300, 2))
+    found = block(torch.zeros(1, 1600, 32), shapes=shapes)
+    assert sorted(found.unique().tolist()) == [0.0, 2.0, 20.0, 22.0]
+    parts = found.split([1000, 600], dim=1)
+    for part, (count, length) in zip(parts, shapes, strict=True):
+        sequences = part.reshape(count, length, 32)
+        assert (sequences == sequences[:, :1, :1]).all()
+        assert 0.35 < (sequences[:, 0, 0] >= 20).float().mean() < 0.65
+
+
+def test_blocks_of_another_kind_are_left_alone() -> None:
+    encoder = ARCHS["parallel blocks"].build()
+    assert not make_packable(encoder.vit.blocks)
+    assert not any(isinstance(block, Block) for block in encoder.vit.blocks)
