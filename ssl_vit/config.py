@@ -100,6 +100,8 @@ class RunConfig:
     """Steps in a row with a loss or gradient that is not finite, each of them skipped, after which the run stops."""
     rewind_on_spike: int = 0
     """How often a run goes back to its last checkpoint, and on past the samples since then, where the loss jumps."""
+    profile: int = 0
+    """Trace so many steps after a warm-up of a few, then go on: trace.json.gz and profile.txt in the run's folder."""
     max_hours: float | None = None
     """Save and stop with code 75 after so many hours; the same command goes on."""
     encoder: ViTConfig = field(default_factory=ViTConfig)
@@ -120,6 +122,8 @@ class RunConfig:
             raise ValueError(f"max_skipped_steps={self.max_skipped_steps!r}: must be at least 1")
         if self.rewind_on_spike < 0:
             raise ValueError(f"rewind_on_spike={self.rewind_on_spike!r}: must be at least 0; 0 never goes back")
+        if self.profile < 0:
+            raise ValueError(f"profile={self.profile!r}: must be at least 0; 0 traces nothing")
         if self.max_hours is not None and not self.max_hours > 0:
             raise ValueError(f"max_hours={self.max_hours!r}: must be above 0")
         if self.seed < 0:

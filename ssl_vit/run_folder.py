@@ -26,6 +26,7 @@ FREE_SETTINGS = (
     "on_collapse",
     "max_skipped_steps",
     "rewind_on_spike",
+    "profile",
     "max_hours",
     "batch.per_device",
     "batch.auto",

@@ -28,6 +28,7 @@ from ssl_vit.faults import SkippedSteps, SpikeWatch, spread, take_step
 from ssl_vit.metrics import CollapseAlarm, MetricLog
 from ssl_vit.micro_batch import explain_out_of_memory
 from ssl_vit.optim import clip_gradients, set_schedule
+from ssl_vit.profiling import StepTrace
 from ssl_vit.run import Ending, Run, as_written, build_sampler, heartbeat, open_batches, resume, save, set_up
 from ssl_vit.run_folder import METRICS_FILE, RESULTS_FILE, is_finished
 from ssl_vit.tracking import start_tracker
@@ -133,33 +134,41 @@ def train_steps(run: Run, stop: StopSignal) -> int | None:
     skipped = SkippedSteps(run.faults, sampler, run.folder, config.max_skipped_steps)
     spikes = SpikeWatch(run.faults) if run.faults.rewinds < config.rewind_on_spike else None
     alarm = CollapseAlarm()
+    trace = StepTrace(config.profile if accelerator.is_main_process else 0, run.folder, device, log)
     evaluate_every = config.evaluation.every_steps
     run.model.train()
     heartbeat(run, "training")
-    with open_batches(run, sampler, bad_images.note if bad_images else None) as batches, closing(log):
+    note_bad = bad_images.note if bad_images else None
+    with open_batches(run, sampler, note_bad) as batches, closing(log), closing(trace):
         for step in range(start_step, run.num_steps):
+            trace.next_step()
             draw_picture(run, step, log)
             progress = step / run.num_steps
             losses: dict[str, torch.Tensor] = {}
             for micro in range(run.num_micro):
                 waiting = time.perf_counter()
-                batch = next(batches)
+                with trace.part("data wait"):
+                    batch = next(batches)
                 log.add_data_wait(time.perf_counter() - waiting)
                 seed_step(config.seed, step, micro, accelerator.process_index)
                 last = micro == run.num_micro - 1
                 with nullcontext() if last else accelerator.no_sync(run.model):
-                    parts = run.model(batch, progress)
-                    accelerator.backward(spread(parts["loss"]) / run.num_micro)
+                    with trace.part("forward"):
+                        parts = run.model(batch, progress)
+                    with trace.part("backward"):
+                        accelerator.backward(spread(parts["loss"]) / run.num_micro)
                 for name, value in parts.items():
                     losses[name] = losses.get(name, torch.zeros((), device=device)) + value.detach() / run.num_micro
             if spikes is not None and spikes.sees_spike(losses["loss"]):
                 go_back(run, step, log)
                 return None
             settings = set_schedule(run.optimizer, config.optim, progress, config.batch.size)
-            accelerator.unscale_gradients(run.optimizer)
-            losses["grad_norm"] = clip_gradients(objective, config.optim)
-            taken = take_step(accelerator, run.optimizer, losses["grad_norm"])
-            objective.after_step(progress, taken)
+            with trace.part("optimizer"):
+                accelerator.unscale_gradients(run.optimizer)
+                losses["grad_norm"] = clip_gradients(objective, config.optim)
+                taken = take_step(accelerator, run.optimizer, losses["grad_norm"])
+            with trace.part("after step"):
+                objective.after_step(progress, taken)
             run.optimizer.zero_grad()
             skipped.note(step, taken, losses["loss"])
 
@@ -192,7 +201,8 @@ def train_steps(run: Run, stop: StopSignal) -> int | None:
                     collapsed = config.on_collapse == "stop"
             if save_due or signal_number or collapsed:
                 paused = log.pause()
-                folder = save(run, is_last=done == run.num_steps or bool(signal_number) or collapsed)
+                with trace.part("checkpoint"):
+                    folder = save(run, is_last=done == run.num_steps or bool(signal_number) or collapsed)
                 log.go_on(paused)
                 if signal_number or collapsed:
                     return stopped(run, folder, signal_number)
