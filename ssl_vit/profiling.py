@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ssl_vit.metrics import MetricLog
@@ -155,7 +154,7 @@ def _kernels(profiler: profile) -> list[Kernel]:
     return [
         Kernel(event.name(), event.start_ns(), event.duration_ns())
         for event in kineto.events()
-        if event.device_type() == DeviceType.CUDA and not event.is_user_annotation()
+        if event.device_type().name == "CUDA" and not event.is_user_annotation()
     ]
 
 
