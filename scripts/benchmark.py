@@ -4,6 +4,7 @@ python scripts/benchmark.py loader --data FOLDER        input of MAE and DINO, w
 python scripts/benchmark.py memory                      DINO's head and loss beside the pairwise form
 python scripts/benchmark.py step dino --config FILE     a training step with fused and with plain attention
 python scripts/benchmark.py step mae --peers            a training step beside transformers and lightly
+python scripts/benchmark.py end_to_end mae --data FOLDER   a whole run, beside its step on images that are ready
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from ssl_vit.benchmarks import end_to_end
 from ssl_vit.benchmarks.loader import compare_loader
 from ssl_vit.benchmarks.memory import compare_memory
 from ssl_vit.benchmarks.step import compare_attention, compare_peers
@@ -39,8 +41,14 @@ def main() -> int:
     step.add_argument("--peers", action="store_true", help="beside other libraries (extra `bench`)")
     step.add_argument("--steps_per_round", type=int, default=3, help="steps of a round")
     step.add_argument("--num_samples", type=int, default=100_000, help="images that settings of `auto` follow from")
+    whole = commands.add_parser("end_to_end")
+    whole.add_argument("objective", choices=("mae", "dino", "dinov2"))
+    whole.add_argument("--data", required=True, help="the images, as data.source takes them")
+    whole.add_argument("--archs", nargs="+", default=[], help="timm names, one run each")
+    whole.add_argument("--cache", action="store_true", help="each run with pictures decoded beforehand as well")
+    whole.add_argument("--steps_per_round", type=int, help="steps of a round; by itself as many as workers need")
     args, settings = parser.parse_known_args()
-    if settings and args.command != "step":
+    if settings and args.command not in ("step", "end_to_end"):
         parser.error(f"unrecognized arguments: {' '.join(settings)}")
     try:
         result = _measure(args, settings)
@@ -52,6 +60,8 @@ def main() -> int:
             print(f"{name:10} {peak:8.0f} MiB {_median(result['rates'][name]):10.1f} images/s")
         for name, share in result["share"].items():
             print(f"ssl_vit needs {share:.0%} of {name}'s")
+    elif args.command == "end_to_end":
+        print("\n".join(end_to_end.as_lines(result)))
     elif "ratios_to" in result:
         _print_peers(result)
     else:
@@ -81,6 +91,11 @@ def _measure(args: argparse.Namespace, settings: list[str]) -> dict:
         )
     sys.path.insert(0, str(Path(__file__).parents[1]))
     defaults = importlib.import_module(f"scripts.pretrain_{args.objective}").DEFAULTS
+    if args.command == "end_to_end":
+        config = parse_run(defaults, [*settings, f"--data.source={args.data}"])
+        return end_to_end.compare_end_to_end(
+            config, archs=args.archs, cache=args.cache, steps=args.steps_per_round, rounds=args.rounds
+        )
     config, _ = parse_run(defaults, settings).resolve(args.num_samples)
     if args.peers:
         return compare_peers(config, steps=args.steps_per_round, rounds=args.rounds)

@@ -88,6 +88,7 @@ class Run:
     step: int = 0  # steps done
     faults: Faults = field(default_factory=Faults)
     feed: Feed | None = None  # where a stream has come to
+    saves: bool = True  # False: no checkpoint is ever written, as a benchmark wants it
 
     @property
     def folder(self) -> Path:
@@ -243,11 +244,14 @@ def save(run: Run, *, is_last: bool) -> Path | None:
     """Save a checkpoint and delete those that need not stay.
 
     Returns:
-        Its folder; None where it could not be written and the run goes on, to try again at the next save.
+        Its folder; None where the run saves nothing, or goes on although it could not be written, to try again at the
+        next save.
 
     Raises:
         OSError: the last one could not be written, even after those that it takes the place of were deleted.
     """
+    if not run.saves:
+        return None
     accelerator, config = run.accelerator, run.config.checkpoint
     state: dict[str, Any] = {
         **facts(run.objective, run.source, accelerator.device, accelerator.num_processes),
