@@ -2,6 +2,7 @@
 
 python scripts/benchmark.py loader --data FOLDER        input of MAE and DINO, with cache and without, and the papers'
 python scripts/benchmark.py memory                      DINO's head and loss beside the pairwise form
+python scripts/benchmark.py memory --steps              whole training steps of MAE and DINO, ViT-S, B and L
 python scripts/benchmark.py step dino --config FILE     a training step with fused and with plain attention
 python scripts/benchmark.py step mae --peers            a training step beside transformers and lightly
 python scripts/benchmark.py end_to_end mae --data FOLDER   a whole run, beside its step on images that are ready
@@ -15,11 +16,13 @@ from pathlib import Path
 
 import torch
 
-from ssl_vit.benchmarks import end_to_end
+from ssl_vit.benchmarks import end_to_end, step_memory
 from ssl_vit.benchmarks.loader import compare_loader
 from ssl_vit.benchmarks.memory import compare_memory
 from ssl_vit.benchmarks.step import compare_attention, compare_peers
-from ssl_vit.config import parse_run
+from ssl_vit.config import RunConfig, parse_run
+
+STEP_ARCHS = [f"vit_{size}_patch16_224" for size in ("small", "base", "large")]
 
 
 def main() -> int:
@@ -33,6 +36,8 @@ def main() -> int:
     loader.add_argument("--num_local_crops", type=int, default=8)
     memory = commands.add_parser("memory")
     memory.add_argument("--peers", action="store_true", help="beside lightly (extra `bench`)")
+    memory.add_argument("--steps", action="store_true", help="whole training steps of MAE and DINO")
+    memory.add_argument("--archs", nargs="+", default=STEP_ARCHS, help="of --steps: timm names")
     memory.add_argument("--batch", type=int, default=64)
     memory.add_argument("--num_local_crops", type=int, default=8)
     memory.add_argument("--num_prototypes", type=int, default=65536)
@@ -48,7 +53,8 @@ def main() -> int:
     whole.add_argument("--cache", action="store_true", help="each run with pictures decoded beforehand as well")
     whole.add_argument("--steps_per_round", type=int, help="steps of a round; by itself as many as workers need")
     args, settings = parser.parse_known_args()
-    if settings and args.command not in ("step", "end_to_end"):
+    takes_settings = args.command in ("step", "end_to_end") or (args.command == "memory" and args.steps)
+    if settings and not takes_settings:
         parser.error(f"unrecognized arguments: {' '.join(settings)}")
     try:
         result = _measure(args, settings)
@@ -60,6 +66,8 @@ def main() -> int:
             print(f"{name:10} {peak:8.0f} MiB {_median(result['rates'][name]):10.1f} images/s")
         for name, share in result["share"].items():
             print(f"ssl_vit needs {share:.0%} of {name}'s")
+    elif "step_memory" in result:
+        print("\n".join(step_memory.as_lines(result)))
     elif args.command == "end_to_end":
         print("\n".join(end_to_end.as_lines(result)))
     elif "ratios_to" in result:
@@ -81,6 +89,8 @@ def _measure(args: argparse.Namespace, settings: list[str]) -> dict:
         return compare_loader(
             args.data, num_images=args.num_images, num_local_crops=args.num_local_crops, rounds=args.rounds
         )
+    if args.command == "memory" and args.steps:
+        return step_memory.memory_table(_step_configs(args, settings), args.batch)
     if args.command == "memory":
         return compare_memory(
             batch=args.batch,
@@ -89,8 +99,7 @@ def _measure(args: argparse.Namespace, settings: list[str]) -> dict:
             rounds=args.rounds,
             peers=args.peers,
         )
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    defaults = importlib.import_module(f"scripts.pretrain_{args.objective}").DEFAULTS
+    defaults = _defaults(args.objective)
     if args.command == "end_to_end":
         config = parse_run(defaults, [*settings, f"--data.source={args.data}"])
         return end_to_end.compare_end_to_end(
@@ -100,6 +109,28 @@ def _measure(args: argparse.Namespace, settings: list[str]) -> dict:
     if args.peers:
         return compare_peers(config, steps=args.steps_per_round, rounds=args.rounds)
     return compare_attention(config, steps=args.steps_per_round, rounds=args.rounds)
+
+
+def _defaults(objective: str) -> RunConfig:
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    return importlib.import_module(f"scripts.pretrain_{objective}").DEFAULTS
+
+
+def _step_configs(args: argparse.Namespace, settings: list[str]) -> dict[str, RunConfig]:
+    own = {
+        "mae": [],
+        "dino": [
+            f"--objective.num_prototypes={args.num_prototypes}",
+            f"--objective.num_local_crops={args.num_local_crops}",
+        ],
+    }
+    return {
+        f"{objective} {arch}": parse_run(
+            _defaults(objective), [f"--encoder.arch={arch}", f"--batch.size={args.batch}", *flags, *settings]
+        ).resolve(100_000)[0]
+        for objective, flags in own.items()
+        for arch in args.archs
+    }
 
 
 def _print_peers(result: dict) -> None:
