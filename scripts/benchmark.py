@@ -6,6 +6,7 @@ python scripts/benchmark.py memory --steps              whole training steps of 
 python scripts/benchmark.py step dino --config FILE     a training step with fused and with plain attention
 python scripts/benchmark.py step mae --peers            a training step beside transformers and lightly
 python scripts/benchmark.py end_to_end mae --data FOLDER   a whole run, beside its step on images that are ready
+python scripts/benchmark.py scaling dino --plot FILE       cost against image size, crops, batch, processes and data
 """
 
 import argparse
@@ -16,12 +17,15 @@ from pathlib import Path
 
 import torch
 
-from ssl_vit.benchmarks import end_to_end, step_memory
+from ssl_vit.benchmarks import end_to_end, scaling, step_memory
 from ssl_vit.benchmarks.loader import compare_loader
 from ssl_vit.benchmarks.memory import compare_memory
 from ssl_vit.benchmarks.step import compare_attention, compare_peers
 from ssl_vit.config import RunConfig, parse_run
 
+AXES = ("image_size", "local_crops", "batch", "processes", "data")
+# What `scaling` begins with; settings that are given win.
+SMALL_BASE = ["--encoder.arch=vit_tiny_patch16_224", "--encoder.image_size=96", "--batch.size=8"]
 STEP_ARCHS = [f"vit_{size}_patch16_224" for size in ("small", "base", "large")]
 
 
@@ -52,8 +56,16 @@ def main() -> int:
     whole.add_argument("--archs", nargs="+", default=[], help="timm names, one run each")
     whole.add_argument("--cache", action="store_true", help="each run with pictures decoded beforehand as well")
     whole.add_argument("--steps_per_round", type=int, help="steps of a round; by itself as many as workers need")
+    growth = commands.add_parser("scaling")
+    growth.add_argument("objective", choices=("mae", "dino", "dinov2"))
+    growth.add_argument("--axes", nargs="+", choices=AXES, help="by themselves all that the objective has")
+    growth.add_argument("--plot", type=Path, help="draw them in this file (.png or .webp)")
+    growth.add_argument("--steps_per_round", type=int, default=2, help="steps of a round")
+    growth.add_argument("--process_counts", type=int, nargs="+", default=[1, 2])
+    growth.add_argument("--process_steps", type=int, default=20, help="steps that are measured in processes")
+    growth.add_argument("--rows", type=int, nargs="+", default=scaling.ROWS, help="of the axis data")
     args, settings = parser.parse_known_args()
-    takes_settings = args.command in ("step", "end_to_end") or (args.command == "memory" and args.steps)
+    takes_settings = args.command in ("step", "end_to_end", "scaling") or (args.command == "memory" and args.steps)
     if settings and not takes_settings:
         parser.error(f"unrecognized arguments: {' '.join(settings)}")
     try:
@@ -66,6 +78,10 @@ def main() -> int:
             print(f"{name:10} {peak:8.0f} MiB {_median(result['rates'][name]):10.1f} images/s")
         for name, share in result["share"].items():
             print(f"ssl_vit needs {share:.0%} of {name}'s")
+    elif args.command == "scaling":
+        print("\n".join(scaling.as_lines(result)))
+        if args.plot:
+            scaling.draw(result, args.plot)
     elif "step_memory" in result:
         print("\n".join(step_memory.as_lines(result)))
     elif args.command == "end_to_end":
@@ -105,6 +121,8 @@ def _measure(args: argparse.Namespace, settings: list[str]) -> dict:
         return end_to_end.compare_end_to_end(
             config, archs=args.archs, cache=args.cache, steps=args.steps_per_round, rounds=args.rounds
         )
+    if args.command == "scaling":
+        return _scaling(args, defaults, [*SMALL_BASE, *settings])
     config, _ = parse_run(defaults, settings).resolve(args.num_samples)
     if args.peers:
         return compare_peers(config, steps=args.steps_per_round, rounds=args.rounds)
@@ -131,6 +149,19 @@ def _step_configs(args: argparse.Namespace, settings: list[str]) -> dict[str, Ru
         for objective, flags in own.items()
         for arch in args.archs
     }
+
+
+def _scaling(args: argparse.Namespace, defaults: RunConfig, settings: list[str]) -> dict:
+    config, _ = parse_run(defaults, settings).resolve(100_000)
+    by_axis = {
+        "image_size": lambda: scaling.scale_image_size(config, args.steps_per_round, args.rounds),
+        "local_crops": lambda: scaling.scale_local_crops(config, args.steps_per_round, args.rounds),
+        "batch": lambda: scaling.scale_batch(config, args.steps_per_round, args.rounds),
+        "processes": lambda: scaling.scale_processes(args.objective, settings, args.process_counts, args.process_steps),
+        "data": lambda: scaling.scale_data(config, args.rows),
+    }
+    axes = args.axes or [axis for axis in AXES if axis != "local_crops" or args.objective != "mae"]
+    return scaling.as_result(config, [by_axis[axis]() for axis in axes])
 
 
 def _print_peers(result: dict) -> None:

@@ -27,7 +27,7 @@ from ssl_vit.train import train
 MOST_WAIT = 0.1  # share of the time that waiting for data may take
 
 
-class _NoEnding:
+class NoEnding:
     """Nothing is judged, and nothing is written at the end."""
 
     def prepare(self, config: RunConfig, source: Any) -> tuple[Any, None]:
@@ -84,7 +84,7 @@ def _measure(config: RunConfig, steps: int | None, rounds: int) -> dict:
             evaluation=EvaluationConfig(),
         )
         with contextlib.redirect_stdout(io.StringIO()):
-            run = set_up(config, _NoEnding())
+            run = set_up(config, NoEnding())
             run.saves = False
             train(run)
         lines = (Path(folder) / METRICS_FILE).read_text().splitlines()

@@ -1,0 +1,121 @@
+"""What more processes cost: real runs under torchrun, measured from inside, between steps.
+
+python -m torch.distributed.run ... -m ssl_vit.benchmarks.processes JOB.json    is one of them
+"""
+
+import importlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ssl_vit.benchmarks.end_to_end import NoEnding
+from ssl_vit.config import parse_run
+from ssl_vit.distributed import process_index
+from ssl_vit.train import set_up, train
+
+WARMUP = 3
+ROOT = Path(__file__).parents[2]
+
+
+def measure_processes(name: str, settings: list[str], counts: Sequence[int], steps: int) -> dict[int, dict]:
+    """Time and CPU time of the same run in each number of processes, from one step to another.
+
+    The threads are the same in all: each process has its share of the CPUs.
+
+    Args:
+        name: mae | dino | dinov2.
+        settings: of that script.
+        counts: numbers of processes.
+        steps: steps that are measured, after a few to warm up.
+
+    Returns:
+        By number of processes: `seconds`, `cpu_seconds` of all of them, `images`, and `threads` of each.
+
+    Raises:
+        RuntimeError: a run failed.
+    """
+    found = {}
+    with tempfile.TemporaryDirectory() as desk:
+        folder = Path(desk)
+        _write_pictures(folder / "pictures")
+        for count in counts:
+            job = folder / f"{count}.json"
+            flags = [f"--data.source={folder / 'pictures'}", f"--output_dir={folder / f'run{count}'}", "--quiet"]
+            flags += ["--data.label_column=none", f"--steps={WARMUP + steps + 1}", "--log_every=10", "--epochs=null"]
+            job.write_text(json.dumps({"name": name, "settings": [*settings, *flags], "steps": steps}))
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+            path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+            done = subprocess.run(
+                [*command, "-m", "ssl_vit.benchmarks.processes", str(job)],
+                capture_output=True,
+                text=True,
+                env={**os.environ, "PYTHONPATH": path},
+            )
+            if done.returncode:
+                raise RuntimeError(f"a run in {count} processes failed: {done.stderr.strip()[-2000:]}")
+            parts = [json.loads(job.with_suffix(f".{rank}").read_text()) for rank in range(count)]
+            found[count] = {
+                "seconds": parts[0]["seconds"],
+                "cpu_seconds": sum(part["cpu_seconds"] for part in parts),
+                "system_seconds": sum(part["system_seconds"] for part in parts),
+                "images": parts[0]["images"],
+                "threads": parts[0]["threads"],
+            }
+    return found
+
+
+def _write_pictures(folder: Path) -> None:
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(64):
+        coarse = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+        coarse.resize((256, 256)).save(folder / f"{number}.jpg")
+
+
+def run_one(job: Path) -> None:
+    """Train, and write what lies between two steps beside the job, in a file of this process."""
+    asked = json.loads(job.read_text())
+    sys.path.insert(0, str(ROOT))
+    defaults = importlib.import_module(f"scripts.pretrain_{asked['name']}").DEFAULTS
+    run = set_up(parse_run(defaults, asked["settings"]), NoEnding())
+    run.saves = False
+    calls = 0
+    marks: list[tuple[float, float, float]] = []
+
+    def note(*_: Any) -> None:
+        nonlocal calls
+        if calls in (WARMUP * run.num_micro, (WARMUP + asked["steps"]) * run.num_micro):
+            if run.accelerator.device.type == "cuda":
+                torch.cuda.synchronize()
+            used = resource.getrusage(resource.RUSAGE_SELF)
+            marks.append((time.perf_counter(), used.ru_utime + used.ru_stime, used.ru_stime))
+        calls += 1
+
+    run.model.register_forward_pre_hook(note)
+    train(run)
+    (start, cpu_start, system_start), (end, cpu_end, system_end) = marks
+    found = {
+        "seconds": end - start,
+        "cpu_seconds": cpu_end - cpu_start,
+        "system_seconds": system_end - system_start,
+        "images": asked["steps"] * run.config.batch.size,
+        "threads": torch.get_num_threads(),
+    }
+    job.with_suffix(f".{process_index()}").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    run_one(Path(sys.argv[1]))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
