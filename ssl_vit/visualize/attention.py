@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.vit import ViT
-from ssl_vit.visualize.grid import Scale, channel_caption, draw_grid, to_rgb
+from ssl_vit.visualize.grid import Scale, channel_caption, draw_grid, enlarge, to_rgb
 
 _DIMMED = 0.3  # brightness of what is left out in an overlay
 
@@ -180,7 +180,8 @@ def draw_attention(
             "maximum."
         ]
     if patch is not None:
-        size = images.shape[-2] // attention.shape[-2], images.shape[-1] // attention.shape[-1]
+        shown, panels = enlarge(shown), enlarge(panels)
+        size = shown.shape[2] // attention.shape[-2], shown.shape[3] // attention.shape[-1]
         shown = frame(shown, patch, size)
         sentences.append("The patch that looks is framed.")
     columns = ["image", "mean", *(f"head {head + 1}" for head in range(maps.shape[1] - 1))]
@@ -206,7 +207,7 @@ def frame(panels: Float[Tensor, "b v h w 3"], patch: int, patch_size: tuple[int,
     """The same pictures with a frame about one patch, red within white, so that it is seen on any ground."""
     height, width = panels.shape[2:4]
     row, column = divmod(patch, width // patch_size[1])
-    thick = max(1, height // 160)
+    thick = max(1, height // 96)
     framed = panels.clone()
     for shade, inset in (((1.0, 1.0, 1.0), -thick), ((0.85, 0.1, 0.1), 0)):
         top, left = max(row * patch_size[0] + inset, 0), max(column * patch_size[1] + inset, 0)

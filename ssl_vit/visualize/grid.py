@@ -19,6 +19,7 @@ _WIDTH_INCHES = 6.5  # text width of a paper, so that the font sizes below are w
 _MIN_CELL_PIXELS = 280  # a picture is enlarged by a whole factor to at least this width
 _MARGIN_INCHES = 0.06
 _GAP_INCHES = 0.05
+_MOST_FOLDED = 6  # columns of several images side by side
 _MIN_WIDTH_PIXELS = 1100  # of all pictures together, so that few columns are not coarse
 _LINE_INCHES = {"title": 0.21, "column": 0.19, "cell": 0.15, "scale": 0.17, "caption": 0.14}
 _FONT_POINTS = {"title": 10, "column": 8.5, "cell": 7, "scale": 7, "caption": 7}
@@ -45,11 +46,33 @@ def draw_grid(
 ) -> None:
     """Write RGB panels in [0, 1] as a picture: title above, the columns' names, a scale and a caption below.
 
+    Where there are few columns, several images share a row, so that the picture is not much higher than wide.
+
     Args:
-        cells: a short text below each panel, row by row.
+        cells: a short text below each panel, row by row, of one line or more.
         path: the file, PNG or WebP by its suffix; its folder is made where it does not exist.
     """
+    if cells is None:
+        panels, columns = _fold(panels, columns)
     save_figure(_figure(panels, columns, title, caption, scale, cells), path)
+
+
+def enlarge(panels: Float[Tensor, "b v h w 3"]) -> Float[Tensor, "b v hh ww 3"]:
+    """Each pixel as a square of pixels, so that what is drawn into a small picture need not be coarse."""
+    factor = math.ceil(_MIN_CELL_PIXELS / panels.shape[3])
+    return repeat(panels, "b v h w c -> b v (h fh) (w fw) c", fh=factor, fw=factor)
+
+
+def _fold(
+    panels: Float[Tensor, "b v h w 3"], columns: Sequence[str]
+) -> tuple[Float[Tensor, "rows vv h w 3"], Sequence[str]]:
+    """Several images a row, as many in each as possible; what is missing in the last is white."""
+    number = len(panels)
+    num_rows = math.ceil(number / max(1, _MOST_FOLDED // len(columns)))
+    side_by_side = math.ceil(number / num_rows)
+    missing = num_rows * side_by_side - number
+    padded = torch.cat([panels, torch.ones(missing, *panels.shape[1:])])
+    return rearrange(padded, "(rows f) v h w c -> rows (f v) h w c", f=side_by_side), [*columns] * side_by_side
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -93,11 +116,11 @@ def _figure(
     dpi = num_columns * cell_width / (_WIDTH_INCHES - 2 * _MARGIN_INCHES - (num_columns - 1) * _GAP_INCHES)
     gap, margin = round(_GAP_INCHES * dpi), round(_MARGIN_INCHES * dpi)
     line = {name: round(inches * dpi) for name, inches in _LINE_INCHES.items()}
-    row_gap = gap if cells is None else gap + line["cell"]
+    below_cells = line["cell"] * max((text.count("\n") + 1 for texts in cells or () for text in texts), default=0)
+    row_gap = gap + below_cells
     mosaic = _mosaic(panels, factor, gap, row_gap)
     title_lines = textwrap.wrap(title, _CHARACTERS["title"])
     caption_lines = textwrap.wrap(caption, _CHARACTERS["caption"])
-    below_cells = 0 if cells is None else line["cell"]
     below_scale = 0 if scale is None else line["scale"] + gap
     above = margin + len(title_lines) * line["title"] + line["column"]
     below = margin + len(caption_lines) * line["caption"] + (gap if caption_lines else 0) + below_scale + below_cells
@@ -127,7 +150,8 @@ def _figure(
         write(text, "column", centre, above - line["column"] - 0.2 * gap, "center")
         for row, texts in enumerate(cells or ()):
             top = above + row * (panels.shape[2] * factor + row_gap) + panels.shape[2] * factor
-            write(texts[column], "cell", centre, top, "center")
+            for i, text in enumerate(texts[column].split("\n")):
+                write(text, "cell", centre, top + i * line["cell"], "center")
     bottom = above + mosaic.shape[0] + below_cells
     if scale is not None:
         bar_width, bar_height = round(1.6 * dpi), round(0.09 * dpi)

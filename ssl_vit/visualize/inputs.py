@@ -20,7 +20,7 @@ class Pictures(NamedTuple):
     """Pictures at the size of an encoder."""
 
     images: Float[Tensor, "b c h w"]  # normalised
-    names: tuple[str, ...]  # file, or number of the row in its source
+    names: tuple[str, ...]  # of the file where it has one, or number of the row in its source
     source: Source | None  # None where files were named one by one
     rows: tuple[int, ...]  # of that source
 
@@ -54,6 +54,11 @@ def open_pictures(
         rows = tuple(rng.choice(len(source), min(number, len(source)), replace=False).tolist())
         found = [source.next_image(row, channels) for row in rows]
         decoded, rows = [picture for picture, _ in found], tuple(row for _, row in found)
-        names = tuple(f"row {row}" for row in rows)
+        names = tuple(_name(source, row) for row in rows)
     images = torch.stack([centre_crop(picture, size, trained.crop_pct) for picture in decoded])
     return Pictures(normalize(images, trained.mean, trained.std), names, source, rows)
+
+
+def _name(source: Source, row: int) -> str:
+    path = source.rows[row][source.image_column]["path"]
+    return Path(path).name if path else f"row {row}"

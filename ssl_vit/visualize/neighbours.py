@@ -79,8 +79,8 @@ def draw_neighbours(
         panels.append(torch.cat([pictures.images[query : query + 1], neighbours]))
         own_row = [pictures.rows[query]] if own else []
         labels = [_label(gallery, int(row)) for row in [*own_row, *chosen]]
-        first = labels.pop(0) if own else _short(pictures.names[query], 15)
-        cells.append([first, *(f"{value:.3f} {name}".strip() for value, name in zip(values, labels, strict=True))])
+        first = labels.pop(0) if own else _short(pictures.names[query])
+        cells.append([first, *(f"{value:.3f}\n{name}".strip() for value, name in zip(values, labels, strict=True))])
     flat = to_rgb(torch.cat(panels), trained.mean, trained.std)
     what = "class tokens" if feature == "cls" else "mean patch tokens"
     draw_grid(
@@ -99,5 +99,5 @@ def _label(source: Source, row: int) -> str:
     return _short(class_name(int(source.labels[row]), source.class_names))
 
 
-def _short(text: str, most: int = 10) -> str:
+def _short(text: str, most: int = 19) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"

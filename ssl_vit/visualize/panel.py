@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 from typing import Any
 
 import numpy as np
@@ -24,16 +25,21 @@ from ssl_vit.visualize.reconstructions import reconstruction_panels
 _SIDE = 512  # pixels; larger pictures are made smaller
 
 
-def panel_data(trained: Trained, pictures: Pictures, *, most_bytes: int = 4_000_000, seed: int = 0) -> dict[str, Any]:
+def panel_data(trained: Trained, pictures: Pictures, *, most_bytes: int = 6_000_000, seed: int = 0) -> dict[str, Any]:
     """Everything that the panel looks up, for `json.dump`.
 
     Args:
-        most_bytes: for the attention of all images together, before base64. Where all blocks and heads would take more,
-            the last block stays and others are left out evenly; where even that is too much, heads are averaged.
+        most_bytes: of all of it as JSON. Attention gets what the rest leaves: where all blocks and heads would take
+            more, the last block stays and others are left out evenly; where even that is too much, heads are averaged,
+            and where one map is too much, there is no attention.
+
+    Raises:
+        ValueError: it takes more without any attention.
     """
     encoder, images = trained.encoder, pictures.images
     grid = images.shape[-2] // encoder.patch_size[0], images.shape[-1] // encoder.patch_size[1]
     num_patches = grid[0] * grid[1]
+    _check_size(_base64_bytes(len(images) * num_patches**2), most_bytes)
     with torch.inference_mode():
         tokens = encoder(images).patches
     unit = F.normalize(tokens.float(), dim=-1)
@@ -49,15 +55,19 @@ def panel_data(trained: Trained, pictures: Pictures, *, most_bytes: int = 4_000_
             for name, picture, values in zip(pictures.names, shown, similarity, strict=True)
         ],
     }
-    if has_plain_attention(encoder):
-        _add_attention(data, trained, images, num_patches, most_bytes)
     if trained.mae is not None:
         _add_steps(data, trained, trained.mae, images, grid, seed)
+    used = len(json.dumps(data))
+    _check_size(used, most_bytes)
+    if has_plain_attention(encoder):
+        _add_attention(data, trained, images, num_patches, (most_bytes - used) * 3 // 4 - 1000)
     return data
 
 
 def choose_layers(num_layers: int, num_heads: int, map_bytes: int, most_bytes: int) -> tuple[list[int], bool]:
     """Which blocks fit into so many bytes, the last one always among them, and whether heads fit one by one.
+
+    Nothing where the mean of one block's heads is too much.
 
     Args:
         map_bytes: of one head's attention in one block.
@@ -65,7 +75,7 @@ def choose_layers(num_layers: int, num_heads: int, map_bytes: int, most_bytes: i
     fit = most_bytes // (map_bytes * num_heads)
     single = fit >= 1
     if not single:
-        fit = max(1, most_bytes // map_bytes)
+        fit = max(0, most_bytes // map_bytes)
     if fit >= num_layers:
         return list(range(num_layers)), single
     return sorted({num_layers - 1 - round(place * num_layers / fit) for place in range(fit)}), single
@@ -78,6 +88,8 @@ def _add_attention(
     prefix, num_heads = encoder.vit.num_prefix_tokens, encoder.vit.blocks[-1].attn.num_heads
     queries = num_patches + int(encoder.has_cls_token)
     layers, single = choose_layers(encoder.num_layers, num_heads, len(images) * queries * num_patches, most_bytes)
+    if not layers:
+        return
     data["layers"], data["heads"] = layers, num_heads if single else 0
     per_image: list[list[Tensor]] = [[] for _ in images]
     for weights in attention_weights(encoder, images, layers=layers):
@@ -139,6 +151,15 @@ def data_uri(picture: Float[Tensor, "h w 3"]) -> str:
         return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
     image.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _check_size(needed: int, most_bytes: int) -> None:
+    if needed > most_bytes:
+        raise ValueError(f"takes {needed / 1e6:.1f} MB, {most_bytes / 1e6:.1f} MB are left for it in the page")
+
+
+def _base64_bytes(number: int) -> int:
+    return -(-number // 3) * 4
 
 
 def _bytes(values: Float[Tensor, "*s"]) -> UInt8[Tensor, "*s"]:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.vit import ViT
 from ssl_vit.visualize.attention import colour, frame
-from ssl_vit.visualize.grid import Scale, channel_caption, draw_grid, to_rgb
+from ssl_vit.visualize.grid import Scale, channel_caption, draw_grid, enlarge, to_rgb
 
 
 class PatchColours(NamedTuple):
@@ -114,12 +114,17 @@ def draw_pca(
         columns.append("foreground")
     panels = [to_rgb(images.cpu(), mean, std)]
     for item in found:
-        grid = rearrange(item.colours, "b (r c) k -> b k r c", r=grid_size[0])
+        # Black is what is left out, and no colour of what is shown.
+        colours = item.colours if item.foreground.all() else (0.2 + 0.8 * item.colours) * item.foreground[..., None]
+        grid = rearrange(colours, "b (r c) k -> b k r c", r=grid_size[0])
         panels.append(rearrange(F.interpolate(grid, images.shape[-2:], mode="nearest"), "b k h w -> b h w k"))
-    sentences = [
-        f"Fitted to all {len(images)} images together: the same colour means the same in each. The three components "
-        f"hold {' and '.join(f'{item.explained:.0%}' for item in found)} of the variance."
-    ]
+    together = f"all {len(images)} images together: the same colour means the same in each" if len(images) > 1 else "this image"
+    sentences = [f"Fitted to {together}. The three components hold {found[0].explained:.0%} of the variance."]
+    if foreground:
+        sentences.append(
+            f"Foreground: the patches whose first component has the sign that is rarer at the borders, fitted anew "
+            f"({found[1].explained:.0%} of their variance); the others are black."
+        )
     draw_grid(
         torch.stack(panels, dim=1),
         columns,
@@ -140,12 +145,12 @@ def draw_similarity(
     path: Path,
 ) -> None:
     """Write a picture with a row for each image: for each chosen patch the image with its frame, and the map."""
-    shown = to_rgb(images.cpu(), mean, std)[:, None]
-    size = images.shape[-2] // grid_size[0], images.shape[-1] // grid_size[1]
+    shown = enlarge(to_rgb(images.cpu(), mean, std)[:, None])
+    size = shown.shape[2] // grid_size[0], shown.shape[3] // grid_size[1]
     panels, columns = [], []
     for patch in chosen:
         values = rearrange(patch_similarity(patches.cpu(), patch), "b (r c) -> b 1 r c", r=grid_size[0])
-        maps = F.interpolate(values, images.shape[-2:], mode="nearest").clamp_min(0)
+        maps = F.interpolate(values, shown.shape[2:4], mode="nearest").clamp_min(0)
         panels += [frame(shown, patch, size), colour(maps, "viridis")]
         columns += [f"patch {patch}", "similarity to it"]
     draw_grid(
@@ -170,7 +175,8 @@ def draw_positions(encoder: Encoder, path: Path) -> None:
     gap = max(1, max(rows, columns) // 14)
     tiles = F.pad(tiles, (0, 0, 0, gap, 0, gap), value=1.0)
     mosaic = rearrange(tiles, "r c s t k -> (r s) (c t) k")[:-gap, :-gap]
-    some = "" if every == 1 else f" Of the {rows} x {columns} patches every {every}th row and column is shown."
+    which = {2: "second", 3: "third"}.get(every, f"{every}th")
+    some = "" if every == 1 else f" Of the {rows} x {columns} patches every {which} row and column is shown."
     draw_grid(
         mosaic[None, None],
         [""],

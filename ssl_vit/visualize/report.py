@@ -24,6 +24,8 @@ from ssl_vit.visualize.verdict import judge
 
 MOST_BYTES = 15_000_000
 _PICTURES_BYTES = 4_500_000  # of all runs together, before base64
+_PANEL_BYTES = 6_000_000  # of one run
+_FRAME_BYTES = 50_000  # what stands around the panels: controls, names, reasons
 _MAX_POINTS = 600  # of a curve
 # Name in metrics.jsonl -> title, unit and what it means. Others that a run has logged come after these, by their names.
 _CURVES = {
@@ -49,10 +51,10 @@ _CURVES = {
 
 
 def write_report(folders: Sequence[Path], out: Path, *, num_images: int = 3, seed: int = 0) -> list[str]:
-    """Write the report of runs, the first of which gets the panel.
+    """Write the report of runs.
 
     Args:
-        num_images: of the panel; 0 leaves it out.
+        num_images: of each run's panel, fewer where they do not fit into `MOST_BYTES`; 0 leaves the panels out.
 
     Returns:
         A line for each thing that had to be left out.
@@ -61,30 +63,50 @@ def write_report(folders: Sequence[Path], out: Path, *, num_images: int = 3, see
         ValueError: a folder that holds no run.
     """
     runs = [read_run(folder) for folder in folders]
-    notes: list[str] = []
-    panel = None
+    panels = []
     if num_images:
-        try:
-            trained = open_trained(folders[0])
-            panel = panel_data(trained, open_pictures(trained, [], number=num_images, seed=seed))
-        except ValueError as error:
-            notes.append(f"no panel: {error}")
-    page = render(runs, panel)
+        left = MOST_BYTES - len(render(runs).encode()) - _FRAME_BYTES
+        for place, folder in enumerate(folders):
+            panels.append(_panel(folder, num_images, seed, min(_PANEL_BYTES, left // (len(folders) - place))))
+            left -= len(json_for_script(panels[-1]))
+    page = render(runs, panels)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8")
-    return notes
+    return [f"no panel: {panel}" for panel in panels if isinstance(panel, str)]
 
 
-def render(runs: Sequence[RunData], panel: dict[str, Any] | None = None) -> str:
-    """The page. All that comes from a run is escaped: names, classes and paths are other people's text."""
+def _panel(folder: Path, num_images: int, seed: int, most_bytes: int) -> dict[str, Any] | str:
+    """What the panel shows of a run, of as many pictures as fit; or why there is none."""
+    try:
+        trained = open_trained(folder)
+        pictures = open_pictures(trained, [], number=num_images, seed=seed)
+    except ValueError as error:
+        return str(error)
+    reason = ""
+    for number in range(len(pictures.images), 0, -1):
+        fewer = pictures._replace(images=pictures.images[:number], names=pictures.names[:number])
+        try:
+            return panel_data(trained, fewer, most_bytes=most_bytes)
+        except ValueError as error:
+            reason = f"{folder}: {error}"
+    return reason
+
+
+def render(runs: Sequence[RunData], panels: Sequence[dict[str, Any] | str] = ()) -> str:
+    """The page. All that comes from a run is escaped: names, classes and paths are other people's text.
+
+    Args:
+        panels: of each run what its panel shows, or the reason why there is none; nothing leaves the panels out.
+    """
     most_pictures = _PICTURES_BYTES // len(runs)
     names = _distinct([run.name for run in runs])
     told = [_about(run, name, most_pictures) for run, name in zip(runs, names, strict=True)]
+    shown = [panel if isinstance(panel, dict) else None for panel in panels]
     data = {
         "runs": [{"name": name, **_curves(run)} for run, name in zip(runs, names, strict=True)],
         "curves": _curve_list(runs),
         "frames": [about.pop("frames") for about in told],
-        "panel": panel,
+        "panels": shown,
         "viridis": _map_table("viridis"),
         "inferno": _map_table("inferno"),
     }
@@ -93,7 +115,9 @@ def render(runs: Sequence[RunData], panel: dict[str, Any] | None = None) -> str:
     return environment.from_string((templates / "report.html").read_text(encoding="utf-8")).render(
         runs=told,
         differing=_differing(runs),
-        panel=panel,
+        panels=[name for name, panel in zip(names, shown, strict=False) if panel is not None],
+        no_panel=[(name, panel) for name, panel in zip(names, panels, strict=False) if isinstance(panel, str)],
+        has_steps=any(panel is not None and "steps" in panel for panel in shown),
         has_frames=any(data["frames"]),
         data=json_for_script(data),
         style=(templates / "report.css").read_text(encoding="utf-8"),

@@ -1,11 +1,12 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from ssl_vit.models.vit import ViT, ViTConfig
-from ssl_vit.visualize.patches import draw_positions, patch_pca, patch_similarity, position_similarity
+from ssl_vit.visualize.patches import draw_pca, draw_positions, patch_pca, patch_similarity, position_similarity
 
 
 def object_on_ground(number: int = 2, size: int = 6) -> torch.Tensor:
@@ -64,6 +65,18 @@ def test_positions_are_compared_without_those_of_prefix_tokens(tiny_encoder: ViT
     torch.testing.assert_close(found.diagonal(), torch.ones(16))
     table = tiny_encoder.vit.pos_embed[0, 1:].detach()
     torch.testing.assert_close(found[2, 7], torch.cosine_similarity(table[2], table[7], dim=0))
+
+
+def test_what_is_no_foreground_is_black_and_nothing_else_is(tmp_path: Path) -> None:
+    images = torch.full((1, 3, 48, 48), 0.9)
+    normalisation = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    draw_pca(images, object_on_ground(1), (6, 6), path=tmp_path / "pca.png", foreground=True, **normalisation)
+    with Image.open(tmp_path / "pca.png") as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    panel = pixels[:, -pixels.shape[1] // 3 + 20 :].reshape(-1, 3)
+    black = (panel == 0).all(axis=-1)
+    cells = black | ((panel.min(axis=-1) >= 50) & (panel.min(axis=-1) < 250))  # of the picture, not of its letters
+    assert black.sum() == pytest.approx(32 / 36 * cells.sum(), rel=0.05)
 
 
 def test_of_many_positions_some_are_drawn(tmp_path: Path) -> None:

@@ -106,7 +106,8 @@ def test_what_does_not_fit_into_the_panel_is_left_out_evenly() -> None:
     assert choose_layers(12, 3, 10, 30) == ([11], True)
     layers, single = choose_layers(12, 3, 10, 20)
     assert (layers, single) == ([5, 11], False)
-    assert choose_layers(12, 3, 10, 5) == ([11], False)
+    assert choose_layers(12, 3, 10, 10) == ([11], False)
+    assert choose_layers(12, 3, 10, 5) == ([], False)
 
 
 def test_a_run_that_has_hardly_begun_is_reported(mae_run: Path, tmp_path: Path) -> None:

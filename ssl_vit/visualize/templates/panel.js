@@ -1,10 +1,32 @@
 // Attention and similarity of single patches, and the steps of a masked autoencoder.
-const { panel, viridis, inferno } = JSON.parse(document.getElementById("data").textContent);
+const { runs, panels, viridis, inferno } = JSON.parse(document.getElementById("data").textContent);
 
 function unpack(text) {
   const raw = atob(text), bytes = new Uint8Array(raw.length);
   for (let place = 0; place < raw.length; place++) bytes[place] = raw.charCodeAt(place);
   return bytes;
+}
+
+const byId = (name) => document.getElementById(name);
+// Those of a run are decoded when it is first looked at.
+const opened = new Map();
+
+function open(run) {
+  if (opened.has(run)) return opened.get(run);
+  const panel = panels[run];
+  opened.set(run, {
+    ...panel,
+    pictures: panel.images.map((item) => {
+      const made = new Image();
+      made.src = item.picture;
+      return made;
+    }),
+    maps: panel.images.map((item) => ({
+      similarity: unpack(item.similarity),
+      attention: item.attention ? unpack(item.attention) : null,
+    })),
+  });
+  return opened.get(run);
 }
 
 function option(select, value, text) {
@@ -14,45 +36,56 @@ function option(select, value, text) {
   select.append(made);
 }
 
-function lookInside() {
-  const [rows, columns] = panel.grid, count = rows * columns;
-  const byId = (name) => document.getElementById(`panel-${name}`);
-  const image = byId("image"), map = byId("map"), layer = byId("layer"), head = byId("head");
-  const source = byId("source"), target = byId("target"), told = byId("told");
-  // Whole pixels for each patch, so that the grid falls between them.
-  const side = Math.max(1, Math.floor(512 / Math.max(rows, columns)));
-  for (const canvas of [source, target]) [canvas.width, canvas.height] = [columns * side, rows * side];
-  const pictures = panel.images.map((item) => {
-    const made = new Image();
-    made.src = item.picture;
-    return made;
-  });
-  const maps = panel.images.map((item) => ({
-    similarity: unpack(item.similarity),
-    attention: item.attention ? unpack(item.attention) : null,
-  }));
-  let patch = Math.floor(rows / 2) * columns + Math.floor(columns / 2);
+// New options; the value stays where there is still one like it.
+function refill(select, options, otherwise = options[0]?.[0]) {
+  const before = select.value;
+  select.replaceChildren();
+  for (const [value, text] of options) option(select, value, text);
+  select.value = options.some(([value]) => String(value) === before) ? before : otherwise;
+}
 
-  panel.images.forEach((item, place) => option(image, place, item.name));
-  if (panel.layers.length) option(map, "attention", "attention of the patch");
-  if (panel.layers.length && panel.has_cls) option(map, "cls", "attention of the class token");
-  option(map, "similarity", "similarity to the patch");
-  for (const number of panel.layers) option(layer, number, `${number + 1}`);
-  layer.value = panel.layers.at(-1);
-  option(head, "mean", "mean");
-  for (let number = 0; number < panel.heads; number++) option(head, number, `${number + 1}`);
+function lookInside() {
+  const chosen = byId("panel-run"), image = byId("panel-image"), map = byId("panel-map");
+  const layer = byId("panel-layer"), head = byId("panel-head");
+  const source = byId("panel-source"), target = byId("panel-target"), told = byId("panel-told");
+  let panel, rows, columns, count, side, patch;
+
+  // Another run may have another grid, other blocks and other pictures; what both have stays chosen.
+  function begin() {
+    panel = open(Number(chosen.value));
+    [rows, columns] = panel.grid;
+    count = rows * columns;
+    patch = Math.floor(rows / 2) * columns + Math.floor(columns / 2);
+    // Whole pixels for each patch, so that the grid falls between them.
+    side = Math.max(1, Math.floor(512 / Math.max(rows, columns)));
+    for (const canvas of [source, target]) [canvas.width, canvas.height] = [columns * side, rows * side];
+    const attention = panel.layers.length > 0;
+    refill(image, panel.images.map((item, place) => [place, item.name]), 0);
+    refill(map, [
+      ...attention ? [["attention", "attention of the patch"]] : [],
+      ...attention && panel.has_cls ? [["cls", "attention of the class token"]] : [],
+      ["similarity", "similarity to the patch"],
+    ]);
+    const last = layer.selectedIndex === layer.options.length - 1;
+    refill(layer, panel.layers.map((number) => [number, number + 1]), panel.layers.at(-1));
+    if (last) layer.selectedIndex = layer.options.length - 1;
+    refill(head, [["mean", "mean"], ...Array.from({ length: panel.heads }, (_, number) => [number, number + 1])]);
+    head.parentElement.hidden = panel.heads === 0;
+    layer.parentElement.hidden = !attention;
+    Promise.all(panel.pictures.map((picture) => picture.decode())).then(paint);
+  }
 
   function values() {
-    const own = maps[Number(image.value)];
+    const own = panel.maps[Number(image.value)];
     if (map.value === "similarity") {
       return Float32Array.from(own.similarity.subarray(patch * count, (patch + 1) * count), (byte) => byte / 255);
     }
     const queries = count + (panel.has_cls ? 1 : 0), heads = Math.max(panel.heads, 1);
     const query = map.value === "cls" ? 0 : patch + (panel.has_cls ? 1 : 0);
     const block = panel.layers.indexOf(Number(layer.value));
-    const chosen = head.value === "mean" ? [...Array(heads).keys()] : [Number(head.value)];
+    const numbers = head.value === "mean" ? [...Array(heads).keys()] : [Number(head.value)];
     const found = new Float32Array(count);
-    for (const number of chosen) {
+    for (const number of numbers) {
       const start = ((block * heads + number) * queries + query) * count;
       for (let place = 0; place < count; place++) found[place] += own.attention[start + place] / 255;
     }
@@ -64,7 +97,7 @@ function lookInside() {
     const found = values(), colours = map.value === "similarity" ? viridis : inferno;
     const brush = source.getContext("2d"), page = target.getContext("2d");
     brush.imageSmoothingEnabled = false;
-    brush.drawImage(pictures[Number(image.value)], 0, 0, source.width, source.height);
+    brush.drawImage(panel.pictures[Number(image.value)], 0, 0, source.width, source.height);
     if (map.value !== "cls") {
       const left = patch % columns * side, top = Math.floor(patch / columns) * side;
       for (const [colour, inset, thick] of [["#fff", -1.5, 5], ["#d81b1b", -0.5, 2.5]]) {
@@ -81,16 +114,16 @@ function lookInside() {
       page.fillStyle = `#${colour.toString(16).padStart(6, "0")}`;
       page.fillRect(place % columns * side, Math.floor(place / columns) * side, side, side);
     }
-    const scale = byId("scale").getContext("2d");
+    const scale = byId("panel-scale").getContext("2d");
     colours.forEach((colour, place) => {
       scale.fillStyle = `#${colour.toString(16).padStart(6, "0")}`;
       scale.fillRect(place, 0, 1, 1);
     });
     const similar = map.value === "similarity";
     layer.disabled = head.disabled = similar;
-    byId("low").textContent = similar ? "0 or less" : "none";
-    byId("high").textContent = similar ? "1" : "most";
-    byId("what").textContent = similar ? "Cosine similarity of the last block's tokens" : "Attention, brightest at its largest";
+    byId("panel-low").textContent = similar ? "0 or less" : "none";
+    byId("panel-high").textContent = similar ? "1" : "most";
+    byId("panel-what").textContent = similar ? "Cosine similarity of the last block's tokens" : "Attention, brightest at its largest";
     const where = (place) => `row ${Math.floor(place / columns) + 1}, column ${place % columns + 1}`;
     const who = map.value === "cls" ? "The class token" : `The patch in ${where(patch)}`;
     const which = `block ${Number(layer.value) + 1}, ${head.value === "mean" ? "mean of the heads" : `head ${Number(head.value) + 1}`}`;
@@ -122,34 +155,38 @@ function lookInside() {
     paint();
   });
   for (const select of [image, map, layer, head]) select.addEventListener("change", paint);
-  if (panel.heads === 0) head.parentElement.hidden = true;
-  if (!panel.layers.length) layer.parentElement.hidden = true;
-  Promise.all(pictures.map((picture) => picture.decode())).then(paint);
-  return image;
+  chosen.addEventListener("change", begin);
+  begin();
 }
 
-function stepThrough(image) {
-  const about = panel.steps, [rows, columns] = panel.grid;
-  const picture = document.getElementById("mae-picture"), grid = document.getElementById("mae-grid");
-  const text = document.getElementById("mae-text"), number = document.getElementById("mae-number");
-  const back = document.getElementById("mae-back"), next = document.getElementById("mae-next");
-  const removed = about.num_patches - about.num_kept;
-  const units = about.norm_pix_loss
-    ? " Each is predicted normalised by itself; its mean and contrast are taken from the original here." : "";
-  const steps = [
-    ["picture", "Patchify", `The picture is cut into ${rows} x ${columns} = ${about.num_patches} patches of ${about.pixels} numbers.`],
-    ["masked", "Mask", `${removed} of them, drawn at random, are removed. Nothing of them enters the encoder.`],
-    ["tokens", "Encode", `${about.depth} blocks turn the ${about.num_kept} that stay into tokens of ${about.embed_dim} numbers, shown here by their three main components as colours.`],
-    ["decoded", "Decode", `A mask token is put in each gap, and ${about.decoder_depth} blocks of width ${about.decoder_embed_dim} predict the pixels of every patch.${units}`],
-    ["pasted", "Compare", "The visible patches are laid over the prediction. The loss is the squared error on the removed ones alone."],
-  ];
-  let place = 0;
-  const line = "rgba(127,127,127,.8)";
-  grid.style.backgroundImage =
-    `linear-gradient(to right, ${line} 1px, transparent 1px), linear-gradient(to bottom, ${line} 1px, transparent 1px)`;
-  grid.style.backgroundSize = `${100 / columns}% ${100 / rows}%`;
+function stepThrough() {
+  const chosen = byId("panel-run"), image = byId("panel-image"), part = byId("mae");
+  const picture = byId("mae-picture"), grid = byId("mae-grid"), text = byId("mae-text"), number = byId("mae-number");
+  const back = byId("mae-back"), next = byId("mae-next"), line = "rgba(127,127,127,.8)";
+  let panel, steps = [], place = 0;
+
+  function begin() {
+    panel = open(Number(chosen.value));
+    part.hidden = !panel.steps;
+    if (!panel.steps) return;
+    const about = panel.steps, [rows, columns] = panel.grid;
+    const units = about.norm_pix_loss
+      ? " Each is predicted normalised by itself; its mean and contrast are taken from the original here." : "";
+    steps = [
+      ["picture", "Patchify", `The picture is cut into ${rows} x ${columns} = ${about.num_patches} patches of ${about.pixels} numbers.`],
+      ["masked", "Mask", `${about.num_patches - about.num_kept} of them, drawn at random, are removed. Nothing of them enters the encoder.`],
+      ["tokens", "Encode", `${about.depth} blocks turn the ${about.num_kept} that stay into tokens of ${about.embed_dim} numbers, shown here by their three main components as colours.`],
+      ["decoded", "Decode", `A mask token is put in each gap, and ${about.decoder_depth} blocks of width ${about.decoder_embed_dim} predict the pixels of every patch.${units}`],
+      ["pasted", "Compare", "The visible patches are laid over the prediction. The loss is the squared error on the removed ones alone."],
+    ];
+    grid.style.backgroundImage =
+      `linear-gradient(to right, ${line} 1px, transparent 1px), linear-gradient(to bottom, ${line} 1px, transparent 1px)`;
+    grid.style.backgroundSize = `${100 / columns}% ${100 / rows}%`;
+    show();
+  }
 
   function show() {
+    if (!panel.steps) return;
     const [key, title, words] = steps[place], item = panel.images[Number(image.value)];
     picture.src = item[key];
     picture.alt = `${title}: ${item.name}`;
@@ -162,10 +199,12 @@ function stepThrough(image) {
   back.addEventListener("click", () => { place--; show(); });
   next.addEventListener("click", () => { place++; show(); });
   image.addEventListener("change", show);
-  show();
+  chosen.addEventListener("change", begin);
+  begin();
 }
 
-if (panel) {
-  const image = lookInside();
-  if (panel.steps) stepThrough(image);
+if (panels.some((panel) => panel)) {
+  panels.forEach((panel, run) => { if (panel) option(byId("panel-run"), run, runs[run].name); });
+  lookInside();
+  if (byId("mae")) stepThrough();
 }
