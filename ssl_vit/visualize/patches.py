@@ -118,11 +118,13 @@ def draw_pca(
         colours = item.colours if item.foreground.all() else (0.2 + 0.8 * item.colours) * item.foreground[..., None]
         grid = rearrange(colours, "b (r c) k -> b k r c", r=grid_size[0])
         panels.append(rearrange(F.interpolate(grid, images.shape[-2:], mode="nearest"), "b k h w -> b h w k"))
-    together = f"all {len(images)} images together: the same colour means the same in each" if len(images) > 1 else "this image"
-    sentences = [f"Fitted to {together}. The three components hold {found[0].explained:.0%} of the variance."]
+    several = f"all {len(images)} images together: the same colour means the same in each"
+    sentences = [
+        f"Fitted to {several if len(images) > 1 else 'this image'}. The three components hold {found[0].explained:.0%} of the variance."
+    ]
     if foreground:
         sentences.append(
-            f"Foreground: the patches whose first component has the sign that is rarer at the borders, fitted anew "
+            "Foreground: the patches whose first component has the sign that is rarer at the borders, fitted anew "
             f"({found[1].explained:.0%} of their variance); the others are black."
         )
     draw_grid(

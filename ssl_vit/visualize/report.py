@@ -115,6 +115,7 @@ def render(runs: Sequence[RunData], panels: Sequence[dict[str, Any] | str] = ())
     return environment.from_string((templates / "report.html").read_text(encoding="utf-8")).render(
         runs=told,
         differing=_differing(runs),
+        unchanged=_unchanged(runs),
         panels=[name for name, panel in zip(names, shown, strict=False) if panel is not None],
         no_panel=[(name, panel) for name, panel in zip(names, panels, strict=False) if isinstance(panel, str)],
         has_steps=any(panel is not None and "steps" in panel for panel in shown),
@@ -227,6 +228,17 @@ def _curve_list(runs: Sequence[RunData]) -> list[dict[str, str]]:
     for name in names:
         title, unit, help_text = _CURVES.get(name, (name.replace("_", " ").capitalize(), "", ""))
         found.append({"name": name, "title": title, "unit": unit, "help": help_text})
+    return found
+
+
+def _unchanged(runs: Sequence[RunData]) -> list[str]:
+    """What has no curve since it was the same at every measurement of every run that has it."""
+    found = []
+    for name, (title, unit, _) in _CURVES.items():
+        points = [value for run in runs for _, value in run.curves().get(name, [])]
+        if len(points) > 1 and len(set(points)) == 1:
+            shown = 100 * points[0] if unit == "%" else points[0]
+            found.append(f"{title} {shown:.4g} {unit}".strip())
     return found
 
 

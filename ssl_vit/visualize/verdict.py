@@ -100,7 +100,7 @@ def _about_knn(run: RunData) -> list[tuple[str, str]]:
         return []
     rise = scores[-1] - scores[0]
     word = "learning" if rise >= RISE and run.results is None else ""
-    return [(word, f"k-NN went from {scores[0]:.1%} to {scores[-1]:.1%} during training.")]
+    return [(word, f"k-NN went from {100 * scores[0]:.1f} % to {100 * scores[-1]:.1f} % during training.")]
 
 
 def _about_loss(records: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
@@ -111,7 +111,10 @@ def _about_loss(records: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     if _is_distillation(records):
         word = ""
     moved = "fell" if fall > 0 else "rose"
-    return word, f"The loss {moved} by {abs(fall):.1%} from the first to the last quarter ({first:.4g} to {last:.4g})."
+    return (
+        word,
+        f"The loss {moved} by {100 * abs(fall):.1f} % from the first to the last quarter ({first:.4g} to {last:.4g}).",
+    )
 
 
 def _about_data(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -121,8 +124,8 @@ def _about_data(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     wait = median(waits)
     if wait >= STARVED:
         advice = "raise data.num_workers, store smaller images, or use a faster disk"
-        return [("starved for data", f"{wait:.0%} of a step's time goes to waiting for its batch: {advice}.")]
-    return [("", f"{wait:.0%} of a step's time goes to waiting for its batch.")]
+        return [("starved for data", f"{100 * wait:.0f} % of a step's time goes to waiting for its batch: {advice}.")]
+    return [("", f"{100 * wait:.0f} % of a step's time goes to waiting for its batch.")]
 
 
 def _by_spread(records: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
@@ -134,7 +137,7 @@ def _by_spread(records: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     healthy = spread >= 0.2 and ranks[-1] >= max(ranks) / 2 and used >= 0.05
     reason = (
         f"The features' spread is {spread:.2f} of 1, RankMe is {ranks[-1]:.1f}, {max(ranks):.1f} at its highest, and "
-        f"{used:.0%} of the prototypes that could be are in use."
+        f"{100 * used:.0f} % of the prototypes that could be are in use."
     )
     return ("learning" if healthy else "not learning"), reason
 

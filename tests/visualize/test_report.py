@@ -13,6 +13,7 @@ import torch
 
 from scripts.report import main
 from ssl_vit.export.run import open_trained
+from ssl_vit.visualize import report
 from ssl_vit.visualize.attention import attention_from
 from ssl_vit.visualize.inputs import open_pictures
 from ssl_vit.visualize.panel import choose_layers, panel_data
@@ -110,6 +111,50 @@ def test_what_does_not_fit_into_the_panel_is_left_out_evenly() -> None:
     assert choose_layers(12, 3, 10, 5) == ([], False)
 
 
+def test_the_panel_keeps_to_its_size(mae_run: Path) -> None:
+    trained = open_trained(mae_run)
+    pictures = open_pictures(trained, [], number=2, seed=0)
+    whole = panel_data(trained, pictures)
+    assert whole["layers"] == [0, 1]
+    found = []
+    for most in range(len(json.dumps(whole)), 0, -500):
+        try:
+            data = panel_data(trained, pictures, most_bytes=most)
+        except ValueError as error:
+            assert str(error).endswith("MB are left for it in the page")  # noqa: PT017
+            break
+        assert len(json.dumps(data)) <= most
+        found.append((len(data["layers"]), data["heads"]))
+    # First a block goes, then heads are averaged, then there is no attention, then nothing fits.
+    assert found[0][0] in (1, 2)
+    assert found[-1] == (0, 0)
+    assert (1, 0) in found or (2, 0) in found
+
+
+def test_panels_that_do_not_fit_are_left_out_and_the_page_says_so(
+    mae_run: Path, dino_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "report.html"
+    write_report([mae_run, dino_run], out, num_images=0)
+    size = out.stat().st_size
+    monkeypatch.setattr(report, "MOST_BYTES", size + report._FRAME_BYTES + 1000)
+    notes = write_report([mae_run, dino_run], out)
+    assert [note.split(": ")[1] for note in notes] == [str(mae_run), str(dino_run)]
+    assert out.stat().st_size < report.MOST_BYTES
+    assert embedded(out)["panels"] == [None, None]
+    text = out.read_text()
+    assert text.count("MB are left for it in the page") == 2
+    assert "Nothing to look inside of mae" in text
+    assert 'id="panel-run"' not in text
+    # With room for fewer pictures than were asked for, there are fewer.
+    monkeypatch.setattr(report, "MOST_BYTES", size + report._FRAME_BYTES + 40_000)
+    assert write_report([mae_run, dino_run], out) == []
+    assert out.stat().st_size < report.MOST_BYTES
+    numbers = [len(panel["images"]) for panel in embedded(out)["panels"]]
+    assert 0 < numbers[0] < 3
+    assert numbers[1] > 0
+
+
 def test_a_run_that_has_hardly_begun_is_reported(mae_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "new"
     run.mkdir()
@@ -118,10 +163,16 @@ def test_a_run_that_has_hardly_begun_is_reported(mae_run: Path, tmp_path: Path) 
     notes = write_report([run], out)
     assert len(notes) == 1
     assert "too early to say" in out.read_text()
+    assert "Nothing to look inside of new" in out.read_text()
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0, "grad_norm": null}\n{"step": 2, "lo')
     assert read_metrics(run / "metrics.jsonl") == [{"step": 1, "loss": 2.0, "grad_norm": None}]
     assert read_run(run).curves() == {"loss": [(1, 2.0)]}
     write_report([run], out)
+    lines = [{"step": step, "loss": 3.0 - step, "teacher_temp": 0.04, "data_wait": 0.125} for step in (1, 2)]
+    (run / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    write_report([run], out)
+    assert [curve["name"] for curve in embedded(out)["curves"]] == ["loss"]
+    assert "The same all along: Teacher temperature 0.04; Waiting for data 12.5 %." in out.read_text()
 
 
 def test_the_script_names_its_file_and_refuses_what_is_no_run(
@@ -199,6 +250,30 @@ def test_it_works_in_a_browser(browser_page: tuple[Any, list[str]]) -> None:
         page.get_by_role("button", name="Next").click()
         assert page.locator("#mae-text").inner_text().startswith(name)
     assert page.get_by_role("button", name="Next").is_disabled()
+    assert wrong == []
+
+
+def test_the_run_to_look_inside_is_chosen(browser_page: tuple[Any, list[str]]) -> None:
+    page, wrong = browser_page
+    told, target = page.locator("#panel-told"), "document.getElementById('panel-target').toDataURL()"
+    chosen = page.locator("#panel-run")
+    assert chosen.locator("option").all_inner_texts() == ["mae", "dino"]
+    assert page.locator("#mae").is_visible()
+    before, size = page.evaluate(target), page.locator("#panel-image option").count()
+    page.locator("#panel-head").select_option("1")
+    chosen.focus()
+    page.keyboard.press("ArrowDown")
+    assert chosen.input_value() == "1"
+    assert page.locator("#mae").is_hidden()
+    page.wait_for_function(f"{target} !== {json.dumps(before)}")
+    assert page.locator("#panel-image option").count() == size
+    assert page.locator("#panel-head").input_value() == "1"
+    assert told.inner_text().endswith(", head 2).")
+    page.locator("#panel-map").select_option("cls")
+    assert told.inner_text().startswith("The class token looks most at")
+    chosen.select_option("0")
+    assert page.locator("#mae").is_visible()
+    assert page.locator("#panel-map").input_value() == "cls"
     assert wrong == []
 
 

@@ -46,7 +46,7 @@ def test_a_falling_loss_is_learning_and_a_flat_one_is_not() -> None:
     assert judge(run(falling())).word == "learning"
     flat = judge(run([{"loss": 1.0 - 0.0001 * place} for place in range(20)]))
     assert flat.word == "not learning"
-    assert flat.reasons[0].startswith("The loss fell by 0.1%")
+    assert flat.reasons[0].startswith("The loss fell by 0.1 %")
 
 
 @pytest.mark.parametrize(("wait", "word"), [(0.39, "learning"), (0.41, "starved for data")])
@@ -54,7 +54,9 @@ def test_a_run_that_waits_is_starved(wait: float, word: str) -> None:
     found = judge(run(falling(data_wait=wait)))
     assert found.word == word
     if word == "starved for data":
-        assert found.reasons[0].startswith("41% of a step's time goes to waiting for its batch: raise data.num_workers")
+        assert found.reasons[0].startswith(
+            "41 % of a step's time goes to waiting for its batch: raise data.num_workers"
+        )
 
 
 def test_three_intervals_in_a_row_are_a_collapse_and_two_are_not() -> None:
@@ -96,4 +98,4 @@ def test_of_self_distillation_the_spread_decides_and_not_the_loss() -> None:
     assert "RankMe is 2.9, 18.2 at its highest" in found.reasons[0]
     few = judge(run([{"loss": 4.0, **HEALTHY, "prototypes_used": 0.01}] * 20))
     assert few.word == "not learning"
-    assert "1% of the prototypes" in few.reasons[0]
+    assert "1 % of the prototypes" in few.reasons[0]

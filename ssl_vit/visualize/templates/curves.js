@@ -36,7 +36,7 @@ function ticks(low, high) {
 function say(value) {
   const size = Math.abs(value);
   if (size === 0) return "0";
-  if (size < 1e-3) return value.toExponential(1).replace("e-", "e−");
+  if (size < 9.995e-4) return value.toExponential(1).replace(".0e", "e").replace("e-", "e−");
   if (size >= 1e6) return `${+(value / 1e6).toPrecision(3)} M`;
   if (size >= 1e4) return `${+(value / 1e3).toPrecision(3)} k`;
   return String(+value.toPrecision(4));
