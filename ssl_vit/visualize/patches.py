@@ -118,10 +118,10 @@ def draw_pca(
         colours = item.colours if item.foreground.all() else (0.2 + 0.8 * item.colours) * item.foreground[..., None]
         grid = rearrange(colours, "b (r c) k -> b k r c", r=grid_size[0])
         panels.append(rearrange(F.interpolate(grid, images.shape[-2:], mode="nearest"), "b k h w -> b h w k"))
-    several = f"all {len(images)} images together: the same colour means the same in each"
-    sentences = [
-        f"Fitted to {several if len(images) > 1 else 'this image'}. The three components hold {found[0].explained:.0%} of the variance."
-    ]
+    fitted_to = "this image"
+    if len(images) > 1:
+        fitted_to = f"all {len(images)} images together: the same colour means the same in each"
+    sentences = [f"Fitted to {fitted_to}. The three components hold {found[0].explained:.0%} of the variance."]
     if foreground:
         sentences.append(
             "Foreground: the patches whose first component has the sign that is rarer at the borders, fitted anew "
