@@ -99,6 +99,15 @@ def test_files_named_in_the_docs_exist() -> None:
             assert "NAME" in path or (ROOT / path).exists(), f"{document} names {path}"
 
 
+def test_pictures_of_readme_exist_are_described_and_stay_small() -> None:
+    shown = re.findall(r"!\[([^]]*)\]\((docs/images/[\w-]+\.webp)\)", README)
+    assert sorted(path for _, path in shown) == sorted(
+        str(path.relative_to(ROOT)) for path in (ROOT / "docs" / "images").iterdir()
+    )
+    assert all(len(text) > 40 for text, _ in shown)
+    assert sum((ROOT / path).stat().st_size for _, path in shown) < 500_000
+
+
 @pytest.mark.slow
 def test_every_setting_named_in_readme_exists() -> None:
     evaluations = ("evaluate_knn", "linear_probe", "extract_features", "evaluate_segmentation")

@@ -3,7 +3,7 @@
 import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -222,7 +222,7 @@ def _curve_list(runs: Sequence[RunData]) -> list[dict[str, str]]:
             values.setdefault(name, set()).update(value for _, value in points)
             if len(points) > 1:
                 present.add(name)
-    present = {name for name in present if len(values[name]) > 1}
+    present = {name for name in present if not _is_constant(values[name])}
     names = [*(name for name in _CURVES if name in present), *sorted(present - set(_CURVES))]
     found = []
     for name in names:
@@ -236,10 +236,15 @@ def _unchanged(runs: Sequence[RunData]) -> list[str]:
     found = []
     for name, (title, unit, _) in _CURVES.items():
         points = [value for run in runs for _, value in run.curves().get(name, [])]
-        if len(points) > 1 and len(set(points)) == 1:
+        if len(points) > 1 and _is_constant(points):
             shown = 100 * points[0] if unit == "%" else points[0]
             found.append(f"{title} {shown:.4g} {unit}".strip())
     return found
+
+
+def _is_constant(values: Collection[float]) -> bool:
+    """But for rounding, of which a curve would be all noise."""
+    return max(values) - min(values) <= 1e-5 * max(abs(value) for value in values)
 
 
 def _differing(runs: Sequence[RunData]) -> list[dict[str, Any]]:
