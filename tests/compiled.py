@@ -1,0 +1,54 @@
+"""Compares an objective with itself, compiled; a process without checks of shapes runs it: `-m tests.compiled dino`."""
+
+import sys
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssl_vit.compiling import compile_blocks
+from ssl_vit.models.vit import ViTConfig
+from ssl_vit.objectives.dino import DINOConfig
+from ssl_vit.objectives.mae import MAEConfig
+from ssl_vit.objectives.objective import Objective
+
+TINY = {"arch": "vit_small_patch16_224", "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
+
+
+def objective_and_batch(kind: str, drop_path_rate: float) -> tuple[Objective, dict[str, Tensor]]:
+    config = DINOConfig(num_prototypes=64, hidden_dim=32, bottleneck_dim=16, local_crop_size=16, num_local_crops=2)
+    chosen = MAEConfig(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=4) if kind == "mae" else config
+    encoder = ViTConfig(image_size=32, drop_path_rate=drop_path_rate, **TINY).build()
+    transform = chosen.build_transform(encoder.image_size, encoder.patch_size, (0.5,) * 3, (0.5,) * 3)
+    image = torch.randint(0, 256, (3, 48, 48), dtype=torch.uint8)
+    samples = [transform(image, np.random.default_rng(seed)) for seed in range(4)]
+    stacked = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+    return chosen.build(encoder).train(), transform.on_device(stacked, torch.device("cpu"))
+
+
+def loss_and_gradients(objective: Objective, batch: dict[str, Tensor]) -> list[Tensor]:
+    objective.zero_grad()
+    loss = objective(batch, 0.5)["loss"]
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in objective.parameters() if p.grad is not None)]
+
+
+def main(kind: str, device: str = "cpu") -> None:
+    torch.manual_seed(0)
+    objective, batch = objective_and_batch(kind, drop_path_rate=0.0)
+    objective = objective.to(device)
+    batch = {name: values.to(device) for name, values in batch.items()}
+    names = list(objective.state_dict())
+    wanted = loss_and_gradients(objective, batch)
+    compile_blocks(objective)
+    found = loss_and_gradients(objective, batch)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
+    assert list(objective.state_dict()) == names
+    for own, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+    with torch.compiler.set_stance("force_eager"):
+        assert torch.equal(loss_and_gradients(objective, batch)[0], wanted[0])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
