@@ -126,7 +126,7 @@ def _reconstructions(
     masks = {}
     if args.hide:
         hidden = parse_patches(args.hide)
-        masks["hidden"] = {f"{len(set(hidden))} patches removed": hidden_keeps(number, num_patches, hidden)}
+        masks["hidden"] = {f"{len(set(hidden))} removed": hidden_keeps(number, num_patches, hidden)}
     else:
         for kind in args.mask:
             masks[kind] = {

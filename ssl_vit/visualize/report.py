@@ -27,6 +27,7 @@ _PICTURES_BYTES = 4_500_000  # of all runs together, before base64
 _PANEL_BYTES = 6_000_000  # of one run
 _FRAME_BYTES = 50_000  # what stands around the panels: controls, names, reasons
 _MAX_POINTS = 600  # of a curve
+_SCORES = {"knn": "k-NN", "linear": "linear probe"}
 # Name in metrics.jsonl -> title, unit and what it means. Others that a run has logged come after these, by their names.
 _CURVES = {
     "loss": ("Loss", "", "what is minimised"),
@@ -145,7 +146,7 @@ def _about(run: RunData, name: str, most_bytes: int) -> dict[str, Any]:
         "architecture": run.settings["encoder"]["arch"],
         "data": run.settings["data"]["source"],
         "images": f"{run.provenance['num_images']:,}" if "num_images" in run.provenance else "-",
-        "state": "finished" if run.results else f"at {last.get('progress', 0):.0%}",
+        "state": "finished" if run.results else f"at {100 * last.get('progress', 0):.0f} %",
         "steps": f"{step:,} of {run.batch_size:,} images",
         "hours": f"{hours[-1]:.2g}" if hours else "-",
         "images/s": f"{np.median(rates):,.0f} (median)" if rates else "-",
@@ -160,7 +161,13 @@ def _about(run: RunData, name: str, most_bytes: int) -> dict[str, Any]:
         "facts": {key: value for key, value in facts.items() if value not in ("", "-")},
         "attribution": run.provenance.get("attribution"),
         "scores": [
-            {"file": file, "row": row, "column": column, "value": f"{100 * value:.1f} %", "interval": interval}
+            {
+                "file": file,
+                "row": row,
+                "column": _SCORES.get(column, column),
+                "value": f"{100 * value:.1f} %",
+                "interval": interval,
+            }
             for file, row, column, value, interval in run.scores
         ],
         "config": yaml.safe_dump(run.settings, sort_keys=False),

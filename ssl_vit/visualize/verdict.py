@@ -48,11 +48,13 @@ def judge(run: RunData) -> Verdict:
     if len(settled) < MIN_RECORDS:
         counted = f"{len(settled)} log interval{'' if len(settled) == 1 else 's'}"
         return Verdict("too early to say", [f"Only {counted} after the warm-up; it takes {MIN_RECORDS}."])
-    facts = [*_about_data(settled), *_about_scores(run), *_about_knn(run), _about_loss(settled)]
+    data, others = _about_data(settled), [*_about_scores(run), *_about_knn(run), _about_loss(settled)]
+    facts = [*data, *others]  # as they decide; told in the order of interest
+    reasons = [reason for _, reason in (*others, *data)]
     if (sign := _collapse(run, settled)) is not None:
-        return Verdict("collapsing", [sign, *(reason for _, reason in facts)])
+        return Verdict("collapsing", [sign, *reasons])
     decided = next((fact for fact in facts if fact[0]), None) or _by_spread(settled)
-    return Verdict(decided[0], [decided[1], *(reason for _, reason in facts if reason != decided[1])])
+    return Verdict(decided[0], [decided[1], *(reason for reason in reasons if reason != decided[1])])
 
 
 def _is_finite(value: Any) -> bool:

@@ -123,6 +123,8 @@ function lookInside() {
     layer.disabled = head.disabled = similar;
     byId("panel-low").textContent = similar ? "0 or less" : "none";
     byId("panel-high").textContent = similar ? "1" : "most";
+    byId("panel-from").textContent = similar ? "The patch that is compared"
+      : map.value === "cls" ? "The picture" : "The patch that looks";
     byId("panel-what").textContent = similar ? "Cosine similarity of the last block's tokens" : "Attention, brightest at its largest";
     const where = (place) => `row ${Math.floor(place / columns) + 1}, column ${place % columns + 1}`;
     const who = map.value === "cls" ? "The class token" : `The patch in ${where(patch)}`;
