@@ -49,6 +49,7 @@ def main() -> int:
     step.add_argument("objective", choices=("mae", "dino", "dinov2"))
     step.add_argument("--peers", action="store_true", help="beside other libraries (extra `bench`)")
     step.add_argument("--steps_per_round", type=int, default=3, help="steps of a round")
+    step.add_argument("--kinds", nargs="+", choices=("fp32", "bf16"), help="precisions beside peers; by itself both")
     step.add_argument("--num_samples", type=int, default=100_000, help="images that settings of `auto` follow from")
     whole = commands.add_parser("end_to_end")
     whole.add_argument("objective", choices=("mae", "dino", "dinov2"))
@@ -125,7 +126,7 @@ def _measure(args: argparse.Namespace, settings: list[str]) -> dict:
         return _scaling(args, defaults, [*SMALL_BASE, *settings])
     config, _ = parse_run(defaults, settings).resolve(args.num_samples)
     if args.peers:
-        return compare_peers(config, steps=args.steps_per_round, rounds=args.rounds)
+        return compare_peers(config, steps=args.steps_per_round, rounds=args.rounds, kinds=args.kinds)
     return compare_attention(config, steps=args.steps_per_round, rounds=args.rounds)
 
 

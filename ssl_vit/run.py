@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from ssl_vit import results, sharding
 from ssl_vit.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint
@@ -40,6 +40,9 @@ from ssl_vit.optim import build_optimizer
 from ssl_vit.run_folder import check_run_folder, open_run_folder
 from ssl_vit.sessions import note_session
 from ssl_vit.tracking import check_tracker
+
+# All processes hold the same buffers by themselves, and averaged gradients need not be copied out of what DDP sends.
+SPARING = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 @runtime_checkable
@@ -106,7 +109,7 @@ def set_up(config: RunConfig, ending: Ending = results) -> Run:
     check_tracker(config.tracking)
     device = cast(torch.device, start_processes().device)
     precision = resolve_precision(config.precision, device)
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=[PATIENCE])
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=[PATIENCE, SPARING])
     with section("batch"):
         config.batch.num_micro(accelerator.num_processes)  # refuses a batch that cannot be cut
 

@@ -107,31 +107,34 @@ def compare_attention(config: RunConfig, *, steps: int = 5, rounds: int = 5) -> 
     }
 
 
-def compare_peers(config: RunConfig, *, steps: int = 3, rounds: int = 5) -> dict:
+def compare_peers(config: RunConfig, *, steps: int = 3, rounds: int = 5, kinds: list[str] | None = None) -> dict:
     """Images per second of whole training steps beside other libraries', each in fp32 and in the run's precision.
 
     Args:
         config: a run's settings, without `auto`.
         steps: steps of a round.
+        kinds: which of fp32 and bf16; None = both, or fp32 alone where the run's precision is that.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = config.batch.per_device or config.batch.size
-    own_dtype = autocast_dtype(resolve_precision(config.precision, device))
-    kinds = {"fp32": None} if own_dtype is None else {"fp32": None, str(own_dtype).removeprefix("torch."): own_dtype}
+    has_bf16 = resolve_precision(config.precision, device) == "bf16"
+    dtypes = {"fp32": None, "bf16": torch.bfloat16}
+    kinds = kinds or (["fp32", "bf16"] if has_bf16 else ["fp32"])
     makers = {"ssl_vit": own_step, **PEERS.get(type(config.objective), {})}
     if len(makers) == 1:
         raise ValueError(f"--peers: none does the step of {type(config.objective).__name__.removesuffix('Config')}")
     contenders = {
         f"{library}, {kind}": make(config, size, device, dtype)
         for library, make in makers.items()
-        for kind, dtype in kinds.items()
+        for kind, dtype in dtypes.items()
+        if kind in kinds
     }
     eager = dict(contenders)  # whose operations can be counted
     if resolve_compile(config.compile, device, LEAST_STEPS, is_sharded=False):
-        for kind, dtype in kinds.items():
-            contenders[f"ssl_vit, compiled, {kind}"] = own_step(config, size, device, dtype, compiled=True)
+        for kind in kinds:
+            contenders[f"ssl_vit, compiled, {kind}"] = own_step(config, size, device, dtypes[kind], compiled=True)
             eager[f"ssl_vit, compiled, {kind}"] = eager[f"ssl_vit, {kind}"]
-    peak_flops = {kind: matmul_flops(device, dtype) for kind, dtype in kinds.items()}
+    peak_flops = {kind: matmul_flops(device, dtypes[kind]) for kind in kinds}
     flops = {name: _count_flops(step) for name, step in eager.items()}
 
     def work(step: PeerStep) -> Callable[[], int]:
