@@ -153,6 +153,8 @@ def _step_configs(args: argparse.Namespace, settings: list[str]) -> dict[str, Ru
 
 
 def _scaling(args: argparse.Namespace, defaults: RunConfig, settings: list[str]) -> dict:
+    if args.objective != "mae":
+        settings = ["--objective.local_crop_size=48", *settings]
     config, _ = parse_run(defaults, settings).resolve(100_000)
     by_axis = {
         "image_size": lambda: scaling.scale_image_size(config, args.steps_per_round, args.rounds),

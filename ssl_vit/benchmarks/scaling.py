@@ -88,6 +88,8 @@ def scale_image_size(config: RunConfig, steps: int, rounds: int) -> Series:
     """Milliseconds of a step against the patches of an image."""
     (side, _), (patch, _) = pair(config.encoder.image_size), pair(config.encoder.patch_size or 16)
     sides = sorted({max(patch, patch * round(side * factor / patch)) for factor in SIZE_FACTORS})
+    smallest = max(pair(getattr(config.objective, "local_crop_size", 0)))  # no larger than the image
+    sides = [size for size in sides if size >= smallest]
     configs = [replace(config, encoder=replace(config.encoder, image_size=size)) for size in sides]
     x = [float((size // patch) ** 2) for size in sides]
     y = [1000 * seconds for seconds in _seconds(configs, steps, rounds)]
