@@ -107,7 +107,9 @@ def _measure(args: argparse.Namespace, settings: list[str]) -> dict:
             args.data, num_images=args.num_images, num_local_crops=args.num_local_crops, rounds=args.rounds
         )
     if args.command == "memory" and args.steps:
-        return step_memory.memory_table(_step_configs(args, settings), args.batch)
+        return step_memory.memory_table(
+            _step_configs(args, settings), args.batch, lambda row: print(f"done: {row}", file=sys.stderr)
+        )
     if args.command == "memory":
         return compare_memory(
             batch=args.batch,

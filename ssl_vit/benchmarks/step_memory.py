@@ -1,7 +1,7 @@
 """Memory of whole training steps: what is held at all times, and what a batch needs on top."""
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -67,12 +67,13 @@ def _peak_on_cuda(config: RunConfig, batch: int, device: torch.device) -> float:
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
-def memory_table(configs: Mapping[str, RunConfig], batch: int) -> dict:
+def memory_table(configs: Mapping[str, RunConfig], batch: int, on_row: Callable[[str], None] = lambda _: None) -> dict:
     """Memory of each config's step, plain and with gradient checkpointing.
 
     Args:
         configs: settings by the name that the table gives them, without `auto`.
         batch: images at once.
+        on_row: told the name of each row that is done, since a CPU takes minutes for a large one.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
@@ -81,6 +82,7 @@ def memory_table(configs: Mapping[str, RunConfig], batch: int) -> dict:
             encoder = replace(config.encoder, grad_checkpointing=checkpointing)
             found = measure_step_memory(replace(config, encoder=encoder), batch, device)
             rows.append({"name": name, "grad_checkpointing": checkpointing, **found})
+            on_row(f"{name}{', checkpointing' * checkpointing}")
     precisions = {resolve_precision(config.precision, device) for config in configs.values()}
     return {
         "what": f"memory of a training step at batch {batch}, precision {' and '.join(sorted(precisions))}",
