@@ -7,25 +7,37 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 
-@torch.no_grad()
-def update_ema(average: nn.Module, model: nn.Module, momentum: float, taken: Bool[Tensor, ""] | None = None) -> None:
+class MovingAverage:
     """average = momentum x average + (1 - momentum) x model, for every parameter; buffers are copied.
 
-    Args:
-        taken: scalar on the device; where it is False nothing moves.
+    The tensors of both are looked up once, so it is made when both are on their device, and sharded if they will be.
 
     Raises:
         ValueError: the two modules do not have the same parameters.
     """
-    averages, values = dict(average.named_parameters()), dict(model.named_parameters())
-    if averages.keys() != values.keys():
-        raise ValueError(f"cannot average {type(model).__name__}: {sorted(averages.keys() ^ values.keys())[:3]} differ")
-    if averages:
+
+    def __init__(self, average: nn.Module, model: nn.Module) -> None:
+        averages, values = dict(average.named_parameters()), dict(model.named_parameters())
+        if averages.keys() != values.keys():
+            difference = sorted(averages.keys() ^ values.keys())[:3]
+            raise ValueError(f"cannot average {type(model).__name__}: {difference} differ")
+        self._averages, self._values = list(averages.values()), [values[name] for name in averages]
+        saved = average.state_dict().keys()
+        buffers = dict(model.named_buffers())
+        self._buffers = [(buffer, buffers[name]) for name, buffer in average.named_buffers() if name in saved]
+
+    @torch.no_grad()
+    def update(self, momentum: float, taken: Bool[Tensor, ""] | None = None) -> None:
+        """Move the averages by a step.
+
+        Args:
+            taken: scalar on the device; where it is False nothing moves.
+        """
         foreach: Any = torch
-        targets = list(averages.values())
-        share: float | Tensor = 1 - momentum if taken is None else taken * (1 - momentum)
-        steps = foreach._foreach_sub([values[name] for name in averages], targets)
-        foreach._foreach_mul_(steps, share)  # by a tensor, which averaging functions of torch do not take
-        foreach._foreach_add_(targets, steps)
-    for buffer, value in zip(average.buffers(), model.buffers(), strict=True):
-        buffer.copy_(value if taken is None else torch.where(taken, value, buffer))
+        if self._averages:
+            share: float | Tensor = 1 - momentum if taken is None else taken * (1 - momentum)
+            steps = foreach._foreach_sub(self._values, self._averages)
+            foreach._foreach_mul_(steps, share)  # by a tensor, which averaging functions of torch do not take
+            foreach._foreach_add_(self._averages, steps)
+        for buffer, value in self._buffers:
+            buffer.copy_(value if taken is None else torch.where(taken, value, buffer))

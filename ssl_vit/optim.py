@@ -2,13 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ssl_vit.objectives.objective import Objective
 from ssl_vit.schedules import cosine, warmup_cosine
@@ -100,30 +99,37 @@ def set_schedule(
     return {"lr": lr, "weight_decay": weight_decay}
 
 
-def clip_gradients(objective: Objective, config: OptimConfig) -> Float[Tensor, ""]:
-    """Scale gradients down to `clip_grad`, over what `clip_over` says; without a `clip_grad` leave them.
+def clip_groups(objective: Objective, config: OptimConfig) -> list[list[torch.nn.Parameter]]:
+    """Trainable parameters in the groups that `clip_over` names; looked up once, after the model was prepared."""
+    named = [(name, parameter) for name, parameter in objective.named_parameters() if parameter.requires_grad]
+    if config.clip_grad is None or config.clip_over == "all":
+        return [[parameter for _, parameter in named]]
+    if config.clip_over == "parameter":
+        return [[parameter] for _, parameter in named]
+    modules: dict[str, list[torch.nn.Parameter]] = {}
+    for name, parameter in named:
+        # A token of the objective's own goes with the encoder that it is fed to.
+        modules.setdefault(name.split(".")[0] if "." in name else "encoder", []).append(parameter)
+    return list(modules.values())
+
+
+def clip_gradients(groups: list[list[torch.nn.Parameter]], clip_grad: float | None) -> Float[Tensor, ""]:
+    """Scale the gradients of each group down to the norm `clip_grad`; None leaves them.
 
     Returns:
         The norm of all gradients together before clipping, the same on all processes; not finite where one of them is
         not.
     """
-    named = [(name, parameter) for name, parameter in objective.named_parameters() if parameter.grad is not None]
-    if config.clip_grad is None or config.clip_over == "all":
-        groups = [[parameter for _, parameter in named]]
-    elif config.clip_over == "parameter":
-        groups = [[parameter] for _, parameter in named]
-    else:
-        modules: dict[str, list[torch.nn.Parameter]] = {}
-        for name, parameter in named:
-            # A token of the objective's own goes with the encoder that it is fed to.
-            modules.setdefault(name.split(".")[0] if "." in name else "encoder", []).append(parameter)
-        groups = list(modules.values())
-    norms = []
-    for group in groups:
-        norm = get_total_norm([parameter.grad for parameter in group if parameter.grad is not None])
-        if isinstance(norm, DTensor):  # of this process's shards alone so far
-            norm = norm.full_tensor()
-        if config.clip_grad is not None:
-            clip_grads_with_norm_(group, config.clip_grad, norm)
-        norms.append(norm)
-    return torch.stack(norms).norm()
+    foreach: Any = torch
+    found = [[parameter.grad for parameter in group if parameter.grad is not None] for group in groups]
+    gradients = [group for group in found if group]
+    each = torch.stack(foreach._foreach_norm([gradient for group in gradients for gradient in group]))
+    if isinstance(each, DTensor):  # of this process's shards alone so far
+        each = each.full_tensor()
+    if clip_grad is not None:
+        sizes = [len(group) for group in gradients]
+        norms = each if max(sizes) == 1 else torch.stack([part.norm() for part in each.split(sizes)])
+        scales = (clip_grad / (norms + 1e-6)).clamp(max=1.0)
+        for group, scale in zip(gradients, scales.unbind(), strict=True):
+            foreach._foreach_mul_(group, scale)
+    return each.norm()

@@ -41,8 +41,7 @@ from ssl_vit.run_folder import check_run_folder, open_run_folder
 from ssl_vit.sessions import note_session
 from ssl_vit.tracking import check_tracker
 
-# All processes hold the same buffers by themselves, and averaged gradients need not be copied out of what DDP sends.
-SPARING = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+SPARING = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no copy of gradients out of what DDP sends
 
 
 @runtime_checkable

@@ -27,7 +27,7 @@ from ssl_vit.distributed import (
 from ssl_vit.faults import SkippedSteps, SpikeWatch, spread, take_step
 from ssl_vit.metrics import CollapseAlarm, MetricLog
 from ssl_vit.micro_batch import explain_out_of_memory
-from ssl_vit.optim import clip_gradients, set_schedule
+from ssl_vit.optim import clip_gradients, clip_groups, set_schedule
 from ssl_vit.profiling import StepTrace
 from ssl_vit.run import Ending, Run, as_written, build_sampler, heartbeat, open_batches, resume, save, set_up
 from ssl_vit.run_folder import METRICS_FILE, RESULTS_FILE, is_finished
@@ -133,6 +133,7 @@ def train_steps(run: Run, stop: StopSignal) -> int | None:
         )
     skipped = SkippedSteps(run.faults, sampler, run.folder, config.max_skipped_steps)
     spikes = SpikeWatch(run.faults) if run.faults.rewinds < config.rewind_on_spike else None
+    clipped = clip_groups(objective, config.optim)
     alarm = CollapseAlarm()
     trace = StepTrace(config.profile if accelerator.is_main_process else 0, run.folder, device, log)
     evaluate_every = config.evaluation.every_steps
@@ -165,7 +166,7 @@ def train_steps(run: Run, stop: StopSignal) -> int | None:
             settings = set_schedule(run.optimizer, config.optim, progress, config.batch.size)
             with trace.part("optimizer"):
                 accelerator.unscale_gradients(run.optimizer)
-                losses["grad_norm"] = clip_gradients(objective, config.optim)
+                losses["grad_norm"] = clip_gradients(clipped, config.optim.clip_grad)
                 taken = take_step(accelerator, run.optimizer, losses["grad_norm"])
             with trace.part("after step"):
                 objective.after_step(progress, taken)

@@ -4,7 +4,7 @@ import torch
 from ssl_vit.models.vit import ViT
 from ssl_vit.objectives.mae import MAE, MAEConfig
 from ssl_vit.objectives.objective import Objective, ParamGroup
-from ssl_vit.optim import OptimConfig, build_optimizer, clip_gradients, set_schedule
+from ssl_vit.optim import OptimConfig, build_optimizer, clip_gradients, clip_groups, set_schedule
 
 
 @pytest.fixture
@@ -76,7 +76,8 @@ def test_gradients_are_clipped_over_what_is_asked_for(clip_over: str) -> None:
     objective.extra.weight.grad, objective.extra.bias.grad = torch.tensor([[2.0]]), torch.tensor([1.5])
     for name, gradient in gradients.items():
         getattr(objective, name).weight.grad = gradient.clone()
-    norm = clip_gradients(objective, OptimConfig(clip_grad=1.0, clip_over=clip_over))
+    groups = clip_groups(objective, OptimConfig(clip_grad=1.0, clip_over=clip_over))
+    norm = clip_gradients(groups, 1.0)
     total = (25 + 0.01 + 4 + 2.25) ** 0.5
     assert norm.item() == pytest.approx(total)
     scales = {

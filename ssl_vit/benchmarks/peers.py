@@ -18,7 +18,7 @@ from ssl_vit.faults import step_if_finite
 from ssl_vit.models.vit import ViT, choose_attention, pair
 from ssl_vit.objectives.dino import DINOConfig
 from ssl_vit.objectives.mae import MAEConfig
-from ssl_vit.optim import build_optimizer, clip_gradients, set_schedule
+from ssl_vit.optim import build_optimizer, clip_gradients, clip_groups, set_schedule
 
 Step = Callable[[], None]
 
@@ -33,6 +33,7 @@ def own_step(
     if compiled:
         compile_blocks(objective)
     optimizer = build_optimizer(objective, config.optim, precision)
+    groups = clip_groups(objective, config.optim)
     encoder = objective.encoder
     images: dict[str, Tensor] = {}
     if isinstance(config.objective, MAEConfig):
@@ -51,7 +52,7 @@ def own_step(
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
             loss = objective(images, 0.5)["loss"]
         loss.backward()
-        taken = step_if_finite(optimizer, clip_gradients(objective, config.optim))
+        taken = step_if_finite(optimizer, clip_gradients(groups, config.optim.clip_grad))
         objective.after_step(0.5, taken)
         optimizer.zero_grad()
 

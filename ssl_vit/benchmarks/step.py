@@ -19,7 +19,7 @@ from ssl_vit.distributed import autocast_dtype, resolve_precision
 from ssl_vit.faults import step_if_finite
 from ssl_vit.models.vit import set_fused_attention
 from ssl_vit.objectives.objective import Objective
-from ssl_vit.optim import build_optimizer, clip_gradients, set_schedule
+from ssl_vit.optim import build_optimizer, clip_gradients, clip_groups, set_schedule
 
 
 class Step(NamedTuple):
@@ -44,6 +44,7 @@ def prepare_step(config: RunConfig, objective: Objective, num_images: int, devic
     if config.compile is True:
         compile_blocks(objective)
     optimizer = build_optimizer(objective.train(), config.optim, precision)
+    groups = clip_groups(objective, config.optim)
     encoder = objective.encoder
     transform = config.objective.build_transform(
         encoder.image_size, encoder.patch_size, config.data.mean, config.data.std
@@ -62,7 +63,7 @@ def prepare_step(config: RunConfig, objective: Objective, num_images: int, devic
 
     def update() -> None:
         set_schedule(optimizer, config.optim, 0.5, config.batch.size)
-        norm = clip_gradients(objective, config.optim)
+        norm = clip_gradients(groups, config.optim.clip_grad)
         if precision == "fp16":  # the scaler's, which is not here
             optimizer.step()
             objective.after_step(0.5)

@@ -11,7 +11,7 @@ from timm.layers.attention_pool import AttentionPoolLatent
 from timm.loss.cross_entropy import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from ssl_vit.ema import update_ema
+from ssl_vit.ema import MovingAverage
 from ssl_vit.evaluation.augment import AugmentConfig, SupervisedTransform
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.objectives.objective import Objective, ParamGroup, Resolved, RunSize, Taken
@@ -126,6 +126,7 @@ class FineTune(Supervised):
         if config.model_ema is not None:
             self.ema_encoder = copy.deepcopy(encoder).requires_grad_(False)
             self.ema_classifier = copy.deepcopy(self.classifier).requires_grad_(False)
+        self._averages: list[MovingAverage] = []
 
     def forward(self, batch: Mapping[str, Tensor], progress: float) -> dict[str, Tensor]:
         logits = self.classifier(self._pool(self.encoder, batch["images"]))
@@ -140,8 +141,11 @@ class FineTune(Supervised):
 
     def after_step(self, progress: float, taken: Taken = None) -> None:
         if self.ema_encoder is not None and self.ema_classifier is not None and self.config.model_ema is not None:
-            update_ema(self.ema_encoder, self.encoder, self.config.model_ema, taken)
-            update_ema(self.ema_classifier, self.classifier, self.config.model_ema, taken)
+            if not self._averages:
+                pairs = (self.ema_encoder, self.encoder), (self.ema_classifier, self.classifier)
+                self._averages = [MovingAverage(*pair) for pair in pairs]
+            for average in self._averages:
+                average.update(self.config.model_ema, taken)
 
     def backbone(self) -> Encoder:
         return self.encoder if self.ema_encoder is None else self.ema_encoder

@@ -18,6 +18,9 @@ from ssl_vit.models.vit import ViT, ViTConfig, set_fused_attention
 from ssl_vit.reading import read_tensors
 
 BACKBONE_FILE, CONFIG_FILE = "backbone.safetensors", "config.json"
+TOLERANCE = 1e-4
+"""Largest difference of a feature, as a share of the largest feature where that is above 1; fp32. A convolution and the
+product that it is differ in their last bits, and so does what follows."""
 
 
 def export_backbone(

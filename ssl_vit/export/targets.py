@@ -15,13 +15,12 @@ from ssl_vit.data.device_transforms import normalize
 from ssl_vit.data.streaming import Stream, open_images
 from ssl_vit.evaluation.features import centre_crop
 from ssl_vit.export import onnx, timm, torch_export, torchvision, transformers
+from ssl_vit.export.backbone import TOLERANCE
 from ssl_vit.export.card import write_card
 from ssl_vit.export.run import Trained, data_settings
 from ssl_vit.models.encoder import Features
 from ssl_vit.models.vit import set_fused_attention
 
-TOLERANCE = 1e-5
-"""Largest difference of a feature, as a share of the largest feature where that is above 1; fp32."""
 _NUM_IMAGES = 3
 
 

@@ -208,7 +208,8 @@ class ViT(Encoder):
             tokens = torch.where(mask[..., None], mask_token.to(tokens.dtype), tokens)
         # What timm adds to patches and puts in front of them is what it makes of patches of zeros.
         rows, columns = images.shape[-2] // height, images.shape[-1] // width
-        added = self.vit._pos_embed(tokens.new_zeros(1, rows, columns, self.embed_dim))
+        # Two of them, so that the gradients of tokens are sums of their own: DDP warns of views.
+        added = self.vit._pos_embed(tokens.new_zeros(2, rows, columns, self.embed_dim))[:1]
         prefix, positions = added.split([added.shape[1] - rows * columns, rows * columns], dim=1)
         tokens = tokens + (positions if keep is None else positions[0][keep])
         return torch.cat([prefix.expand(len(images), -1, -1), tokens], dim=1)

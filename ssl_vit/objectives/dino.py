@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_vit.data.multicrop import MultiCropConfig
 from ssl_vit.distributed import mean_over_processes, sum_over_processes
-from ssl_vit.ema import update_ema
+from ssl_vit.ema import MovingAverage
 from ssl_vit.models.encoder import Encoder, Features
 from ssl_vit.objectives.collapse import PrototypeUse, diagnose, feature_std, rankme
 from ssl_vit.objectives.heads import DINOHead
@@ -130,6 +130,7 @@ class DINO(Objective):
         self.teacher_encoder = freeze(copy.deepcopy(encoder))
         self.teacher_head = freeze(copy.deepcopy(self.head))
         self.register_buffer("center", torch.zeros(1, self.num_prototypes))
+        self._averages: list[MovingAverage] = []
         self._teacher_sums = RunningMean()
         self._prototype_use = PrototypeUse()
         self._teacher_cls: list[Tensor] = []  # of the micro-batches of the step at `_seen_at`
@@ -211,10 +212,16 @@ class DINO(Objective):
 
     def after_step(self, progress: float, taken: Taken = None) -> None:
         momentum = self.ema_momentum(progress)
-        update_ema(self.teacher_encoder, self.encoder, momentum, taken)
-        update_ema(self.teacher_head, self.head, momentum, taken)
+        if not self._averages:
+            self._averages = [MovingAverage(teacher, student) for teacher, student in self._teachers()]
+        for average in self._averages:
+            average.update(momentum, taken)
         if self.config.centering == "center":
             self._teacher_sums.move(self.center, self.config.center_momentum, taken)
+
+    def _teachers(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Each part of the teacher, and whose average it is."""
+        return [(self.teacher_encoder, self.encoder), (self.teacher_head, self.head)]
 
     def observe(
         self,

@@ -21,7 +21,6 @@ from ssl_vit.distributed import (
     sum_over_processes,
     world_size,
 )
-from ssl_vit.ema import update_ema
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.objectives.dino import DINO, DINOConfig, RunningMean, freeze
 from ssl_vit.objectives.objective import ParamGroup, Taken
@@ -189,10 +188,16 @@ class DINOv2(DINO):
 
     def after_step(self, progress: float, taken: Taken = None) -> None:
         super().after_step(progress, taken)
-        if self.patch_head is not None and self.teacher_patch_head is not None:
-            update_ema(self.teacher_patch_head, self.patch_head, self.ema_momentum(progress), taken)
         if self.config.ibot_weight and self.config.centering == "center":
             self._patch_sums.move(self.patch_center, self.config.center_momentum, taken)
+
+    def _teachers(self) -> list[tuple[nn.Module, nn.Module]]:
+        own = (
+            []
+            if self.patch_head is None or self.teacher_patch_head is None
+            else [(self.teacher_patch_head, self.patch_head)]
+        )
+        return [*super()._teachers(), *own]
 
     def param_groups(self) -> list[ParamGroup]:
         """DINO's groups, split by the learning rate's factor: layer_decay to the power of the blocks that follow."""
