@@ -109,6 +109,8 @@ def set_up(config: RunConfig, ending: Ending = results) -> Run:
     device = cast(torch.device, start_processes().device)
     precision = resolve_precision(config.precision, device)
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=[PATIENCE, SPARING])
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     with section("batch"):
         config.batch.num_micro(accelerator.num_processes)  # refuses a batch that cannot be cut
 

@@ -68,3 +68,9 @@ def test_a_whole_run_in_bf16_with_accumulation(start: Callable[..., int], tmp_pa
     assert len(losses(tmp_path / "run")) == 4
     assert (tmp_path / "run" / "results.json").exists()
     assert (tmp_path / "run" / "backbone.safetensors").exists()
+
+
+def test_tf32_is_used_where_it_is_asked_for(start: Callable[..., int]) -> None:
+    for setting, precision in (("true", "high"), ("false", "highest")):
+        start("--fresh", f"--tf32={setting}", steps=1)
+        assert torch.get_float32_matmul_precision() == precision
