@@ -1,6 +1,7 @@
 """torch.compile, block by block: blocks of a kind share one compiled program, which takes seconds to make."""
 
 import importlib.util
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -22,10 +23,23 @@ def resolve_compile(setting: bool | Literal["auto"], device: torch.device, num_s
     if setting == "auto":
         able = device.type == "cuda" and importlib.util.find_spec("triton") is not None
         able = able and torch.cuda.get_device_capability(device) >= (7, 0)
-        return able and not is_sharded and num_steps >= LEAST_STEPS
+        return able and not is_sharded and num_steps >= LEAST_STEPS and _is_able_to_compile(device)
     if setting and is_sharded:
         raise ValueError("compile=True: blocks that FSDP shards cannot be compiled; use auto or false")
     return setting
+
+
+def _is_able_to_compile(device: torch.device) -> bool:
+    """Try it on something small: a machine may lack a C compiler or Python's headers."""
+    try:
+        torch.compile(torch.nn.Softplus())(torch.ones(8, device=device))
+    except Exception as error:  # whatever goes wrong in there, a run can do without
+        reason = " ".join(str(error).split())[:200]
+        warnings.warn(
+            f"compile=auto: torch.compile does not work here, so blocks stay as they are ({reason})", stacklevel=2
+        )
+        return False
+    return True
 
 
 def compile_blocks(objective: Objective) -> None:

@@ -58,9 +58,11 @@ def try_sizes(
     and backward beside the optimizer's moments. Processes do this each on its own.
     """
 
+    config = dataclasses.replace(config, compile=False)  # each size would be compiled anew
+
     def attempt(size: int) -> None:
         learns = sum(parameter.nbytes for parameter in objective.parameters() if parameter.requires_grad)
-        # DDP keeps a second copy of all gradients.
+        # DDP may keep a second copy of all gradients.
         buckets = torch.empty(learns if num_processes > 1 else 0, dtype=torch.uint8, device=device)
         try:
             step = prepare_step(config, objective, size, device)

@@ -82,7 +82,19 @@ def test_auto_compiles_long_runs_on_gpus(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr("ssl_vit.compiling._is_able_to_compile", lambda device: True)
     assert resolve_compile(setting, device, steps, sharded) is wanted  # pyright: ignore[reportArgumentType]
+
+
+def test_auto_goes_on_without_where_compiling_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch, "compile", fail)
+    with pytest.warns(UserWarning, match=r"^compile=auto: torch.compile does not work here.*Failed to find C compiler"):
+        assert resolve_compile("auto", GPU, LEAST_STEPS, is_sharded=False) is False
 
 
 def test_sharded_blocks_are_not_compiled() -> None:
