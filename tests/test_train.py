@@ -342,6 +342,7 @@ def test_collapse_is_warned_of_once_and_stops_the_run_where_asked(
     assert len(list_checkpoints(tmp_path / "run")) == 1
 
 
+@pytest.mark.slow
 def test_a_healthy_run_is_not_warned_of(start: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--optim.base_lr=0.0032", "--objective.color_jitter_prob=0", "--objective.blur_prob=[0,0,0]")
     assert start("--on_collapse=stop", *flags, steps=60, objective="dino") == 0

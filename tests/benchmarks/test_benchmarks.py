@@ -60,7 +60,7 @@ def test_a_training_step_is_measured_with_both_kinds_of_attention() -> None:
     assert "training step of DINO" in result["what"]
 
 
-@pytest.mark.parametrize("name", ["empty", "nowhere"])
+@pytest.mark.parametrize("name", ["empty", pytest.param("nowhere", marks=pytest.mark.slow)])
 def test_a_folder_without_images_ends_in_one_line(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     words = [sys.executable, "scripts/benchmark.py", "loader", "--data", str(tmp_path / name)]

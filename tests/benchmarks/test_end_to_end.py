@@ -34,6 +34,7 @@ def test_each_arch_runs_with_and_without_cache_and_leaves_nothing(
     assert as_lines(result)[-1] == f"highest rate that waits less than 10% of the time: 9.0 images/s ({archs[1]})"
 
 
+@pytest.mark.slow
 def test_the_script_measures_a_run(photo_folder: Path, tmp_path: Path) -> None:
     words = [sys.executable, "scripts/benchmark.py", "--rounds=1", f"--json={tmp_path / 'r.json'}", "end_to_end", "mae"]
     words += [f"--data={photo_folder}", "--steps_per_round=1", *SMALL_RUN]

@@ -61,6 +61,7 @@ def test_there_is_a_panel_for_each_axis(tmp_path: Path, name: str) -> None:
     assert len(as_lines(result)) == 2 + 3 + 2
 
 
+@pytest.mark.slow
 def test_two_processes_do_the_work_of_one(tmp_path: Path) -> None:
     words = [sys.executable, "scripts/benchmark.py", f"--json={tmp_path / 'r.json'}", "scaling", "mae"]
     words += ["--axes", "processes", "--process_steps=2", f"--plot={tmp_path / 'curve.png'}", *SMALL_RUN]

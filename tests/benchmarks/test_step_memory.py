@@ -55,6 +55,7 @@ def test_a_batch_that_does_not_fit_is_said_to() -> None:
     assert lines[1].endswith("does not fit at batch 64")
 
 
+@pytest.mark.slow
 def test_the_script_prints_the_table(tmp_path: Path) -> None:
     words = [sys.executable, "scripts/benchmark.py", f"--json={tmp_path / 'r.json'}", "memory", "--steps", "--batch=8"]
     words += ["--archs", "vit_tiny_patch16_224", "--num_prototypes=64", "--num_local_crops=1"]

@@ -52,7 +52,12 @@ def backbone(tiny_encoder: ViT, tmp_path: Path) -> Path:
         ("retrieval", ["--ks=[1,2]"], "recall@2"),
         ("linear", ["--folds=2", "--shots=[1,3]", "--draws=2"], "linear"),
         ("linear", ["--folds=2", "--logistic=true", "--shots=[]"], "linear"),
-        ("linear", ["--folds=2", "--probe.views=2", "--probe.features=[cls4+mean]", "--shots=[]"], "linear"),
+        pytest.param(
+            "linear",
+            ["--folds=2", "--probe.views=2", "--probe.features=[cls4+mean]", "--shots=[]"],
+            "linear",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_table_is_printed_and_written_and_repeats_itself(

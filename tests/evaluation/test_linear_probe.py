@@ -18,7 +18,14 @@ def toy(n: int, seed: int = 0, separable: bool = True) -> tuple[dict[str, torch.
     return {"cls": torch.randn(n, 2, 8, generator=generator), "mean": mean}, labels.numpy()
 
 
-@pytest.mark.parametrize("preset", [QUICK, replace(PRESETS["mae"], epochs=40), replace(PRESETS["dinov2"], epochs=40)])
+@pytest.mark.parametrize(
+    "preset",
+    [
+        QUICK,
+        replace(PRESETS["mae"], epochs=40),
+        pytest.param(replace(PRESETS["dinov2"], epochs=40), marks=pytest.mark.slow),
+    ],
+)
 def test_separable_features_reach_100_percent(preset: LinearProbeConfig) -> None:
     (train, labels), (test, answers) = toy(400), toy(200, seed=1)
     found = linear_probe([train], labels, test, preset, num_classes=4)
