@@ -96,7 +96,8 @@ def train(run: Run) -> int:
     device, num_processes = run.accelerator.device, run.accelerator.num_processes
     per_device = run.config.batch.size // (run.num_micro * num_processes)
     run.optimizer.state.clear()
-    raise ValueError(explain_out_of_memory(run.config, run.objective, device, per_device, num_processes))
+    with as_written(run):
+        raise ValueError(explain_out_of_memory(run.config, run.objective, device, per_device, num_processes))
 
 
 def train_steps(run: Run, stop: StopSignal) -> int | None:
@@ -159,7 +160,8 @@ def train_steps(run: Run, stop: StopSignal) -> int | None:
                     with trace.part("backward"):
                         accelerator.backward(spread(parts["loss"]) / run.num_micro)
                 for name, value in parts.items():
-                    losses[name] = losses.get(name, torch.zeros((), device=device)) + value.detach() / run.num_micro
+                    share = value.detach() / run.num_micro
+                    losses[name] = losses[name] + share if name in losses else share
             if spikes is not None and spikes.sees_spike(losses["loss"]):
                 go_back(run, step, log)
                 return None

@@ -19,7 +19,6 @@ from ssl_vit.checkpoint import CheckpointConfig
 from ssl_vit.config import RunConfig
 from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.evaluation.evaluate import EvaluationConfig
-from ssl_vit.models.vit import choose_attention
 from ssl_vit.run import set_up
 from ssl_vit.run_folder import METRICS_FILE
 from ssl_vit.train import train
@@ -92,7 +91,6 @@ def _measure(config: RunConfig, steps: int | None, rounds: int) -> dict:
     records = [record for record in map(json.loads, lines) if "images_per_second" in record][1:]
     run.optimizer.state.clear()
     del run
-    choose_attention(objective, objective.encoder.num_patches, device, config.precision)
     size = config.batch.size // num_micro
     work = _ready_steps(config, objective, size, num_micro, steps, device)
     ready = alternate({"ready": work}, rounds)["ready"]

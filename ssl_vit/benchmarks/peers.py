@@ -1,7 +1,7 @@
 """The same training steps in other libraries, from their own parts (extra `bench`).
 
 Each takes our settings and gives one step: forward, backward, optimizer, and the teacher's average where there is one.
-Images are there already, normalised, for us and for them.
+Images are there already, normalised, for us (`step.own_step`) and for them.
 """
 
 import warnings
@@ -12,51 +12,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ssl_vit.compiling import compile_blocks
 from ssl_vit.config import RunConfig
-from ssl_vit.faults import step_if_finite
-from ssl_vit.models.vit import ViT, choose_attention, pair
+from ssl_vit.models.vit import ViT, pair
 from ssl_vit.objectives.dino import DINOConfig
 from ssl_vit.objectives.mae import MAEConfig
-from ssl_vit.optim import build_optimizer, clip_gradients, clip_groups, set_schedule
 
 Step = Callable[[], None]
-
-
-def own_step(
-    config: RunConfig, batch: int, device: torch.device, dtype: torch.dtype | None, compiled: bool = False
-) -> Step:
-    """One step of ours as the training loop takes it; `dtype` is autocast's, None = fp32."""
-    objective = config.build_objective().to(device).train()
-    precision = "no" if dtype is None else "bf16"
-    choose_attention(objective, objective.encoder.num_patches, device, precision)
-    if compiled:
-        compile_blocks(objective)
-    optimizer = build_optimizer(objective, config.optim, precision)
-    groups = clip_groups(objective, config.optim)
-    encoder = objective.encoder
-    images: dict[str, Tensor] = {}
-    if isinstance(config.objective, MAEConfig):
-        order = torch.rand(batch, encoder.num_patches, device=device).argsort(dim=1)
-        images["keep"] = order[:, : int(encoder.num_patches * (1 - config.objective.mask_ratio))]
-        images["images"] = torch.randn(batch, encoder.in_chans, *encoder.image_size, device=device)
-    elif isinstance(config.objective, DINOConfig):
-        local_size = pair(config.objective.local_crop_size)
-        images["global_crops"] = torch.randn(batch, 2, encoder.in_chans, *encoder.image_size, device=device)
-        images["local_crops"] = torch.randn(
-            batch, config.objective.num_local_crops, encoder.in_chans, *local_size, device=device
-        )
-
-    def step() -> None:
-        set_schedule(optimizer, config.optim, 0.5, config.batch.size)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            loss = objective(images, 0.5)["loss"]
-        loss.backward()
-        taken = step_if_finite(optimizer, clip_gradients(groups, config.optim.clip_grad))
-        objective.after_step(0.5, taken)
-        optimizer.zero_grad()
-
-    return step
 
 
 def transformers_mae(config: RunConfig, batch: int, device: torch.device, dtype: torch.dtype | None) -> Step:

@@ -3,21 +3,25 @@
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_vit.benchmarks.memory import peak_of
-from ssl_vit.benchmarks.peers import PEERS, own_step
+from ssl_vit.benchmarks.peers import PEERS
 from ssl_vit.benchmarks.peers import Step as PeerStep
 from ssl_vit.benchmarks.rounds import alternate, machine, ratios
 from ssl_vit.compiling import LEAST_STEPS, compile_blocks, resolve_compile
 from ssl_vit.config import RunConfig
 from ssl_vit.distributed import autocast_dtype, resolve_precision
 from ssl_vit.faults import step_if_finite
-from ssl_vit.models.vit import set_fused_attention
+from ssl_vit.models.vit import choose_attention, pair, set_fused_attention
+from ssl_vit.objectives.dino import DINOConfig
+from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.objectives.objective import Objective
 from ssl_vit.optim import build_optimizer, clip_gradients, clip_groups, set_schedule
 
@@ -39,12 +43,6 @@ def prepare_step(config: RunConfig, objective: Objective, num_images: int, devic
         objective: what they build, on the device.
         num_images: size of the micro-batch.
     """
-    precision = resolve_precision(config.precision, device)
-    dtype = autocast_dtype(precision)
-    if config.compile is True:
-        compile_blocks(objective)
-    optimizer = build_optimizer(objective.train(), config.optim, precision)
-    groups = clip_groups(objective, config.optim)
     encoder = objective.encoder
     transform = config.objective.build_transform(
         encoder.image_size, encoder.patch_size, config.data.mean, config.data.std
@@ -54,11 +52,53 @@ def prepare_step(config: RunConfig, objective: Objective, num_images: int, devic
     samples = [transform(pixels, rng) for _ in range(num_images)]
     collated = {name: torch.stack([item[name] for item in samples]) for name in samples[0]}
     collated["label"] = torch.zeros(num_images, dtype=torch.int64)  # as of a labelled source; only classifiers look
+    return _training_step(config, objective, device, lambda: transform.on_device(collated, device))
+
+
+def own_step(
+    config: RunConfig, batch: int, device: torch.device, dtype: torch.dtype | None, compiled: bool = False
+) -> PeerStep:
+    """One step of ours as the training loop takes it, on images that are there; `dtype` is autocast's, None = fp32."""
+    precision = "no" if dtype is None else "bf16"
+    objective = config.build_objective().to(device)
+    encoder = objective.encoder
+    choose_attention(objective, encoder.num_patches, device, precision)
+    images: dict[str, Tensor] = {}
+    if isinstance(config.objective, MAEConfig):
+        order = torch.rand(batch, encoder.num_patches, device=device).argsort(dim=1)
+        images["keep"] = order[:, : int(encoder.num_patches * (1 - config.objective.mask_ratio))]
+        images["images"] = torch.randn(batch, encoder.in_chans, *encoder.image_size, device=device)
+    elif isinstance(config.objective, DINOConfig):
+        local_size = pair(config.objective.local_crop_size)
+        images["global_crops"] = torch.randn(batch, 2, encoder.in_chans, *encoder.image_size, device=device)
+        images["local_crops"] = torch.randn(
+            batch, config.objective.num_local_crops, encoder.in_chans, *local_size, device=device
+        )
+    config = replace(config, precision=precision, compile=compiled)
+    step = _training_step(config, objective, device, lambda: images)
+
+    def whole() -> None:
+        step.forward_backward()
+        step.update()
+
+    return whole
+
+
+def _training_step(
+    config: RunConfig, objective: Objective, device: torch.device, batch: Callable[[], dict[str, Tensor]]
+) -> Step:
+    """What the training loop does to an objective with a batch."""
+    precision = resolve_precision(config.precision, device)
+    dtype = autocast_dtype(precision)
+    if config.compile is True:
+        compile_blocks(objective)
+    optimizer = build_optimizer(objective.train(), config.optim, precision)
+    groups = clip_groups(objective, config.optim)
 
     def forward_backward() -> None:
-        batch = transform.on_device(collated, device)
+        images = batch()
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            loss = objective(batch, 0.5)["loss"]
+            loss = objective(images, 0.5)["loss"]
         loss.backward()
 
     def update() -> None:
@@ -130,13 +170,13 @@ def compare_peers(config: RunConfig, *, steps: int = 3, rounds: int = 5, kinds: 
         for kind, dtype in dtypes.items()
         if kind in kinds
     }
-    eager = dict(contenders)  # whose operations can be counted
+    peak_flops = {kind: matmul_flops(device, dtypes[kind]) for kind in kinds}
+    flops = {name: _count_flops(step) for name, step in contenders.items()}
     if resolve_compile(config.compile, device, LEAST_STEPS, is_sharded=False):
         for kind in kinds:
-            contenders[f"ssl_vit, compiled, {kind}"] = own_step(config, size, device, dtypes[kind], compiled=True)
-            eager[f"ssl_vit, compiled, {kind}"] = eager[f"ssl_vit, {kind}"]
-    peak_flops = {kind: matmul_flops(device, dtypes[kind]) for kind in kinds}
-    flops = {name: _count_flops(step) for name, step in eager.items()}
+            name = f"ssl_vit, compiled, {kind}"
+            contenders[name] = own_step(config, size, device, dtypes[kind], compiled=True)
+            flops[name] = flops[f"ssl_vit, {kind}"]  # operations can be counted only where they are not compiled
 
     def work(step: PeerStep) -> Callable[[], int]:
         def run() -> int:

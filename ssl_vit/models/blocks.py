@@ -55,14 +55,17 @@ def make_packable(blocks: Iterable[nn.Module]) -> bool:
 
 
 def run_blocks(
-    blocks: Iterable[nn.Module], tokens: Float[Tensor, "b t d"], grad_checkpointing: bool
+    blocks: Iterable[nn.Module], tokens: Float[Tensor, "b t d"], grad_checkpointing: bool, **packing: Any
 ) -> Float[Tensor, "b t d"]:
     """Send tokens through blocks; with checkpointing each keeps its input alone for the backward pass (Chen et al.,
     2016, arXiv:1604.06174), where it is computed again with the same drop path.
+
+    Args:
+        packing: `shapes`, where tokens are groups that are packed.
     """
     again = grad_checkpointing and torch.is_grad_enabled()  # a teacher has no backward pass
     for block in blocks:
-        tokens = checkpoint(block, tokens, use_reentrant=False) if again else block(tokens)
+        tokens = checkpoint(block, tokens, use_reentrant=False, **packing) if again else block(tokens, **packing)
     return tokens
 
 
@@ -72,12 +75,7 @@ def run_packed_blocks(
     """`run_blocks` of several groups of sequences at once; within a group all have the same length."""
     shapes = tuple((group.shape[0], group.shape[1]) for group in groups)
     packed = torch.cat([rearrange(group, "b t d -> 1 (b t) d") for group in groups], dim=1)
-    again = grad_checkpointing and torch.is_grad_enabled()
-    for block in blocks:
-        if again:
-            packed = checkpoint(block, packed, shapes=shapes, use_reentrant=False)
-        else:
-            packed = block(packed, shapes=shapes)
+    packed = run_blocks(blocks, packed, grad_checkpointing, shapes=shapes)
     parts = packed.split([count * length for count, length in shapes], dim=1)
     return [rearrange(part, "1 (b t) d -> b t d", b=count) for part, (count, _) in zip(parts, shapes, strict=True)]
 
