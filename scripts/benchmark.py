@@ -170,10 +170,10 @@ def _scaling(args: argparse.Namespace, defaults: RunConfig, settings: list[str])
 
 
 def _print_peers(result: dict) -> None:
-    print(f"{'':24} images/s   peak MiB   GFLOP/image    MFU")
+    print(f"{'':38} images/s   peak MiB   GFLOP/image    MFU")
     for name, rates in result["rates"].items():
         print(
-            f"{name:24} {_median(rates):8.2f} {result['peak_mib'][name]:10.0f} {result['gflop_per_image'][name]:13.1f}"
+            f"{name:38} {_median(rates):8.2f} {result['peak_mib'][name]:10.0f} {result['gflop_per_image'][name]:13.1f}"
             f" {result['mfu'][name]:6.0%}"
         )
     for peer, found in result["ratios_to"].items():

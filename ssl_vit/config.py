@@ -90,6 +90,8 @@ class RunConfig:
     """Let products in fp32 use TF32 on GPUs that have it: several times as fast, with 10 bits of mantissa."""
     compile: bool | Literal["auto"] = "auto"
     """Let torch.compile fuse what blocks do. auto: on GPUs, in runs long enough to win back what it takes."""
+    cuda_graphs: bool | Literal["auto"] = "auto"
+    """Record what a GPU does in blocks, and replay it: faster the smaller the model. auto: on one GPU alone."""
     log_every: int = 50
     """Steps between log lines."""
     quiet: bool = False

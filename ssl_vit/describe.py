@@ -25,6 +25,7 @@ def describe(run: "Run", precision: str, checkpoint: Path | None) -> None:
         f"{run.objective.name}, {trainable / 1e6:.1f} M trainable parameters"
         f"\ndevice     {processes} on {accelerator.device.type}, precision {precision}"
         + (", compiled" if run.compiled else "")
+        + (", CUDA graphs" if run.block_graphs.enabled else "")
         + f"\nbatch      {config.batch.size} = {processes} x {micro} x {per_device} images"
         f"\nlr         {config.optim.peak_lr(config.batch.size):.2e} = {rule}, base_lr {config.optim.base_lr:g}"
         f"\nlength     {run.num_steps:,} steps = "

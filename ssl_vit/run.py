@@ -15,6 +15,7 @@ from ssl_vit import results, sharding
 from ssl_vit.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint
 from ssl_vit.compiling import compile_blocks, resolve_compile
 from ssl_vit.config import RunConfig, section
+from ssl_vit.cuda_graphs import BlockGraphs, resolve_cuda_graphs
 from ssl_vit.data.decoded import open_decoded
 from ssl_vit.data.feed import Feed
 from ssl_vit.data.loader import Batches
@@ -86,6 +87,7 @@ class Run:
     num_steps: int
     num_micro: int
     compiled: bool  # blocks are torch.compile's
+    block_graphs: BlockGraphs
     deadline: float  # of time.monotonic
     step: int = 0  # steps done
     faults: Faults = field(default_factory=Faults)
@@ -134,6 +136,9 @@ def set_up(config: RunConfig, ending: Ending = results) -> Run:
     checkpoint = on_main_process(lambda: open_run_folder(config))
     optimizer = build_optimizer(objective, config.optim, precision)
     compiled = resolve_compile(config.compile, accelerator.device, num_steps, accelerator.is_fsdp2)
+    graphed = resolve_cuda_graphs(
+        config.cuda_graphs, accelerator.device, accelerator.num_processes, config.encoder.grad_checkpointing
+    )
     model, optimizer = sharding.prepare(accelerator, objective, optimizer, precision)
     if compiled:
         compile_blocks(objective)
@@ -152,6 +157,7 @@ def set_up(config: RunConfig, ending: Ending = results) -> Run:
         num_steps,
         num_micro=config.batch.num_micro(accelerator.num_processes),
         compiled=compiled,
+        block_graphs=BlockGraphs(graphed, must_work=config.cuda_graphs is True),
         deadline=math.inf if config.max_hours is None else started + 3600 * config.max_hours,
     )
     state = {} if checkpoint is None else resume(run, checkpoint)

@@ -31,6 +31,7 @@ FREE_SETTINGS = (
     "batch.per_device",
     "batch.auto",
     "compile",
+    "cuda_graphs",
     "encoder.grad_checkpointing",
     "data.num_workers",
     "data.cache_dir",

@@ -95,6 +95,7 @@ def train(run: Run) -> int:
         raise
     device, num_processes = run.accelerator.device, run.accelerator.num_processes
     per_device = run.config.batch.size // (run.num_micro * num_processes)
+    run.block_graphs.clear()
     run.optimizer.state.clear()
     with as_written(run):
         raise ValueError(explain_out_of_memory(run.config, run.objective, device, per_device, num_processes))
@@ -155,7 +156,7 @@ def train_steps(run: Run, stop: StopSignal) -> int | None:
                 seed_step(config.seed, step, micro, accelerator.process_index)
                 last = micro == run.num_micro - 1
                 with nullcontext() if last else accelerator.no_sync(run.model):
-                    with trace.part("forward"):
+                    with trace.part("forward"), run.block_graphs.active():
                         parts = run.model(batch, progress)
                     with trace.part("backward"):
                         accelerator.backward(spread(parts["loss"]) / run.num_micro)
@@ -212,6 +213,7 @@ def train_steps(run: Run, stop: StopSignal) -> int | None:
             if run.judges and evaluate_every and done % evaluate_every == 0 and done < run.num_steps:
                 paused = log.pause()
                 heartbeat(run, "evaluating")
+                run.block_graphs.clear()  # the memory of a step, which the evaluation may need
                 judged_objective = sharding.whole(config, run.model, objective, device)
                 with as_written(run):
                     run.ending.evaluate_in_training(config, accelerator, judged_objective, run.judges, done, log)
@@ -272,6 +274,7 @@ def finish(run: Run, nothing_done: bool) -> None:
         accelerator.print(f"This run is finished: {run.folder / RESULTS_FILE}. --fresh starts it anew.")
     else:
         heartbeat(run, "finishing")
+        run.block_graphs.clear()
         objective = sharding.whole(config, run.model, run.objective, accelerator.device)
         with as_written(run):
             run.ending.finish(config, accelerator, objective, run.source, run.judges, run.num_steps)

@@ -1,27 +1,39 @@
 """What only a GPU can show."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from ssl_vit.benchmarks.step import prepare_step
-from ssl_vit.config import parse_run
+from ssl_vit.checkpoint import list_checkpoints
+from ssl_vit.config import RunConfig, parse_run
+from ssl_vit.cuda_graphs import BlockGraphs
+from ssl_vit.micro_batch import try_sizes
+from ssl_vit.models.blocks import Block, run_blocks
+from ssl_vit.models.vit import ViTConfig
+from tests.compiled import TINY
 from tests.conftest import OBJECTIVES, ROOT, losses
 from tests.test_faults import EVERY_STEP, break_steps, same, state_at
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
-@pytest.mark.parametrize("precision", ["bf16", "no"])
+DROPS = "--encoder.drop_path_rate=0.2"
+
+
+@pytest.mark.parametrize(("precision", "recorded"), [("bf16", "true"), ("bf16", "false"), ("no", "false")])
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
-def test_a_step_never_waits_for_the_device(objective: str, precision: str) -> None:
+def test_a_step_never_waits_for_the_device(objective: str, precision: str, recorded: str) -> None:
     """From the collated batch to the teacher's average: the host only ever hands out work."""
     defaults, small = OBJECTIVES[objective]
-    config, _ = parse_run(defaults, [*small, f"--precision={precision}", "--steps=10"]).resolve(40)
+    flags = [f"--precision={precision}", f"--cuda_graphs={recorded}", "--steps=10"]
+    config, _ = parse_run(defaults, [*small, *flags]).resolve(40)
     step = prepare_step(config, config.build_objective().cuda(), 8, torch.device("cuda"))
     for _ in range(2):  # the first one makes the optimizer's state
         step.forward_backward()
@@ -74,3 +86,80 @@ def test_tf32_is_used_where_it_is_asked_for(start: Callable[..., int]) -> None:
     for setting, precision in (("true", "high"), ("false", "highest")):
         start("--fresh", f"--tf32={setting}", steps=1)
         assert torch.get_float32_matmul_precision() == precision
+
+
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
+def test_recorded_blocks_learn_what_blocks_as_written_learn(
+    start: Callable[..., int], tmp_path: Path, objective: str, precision: str
+) -> None:
+    """Bit for bit, with stochastic depth, micro-batches, and an evaluation in between that clears the recordings."""
+    flags = (DROPS, f"--precision={precision}", "--batch.per_device=4", "--evaluation.every_steps=2", *EVERY_STEP)
+    for recorded in ("true", "false"):
+        start(*flags, f"--cuda_graphs={recorded}", name=recorded, steps=4, labels=True, objective=objective)
+    for step in (1, 2, 4):
+        assert same(state_at(tmp_path / "true", step), state_at(tmp_path / "false", step)), step
+
+
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
+def test_a_recorded_run_that_goes_on_ends_with_the_same_weights(
+    start: Callable[..., int], tmp_path: Path, objective: str
+) -> None:
+    flags = (DROPS, "--precision=bf16", "--cuda_graphs=true", *EVERY_STEP)
+    start(*flags, steps=5, objective=objective)
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    for checkpoint in list_checkpoints(tmp_path / "again")[2:]:
+        shutil.rmtree(checkpoint)
+    start(*flags, name="again", steps=5, objective=objective)
+    assert same(state_at(tmp_path / "run", 5), state_at(tmp_path / "again", 5))
+
+
+def test_two_passes_before_the_backward_pass_have_their_own_gradients() -> None:
+    """As of an objective that encodes two views of one size one after the other."""
+    blocks = ViTConfig(image_size=32, **TINY).build().vit.blocks.cuda().train()
+    first, second = (torch.randn(2, 16, 32, device="cuda") for _ in range(2))
+    found = []
+    for recorded in (False, True):
+        graphs = BlockGraphs(recorded, must_work=True)
+        for _ in range(3):
+            blocks.zero_grad()
+            with graphs.active():
+                outs = [run_blocks(blocks, tokens, False) for tokens in (first, second)]
+            (outs[0].square().mean() + outs[1].mean()).backward()
+        found.append([parameter.grad.clone() for parameter in blocks.parameters()])
+    for plain, replayed in zip(*found, strict=True):
+        torch.testing.assert_close(replayed, plain)
+
+
+def test_blocks_that_cannot_be_recorded_run_as_written(
+    start: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block that reads a number on the host; a run goes on from the failed recording without a trace of it."""
+    forward = Block.forward
+
+    def reads(self: Block, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return forward(self, x * (1.0 if x.sum().item() else 2.0), *args, **kwargs)
+
+    start(DROPS, "--cuda_graphs=false", name="plain", steps=3)
+    monkeypatch.setattr(Block, "forward", reads)
+    with pytest.warns(UserWarning, match="^cuda_graphs=auto: blocks cannot be recorded"):
+        start(DROPS, steps=3)
+    assert losses(tmp_path / "run") == losses(tmp_path / "plain")
+
+
+def test_memory_that_does_not_suffice_for_a_recording_is_said_to_be_full() -> None:
+    config, _ = parse_run(*pretrain_mae_settings("--batch.size=512")).resolve(40)
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(2 * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        objective = config.build_objective().cuda()
+        found = try_sizes(config, objective, torch.device("cuda"), [1, 8, 512], 1)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert found == 8
+
+
+def pretrain_mae_settings(*flags: str) -> tuple[RunConfig, list[str]]:
+    """Of a model whose activations count: 224 px, ViT-S."""
+    size = ["--encoder.arch=vit_small_patch16_224", "--precision=bf16", "--cuda_graphs=true", "--steps=10"]
+    return OBJECTIVES["mae"][0], [*size, *flags]

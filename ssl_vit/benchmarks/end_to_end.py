@@ -87,7 +87,8 @@ def _measure(config: RunConfig, steps: int | None, rounds: int) -> dict:
             run.saves = False
             train(run)
         lines = (Path(folder) / METRICS_FILE).read_text().splitlines()
-    config, objective, num_micro = run.config, run.objective, run.num_micro
+    config = replace(run.config, cuda_graphs=run.block_graphs.enabled)
+    objective, num_micro = run.objective, run.num_micro
     records = [record for record in map(json.loads, lines) if "images_per_second" in record][1:]
     run.optimizer.state.clear()
     del run

@@ -17,6 +17,7 @@ from ssl_vit.benchmarks.peers import Step as PeerStep
 from ssl_vit.benchmarks.rounds import alternate, machine, ratios
 from ssl_vit.compiling import LEAST_STEPS, compile_blocks, resolve_compile
 from ssl_vit.config import RunConfig
+from ssl_vit.cuda_graphs import BlockGraphs, resolve_cuda_graphs
 from ssl_vit.distributed import autocast_dtype, resolve_precision
 from ssl_vit.faults import step_if_finite
 from ssl_vit.models.vit import choose_attention, pair, set_fused_attention
@@ -39,7 +40,8 @@ def prepare_step(config: RunConfig, objective: Objective, num_images: int, devic
     """A training step on a micro-batch made up of noise.
 
     Args:
-        config: a run's settings, without `auto`; with `compile` true the objective is compiled in place.
+        config: a run's settings, without `auto`; with `compile` true the objective is compiled in place, and with
+            `cuda_graphs` true its blocks are recorded.
         objective: what they build, on the device.
         num_images: size of the micro-batch.
     """
@@ -55,10 +57,11 @@ def prepare_step(config: RunConfig, objective: Objective, num_images: int, devic
     return _training_step(config, objective, device, lambda: transform.on_device(collated, device))
 
 
-def own_step(
-    config: RunConfig, batch: int, device: torch.device, dtype: torch.dtype | None, compiled: bool = False
-) -> PeerStep:
-    """One step of ours as the training loop takes it, on images that are there; `dtype` is autocast's, None = fp32."""
+def own_step(config: RunConfig, batch: int, device: torch.device, dtype: torch.dtype | None) -> PeerStep:
+    """One step of ours as the training loop takes it, on images that are there; `dtype` is autocast's, None = fp32.
+
+    With `compile` and `cuda_graphs` true as `prepare_step`, else as the blocks are written.
+    """
     precision = "no" if dtype is None else "bf16"
     objective = config.build_objective().to(device)
     encoder = objective.encoder
@@ -74,8 +77,7 @@ def own_step(
         images["local_crops"] = torch.randn(
             batch, config.objective.num_local_crops, encoder.in_chans, *local_size, device=device
         )
-    config = replace(config, precision=precision, compile=compiled)
-    step = _training_step(config, objective, device, lambda: images)
+    step = _training_step(replace(config, precision=precision), objective, device, lambda: images)
 
     def whole() -> None:
         step.forward_backward()
@@ -94,10 +96,11 @@ def _training_step(
         compile_blocks(objective)
     optimizer = build_optimizer(objective.train(), config.optim, precision)
     groups = clip_groups(objective, config.optim)
+    graphs = BlockGraphs(config.cuda_graphs is True, must_work=True)
 
     def forward_backward() -> None:
         images = batch()
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        with graphs.active(), torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
             loss = objective(images, 0.5)["loss"]
         loss.backward()
 
@@ -164,19 +167,33 @@ def compare_peers(config: RunConfig, *, steps: int = 3, rounds: int = 5, kinds: 
     makers = {"ssl_vit": own_step, **PEERS.get(type(config.objective), {})}
     if len(makers) == 1:
         raise ValueError(f"--peers: none does the step of {type(config.objective).__name__.removesuffix('Config')}")
-    contenders = {
-        f"{library}, {kind}": make(config, size, device, dtype)
-        for library, make in makers.items()
-        for kind, dtype in dtypes.items()
-        if kind in kinds
-    }
+    contenders: dict[str, PeerStep] = {}
+    peaks: dict[str, float] = {}
+
+    def add(name: str, make: Callable[..., PeerStep], config: RunConfig, kind: str) -> None:
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        step = contenders[name] = make(config, size, device, dtypes[kind])
+        if device.type == "cuda":  # what is recorded holds its memory between steps too, so it counts from the start
+            for _ in range(2):
+                step()
+            peaks[name] = (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+    plain = replace(config, compile=False, cuda_graphs=False)
+    for library, make in makers.items():
+        for kind in kinds:
+            add(f"{library}, {kind}", make, plain, kind)
     peak_flops = {kind: matmul_flops(device, dtypes[kind]) for kind in kinds}
     flops = {name: _count_flops(step) for name, step in contenders.items()}
-    if resolve_compile(config.compile, device, LEAST_STEPS, is_sharded=False):
+    compiled = resolve_compile(config.compile, device, LEAST_STEPS, is_sharded=False)
+    recorded = resolve_cuda_graphs(config.cuda_graphs, device, 1, config.encoder.grad_checkpointing)
+    if compiled or recorded:
+        label = "ssl_vit" + ", compiled" * compiled + ", CUDA graphs" * recorded
         for kind in kinds:
-            name = f"ssl_vit, compiled, {kind}"
-            contenders[name] = own_step(config, size, device, dtypes[kind], compiled=True)
-            flops[name] = flops[f"ssl_vit, {kind}"]  # operations can be counted only where they are not compiled
+            name = f"{label}, {kind}"
+            add(name, own_step, replace(config, compile=compiled, cuda_graphs=recorded), kind)
+            flops[name] = flops[f"ssl_vit, {kind}"]  # operations can be counted only as they are written
 
     def work(step: PeerStep) -> Callable[[], int]:
         def run() -> int:
@@ -189,6 +206,8 @@ def compare_peers(config: RunConfig, *, steps: int = 3, rounds: int = 5, kinds: 
         return run
 
     rates = alternate({name: work(step) for name, step in contenders.items()}, rounds)
+    if device.type != "cuda":
+        peaks = {name: peak_of(step, device) for name, step in contenders.items()}
     peers = [name for name in contenders if not name.startswith("ssl_vit")]
     own = [name for name in contenders if name.startswith("ssl_vit")]
     median = {name: statistics.median(values) for name, values in rates.items()}
@@ -197,7 +216,7 @@ def compare_peers(config: RunConfig, *, steps: int = 3, rounds: int = 5, kinds: 
         f"batch {size}, {config.encoder.image_size} px",
         "rates": rates,
         "ratios_to": {peer: {name: vars(ratios(rates, peer)[name]) for name in own} for peer in peers},
-        "peak_mib": {name: peak_of(step, device) for name, step in contenders.items()},
+        "peak_mib": peaks,  # of a step; on a GPU with weights and moments
         "gflop_per_image": {name: count / size / 1e9 for name, count in flops.items()},
         "matmul_gflop_per_second": {kind: value / 1e9 for kind, value in peak_flops.items()},
         "mfu": {name: median[name] * flops[name] / size / peak_flops[name.rpartition(", ")[2]] for name in contenders},

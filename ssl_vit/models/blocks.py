@@ -1,6 +1,8 @@
 """timm's transformer block, also for tokens of images of several sizes at once."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 Shapes = tuple[tuple[int, int], ...]  # of each group of sequences: how many, and how long
+Runner = Callable[[nn.Module, Tensor, dict[str, Any]], Tensor]
+_runner: ContextVar[Runner | None] = ContextVar("runner", default=None)
 
 
 class Block(TimmBlock):
@@ -55,22 +59,42 @@ def make_packable(blocks: Iterable[nn.Module]) -> bool:
 
 
 def run_blocks(
-    blocks: Iterable[nn.Module], tokens: Float[Tensor, "b t d"], grad_checkpointing: bool, **packing: Any
+    blocks: nn.Module, tokens: Float[Tensor, "b t d"], grad_checkpointing: bool, **packing: Any
 ) -> Float[Tensor, "b t d"]:
-    """Send tokens through blocks; with checkpointing each keeps its input alone for the backward pass (Chen et al.,
-    2016, arXiv:1604.06174), where it is computed again with the same drop path.
+    """Send tokens through a list of blocks; with checkpointing each keeps its input alone for the backward pass (Chen
+    et al., 2016, arXiv:1604.06174), where it is computed again with the same drop path.
 
     Args:
         packing: `shapes`, where tokens are groups that are packed.
     """
     again = grad_checkpointing and torch.is_grad_enabled()  # a teacher has no backward pass
+    runner = _runner.get()
+    if runner is not None and not again:
+        return runner(blocks, tokens, packing)
+    return run_in_turn(blocks, tokens, packing, again)
+
+
+def run_in_turn(
+    blocks: Any, tokens: Float[Tensor, "b t d"], packing: dict[str, Any], again: bool = False
+) -> Float[Tensor, "b t d"]:
+    """One block after the other; `again` computes them again in the backward pass."""
     for block in blocks:
         tokens = checkpoint(block, tokens, use_reentrant=False, **packing) if again else block(tokens, **packing)
     return tokens
 
 
+@contextmanager
+def runs_blocks(runner: Runner) -> Iterator[None]:
+    """In here `run_blocks` leaves the work to another, given blocks, tokens and packing."""
+    before = _runner.set(runner)
+    try:
+        yield
+    finally:
+        _runner.reset(before)
+
+
 def run_packed_blocks(
-    blocks: Iterable[nn.Module], groups: Sequence[Float[Tensor, "_ _ d"]], grad_checkpointing: bool
+    blocks: nn.Module, groups: Sequence[Float[Tensor, "_ _ d"]], grad_checkpointing: bool
 ) -> list[Float[Tensor, "_ _ d"]]:
     """`run_blocks` of several groups of sequences at once; within a group all have the same length."""
     shapes = tuple((group.shape[0], group.shape[1]) for group in groups)

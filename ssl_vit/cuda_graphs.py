@@ -1,0 +1,199 @@
+"""CUDA graphs of blocks: their operations are recorded once, and from then on the host starts all of them at once.
+
+Handing an operation to a GPU costs the host some microseconds, and a pass through the blocks is made of a thousand.
+Where images or models are small the GPU is faster than that, and waits.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ssl_vit.models.blocks import run_in_turn, runs_blocks
+
+_MOST = 8  # recordings of a run: sizes of crops, with gradients and without, encoder, teacher and decoder
+_WARM_UPS = 3  # passes before a recording, in which libraries choose and load what they need
+
+
+def resolve_cuda_graphs(
+    setting: bool | Literal["auto"], device: torch.device, num_processes: int, grad_checkpointing: bool
+) -> bool:
+    """Whether to record blocks: with `auto` in runs of one process on a GPU.
+
+    Several processes exchange gradients while the backward pass goes on; out of a recording they come all at once.
+
+    Raises:
+        ValueError: it is asked for where it cannot work.
+    """
+    works = {
+        "needs a GPU": device.type == "cuda",
+        "one process only": num_processes == 1,
+        "not with encoder.grad_checkpointing, which runs blocks again": not grad_checkpointing,
+    }
+    if setting is True and not all(works.values()):
+        reason = next(reason for reason, holds in works.items() if not holds)
+        raise ValueError(f"cuda_graphs=True: {reason}; use auto or false")
+    return setting is not False and all(works.values())
+
+
+class BlockGraphs:
+    """Records passes through blocks, forward and backward, and replays them; one run's.
+
+    What is replayed are the same kernels on the same parameters, wherever these have moved by then. Blocks run as they
+    are written where a recording cannot serve: at a size too many, between a forward pass and its backward pass, and
+    after a recording that failed.
+
+    Args:
+        enabled: False = `active` does nothing.
+        must_work: a recording that fails ends the run.
+    """
+
+    def __init__(self, enabled: bool, must_work: bool = False) -> None:
+        self.enabled, self.must_work = enabled, must_work
+        self._recordings: dict[Any, Recording | None] = {}  # None where it failed
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """What goes through blocks in here is recorded the first time and replayed from then on."""
+        if not self.enabled:
+            yield
+            return
+        with runs_blocks(self._run):
+            yield
+
+    def clear(self) -> None:
+        """Give back the memory of all recordings, which is that of a step; the next step records anew."""
+        if self._recordings:
+            self._recordings.clear()
+            torch.cuda.empty_cache()
+
+    def _run(
+        self, blocks: nn.Module, tokens: Float[Tensor, "b t d"], packing: dict[str, Any]
+    ) -> Float[Tensor, "b t d"]:
+        modes = torch.is_grad_enabled(), tokens.requires_grad, blocks.training
+        key = (id(blocks), tuple(tokens.shape), tokens.dtype, modes, *packing.items())
+        recording = self._recordings.get(key)
+        if recording is not None and recording.is_stale():
+            recording = None
+            del self._recordings[key]
+        if key not in self._recordings and len(self._recordings) < _MOST and any(blocks.children()):
+            recording = self._recordings[key] = self._record(blocks, tokens, packing)
+        if recording is None or recording.awaits_backward:
+            return run_in_turn(blocks, tokens, packing)
+        return recording.replay(tokens)
+
+    def _record(self, blocks: nn.Module, tokens: Tensor, packing: dict[str, Any]) -> "Recording | None":
+        try:
+            return Recording(blocks, tokens, packing)
+        except Exception as error:  # whatever cannot be recorded can still be run
+            if self.must_work:
+                raise
+            reason = " ".join(str(error).split())[:200]
+            warnings.warn(
+                f"cuda_graphs=auto: blocks cannot be recorded, so they run as they are written ({reason})", stacklevel=2
+            )
+            return None
+
+
+class Recording:
+    """A pass through blocks at one size as CUDA graphs, forward and, with gradients, backward.
+
+    Each has memory of its own: what the forward pass leaves for the backward pass must outlive the passes of others.
+    """
+
+    def __init__(self, blocks: nn.Module, tokens: Float[Tensor, "b t d"], packing: dict[str, Any]) -> None:
+        grad = torch.is_grad_enabled()
+        self.blocks = blocks  # held, so that its id stays its own
+        self.awaits_backward = False
+        self.parameters = list(blocks.parameters())
+        self._addresses = [parameter.data_ptr() for parameter in self.parameters]
+        self.learns = [parameter for parameter in self.parameters if grad and parameter.requires_grad]
+        self._tokens = tokens.detach().clone()
+        leaf = self._tokens.detach().requires_grad_(grad and tokens.requires_grad)
+        inputs = [leaf] * leaf.requires_grad + self.learns
+        stream = torch.cuda.Stream(tokens.device)
+
+        def capture(graph: torch.cuda.CUDAGraph, **memory: Any) -> Any:
+            # A loader's thread pins memory meanwhile, which "global", the default, forbids to all threads.
+            return torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local", **memory)
+
+        precision = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        stream.wait_stream(torch.cuda.current_stream(tokens.device))
+        with (
+            torch.random.fork_rng([tokens.device]),  # the step must draw what it would have drawn
+            torch.cuda.stream(stream),
+            # Copies of weights that autocast keeps from before would be recorded as if they never changed.
+            torch.autocast("cuda", dtype=precision, enabled=precision is not None, cache_enabled=False),
+        ):
+            for _ in range(_WARM_UPS):
+                out = run_in_turn(blocks, leaf, packing)
+                if out.requires_grad:
+                    torch.autograd.grad(out, inputs, torch.zeros_like(out), allow_unused=True)
+                del out
+            self._forward = torch.cuda.CUDAGraph()
+            with capture(self._forward):
+                out = run_in_turn(blocks, leaf, packing)
+            self._backward: torch.cuda.CUDAGraph | None = None
+            if out.requires_grad:
+                self._backward = torch.cuda.CUDAGraph()
+                self._grad_out = torch.zeros_like(out)
+                with capture(self._backward, pool=self._forward.pool()):
+                    found = torch.autograd.grad(out, inputs, self._grad_out, allow_unused=True)
+                self._grad_tokens = found[0] if leaf.requires_grad else None
+                self._gradients = found[leaf.requires_grad :]
+            self._out = out.detach()
+        torch.cuda.current_stream(tokens.device).wait_stream(stream)
+
+    def is_stale(self) -> bool:
+        """Whether parameters lie elsewhere than when they were recorded."""
+        return any(
+            parameter.data_ptr() != address for parameter, address in zip(self.parameters, self._addresses, strict=True)
+        )
+
+    def replay(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+        """What blocks make of `tokens`, differentiable if it was recorded so."""
+        if self._backward is None:
+            with torch.no_grad():
+                return self.replay_forward(tokens)
+        return _Replay.apply(self, tokens, *self.learns)  # pyright: ignore[reportReturnType]
+
+    def replay_forward(self, tokens: Tensor) -> Tensor:
+        """The forward pass. Returns a copy: the next one writes over what this one left."""
+        self._tokens.copy_(tokens)
+        self._forward.replay()
+        return self._out.clone()
+
+    def replay_backward(self, grad: Tensor) -> list[Tensor | None]:
+        """Gradients of tokens and parameters. Those of parameters may become their `grad` as they are, not copied."""
+        assert self._backward is not None
+        if not self.awaits_backward:
+            raise RuntimeError("the backward pass of recorded blocks can be run once only; set cuda_graphs=false")
+        self.awaits_backward = False
+        for parameter, gradient in zip(self.learns, self._gradients, strict=True):
+            # Of the micro-batch before, about to be written over.
+            held = parameter.grad
+            if held is not None and gradient is not None and held.data_ptr() == gradient.data_ptr():
+                parameter.grad = held.clone()
+        self._grad_out.copy_(grad)
+        self._backward.replay()
+        of_tokens = None if self._grad_tokens is None else self._grad_tokens.clone()
+        return [of_tokens, *(None if gradient is None else gradient.detach() for gradient in self._gradients)]
+
+
+class _Replay(torch.autograd.Function):
+    """Forward and backward of a recording as one operation of autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, recording: Recording, tokens: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.recording = recording
+        recording.awaits_backward = True
+        return recording.replay_forward(tokens)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, *ctx.recording.replay_backward(grad)
