@@ -23,10 +23,10 @@ from tests.test_faults import EVERY_STEP, break_steps, same, state_at
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
-
 DROPS = "--encoder.drop_path_rate=0.2"
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize(("precision", "recorded"), [("bf16", "true"), ("bf16", "false"), ("no", "false")])
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
 def test_a_step_never_waits_for_the_device(objective: str, precision: str, recorded: str) -> None:
@@ -38,8 +38,8 @@ def test_a_step_never_waits_for_the_device(objective: str, precision: str, recor
     for _ in range(2):  # the first one makes the optimizer's state
         step.forward_backward()
         step.update()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         step.forward_backward()
         step.update()
     finally:
