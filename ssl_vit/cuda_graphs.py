@@ -5,13 +5,14 @@ Where images or models are small the GPU is faster than that, and waits.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ssl_vit.models.blocks import run_in_turn, runs_blocks
 
@@ -99,6 +100,59 @@ class BlockGraphs:
             return None
 
 
+class Capture:
+    """What CUDA needs around a capture, on a stream of its own.
+
+    Args:
+        device: the GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.stream = device, torch.cuda.Stream(device)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """In here passes are run and recorded, without a trace in random numbers or what autocast keeps."""
+        precision = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with (
+            torch.random.fork_rng([self.device]),  # the step must draw what it would have drawn
+            torch.cuda.stream(self.stream),
+            # Copies of weights that autocast keeps from before would be recorded as if they never changed.
+            torch.autocast("cuda", dtype=precision, enabled=precision is not None, cache_enabled=False),
+        ):
+            yield
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
+    def __call__(self, work: Callable[[], Any], after: "torch.cuda.CUDAGraph | None" = None) -> tuple[Any, Any]:
+        """Record what `work` does.
+
+        Args:
+            after: an earlier graph, whose memory this one goes on with.
+
+        Returns:
+            The graph, and what `work` returned: tensors that each replay fills anew.
+        """
+        failure: Exception | None = None
+        try:
+            with self._capturing(graph := torch.cuda.CUDAGraph(), pool=None if after is None else after.pool()):
+                try:
+                    result = work()
+                except Exception as error:
+                    failure = error
+                    raise
+        except Exception as error:
+            # The generator of random numbers would stay as if it were being recorded, until a capture ends well.
+            with self._capturing(torch.cuda.CUDAGraph()):
+                torch.zeros(1, device=self.device)
+            raise failure or error from None  # the end of a broken capture complains of its own
+        return graph, result
+
+    def _capturing(self, graph: torch.cuda.CUDAGraph, pool: Any = None) -> torch.cuda.graph:
+        # A loader's thread pins memory meanwhile, which "global", the default, forbids to all threads.
+        return torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local")
+
+
 class Recording:
     """A pass through blocks at one size as CUDA graphs, forward and, with gradients, backward.
 
@@ -109,44 +163,45 @@ class Recording:
         grad = torch.is_grad_enabled()
         self.blocks = blocks  # held, so that its id stays its own
         self.awaits_backward = False
-        self.parameters = list(blocks.parameters())
+        named = dict(blocks.named_parameters(prefix="blocks"))
+        self.parameters = list(named.values())
         self._addresses = [parameter.data_ptr() for parameter in self.parameters]
-        self.learns = [parameter for parameter in self.parameters if grad and parameter.requires_grad]
         self._tokens = tokens.detach().clone()
         leaf = self._tokens.detach().requires_grad_(grad and tokens.requires_grad)
-        inputs = [leaf] * leaf.requires_grad + self.learns
-        stream = torch.cuda.Stream(tokens.device)
+        # The same weights as other leaves of autograd, which ties a leaf to the stream that it was first used on.
+        twins: dict[str, Tensor] = {
+            name: nn.Parameter(value.detach(), requires_grad=grad and value.requires_grad)
+            for name, value in named.items()
+        }
+        self.learns = [value for name, value in named.items() if twins[name].requires_grad]
+        inputs = [leaf] * leaf.requires_grad + [twin for twin in twins.values() if twin.requires_grad]
+        module = _InTurn(blocks, packing)
+        self._last: Tensor | None = None
 
-        def capture(graph: torch.cuda.CUDAGraph, **memory: Any) -> Any:
-            # A loader's thread pins memory meanwhile, which "global", the default, forbids to all threads.
-            return torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local", **memory)
+        def forward() -> Tensor:
+            self._last = out = functional_call(module, twins, (leaf,))
+            return out
 
-        precision = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        stream.wait_stream(torch.cuda.current_stream(tokens.device))
-        with (
-            torch.random.fork_rng([tokens.device]),  # the step must draw what it would have drawn
-            torch.cuda.stream(stream),
-            # Copies of weights that autocast keeps from before would be recorded as if they never changed.
-            torch.autocast("cuda", dtype=precision, enabled=precision is not None, cache_enabled=False),
-        ):
+        def backward() -> tuple[Tensor | None, ...]:
+            out, self._last = self._last, None
+            assert out is not None
+            return torch.autograd.grad(out, inputs, self._grad_out, allow_unused=True)
+
+        capture = Capture(tokens.device)
+        with capture.aside():
             for _ in range(_WARM_UPS):
-                out = run_in_turn(blocks, leaf, packing)
-                if out.requires_grad:
-                    torch.autograd.grad(out, inputs, torch.zeros_like(out), allow_unused=True)
-                del out
-            self._forward = torch.cuda.CUDAGraph()
-            with capture(self._forward):
-                out = run_in_turn(blocks, leaf, packing)
-            self._backward: torch.cuda.CUDAGraph | None = None
-            if out.requires_grad:
-                self._backward = torch.cuda.CUDAGraph()
+                out = forward()
                 self._grad_out = torch.zeros_like(out)
-                with capture(self._backward, pool=self._forward.pool()):
-                    found = torch.autograd.grad(out, inputs, self._grad_out, allow_unused=True)
+                if out.requires_grad:
+                    backward()
+                del out
+            self._forward, out = capture(forward)
+            self._backward: Any = None
+            if out.requires_grad:
+                self._backward, found = capture(backward, after=self._forward)
                 self._grad_tokens = found[0] if leaf.requires_grad else None
                 self._gradients = found[leaf.requires_grad :]
-            self._out = out.detach()
-        torch.cuda.current_stream(tokens.device).wait_stream(stream)
+            self._out, self._last = out.detach(), None
 
     def is_stale(self) -> bool:
         """Whether parameters lie elsewhere than when they were recorded."""
@@ -182,6 +237,17 @@ class Recording:
         self._backward.replay()
         of_tokens = None if self._grad_tokens is None else self._grad_tokens.clone()
         return [of_tokens, *(None if gradient is None else gradient.detach() for gradient in self._gradients)]
+
+
+class _InTurn(nn.Module):
+    """Blocks as a module of their own, which can be called with other parameters."""
+
+    def __init__(self, blocks: nn.Module, packing: dict[str, Any]) -> None:
+        super().__init__()
+        self.blocks, self.packing = blocks, packing
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return run_in_turn(self.blocks, tokens, self.packing)
 
 
 class _Replay(torch.autograd.Function):

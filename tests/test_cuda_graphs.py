@@ -1,6 +1,8 @@
 """What recorded blocks do without a GPU: when they are recorded, and when they run as they are written."""
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ssl_vit import cuda_graphs
+from ssl_vit.checkpoint import list_checkpoints
 from ssl_vit.cuda_graphs import BlockGraphs, resolve_cuda_graphs
 from ssl_vit.models.blocks import run_blocks, run_in_turn, runs_blocks
-from tests.conftest import losses
+from tests.conftest import OBJECTIVES, losses
+from tests.test_faults import EVERY_STEP, same, state_at
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -159,14 +163,146 @@ def test_the_one_who_runs_blocks_is_put_back_after_an_error(blocks: nn.ModuleLis
     assert torch.equal(run_blocks(blocks, tokens, False), run_in_turn(blocks, tokens, {}))
 
 
-def test_a_run_replays_its_training_steps_and_nothing_else(
-    start: Callable[..., int], tmp_path: Path, made: list[FakeRecording], monkeypatch: pytest.MonkeyPatch
+class Rerun:
+    """Stands in for a CUDA graph: a replay does the work again and fills the tensors of the first time."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self.work, self.grad = work, torch.is_grad_enabled()
+        self.result = work()
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        with torch.set_grad_enabled(self.grad):
+            found = self.work()
+        pairs = [(self.result, found)] if isinstance(found, Tensor) else zip(self.result, found, strict=True)
+        for kept, new in pairs:
+            if kept is not None:
+                kept.detach().copy_(new.detach())
+
+
+class FakeCapture:
+    """Captures without a GPU."""
+
+    made: list[Rerun]
+
+    def __init__(self, device: torch.device) -> None: ...
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        with torch.random.fork_rng([]):
+            yield
+
+    def __call__(self, work: Callable[[], Any], after: Rerun | None = None) -> tuple[Rerun, Any]:
+        graph = Rerun(work)
+        self.made.append(graph)
+        return graph, graph.result
+
+
+@pytest.fixture
+def reruns(monkeypatch: pytest.MonkeyPatch) -> list[Rerun]:
+    FakeCapture.made = []
+    monkeypatch.setattr(cuda_graphs, "Capture", FakeCapture)
+    return FakeCapture.made
+
+
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
+def test_a_recorded_run_learns_what_blocks_as_written_learn(
+    start: Callable[..., int],
+    tmp_path: Path,
+    reruns: list[Rerun],
+    monkeypatch: pytest.MonkeyPatch,
+    objective: str,
 ) -> None:
-    """Encoder and decoder in two micro-batches of each step; pictures and the evaluation in between run as written."""
-    flags = ("--batch.per_device=4", "--evaluation.every_steps=2", "--evaluation.pictures_every_steps=1")
-    start(*flags, steps=4, labels=True, name="plain")
+    """Bit for bit: micro-batches, stochastic depth, pictures, and an evaluation that clears what was recorded."""
+    flags = ("--batch.per_device=4", "--evaluation.every_steps=2", "--evaluation.pictures_every_steps=1", *EVERY_STEP)
+    flags = (*flags, "--encoder.drop_path_rate=0.2")
+    start(*flags, steps=4, labels=True, name="plain", objective=objective)
+    assert not reruns
     monkeypatch.setattr("ssl_vit.run.resolve_cuda_graphs", lambda *given: True)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    start(*flags, steps=4, labels=True)
-    assert [recording.replays for recording in made] == [4, 4, 4, 4]  # cleared by the evaluation after step 2
+    start(*flags, steps=4, labels=True, objective=objective)
+    # Encoder and decoder forward and backward, or teacher forward, student forward and backward; anew after step 2.
+    assert [graph.replays for graph in reruns] == [4] * (8 if objective == "mae" else 6)
     assert losses(tmp_path / "run") == losses(tmp_path / "plain")
+    for step in (1, 2, 3, 4):
+        assert same(state_at(tmp_path / "run", step), state_at(tmp_path / "plain", step)), step
+
+
+def test_a_recorded_run_that_goes_on_ends_with_the_same_weights(
+    start: Callable[..., int], tmp_path: Path, reruns: list[Rerun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ssl_vit.run.resolve_cuda_graphs", lambda *given: True)
+    flags = ("--encoder.drop_path_rate=0.2", *EVERY_STEP)
+    start(*flags, steps=5, objective="dino")
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    for checkpoint in list_checkpoints(tmp_path / "again")[2:]:
+        shutil.rmtree(checkpoint)
+    start(*flags, name="again", steps=5, objective="dino")
+    assert [graph.replays for graph in reruns] == [5] * 3 + [3] * 3
+    assert same(state_at(tmp_path / "run", 5), state_at(tmp_path / "again", 5))
+
+
+def test_two_passes_before_the_backward_pass_have_their_own_gradients(
+    reruns: list[Rerun], blocks: nn.ModuleList
+) -> None:
+    """As of an objective that encodes two views of one size one after the other."""
+    first, second = (torch.randn(2, 3, 4) for _ in range(2))
+    found = []
+    for enabled in (False, True):
+        graphs = BlockGraphs(enabled, must_work=True)
+        for _ in range(3):
+            blocks.zero_grad()
+            with graphs.active():
+                outs = [run_blocks(blocks, tokens, False) for tokens in (first, second)]
+            (outs[0].square().mean() + outs[1].mean()).backward()
+        found.append([parameter.grad for parameter in blocks.parameters()])
+    assert [graph.replays for graph in reruns] == [3, 3]
+    for plain, replayed in zip(*found, strict=True):
+        torch.testing.assert_close(replayed, plain)
+
+
+def test_what_was_replayed_outlives_the_next_replay(reruns: list[Rerun], blocks: nn.ModuleList) -> None:
+    graphs, kept, wanted = BlockGraphs(enabled=True), [], []
+    for _ in range(3):
+        tokens = torch.randn(2, 3, 4, requires_grad=True)
+        with graphs.active():
+            out = run_blocks(blocks, tokens, False)
+        out.sum().backward()
+        kept += [out, tokens.grad]
+        twin = tokens.detach().requires_grad_()
+        plain = run_in_turn(blocks, twin, {})
+        wanted += [plain, *torch.autograd.grad(plain.sum(), twin)]
+    assert len(reruns) == 2
+    assert all(torch.equal(one, other) for one, other in zip(kept, wanted, strict=True))
+
+
+def test_a_second_backward_pass_is_refused(reruns: list[Rerun], blocks: nn.ModuleList) -> None:
+    with BlockGraphs(enabled=True).active():
+        out = run_blocks(blocks, torch.randn(2, 3, 4), False).sum()
+    out.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once only; set cuda_graphs=false"):
+        out.backward()
+
+
+def test_frozen_blocks_replay_without_gradients_of_their_own(reruns: list[Rerun], blocks: nn.ModuleList) -> None:
+    blocks[0].requires_grad_(False)
+    graphs = BlockGraphs(enabled=True, must_work=True)
+    for tokens in (torch.randn(2, 3, 4), torch.randn(2, 3, 4, requires_grad=True)):
+        blocks.zero_grad()
+        with graphs.active():
+            run_blocks(blocks, tokens, False).sum().backward()
+        assert [parameter.grad is not None for parameter in blocks.parameters()] == [False, False, True, True]
+    blocks.requires_grad_(False)
+    with BlockGraphs(enabled=True, must_work=True).active():
+        assert not run_blocks(blocks, torch.randn(2, 3, 4), False).requires_grad
+    assert len(reruns) == 5
+
+
+def test_parameters_moved_elsewhere_are_learned_where_they_are(reruns: list[Rerun], blocks: nn.ModuleList) -> None:
+    graphs, tokens = BlockGraphs(enabled=True), torch.randn(2, 3, 4)
+    for _ in range(2):
+        with graphs.active():
+            assert torch.equal(run_blocks(blocks, tokens, False), run_in_turn(blocks, tokens, {}))
+        for parameter in blocks.parameters():
+            parameter.data = parameter.data + 1  # as moving a module to another device and back does
+    assert len(reruns) == 4

@@ -1,5 +1,7 @@
 """What only a GPU can show."""
 
+import dataclasses
+import gc
 import shutil
 import subprocess
 import sys
@@ -88,30 +90,43 @@ def test_tf32_is_used_where_it_is_asked_for(start: Callable[..., int]) -> None:
         assert torch.get_float32_matmul_precision() == precision
 
 
-@pytest.mark.parametrize("precision", ["bf16", "no"])
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
-def test_recorded_blocks_learn_what_blocks_as_written_learn(
-    start: Callable[..., int], tmp_path: Path, objective: str, precision: str
-) -> None:
-    """Bit for bit, with stochastic depth, micro-batches, and an evaluation in between that clears the recordings."""
-    flags = (DROPS, f"--precision={precision}", "--batch.per_device=4", "--evaluation.every_steps=2", *EVERY_STEP)
-    for recorded in ("true", "false"):
-        start(*flags, f"--cuda_graphs={recorded}", name=recorded, steps=4, labels=True, objective=objective)
-    for step in (1, 2, 4):
-        assert same(state_at(tmp_path / "true", step), state_at(tmp_path / "false", step)), step
+def test_recorded_blocks_have_the_gradients_of_blocks_as_written(objective: str) -> None:
+    """Summed over two micro-batches, in fp32; attention's backward pass does not add up in the same order each time."""
+    defaults, small = OBJECTIVES[objective]
+    config, _ = parse_run(defaults, [*small, DROPS, "--precision=no", "--steps=10"]).resolve(40)
+    found = []
+    for recorded in (False, True):
+        torch.manual_seed(0)
+        built = config.build_objective().cuda()
+        step = prepare_step(dataclasses.replace(config, cuda_graphs=recorded), built, 8, torch.device("cuda"))
+        for _ in range(3):
+            built.zero_grad()
+            for micro in range(2):
+                torch.manual_seed(micro)
+                step.forward_backward()
+        found.append({name: value.grad for name, value in built.named_parameters() if value.grad is not None})
+    plain, replayed = found
+    assert plain.keys() == replayed.keys()
+    largest = max(gradient.abs().max().item() for gradient in plain.values())
+    for name, gradient in plain.items():
+        torch.testing.assert_close(replayed[name], gradient, rtol=1e-3, atol=1e-5 * largest, msg=name)
 
 
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
-def test_a_recorded_run_that_goes_on_ends_with_the_same_weights(
+def test_a_recorded_run_learns_and_goes_on_as_one_that_is_not(
     start: Callable[..., int], tmp_path: Path, objective: str
 ) -> None:
-    flags = (DROPS, "--precision=bf16", "--cuda_graphs=true", *EVERY_STEP)
-    start(*flags, steps=5, objective=objective)
-    shutil.copytree(tmp_path / "run", tmp_path / "again")
-    for checkpoint in list_checkpoints(tmp_path / "again")[2:]:
+    flags = (DROPS, "--precision=no", "--batch.per_device=4", "--evaluation.every_steps=2", *EVERY_STEP)
+    for recorded in ("true", "false"):
+        start(*flags, f"--cuda_graphs={recorded}", name=recorded, steps=5, labels=True, objective=objective)
+    shutil.copytree(tmp_path / "true", tmp_path / "again")
+    for checkpoint in list_checkpoints(tmp_path / "again")[3:]:
         shutil.rmtree(checkpoint)
-    start(*flags, name="again", steps=5, objective=objective)
-    assert same(state_at(tmp_path / "run", 5), state_at(tmp_path / "again", 5))
+    start(*flags, "--cuda_graphs=true", name="again", steps=5, labels=True, objective=objective)
+    plain = pytest.approx(losses(tmp_path / "false"), rel=1e-3)
+    assert losses(tmp_path / "true") == plain
+    assert losses(tmp_path / "again") == plain
 
 
 def test_two_passes_before_the_backward_pass_have_their_own_gradients() -> None:
@@ -149,8 +164,10 @@ def test_blocks_that_cannot_be_recorded_run_as_written(
 
 def test_memory_that_does_not_suffice_for_a_recording_is_said_to_be_full() -> None:
     config, _ = parse_run(*pretrain_mae_settings("--batch.size=512")).resolve(40)
+    gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(2 * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+    allowed = torch.cuda.memory_reserved() + 2 * 2**30
+    torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.get_device_properties(0).total_memory)
     try:
         objective = config.build_objective().cuda()
         found = try_sizes(config, objective, torch.device("cuda"), [1, 8, 512], 1)
