@@ -91,7 +91,8 @@ class RunConfig:
     compile: bool | Literal["auto"] = "auto"
     """Let torch.compile fuse what blocks do. auto: on GPUs, in runs long enough to win back what it takes."""
     cuda_graphs: bool | Literal["auto"] = "auto"
-    """Record what a GPU does in blocks, and replay it: faster the smaller the model. auto: on one GPU alone."""
+    """Record what a GPU does in blocks, and replay it: faster the smaller the model. auto: on one GPU alone, where
+    batches are not accumulated."""
     log_every: int = 50
     """Steps between log lines."""
     quiet: bool = False

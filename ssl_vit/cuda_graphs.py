@@ -4,8 +4,9 @@ Handing an operation to a GPU costs the host some microseconds, and a pass throu
 Where images or models are small the GPU is faster than that, and waits.
 """
 
+import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -18,14 +19,22 @@ from ssl_vit.models.blocks import run_in_turn, runs_blocks
 
 _MOST = 8  # recordings of a run: sizes of crops, with gradients and without, encoder, teacher and decoder
 _WARM_UPS = 3  # passes before a recording, in which libraries choose and load what they need
+_TOLERANCE = 1e-2  # attention's backward pass adds up in another order each time
 
 
 def resolve_cuda_graphs(
-    setting: bool | Literal["auto"], device: torch.device, num_processes: int, grad_checkpointing: bool
+    setting: bool | Literal["auto"],
+    device: torch.device,
+    *,
+    num_processes: int = 1,
+    num_micro: int = 1,
+    is_sharded: bool = False,
+    grad_checkpointing: bool = False,
 ) -> bool:
-    """Whether to record blocks: with `auto` in runs of one process on a GPU.
+    """Whether to record blocks: with `auto` in runs of one process on a GPU, one micro-batch a step.
 
     Several processes exchange gradients while the backward pass goes on; out of a recording they come all at once.
+    Where batches are accumulated there is little to win, since the GPU is full.
 
     Raises:
         ValueError: it is asked for where it cannot work.
@@ -33,12 +42,15 @@ def resolve_cuda_graphs(
     works = {
         "needs a GPU": device.type == "cuda",
         "one process only": num_processes == 1,
+        "not with FSDP": not is_sharded,
         "not with encoder.grad_checkpointing, which runs blocks again": not grad_checkpointing,
     }
-    if setting is True and not all(works.values()):
+    if setting == "auto":
+        return all(works.values()) and num_micro == 1
+    if setting and not all(works.values()):
         reason = next(reason for reason, holds in works.items() if not holds)
         raise ValueError(f"cuda_graphs=True: {reason}; use auto or false")
-    return setting is not False and all(works.values())
+    return setting
 
 
 class BlockGraphs:
@@ -100,15 +112,21 @@ class BlockGraphs:
             return None
 
 
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all captures: cuBLAS keeps memory for each that it has seen."""
+    return torch.cuda.Stream(device)
+
+
 class Capture:
-    """What CUDA needs around a capture, on a stream of its own.
+    """What CUDA needs around a capture.
 
     Args:
         device: the GPU.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.device, self.stream = device, _stream(device)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -156,7 +174,8 @@ class Capture:
 class Recording:
     """A pass through blocks at one size as CUDA graphs, forward and, with gradients, backward.
 
-    Each has memory of its own: what the forward pass leaves for the backward pass must outlive the passes of others.
+    It is made only if a replay gives what blocks give as they are written, to rounding. Each has memory of its own:
+    what the forward pass leaves for the backward pass must outlive the passes of others.
     """
 
     def __init__(self, blocks: nn.Module, tokens: Float[Tensor, "b t d"], packing: dict[str, Any]) -> None:
@@ -166,7 +185,7 @@ class Recording:
         named = dict(blocks.named_parameters(prefix="blocks"))
         self.parameters = list(named.values())
         self._addresses = [parameter.data_ptr() for parameter in self.parameters]
-        self._tokens = tokens.detach().clone()
+        self._tokens = torch.empty_like(tokens.detach())
         leaf = self._tokens.detach().requires_grad_(grad and tokens.requires_grad)
         # The same weights as other leaves of autograd, which ties a leaf to the stream that it was first used on.
         twins: dict[str, Tensor] = {
@@ -176,32 +195,42 @@ class Recording:
         self.learns = [value for name, value in named.items() if twins[name].requires_grad]
         inputs = [leaf] * leaf.requires_grad + [twin for twin in twins.values() if twin.requires_grad]
         module = _InTurn(blocks, packing)
-        self._last: Tensor | None = None
+        last: list[Tensor] = []
 
         def forward() -> Tensor:
-            self._last = out = functional_call(module, twins, (leaf,))
-            return out
+            last[:] = [functional_call(module, twins, (leaf,))]
+            return last[0]
 
         def backward() -> tuple[Tensor | None, ...]:
-            out, self._last = self._last, None
-            assert out is not None
-            return torch.autograd.grad(out, inputs, self._grad_out, allow_unused=True)
+            return torch.autograd.grad(last.pop(), inputs, self._grad_out, allow_unused=True)
 
         capture = Capture(tokens.device)
         with capture.aside():
+            self._tokens.normal_()
+            self._grad_out = torch.randn_like(forward())
+            last.clear()
             for _ in range(_WARM_UPS):
-                out = forward()
-                self._grad_out = torch.zeros_like(out)
-                if out.requires_grad:
-                    backward()
-                del out
+                wanted: tuple[Tensor | None, ...] = ()
+                torch.manual_seed(0)
+                wanted_out = forward().detach()
+                if inputs:
+                    wanted = backward()
             self._forward, out = capture(forward)
+            self._out = out.detach()
             self._backward: Any = None
-            if out.requires_grad:
-                self._backward, found = capture(backward, after=self._forward)
-                self._grad_tokens = found[0] if leaf.requires_grad else None
-                self._gradients = found[leaf.requires_grad :]
-            self._out, self._last = out.detach(), None
+            found: list[Tensor | None] = []
+            if inputs:
+                self._backward, gradients = capture(backward, after=self._forward)
+                found += gradients
+            # Proof, before anything is learned from it.
+            torch.manual_seed(0)
+            self._forward.replay()
+            _compare("output", [self._out], [wanted_out])
+            if inputs:
+                self._backward.replay()
+                _compare("gradients", found, wanted)
+        self._grad_tokens = found[0] if leaf.requires_grad else None
+        self._gradients = found[leaf.requires_grad :]
 
     def is_stale(self) -> bool:
         """Whether parameters lie elsewhere than when they were recorded."""
@@ -218,6 +247,11 @@ class Recording:
 
     def replay_forward(self, tokens: Tensor) -> Tensor:
         """The forward pass. Returns a copy: the next one writes over what this one left."""
+        for parameter, gradient in zip(self.learns, self._gradients, strict=True):
+            # Of a micro-batch before this one: it lies where this pass keeps what the backward pass will need.
+            held = parameter.grad
+            if held is not None and gradient is not None and held.data_ptr() == gradient.data_ptr():
+                parameter.grad = held.clone()
         self._tokens.copy_(tokens)
         self._forward.replay()
         return self._out.clone()
@@ -228,15 +262,23 @@ class Recording:
         if not self.awaits_backward:
             raise RuntimeError("the backward pass of recorded blocks can be run once only; set cuda_graphs=false")
         self.awaits_backward = False
-        for parameter, gradient in zip(self.learns, self._gradients, strict=True):
-            # Of the micro-batch before, about to be written over.
-            held = parameter.grad
-            if held is not None and gradient is not None and held.data_ptr() == gradient.data_ptr():
-                parameter.grad = held.clone()
         self._grad_out.copy_(grad)
         self._backward.replay()
         of_tokens = None if self._grad_tokens is None else self._grad_tokens.clone()
         return [of_tokens, *(None if gradient is None else gradient.detach() for gradient in self._gradients)]
+
+
+def _compare(what: str, found: Iterable[Tensor | None], wanted: Iterable[Tensor | None]) -> None:
+    """Refuse tensors that differ, all together, from those wanted by more than rounding."""
+    pairs = [
+        (one.float(), other.float())
+        for one, other in zip(found, wanted, strict=True)
+        if one is not None and other is not None
+    ]
+    difference = torch.stack([(one - other).norm() for one, other in pairs]).norm()
+    size = torch.stack([other.norm() for _, other in pairs]).norm()
+    if not difference <= _TOLERANCE * size:
+        raise RuntimeError(f"what is replayed differs: {what} by {(difference / size).item():.1%}")
 
 
 class _InTurn(nn.Module):

@@ -9,7 +9,6 @@ from accelerate import Accelerator
 
 from ssl_vit.benchmarks.step import prepare_step
 from ssl_vit.config import RunConfig
-from ssl_vit.cuda_graphs import resolve_cuda_graphs
 from ssl_vit.distributed import alone, max_over_processes
 from ssl_vit.models.vit import choose_attention
 from ssl_vit.objectives.objective import Objective
@@ -59,8 +58,8 @@ def try_sizes(
     and backward beside the optimizer's moments. Processes do this each on its own.
     """
 
-    recorded = resolve_cuda_graphs(config.cuda_graphs, device, num_processes, config.encoder.grad_checkpointing)
-    config = dataclasses.replace(config, compile=False, cuda_graphs=recorded)  # each size would be compiled anew
+    # Each size would be compiled and recorded anew.
+    config = dataclasses.replace(config, compile=False, cuda_graphs=False)
 
     def attempt(size: int) -> None:
         learns = sum(parameter.nbytes for parameter in objective.parameters() if parameter.requires_grad)

@@ -136,8 +136,14 @@ def set_up(config: RunConfig, ending: Ending = results) -> Run:
     checkpoint = on_main_process(lambda: open_run_folder(config))
     optimizer = build_optimizer(objective, config.optim, precision)
     compiled = resolve_compile(config.compile, accelerator.device, num_steps, accelerator.is_fsdp2)
+    num_micro = config.batch.num_micro(accelerator.num_processes)
     graphed = resolve_cuda_graphs(
-        config.cuda_graphs, accelerator.device, accelerator.num_processes, config.encoder.grad_checkpointing
+        config.cuda_graphs,
+        accelerator.device,
+        num_processes=accelerator.num_processes,
+        num_micro=num_micro,
+        is_sharded=accelerator.is_fsdp2,
+        grad_checkpointing=config.encoder.grad_checkpointing,
     )
     model, optimizer = sharding.prepare(accelerator, objective, optimizer, precision)
     if compiled:
@@ -155,7 +161,7 @@ def set_up(config: RunConfig, ending: Ending = results) -> Run:
         objective,
         optimizer,
         num_steps,
-        num_micro=config.batch.num_micro(accelerator.num_processes),
+        num_micro=num_micro,
         compiled=compiled,
         block_graphs=BlockGraphs(graphed, must_work=config.cuda_graphs is True),
         deadline=math.inf if config.max_hours is None else started + 3600 * config.max_hours,

@@ -51,33 +51,37 @@ def blocks() -> nn.ModuleList:
 
 
 @pytest.mark.parametrize(
-    ("setting", "device", "processes", "checkpointing", "wanted"),
+    ("setting", "device", "runs", "wanted"),
     [
-        ("auto", GPU, 1, False, True),
-        ("auto", CPU, 1, False, False),
-        ("auto", GPU, 2, False, False),
-        ("auto", GPU, 1, True, False),
-        (True, GPU, 1, False, True),
-        (False, GPU, 1, False, False),
+        ("auto", GPU, {}, True),
+        ("auto", CPU, {}, False),
+        ("auto", GPU, {"num_processes": 2}, False),
+        ("auto", GPU, {"num_micro": 2}, False),
+        ("auto", GPU, {"grad_checkpointing": True}, False),
+        ("auto", GPU, {"is_sharded": True}, False),
+        (True, GPU, {"num_micro": 2}, True),
+        (False, GPU, {}, False),
+        (False, CPU, {"num_processes": 2}, False),
     ],
 )
 def test_auto_records_runs_of_one_process_on_a_gpu(
-    setting: bool | str, device: torch.device, processes: int, checkpointing: bool, wanted: bool
+    setting: bool | str, device: torch.device, runs: dict[str, Any], wanted: bool
 ) -> None:
-    assert resolve_cuda_graphs(setting, device, processes, checkpointing) is wanted  # pyright: ignore[reportArgumentType]
+    assert resolve_cuda_graphs(setting, device, **runs) is wanted  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(
-    ("place", "reason"),
+    ("device", "runs", "reason"),
     [
-        ((CPU, 1, False), "needs a GPU"),
-        ((GPU, 2, False), "one process only"),
-        ((GPU, 1, True), "not with encoder.grad_checkpointing"),
+        (CPU, {}, "needs a GPU"),
+        (GPU, {"num_processes": 2}, "one process only"),
+        (GPU, {"is_sharded": True}, "not with FSDP"),
+        (GPU, {"grad_checkpointing": True}, "not with encoder.grad_checkpointing"),
     ],
 )
-def test_what_cannot_be_recorded_is_refused(place: tuple[torch.device, int, bool], reason: str) -> None:
+def test_what_cannot_be_recorded_is_refused(device: torch.device, runs: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=rf"^cuda_graphs=True: {reason}.*; use auto or false$"):
-        resolve_cuda_graphs(True, *place)
+        resolve_cuda_graphs(True, device, **runs)
 
 
 def test_each_size_and_mode_is_recorded_once(made: list[FakeRecording], blocks: nn.ModuleList) -> None:
@@ -164,19 +168,28 @@ def test_the_one_who_runs_blocks_is_put_back_after_an_error(blocks: nn.ModuleLis
 
 
 class Rerun:
-    """Stands in for a CUDA graph: a replay does the work again and fills the tensors of the first time."""
+    """Stands in for a CUDA graph: a replay does the work again and fills the tensors of the first time.
 
-    def __init__(self, work: Callable[[], Any]) -> None:
+    A forward pass writes over the gradients, whose memory on a GPU is that of what it leaves for the backward pass.
+    """
+
+    def __init__(self, work: Callable[[], Any], after: "Rerun | None") -> None:
         self.work, self.grad = work, torch.is_grad_enabled()
-        self.result = work()
-        self.replays = 0
+        result = work()
+        self.result: list[Tensor | None] = [result] if isinstance(result, Tensor) else list(result)
+        self.shares_memory: list[Tensor | None] = []
+        self.replays = -1  # the proof's does not count
+        if after is not None:
+            after.shares_memory = self.result
 
     def replay(self) -> None:
         self.replays += 1
+        for gradient in self.shares_memory:
+            if gradient is not None:
+                gradient.detach().fill_(torch.nan)
         with torch.set_grad_enabled(self.grad):
             found = self.work()
-        pairs = [(self.result, found)] if isinstance(found, Tensor) else zip(self.result, found, strict=True)
-        for kept, new in pairs:
+        for kept, new in zip(self.result, [found] if isinstance(found, Tensor) else found, strict=True):
             if kept is not None:
                 kept.detach().copy_(new.detach())
 
@@ -194,9 +207,9 @@ class FakeCapture:
             yield
 
     def __call__(self, work: Callable[[], Any], after: Rerun | None = None) -> tuple[Rerun, Any]:
-        graph = Rerun(work)
+        graph = Rerun(work, after)
         self.made.append(graph)
-        return graph, graph.result
+        return graph, tuple(graph.result) if after is not None else graph.result[0]
 
 
 @pytest.fixture
@@ -219,7 +232,7 @@ def test_a_recorded_run_learns_what_blocks_as_written_learn(
     flags = (*flags, "--encoder.drop_path_rate=0.2")
     start(*flags, steps=4, labels=True, name="plain", objective=objective)
     assert not reruns
-    monkeypatch.setattr("ssl_vit.run.resolve_cuda_graphs", lambda *given: True)
+    monkeypatch.setattr("ssl_vit.run.resolve_cuda_graphs", lambda *given, **runs: True)
     start(*flags, steps=4, labels=True, objective=objective)
     # Encoder and decoder forward and backward, or teacher forward, student forward and backward; anew after step 2.
     assert [graph.replays for graph in reruns] == [4] * (8 if objective == "mae" else 6)
@@ -231,7 +244,7 @@ def test_a_recorded_run_learns_what_blocks_as_written_learn(
 def test_a_recorded_run_that_goes_on_ends_with_the_same_weights(
     start: Callable[..., int], tmp_path: Path, reruns: list[Rerun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ssl_vit.run.resolve_cuda_graphs", lambda *given: True)
+    monkeypatch.setattr("ssl_vit.run.resolve_cuda_graphs", lambda *given, **runs: True)
     flags = ("--encoder.drop_path_rate=0.2", *EVERY_STEP)
     start(*flags, steps=5, objective="dino")
     shutil.copytree(tmp_path / "run", tmp_path / "again")
@@ -306,3 +319,32 @@ def test_parameters_moved_elsewhere_are_learned_where_they_are(reruns: list[Reru
         for parameter in blocks.parameters():
             parameter.data = parameter.data + 1  # as moving a module to another device and back does
     assert len(reruns) == 4
+
+
+def test_a_recording_that_replays_something_else_is_not_used(
+    reruns: list[Rerun], blocks: nn.ModuleList, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replay = Rerun.replay
+
+    def replays_wrongly(self: Rerun) -> None:
+        replay(self)
+        if len(self.result) > 1:  # gradients
+            tensor = self.result[-1]
+            assert tensor is not None
+            tensor.mul_(1.2)
+
+    monkeypatch.setattr(Rerun, "replay", replays_wrongly)
+    tokens = torch.randn(2, 3, 4)
+    with (
+        BlockGraphs(enabled=True).active(),
+        pytest.warns(UserWarning, match=r"run as they are written \(what is replayed differs: gradients by \d+\.\d%"),
+    ):
+        out = run_blocks(blocks, tokens, False)
+    assert torch.equal(out, run_in_turn(blocks, tokens, {}))
+
+
+def test_tensors_that_are_not_numbers_are_no_proof() -> None:
+    good, bad = torch.ones(3), torch.tensor([1.0, torch.nan, 1.0])
+    cuda_graphs._compare("output", [good, None], [good * 1.001, None])
+    with pytest.raises(RuntimeError, match="output by nan"):
+        cuda_graphs._compare("output", [bad], [good])

@@ -1,7 +1,6 @@
 """What only a GPU can show."""
 
 import dataclasses
-import gc
 import shutil
 import subprocess
 import sys
@@ -14,9 +13,8 @@ import torch
 
 from ssl_vit.benchmarks.step import prepare_step
 from ssl_vit.checkpoint import list_checkpoints
-from ssl_vit.config import RunConfig, parse_run
+from ssl_vit.config import parse_run
 from ssl_vit.cuda_graphs import BlockGraphs
-from ssl_vit.micro_batch import try_sizes
 from ssl_vit.models.blocks import Block, run_blocks
 from ssl_vit.models.vit import ViTConfig
 from tests.compiled import TINY
@@ -160,23 +158,3 @@ def test_blocks_that_cannot_be_recorded_run_as_written(
     with pytest.warns(UserWarning, match="^cuda_graphs=auto: blocks cannot be recorded"):
         start(DROPS, steps=3)
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), rel=1e-3)
-
-
-def test_memory_that_does_not_suffice_for_a_recording_is_said_to_be_full() -> None:
-    config, _ = parse_run(*pretrain_mae_settings("--batch.size=512")).resolve(40)
-    gc.collect()
-    torch.cuda.empty_cache()
-    allowed = torch.cuda.memory_reserved() + 2 * 2**30
-    torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.get_device_properties(0).total_memory)
-    try:
-        objective = config.build_objective().cuda()
-        found = try_sizes(config, objective, torch.device("cuda"), [1, 8, 512], 1)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    assert found == 8
-
-
-def pretrain_mae_settings(*flags: str) -> tuple[RunConfig, list[str]]:
-    """Of a model whose activations count: 224 px, ViT-S."""
-    size = ["--encoder.arch=vit_small_patch16_224", "--precision=bf16", "--cuda_graphs=true", "--steps=10"]
-    return OBJECTIVES["mae"][0], [*size, *flags]

@@ -187,7 +187,7 @@ def compare_peers(config: RunConfig, *, steps: int = 3, rounds: int = 5, kinds: 
     peak_flops = {kind: matmul_flops(device, dtypes[kind]) for kind in kinds}
     flops = {name: _count_flops(step) for name, step in contenders.items()}
     compiled = resolve_compile(config.compile, device, LEAST_STEPS, is_sharded=False)
-    recorded = resolve_cuda_graphs(config.cuda_graphs, device, 1, config.encoder.grad_checkpointing)
+    recorded = resolve_cuda_graphs(config.cuda_graphs, device, grad_checkpointing=config.encoder.grad_checkpointing)
     if compiled or recorded:
         label = "ssl_vit" + ", compiled" * compiled + ", CUDA graphs" * recorded
         for kind in kinds:
