@@ -6,8 +6,9 @@ Where images or models are small the GPU is faster than that, and waits.
 
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import torch
@@ -28,13 +29,14 @@ def resolve_cuda_graphs(
     *,
     num_processes: int = 1,
     num_micro: int = 1,
+    fills_memory: bool = False,
     is_sharded: bool = False,
     grad_checkpointing: bool = False,
 ) -> bool:
     """Whether to record blocks: with `auto` in runs of one process on a GPU, one micro-batch a step.
 
     Several processes exchange gradients while the backward pass goes on; out of a recording they come all at once.
-    Where batches are accumulated there is little to win, since the GPU is full.
+    Where batches are accumulated, or fill the memory (`batch.auto`), there is little to win, since the GPU is full.
 
     Raises:
         ValueError: it is asked for where it cannot work.
@@ -46,7 +48,7 @@ def resolve_cuda_graphs(
         "not with encoder.grad_checkpointing, which runs blocks again": not grad_checkpointing,
     }
     if setting == "auto":
-        return all(works.values()) and num_micro == 1
+        return all(works.values()) and num_micro == 1 and not fills_memory
     if setting and not all(works.values()):
         reason = next(reason for reason, holds in works.items() if not holds)
         raise ValueError(f"cuda_graphs=True: {reason}; use auto or false")
@@ -58,7 +60,7 @@ class BlockGraphs:
 
     What is replayed are the same kernels on the same parameters, wherever these have moved by then. Blocks run as they
     are written where a recording cannot serve: at a size too many, between a forward pass and its backward pass, and
-    after a recording that failed.
+    for good once a recording failed.
 
     Args:
         enabled: False = `active` does nothing.
@@ -67,7 +69,7 @@ class BlockGraphs:
 
     def __init__(self, enabled: bool, must_work: bool = False) -> None:
         self.enabled, self.must_work = enabled, must_work
-        self._recordings: dict[Any, Recording | None] = {}  # None where it failed
+        self._recordings: dict[Any, Recording] = {}
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -80,41 +82,45 @@ class BlockGraphs:
 
     def clear(self) -> None:
         """Give back the memory of all recordings, which is that of a step; the next step records anew."""
-        if self._recordings:
-            self._recordings.clear()
-            torch.cuda.empty_cache()
+        if not self._recordings:
+            return
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # replays may be under way
+        self._recordings.clear()
+        torch.cuda.empty_cache()
 
     def _run(
         self, blocks: nn.Module, tokens: Float[Tensor, "b t d"], packing: dict[str, Any]
     ) -> Float[Tensor, "b t d"]:
         modes = torch.is_grad_enabled(), tokens.requires_grad, blocks.training
         key = (id(blocks), tuple(tokens.shape), tokens.dtype, modes, *packing.items())
-        recording = self._recordings.get(key)
-        if recording is not None and recording.is_stale():
-            recording = None
+        if key in self._recordings and self._recordings[key].is_stale():
             del self._recordings[key]
-        if key not in self._recordings and len(self._recordings) < _MOST and any(blocks.children()):
-            recording = self._recordings[key] = self._record(blocks, tokens, packing)
-        if recording is None or recording.awaits_backward:
+        if key not in self._recordings and self.enabled and len(self._recordings) < _MOST and any(blocks.children()):
+            self._record(key, blocks, tokens, packing)
+        recording = self._recordings.get(key)
+        if recording is None or recording.awaits_backward():
             return run_in_turn(blocks, tokens, packing)
         return recording.replay(tokens)
 
-    def _record(self, blocks: nn.Module, tokens: Tensor, packing: dict[str, Any]) -> "Recording | None":
+    def _record(self, key: Any, blocks: nn.Module, tokens: Tensor, packing: dict[str, Any]) -> None:
+        slot = min(set(range(_MOST)) - {recording.slot for recording in self._recordings.values()})
         try:
-            return Recording(blocks, tokens, packing)
+            self._recordings[key] = Recording(blocks, tokens, packing, slot)
         except Exception as error:  # whatever cannot be recorded can still be run
             if self.must_work:
                 raise
+            self.enabled = False  # all of it: a capture that failed may leave CUDA's allocator in disorder
+            self.clear()
             reason = " ".join(str(error).split())[:200]
             warnings.warn(
                 f"cuda_graphs=auto: blocks cannot be recorded, so they run as they are written ({reason})", stacklevel=2
             )
-            return None
 
 
 @functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of all captures: cuBLAS keeps memory for each that it has seen."""
+def _stream(device: torch.device, slot: int) -> torch.cuda.Stream:
+    """The stream of one recording at a time: with it ends the memory that cuBLAS keeps for its stream."""
     return torch.cuda.Stream(device)
 
 
@@ -123,24 +129,28 @@ class Capture:
 
     Args:
         device: the GPU.
+        slot: number of the recording among those that there are.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.stream = device, _stream(device)
+    def __init__(self, device: torch.device, slot: int) -> None:
+        self.device, self.stream = device, _stream(device, slot)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
         """In here passes are run and recorded, without a trace in random numbers or what autocast keeps."""
         precision = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        before = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(before)
         with (
             torch.random.fork_rng([self.device]),  # the step must draw what it would have drawn
             torch.cuda.stream(self.stream),
             # Copies of weights that autocast keeps from before would be recorded as if they never changed.
             torch.autocast("cuda", dtype=precision, enabled=precision is not None, cache_enabled=False),
         ):
-            yield
-        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            try:
+                yield
+            finally:
+                before.wait_stream(self.stream)
 
     def __call__(self, work: Callable[[], Any], after: "torch.cuda.CUDAGraph | None" = None) -> tuple[Any, Any]:
         """Record what `work` does.
@@ -151,22 +161,28 @@ class Capture:
         Returns:
             The graph, and what `work` returned: tensors that each replay fills anew.
         """
+        pool = torch.cuda.graph_pool_handle() if after is None else after.pool()
         failure: Exception | None = None
         try:
-            with self._capturing(graph := torch.cuda.CUDAGraph(), pool=None if after is None else after.pool()):
+            with self._capturing(graph := torch.cuda.CUDAGraph(), pool):
                 try:
                     result = work()
                 except Exception as error:
                     failure = error
                     raise
         except Exception as error:
-            # The generator of random numbers would stay as if it were being recorded, until a capture ends well.
-            with self._capturing(torch.cuda.CUDAGraph()):
+            # Up to torch 2.12 the end of a broken capture stops halfway: before the allocator is told, and before the
+            # generator of random numbers is, which a capture that ends well makes up for.
+            with suppress(AttributeError, RuntimeError):
+                torch._C._cuda_endAllocateToPool(self.device.index, pool)  # pyright: ignore[reportAttributeAccessIssue]
+            with self._capturing(torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()):
                 torch.zeros(1, device=self.device)
             raise failure or error from None  # the end of a broken capture complains of its own
+        finally:
+            failure = None  # whose frames hold this one, and the tensors of a step
         return graph, result
 
-    def _capturing(self, graph: torch.cuda.CUDAGraph, pool: Any = None) -> torch.cuda.graph:
+    def _capturing(self, graph: torch.cuda.CUDAGraph, pool: Any) -> torch.cuda.graph:
         # A loader's thread pins memory meanwhile, which "global", the default, forbids to all threads.
         return torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local")
 
@@ -178,10 +194,11 @@ class Recording:
     what the forward pass leaves for the backward pass must outlive the passes of others.
     """
 
-    def __init__(self, blocks: nn.Module, tokens: Float[Tensor, "b t d"], packing: dict[str, Any]) -> None:
+    def __init__(self, blocks: nn.Module, tokens: Float[Tensor, "b t d"], packing: dict[str, Any], slot: int) -> None:
         grad = torch.is_grad_enabled()
         self.blocks = blocks  # held, so that its id stays its own
-        self.awaits_backward = False
+        self.slot = slot
+        self._pass: Callable[[], Any] = lambda: None  # the last one of autograd, for as long as that holds it
         named = dict(blocks.named_parameters(prefix="blocks"))
         self.parameters = list(named.values())
         self._addresses = [parameter.data_ptr() for parameter in self.parameters]
@@ -204,10 +221,10 @@ class Recording:
         def backward() -> tuple[Tensor | None, ...]:
             return torch.autograd.grad(last.pop(), inputs, self._grad_out, allow_unused=True)
 
-        capture = Capture(tokens.device)
+        capture = Capture(tokens.device, slot)
         with capture.aside():
             self._tokens.normal_()
-            self._grad_out = torch.randn_like(forward())
+            self._grad_out = torch.randn_like(forward()) / 100  # or fp16 might overflow
             last.clear()
             for _ in range(_WARM_UPS):
                 wanted: tuple[Tensor | None, ...] = ()
@@ -232,6 +249,11 @@ class Recording:
         self._grad_tokens = found[0] if leaf.requires_grad else None
         self._gradients = found[leaf.requires_grad :]
 
+    def awaits_backward(self) -> bool:
+        """Whether what the last forward pass left is still needed."""
+        last = self._pass()
+        return last is not None and last.recording is not None
+
     def is_stale(self) -> bool:
         """Whether parameters lie elsewhere than when they were recorded."""
         return any(
@@ -244,6 +266,10 @@ class Recording:
             with torch.no_grad():
                 return self.replay_forward(tokens)
         return _Replay.apply(self, tokens, *self.learns)  # pyright: ignore[reportReturnType]
+
+    def begin(self, last: Any) -> None:
+        """Note a pass of autograd, which says by its `recording` that it awaits its backward pass."""
+        self._pass = weakref.ref(last)
 
     def replay_forward(self, tokens: Tensor) -> Tensor:
         """The forward pass. Returns a copy: the next one writes over what this one left."""
@@ -259,9 +285,6 @@ class Recording:
     def replay_backward(self, grad: Tensor) -> list[Tensor | None]:
         """Gradients of tokens and parameters. Those of parameters may become their `grad` as they are, not copied."""
         assert self._backward is not None
-        if not self.awaits_backward:
-            raise RuntimeError("the backward pass of recorded blocks can be run once only; set cuda_graphs=false")
-        self.awaits_backward = False
         self._grad_out.copy_(grad)
         self._backward.replay()
         of_tokens = None if self._grad_tokens is None else self._grad_tokens.clone()
@@ -298,10 +321,13 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, recording: Recording, tokens: Tensor, *parameters: Tensor) -> Tensor:
         ctx.recording = recording
-        recording.awaits_backward = True
+        recording.begin(ctx)
         return recording.replay_forward(tokens)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None, *ctx.recording.replay_backward(grad)
+        recording, ctx.recording = ctx.recording, None  # a loss that is still held must not hold a step's memory
+        if recording is None:
+            raise RuntimeError("the backward pass of recorded blocks can be run once only; set cuda_graphs=false")
+        return None, *recording.replay_backward(grad)

@@ -169,9 +169,9 @@ class MetricLog:
 
 
 def memory_mib() -> float:
-    """What this process needs: the most that tensors held on its GPU so far; without a GPU, its resident memory now."""
+    """What this process needs: the most of its GPU that it reserved so far; without a GPU, its resident memory now."""
     if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 2**20
+        return torch.cuda.max_memory_reserved() / 2**20
     return psutil.Process().memory_info().rss / 2**20
 
 

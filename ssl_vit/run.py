@@ -142,6 +142,7 @@ def set_up(config: RunConfig, ending: Ending = results) -> Run:
         accelerator.device,
         num_processes=accelerator.num_processes,
         num_micro=num_micro,
+        fills_memory=config.batch.auto,
         is_sharded=accelerator.is_fsdp2,
         grad_checkpointing=config.encoder.grad_checkpointing,
     )

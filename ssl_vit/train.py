@@ -98,7 +98,8 @@ def train(run: Run) -> int:
     run.block_graphs.clear()
     run.optimizer.state.clear()
     with as_written(run):
-        raise ValueError(explain_out_of_memory(run.config, run.objective, device, per_device, num_processes))
+        why = explain_out_of_memory(run.config, run.objective, device, per_device, num_processes)
+    raise ValueError(why + ("; --cuda_graphs false needs less" if run.block_graphs.enabled else ""))
 
 
 def train_steps(run: Run, stop: StopSignal) -> int | None:

@@ -1,6 +1,8 @@
 """What recorded blocks do without a GPU: when they are recorded, and when they run as they are written."""
 
+import gc
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,9 +27,13 @@ class FakeRecording:
 
     made: list["FakeRecording"]
 
-    def __init__(self, blocks: nn.Module, tokens: Tensor, packing: dict[str, Any]) -> None:
-        self.blocks, self.packing, self.replays, self.awaits_backward, self.stale = blocks, packing, 0, False, False
+    def __init__(self, blocks: nn.Module, tokens: Tensor, packing: dict[str, Any], slot: int) -> None:
+        self.blocks, self.packing, self.slot = blocks, packing, slot
+        self.replays, self.awaits, self.stale = 0, False, False
         self.made.append(self)
+
+    def awaits_backward(self) -> bool:
+        return self.awaits
 
     def is_stale(self) -> bool:
         return self.stale
@@ -57,6 +63,7 @@ def blocks() -> nn.ModuleList:
         ("auto", CPU, {}, False),
         ("auto", GPU, {"num_processes": 2}, False),
         ("auto", GPU, {"num_micro": 2}, False),
+        ("auto", GPU, {"fills_memory": True}, False),
         ("auto", GPU, {"grad_checkpointing": True}, False),
         ("auto", GPU, {"is_sharded": True}, False),
         (True, GPU, {"num_micro": 2}, True),
@@ -103,7 +110,7 @@ def test_blocks_run_as_written_between_a_forward_pass_and_its_backward_pass(
     graphs, tokens = BlockGraphs(enabled=True), torch.randn(2, 3, 4)
     with graphs.active():
         run_blocks(blocks, tokens, False)
-        made[0].awaits_backward = True
+        made[0].awaits = True
         assert torch.equal(run_blocks(blocks, tokens, False), run_in_turn(blocks, tokens, {}))
     assert made[0].replays == 1
     assert len(made) == 1
@@ -116,6 +123,7 @@ def test_parameters_that_have_moved_are_recorded_anew(made: list[FakeRecording],
         made[0].stale = True
         run_blocks(blocks, tokens, False)
     assert [recording.replays for recording in made] == [1, 1]
+    assert [recording.slot for recording in made] == [0, 0]
 
 
 def test_sizes_that_keep_changing_are_not_all_recorded(made: list[FakeRecording], blocks: nn.ModuleList) -> None:
@@ -123,7 +131,7 @@ def test_sizes_that_keep_changing_are_not_all_recorded(made: list[FakeRecording]
     with graphs.active():
         for length in range(1, 20):
             assert run_blocks(blocks, torch.randn(2, length, 4), False).shape == (2, length, 4)
-    assert len(made) == cuda_graphs._MOST
+    assert [recording.slot for recording in made] == list(range(cuda_graphs._MOST))
     graphs.clear()
     with graphs.active():
         run_blocks(blocks, torch.randn(2, 30, 4), False)
@@ -143,7 +151,8 @@ def test_a_recording_that_fails_is_told_once_and_the_run_goes_on(
         with pytest.warns(UserWarning, match=told):
             run_blocks(blocks, tokens, False)
         # Again would be an error here, as every warning is.
-        assert torch.equal(run_blocks(blocks, tokens, False), run_in_turn(blocks, tokens, {}))
+        for again in (tokens, torch.randn(2, 5, 4)):
+            assert torch.equal(run_blocks(blocks, again, False), run_in_turn(blocks, again, {}))
     with BlockGraphs(enabled=True, must_work=True).active(), pytest.raises(RuntimeError, match="not permitted"):
         run_blocks(blocks, tokens, False)
 
@@ -199,7 +208,7 @@ class FakeCapture:
 
     made: list[Rerun]
 
-    def __init__(self, device: torch.device) -> None: ...
+    def __init__(self, device: torch.device, slot: int) -> None: ...
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -295,6 +304,32 @@ def test_a_second_backward_pass_is_refused(reruns: list[Rerun], blocks: nn.Modul
     out.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="once only; set cuda_graphs=false"):
         out.backward()
+
+
+def test_a_loss_that_is_still_held_does_not_hold_the_memory_of_its_step(
+    reruns: list[Rerun], blocks: nn.ModuleList
+) -> None:
+    graphs = BlockGraphs(enabled=True)
+    with graphs.active():
+        loss = run_blocks(blocks, torch.randn(2, 3, 4), False).sum()
+    loss.backward()
+    [recording] = [weakref.ref(recording) for recording in graphs._recordings.values()]
+    graphs.clear()
+    reruns.clear()
+    gc.collect()  # the stand-in's work holds its recording
+    assert recording() is None
+    assert loss.grad_fn is not None
+
+
+def test_a_pass_that_is_given_up_makes_way(reruns: list[Rerun], blocks: nn.ModuleList) -> None:
+    graphs, tokens = BlockGraphs(enabled=True), torch.randn(2, 3, 4)
+    with graphs.active():
+        first = run_blocks(blocks, tokens, False)
+        run_blocks(blocks, tokens, False)  # as written, beside the first
+        assert reruns[0].replays == 1
+        del first
+        run_blocks(blocks, tokens, False)
+    assert reruns[0].replays == 2
 
 
 def test_frozen_blocks_replay_without_gradients_of_their_own(reruns: list[Rerun], blocks: nn.ModuleList) -> None:

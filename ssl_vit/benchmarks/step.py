@@ -127,7 +127,7 @@ def compare_attention(config: RunConfig, *, steps: int = 5, rounds: int = 5) -> 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     objective = config.build_objective().to(device)
     encoder, size = objective.encoder, config.batch.per_device or config.batch.size
-    step = prepare_step(config, objective, size, device)
+    step = prepare_step(replace(config, cuda_graphs=False), objective, size, device)  # a recording attends in one way
 
     def work(fused: bool) -> Callable[[], int]:
         def run() -> int:
@@ -171,14 +171,16 @@ def compare_peers(config: RunConfig, *, steps: int = 3, rounds: int = 5, kinds: 
     peaks: dict[str, float] = {}
 
     def add(name: str, make: Callable[..., PeerStep], config: RunConfig, kind: str) -> None:
-        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        before = 0
         if device.type == "cuda":
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_reserved(device)
             torch.cuda.reset_peak_memory_stats(device)
         step = contenders[name] = make(config, size, device, dtypes[kind])
-        if device.type == "cuda":  # what is recorded holds its memory between steps too, so it counts from the start
+        if device.type == "cuda":  # what is recorded writes to memory that counts as free, but nobody else can have
             for _ in range(2):
                 step()
-            peaks[name] = (torch.cuda.max_memory_allocated(device) - before) / 2**20
+            peaks[name] = (torch.cuda.max_memory_reserved(device) - before) / 2**20
 
     plain = replace(config, compile=False, cuda_graphs=False)
     for library, make in makers.items():
@@ -216,7 +218,7 @@ def compare_peers(config: RunConfig, *, steps: int = 3, rounds: int = 5, kinds: 
         f"batch {size}, {config.encoder.image_size} px",
         "rates": rates,
         "ratios_to": {peer: {name: vars(ratios(rates, peer)[name]) for name in own} for peer in peers},
-        "peak_mib": peaks,  # of a step; on a GPU with weights and moments
+        "peak_mib": peaks,  # of a step; on a GPU reserved memory, weights and moments too
         "gflop_per_image": {name: count / size / 1e9 for name, count in flops.items()},
         "matmul_gflop_per_second": {kind: value / 1e9 for kind, value in peak_flops.items()},
         "mfu": {name: median[name] * flops[name] / size / peak_flops[name.rpartition(", ")[2]] for name in contenders},
