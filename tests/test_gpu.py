@@ -144,6 +144,20 @@ def test_two_passes_before_the_backward_pass_have_their_own_gradients() -> None:
         torch.testing.assert_close(replayed, plain)
 
 
+def test_what_is_cleared_gives_its_memory_back() -> None:
+    """Also while the loss of the last step is held, as the training loop holds it."""
+    blocks = ViTConfig(image_size=32, **TINY).build().vit.blocks.cuda().train()
+    graphs = BlockGraphs(enabled=True, must_work=True)
+    with graphs.active():
+        loss = run_blocks(blocks, torch.randn(4096, 16, 32, device="cuda"), False).square().mean()
+    loss.backward()
+    blocks.zero_grad()
+    before = torch.cuda.memory_reserved()
+    graphs.clear()
+    assert torch.cuda.memory_reserved() < before - 100 * 2**20
+    assert loss.isfinite()
+
+
 def test_blocks_that_cannot_be_recorded_run_as_written(
     start: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
