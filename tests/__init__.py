@@ -3,3 +3,8 @@
 from beartype import BeartypeConf, beartype
 
 typecheck = beartype(conf=BeartypeConf(is_pep484_tower=True))
+
+import os
+
+# Test processes share the cores: threads that spin while they wait take them from others. Read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -21,7 +21,6 @@ from ssl_vit.train import set_up, train
 if "PYTEST_XDIST_WORKER" in os.environ:  # test processes share the cores, and so do those that they start
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
