@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ssl_vit import cuda_graphs
+from ssl_vit.benchmarks.step import prepare_step
 from ssl_vit.checkpoint import list_checkpoints
+from ssl_vit.config import parse_run
 from ssl_vit.cuda_graphs import BlockGraphs, resolve_cuda_graphs
 from ssl_vit.models.blocks import run_blocks, run_in_turn, runs_blocks
 from tests.conftest import OBJECTIVES, losses
@@ -383,3 +385,9 @@ def test_tensors_that_are_not_numbers_are_no_proof() -> None:
     cuda_graphs._compare("output", [good, None], [good * 1.001, None])
     with pytest.raises(RuntimeError, match="output by nan"):
         cuda_graphs._compare("output", [bad], [good])
+
+
+def test_a_step_made_for_a_benchmark_records_nothing_on_a_cpu(made: list[FakeRecording]) -> None:
+    config, _ = parse_run(OBJECTIVES["mae"][0], [*OBJECTIVES["mae"][1], "--cuda_graphs=true", "--steps=9"]).resolve(40)
+    prepare_step(config, config.build_objective(), 2, CPU).forward_backward()
+    assert not made

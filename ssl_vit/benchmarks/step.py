@@ -41,7 +41,7 @@ def prepare_step(config: RunConfig, objective: Objective, num_images: int, devic
 
     Args:
         config: a run's settings, without `auto`; with `compile` true the objective is compiled in place, and with
-            `cuda_graphs` true its blocks are recorded.
+            `cuda_graphs` true its blocks are recorded, where there is a GPU.
         objective: what they build, on the device.
         num_images: size of the micro-batch.
     """
@@ -96,7 +96,7 @@ def _training_step(
         compile_blocks(objective)
     optimizer = build_optimizer(objective.train(), config.optim, precision)
     groups = clip_groups(objective, config.optim)
-    graphs = BlockGraphs(config.cuda_graphs is True, must_work=True)
+    graphs = BlockGraphs(config.cuda_graphs is True and device.type == "cuda", must_work=True)
 
     def forward_backward() -> None:
         images = batch()
