@@ -266,11 +266,8 @@ def test_a_recorded_run_that_goes_on_ends_with_the_same_weights(
     assert same(state_at(tmp_path / "run", 5), state_at(tmp_path / "again", 5))
 
 
-def test_two_passes_before_the_backward_pass_have_their_own_gradients(
-    reruns: list[Rerun], blocks: nn.ModuleList
-) -> None:
-    """As of an objective that encodes two views of one size one after the other."""
-    first, second = (torch.randn(2, 3, 4) for _ in range(2))
+def check_two_passes(blocks: nn.Module, first: Tensor, second: Tensor) -> None:
+    """Two passes of one size before the backward pass, as of an objective that encodes two views in turn."""
     found = []
     for enabled in (False, True):
         graphs = BlockGraphs(enabled, must_work=True)
@@ -280,9 +277,15 @@ def test_two_passes_before_the_backward_pass_have_their_own_gradients(
                 outs = [run_blocks(blocks, tokens, False) for tokens in (first, second)]
             (outs[0].square().mean() + outs[1].mean()).backward()
         found.append([parameter.grad for parameter in blocks.parameters()])
-    assert [graph.replays for graph in reruns] == [3, 3]
     for plain, replayed in zip(*found, strict=True):
         torch.testing.assert_close(replayed, plain)
+
+
+def test_two_passes_before_the_backward_pass_have_their_own_gradients(
+    reruns: list[Rerun], blocks: nn.ModuleList
+) -> None:
+    check_two_passes(blocks, torch.randn(2, 3, 4), torch.randn(2, 3, 4))
+    assert [graph.replays for graph in reruns] == [3, 3]
 
 
 def test_what_was_replayed_outlives_the_next_replay(reruns: list[Rerun], blocks: nn.ModuleList) -> None:

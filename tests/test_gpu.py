@@ -19,6 +19,7 @@ from ssl_vit.models.blocks import Block, run_blocks
 from ssl_vit.models.vit import ViTConfig
 from tests.compiled import TINY
 from tests.conftest import OBJECTIVES, ROOT, losses
+from tests.test_cuda_graphs import check_two_passes
 from tests.test_faults import EVERY_STEP, break_steps, same, state_at
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -128,20 +129,9 @@ def test_a_recorded_run_learns_and_goes_on_as_one_that_is_not(
 
 
 def test_two_passes_before_the_backward_pass_have_their_own_gradients() -> None:
-    """As of an objective that encodes two views of one size one after the other."""
     blocks = ViTConfig(image_size=32, **TINY).build().vit.blocks.cuda().train()
     first, second = (torch.randn(2, 16, 32, device="cuda") for _ in range(2))
-    found = []
-    for recorded in (False, True):
-        graphs = BlockGraphs(recorded, must_work=True)
-        for _ in range(3):
-            blocks.zero_grad()
-            with graphs.active():
-                outs = [run_blocks(blocks, tokens, False) for tokens in (first, second)]
-            (outs[0].square().mean() + outs[1].mean()).backward()
-        found.append([parameter.grad for parameter in blocks.parameters()])
-    for plain, replayed in zip(*found, strict=True):
-        torch.testing.assert_close(replayed, plain)
+    check_two_passes(blocks, first, second)
 
 
 def test_what_is_cleared_gives_its_memory_back() -> None:
