@@ -1,7 +1,6 @@
 """The settings of a run, and the one function that reads them from YAML and the command line."""
 
 import dataclasses
-import difflib
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from ssl_vit.checkpoint import CheckpointConfig
 from ssl_vit.data.sources import DataConfig
 from ssl_vit.evaluation.evaluate import EvaluationConfig
 from ssl_vit.export.pretrained import load_pretrained, open_pretrained
+from ssl_vit.flags import check_file, in_one_line, split_config_files
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.vit import ViTConfig
 from ssl_vit.objectives.objective import Objective, ObjectiveConfig, RunSize, Transform
@@ -228,9 +228,9 @@ def parse_run(defaults: RunConfig, args: Sequence[str] | None = None) -> RunConf
     """
     args = list(sys.argv[1:] if args is None else args)
     keys = dict(_flatten(defaults))
-    files, flags = _split_config_files(args, keys)
+    files, flags = split_config_files(args, keys)
     for path in files:
-        _check_file(path, keys)
+        check_file(path, keys)
     # Files first, so that a flag wins over a file wherever it stands.
     words = [*(f"--config={path}" for path in files), *flags]
     namespace = _parse(defaults, words, keys)
@@ -253,7 +253,7 @@ def _parse(defaults: RunConfig, words: list[str], keys: dict[str, Any]) -> Names
     try:
         return _build_parser(defaults).parse_args(words)
     except ArgumentError as error:
-        raise ValueError(_in_one_line(str(error), keys)) from error
+        raise ValueError(in_one_line(str(error), keys)) from error
 
 
 def _start_from(defaults: RunConfig, path: str) -> RunConfig:
@@ -346,70 +346,3 @@ def _flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flatten(value, f"{prefix}{item.name}.")
         else:
             yield f"{prefix}{item.name}", value
-
-
-def _split_config_files(args: list[str], keys: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Separate `--config` files from other flags, and refuse flags that no setting has."""
-    files: list[str] = []
-    flags: list[str] = []
-    position = 0
-    while position < len(args):
-        arg = args[position]
-        name, equals, value = arg.removeprefix("--").partition("=")
-        if arg.startswith("--") and name == "config":
-            if not equals:
-                position += 1
-                if position == len(args):
-                    raise ValueError("--config: needs the path of a YAML file")
-                value = args[position]
-            files.append(value)
-        else:
-            sections = {key.split(".")[0] for key in keys if "." in key}
-            if arg.startswith("--") and name not in keys and name not in {"help", "print_config"} | sections:
-                raise ValueError(f"--{name}: no such flag{_near(name, keys, '--')}")
-            flags.append(arg)
-        position += 1
-    return files, flags
-
-
-def _check_file(path: str, keys: dict[str, Any]) -> None:
-    """Refuse a file that cannot be read, is no YAML mapping or has keys that no setting has."""
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise ValueError(f"--config={path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: is no valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: must hold `key: value` lines, holds {type(values).__name__}")
-    sections = {key.rsplit(".", 1)[0] for key in keys if "." in key}
-    for name, value in values.items():
-        if name in sections:
-            if not isinstance(value, dict):
-                raise ValueError(f"{path}: {name}={value!r}: must hold the settings of that section")
-            for key in value:
-                if f"{name}.{key}" not in keys:
-                    raise ValueError(f"{path}: {name}.{key}: no such setting{_near(f'{name}.{key}', keys)}")
-        elif name not in keys:
-            raise ValueError(f"{path}: {name}: no such setting{_near(str(name), keys)}")
-
-
-def _near(name: str, keys: dict[str, Any], prefix: str = "") -> str:
-    """A hint at the setting that was probably meant: a near spelling, with its section or without."""
-    by_leaf = {key.rsplit(".", 1)[-1]: key for key in keys}
-    near = difflib.get_close_matches(name, keys, n=1, cutoff=0.75)
-    near = near or [by_leaf[leaf] for leaf in difflib.get_close_matches(name.rsplit(".", 1)[-1], by_leaf, n=1)]
-    return f"; did you mean {prefix}{near[0]}?" if near else "; --help lists them all"
-
-
-def _in_one_line(message: str, keys: dict[str, Any]) -> str:
-    """Turn jsonargparse's message about a wrong type into one line with key, value and what is expected."""
-    key = re.search(r'[Kk]ey "([\w.]+)"', message)
-    value = re.search(r"(?:Got value|Given value): (.*)", message)
-    if key and value:
-        expected = re.findall(r"Expected an? (.*?)(?:\.? Got value.*)?$", message, flags=re.MULTILINE)
-        words = [re.sub(r"<class '(\w+)'>", r"\1", kind).replace("typing.", "").rstrip(".") for kind in expected]
-        words = ["null" if word == "NoneType" else word for word in words]
-        given = value.group(1).strip()
-        return f"{key.group(1)}={given}: expected {' or '.join(dict.fromkeys(words)) or 'another type'}"
-    return " ".join(message.split())

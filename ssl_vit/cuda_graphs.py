@@ -171,8 +171,8 @@ class Capture:
                     failure = error
                     raise
         except Exception as error:
-            # Up to torch 2.12 the end of a broken capture stops halfway: before the allocator is told, and before the
-            # generator of random numbers is, which a capture that ends well makes up for.
+            # In older versions (torch 2.11) the end of a broken capture stops halfway: before the allocator is told,
+            # and before the generator of random numbers is, which a capture that ends well makes up for.
             with suppress(AttributeError, RuntimeError):
                 torch._C._cuda_endAllocateToPool(self.device.index, pool)  # pyright: ignore[reportAttributeAccessIssue]
             with self._capturing(torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()):
