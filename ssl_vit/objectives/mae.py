@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ssl_vit.data.device_transforms import flip_horizontally, normalize
 from ssl_vit.data.masking import draw_keep, draw_predicted, num_kept
 from ssl_vit.data.transforms import random_resized_crop
-from ssl_vit.models.blocks import run_blocks
+from ssl_vit.models.blocks import run_blocks, run_in_turn
 from ssl_vit.models.cross_attention import CrossBlock
 from ssl_vit.models.encoder import Encoder, Features
 from ssl_vit.models.positions import sincos_positions
@@ -165,13 +165,14 @@ class MAE(Objective):
         patch_height, patch_width = encoder.patch_size
         norm_layer: Any = partial(nn.LayerNorm, eps=1e-6)
 
-        self.decoder_embed = nn.Linear(encoder.embed_dim, width)
+        if config.decoder == "self":
+            self.decoder_embed = nn.Linear(encoder.embed_dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         table = sincos_positions(width, encoder.grid_size, num_prefix_tokens=int(encoder.has_cls_token))
         self.register_buffer("decoder_pos_embed", table[None])
         heads = config.decoder_num_heads
         self.decoder_blocks = nn.ModuleList(
-            CrossBlock(width, heads)
+            CrossBlock(width, encoder.embed_dim, heads)
             if config.decoder == "cross"
             else Block(width, heads, mlp_ratio=4, qkv_bias=True, norm_layer=norm_layer)
             for _ in range(config.decoder_depth)
@@ -183,8 +184,8 @@ class MAE(Objective):
 
     def forward(self, batch: Mapping[str, Tensor], progress: float) -> dict[str, Tensor]:
         images, keep = batch["images"], batch["keep"]
-        if "predict" in batch:
-            predict = batch["predict"]
+        if self.config.decoder == "cross":
+            predict = batch["predict"] if "predict" in batch else self._removed(images, keep)
             prediction = self._predict(self.encoder(images, keep=keep), predict, self._grid_size(images))
             return {"loss": self.patch_error(prediction, images, predict).mean()}
         error = self.patch_error(self.reconstruct(images, keep), images)
@@ -254,15 +255,25 @@ class MAE(Objective):
     def _predict(
         self, features: Features, patches: Int[Tensor, "b m"], grid_size: tuple[int, int]
     ) -> Float[Tensor, "b m p"]:
-        """Some patches, each from the encoder's last tokens alone (CrossMAE, arXiv:2401.14391; it mixes layers)."""
-        memory = self.decoder_embed(features.patches)
+        """Some patches, each from the encoder's last tokens alone.
+
+        CrossMAE (Fu et al., 2024, arXiv:2401.14391) without its inter-block attention, which shows each decoder block
+        another mixture of the encoder's layers.
+        """
+        memory = features.patches
         if self.encoder.has_cls_token:
-            memory = torch.cat([self.decoder_embed(features.cls)[:, None], memory], dim=1)
+            memory = torch.cat([features.cls[:, None], memory], dim=1)
         positions = self._positions(grid_size)[0, int(self.encoder.has_cls_token) :]
         queries = self.mask_token + positions[patches]
-        for block in self.decoder_blocks:
-            queries = block(queries, memory)
+        again = self.encoder.grad_checkpointing and torch.is_grad_enabled()
+        queries = run_in_turn(self.decoder_blocks, queries, {"memory": memory}, again)
         return self.decoder_pred(self.decoder_norm(queries))
+
+    def _removed(self, images: Float[Tensor, "b c h w"], keep: Int[Tensor, "b k"]) -> Int[Tensor, "b r"]:
+        """Indices of all patches but those kept, in ascending order; no size depends on what is in `keep`."""
+        rows, columns = self._grid_size(images)
+        is_kept = torch.zeros(len(keep), rows * columns, device=keep.device).scatter(1, keep, 1.0)
+        return is_kept.argsort(dim=1, stable=True)[:, : rows * columns - keep.shape[1]]
 
     def _grid_size(self, images: Float[Tensor, "b c h w"]) -> tuple[int, int]:
         height, width = images.shape[-2:]

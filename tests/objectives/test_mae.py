@@ -243,7 +243,24 @@ class TestCrossDecoder:
         error = objective.reconstruct(batch["images"], batch["keep"]) - normalize_patches(
             patchify(batch["images"], (8, 8))
         )
+        counts: list[int] = []
+        objective.decoder_blocks[0].register_forward_pre_hook(lambda _, inputs: counts.append(inputs[0].shape[1]))
         torch.testing.assert_close(objective(batch, 0.0)["loss"], error[removed].square().mean())
+        assert counts == [12]  # and none of the kept ones
+
+    def test_checkpointing_computes_blocks_again_with_the_same_gradients(self, tiny_encoder: ViT) -> None:
+        objective, batch = build(tiny_encoder, decoder="cross", predict_ratio=0.25), self.batch()
+        passes: list[int] = []
+        objective.decoder_blocks[0].register_forward_pre_hook(lambda *_: passes.append(1))
+        found = []
+        for again in (False, True):
+            objective.encoder.grad_checkpointing = again
+            objective.zero_grad()
+            objective(batch, 0.0)["loss"].backward()
+            found.append({name: value.grad for name, value in objective.named_parameters() if value.requires_grad})
+        assert len(passes) == 3
+        for name, gradient in found[0].items():
+            assert gradient is not None and torch.equal(gradient, found[1][name]), name
 
     def test_a_prediction_depends_on_visible_patches_and_not_on_what_else_is_predicted(self, tiny_encoder: ViT) -> None:
         objective, batch = build(tiny_encoder, decoder="cross").eval(), self.batch()
