@@ -13,10 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from scripts import pretrain_dino, pretrain_dinov2, pretrain_mae
+from ssl_vit import cuda_graphs
 from ssl_vit.checkpoint import list_checkpoints
 from ssl_vit.config import parse_run
 from ssl_vit.models.vit import ViT, ViTConfig
 from ssl_vit.train import set_up, train
+from tests.reruns import FakeCapture, Rerun
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # test processes share the cores, and so do those that they start
     torch.set_num_threads(1)
@@ -128,3 +130,10 @@ def losses(run: Path) -> list[float]:
 
 def last_weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(list_checkpoints(run)[-1] / "model.safetensors")
+
+
+@pytest.fixture
+def reruns(monkeypatch: pytest.MonkeyPatch) -> list[Rerun]:
+    FakeCapture.made = []
+    monkeypatch.setattr(cuda_graphs, "Capture", FakeCapture)
+    return FakeCapture.made

@@ -1,11 +1,7 @@
 """What recorded blocks do without a GPU: when they are recorded, and when they run as they are written."""
 
 import gc
-import shutil
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +10,11 @@ from torch import Tensor, nn
 
 from ssl_vit import cuda_graphs
 from ssl_vit.benchmarks.step import prepare_step
-from ssl_vit.checkpoint import list_checkpoints
 from ssl_vit.config import parse_run
 from ssl_vit.cuda_graphs import BlockGraphs, resolve_cuda_graphs
 from ssl_vit.models.blocks import run_blocks, run_in_turn, runs_blocks
-from tests.conftest import OBJECTIVES, losses
-from tests.test_faults import EVERY_STEP, same, state_at
+from tests.conftest import OBJECTIVES
+from tests.reruns import Rerun
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -29,8 +24,8 @@ class FakeRecording:
 
     made: list["FakeRecording"]
 
-    def __init__(self, blocks: nn.Module, tokens: Tensor, packing: dict[str, Any], slot: int) -> None:
-        self.blocks, self.packing, self.slot = blocks, packing, slot
+    def __init__(self, blocks: nn.Module, tokens: Tensor, packing: dict[str, Any]) -> None:
+        self.blocks, self.packing = blocks, packing
         self.replays, self.awaits, self.stale = 0, False, False
         self.made.append(self)
 
@@ -125,7 +120,6 @@ def test_parameters_that_have_moved_are_recorded_anew(made: list[FakeRecording],
         made[0].stale = True
         run_blocks(blocks, tokens, False)
     assert [recording.replays for recording in made] == [1, 1]
-    assert [recording.slot for recording in made] == [0, 0]
 
 
 def test_sizes_that_keep_changing_are_not_all_recorded(made: list[FakeRecording], blocks: nn.ModuleList) -> None:
@@ -133,7 +127,7 @@ def test_sizes_that_keep_changing_are_not_all_recorded(made: list[FakeRecording]
     with graphs.active():
         for length in range(1, 20):
             assert run_blocks(blocks, torch.randn(2, length, 4), False).shape == (2, length, 4)
-    assert [recording.slot for recording in made] == list(range(cuda_graphs._MOST))
+    assert len(made) == cuda_graphs._MOST
     graphs.clear()
     with graphs.active():
         run_blocks(blocks, torch.randn(2, 30, 4), False)
@@ -176,94 +170,6 @@ def test_the_one_who_runs_blocks_is_put_back_after_an_error(blocks: nn.ModuleLis
     with pytest.raises(ZeroDivisionError), runs_blocks(lambda blocks, tokens, packing: tokens * (1 // 0)):
         run_blocks(blocks, tokens, False)
     assert torch.equal(run_blocks(blocks, tokens, False), run_in_turn(blocks, tokens, {}))
-
-
-class Rerun:
-    """Stands in for a CUDA graph: a replay does the work again and fills the tensors of the first time.
-
-    A forward pass writes over the gradients, whose memory on a GPU is that of what it leaves for the backward pass.
-    """
-
-    def __init__(self, work: Callable[[], Any], after: "Rerun | None") -> None:
-        self.work, self.grad = work, torch.is_grad_enabled()
-        result = work()
-        self.result: list[Tensor | None] = [result] if isinstance(result, Tensor) else list(result)
-        self.shares_memory: list[Tensor | None] = []
-        self.replays = -1  # the proof's does not count
-        if after is not None:
-            after.shares_memory = self.result
-
-    def replay(self) -> None:
-        self.replays += 1
-        for gradient in self.shares_memory:
-            if gradient is not None:
-                gradient.detach().fill_(torch.nan)
-        with torch.set_grad_enabled(self.grad):
-            found = self.work()
-        for kept, new in zip(self.result, [found] if isinstance(found, Tensor) else found, strict=True):
-            if kept is not None:
-                kept.detach().copy_(new.detach())
-
-
-class FakeCapture:
-    """Captures without a GPU."""
-
-    made: list[Rerun]
-
-    def __init__(self, device: torch.device, slot: int) -> None: ...
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        with torch.random.fork_rng([]):
-            yield
-
-    def __call__(self, work: Callable[[], Any], after: Rerun | None = None) -> tuple[Rerun, Any]:
-        graph = Rerun(work, after)
-        self.made.append(graph)
-        return graph, tuple(graph.result) if after is not None else graph.result[0]
-
-
-@pytest.fixture
-def reruns(monkeypatch: pytest.MonkeyPatch) -> list[Rerun]:
-    FakeCapture.made = []
-    monkeypatch.setattr(cuda_graphs, "Capture", FakeCapture)
-    return FakeCapture.made
-
-
-@pytest.mark.parametrize("objective", list(OBJECTIVES))
-def test_a_recorded_run_learns_what_blocks_as_written_learn(
-    start: Callable[..., int],
-    tmp_path: Path,
-    reruns: list[Rerun],
-    monkeypatch: pytest.MonkeyPatch,
-    objective: str,
-) -> None:
-    """Bit for bit: micro-batches, stochastic depth, pictures, and an evaluation that clears what was recorded."""
-    flags = ("--batch.per_device=4", "--evaluation.every_steps=2", "--evaluation.pictures_every_steps=1", *EVERY_STEP)
-    flags = (*flags, "--encoder.drop_path_rate=0.2")
-    start(*flags, steps=4, labels=True, name="plain", objective=objective)
-    assert not reruns
-    monkeypatch.setattr("ssl_vit.run.resolve_cuda_graphs", lambda *given, **runs: True)
-    start(*flags, steps=4, labels=True, objective=objective)
-    # Encoder and decoder forward and backward, or teacher forward, student forward and backward; anew after step 2.
-    assert [graph.replays for graph in reruns] == [4] * (8 if objective == "mae" else 6)
-    assert losses(tmp_path / "run") == losses(tmp_path / "plain")
-    for step in (1, 2, 3, 4):
-        assert same(state_at(tmp_path / "run", step), state_at(tmp_path / "plain", step)), step
-
-
-def test_a_recorded_run_that_goes_on_ends_with_the_same_weights(
-    start: Callable[..., int], tmp_path: Path, reruns: list[Rerun], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ssl_vit.run.resolve_cuda_graphs", lambda *given, **runs: True)
-    flags = ("--encoder.drop_path_rate=0.2", *EVERY_STEP)
-    start(*flags, steps=5, objective="dino")
-    shutil.copytree(tmp_path / "run", tmp_path / "again")
-    for checkpoint in list_checkpoints(tmp_path / "again")[2:]:
-        shutil.rmtree(checkpoint)
-    start(*flags, name="again", steps=5, objective="dino")
-    assert [graph.replays for graph in reruns] == [5] * 3 + [3] * 3
-    assert same(state_at(tmp_path / "run", 5), state_at(tmp_path / "again", 5))
 
 
 def check_two_passes(blocks: nn.Module, first: Tensor, second: Tensor) -> None:
@@ -377,7 +283,9 @@ def test_a_recording_that_replays_something_else_is_not_used(
     tokens = torch.randn(2, 3, 4)
     with (
         BlockGraphs(enabled=True).active(),
-        pytest.warns(UserWarning, match=r"run as they are written \(what is replayed differs: gradients by \d+\.\d%"),
+        pytest.warns(
+            UserWarning, match=r"run as they are written \(what is replayed differs: the gradient of \S+ by \d+\.\d%"
+        ),
     ):
         out = run_blocks(blocks, tokens, False)
     assert torch.equal(out, run_in_turn(blocks, tokens, {}))
@@ -385,9 +293,57 @@ def test_a_recording_that_replays_something_else_is_not_used(
 
 def test_tensors_that_are_not_numbers_are_no_proof() -> None:
     good, bad = torch.ones(3), torch.tensor([1.0, torch.nan, 1.0])
-    cuda_graphs._compare("output", [good, None], [good * 1.001, None])
-    with pytest.raises(RuntimeError, match="output by nan"):
-        cuda_graphs._compare("output", [bad], [good])
+    cuda_graphs._compare(["one", "other"], [good, None], [good * 1.001, None])
+    with pytest.raises(RuntimeError, match="the output by nan"):
+        cuda_graphs._compare(["the output"], [bad], [good])
+
+
+def test_a_small_gradient_is_proven_beside_a_large_one() -> None:
+    large, small = torch.ones(3), torch.full((3,), 1e-5)
+    cuda_graphs._compare(["large", "small"], [large, small], [large, small * 1.01])
+    with pytest.raises(RuntimeError, match=r"small by 100\.0%"):
+        cuda_graphs._compare(["large", "small"], [large, torch.zeros(3)], [large, small])
+    cuda_graphs._compare(["large", "noise"], [large, torch.zeros(3)], [large, small / 1e4])
+
+
+def test_gradients_that_are_one_tensor_are_not_recorded(reruns: list[Rerun]) -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return tokens + (self.one + self.other)
+
+    with BlockGraphs(enabled=True).active(), pytest.warns(UserWarning, match="two parameters have one gradient"):
+        run_blocks(nn.ModuleList([Sum()]), torch.randn(2, 3, 4), False)
+
+
+def test_recordings_that_live_have_slots_of_their_own(reruns: list[Rerun], blocks: nn.ModuleList) -> None:
+    several = [BlockGraphs(enabled=True, must_work=True) for _ in range(2)]
+    for graphs in several:
+        with graphs.active():
+            run_blocks(blocks, torch.randn(2, 3, 4), False)
+            run_blocks(blocks, torch.randn(2, 5, 4), False)
+    slots = {recording.slot for graphs in several for recording in graphs._recordings.values()}
+    assert len(slots) == 4
+
+
+def test_what_awaits_its_backward_pass_is_not_ended_before_the_next_step(
+    reruns: list[Rerun], blocks: nn.ModuleList
+) -> None:
+    graphs, tokens = BlockGraphs(enabled=True), torch.randn(2, 3, 4)
+    with graphs.active():
+        loss = run_blocks(blocks, tokens, False).sum()
+    [recording] = [weakref.ref(recording) for recording in graphs._recordings.values()]
+    graphs.clear()
+    loss.backward()
+    reruns.clear()
+    gc.collect()
+    assert recording() is not None
+    with graphs.active():
+        gc.collect()
+        assert recording() is None
 
 
 def test_a_step_made_for_a_benchmark_records_nothing_on_a_cpu(made: list[FakeRecording]) -> None:
