@@ -23,12 +23,20 @@ _runner: ContextVar[Runner | None] = ContextVar("runner", default=None)
 class Block(TimmBlock):
     """timm's block, by the same class name. Given `shapes`, it takes groups of sequences of different lengths packed
     into one, so that all but attention itself is done for all of them at once, without padding.
+
+    With `first_only` it gives the first token of each sequence alone, the class token, for which the others are keys
+    and values and no more: a quarter of the operations.
     """
 
-    def forward(self, x: Tensor, *args: Any, shapes: Shapes | None = None, **kwargs: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, *args: Any, shapes: Shapes | None = None, first_only: bool = False, **kwargs: Any
+    ) -> Tensor:
         if shapes is None:
             return super().forward(x, *args, **kwargs)
-        x = x + _drop_path(self.drop_path1, self.ls1(_attend(self.attn, self.norm1(x), shapes)), shapes)
+        attended = self.ls1(_attend(self.attn, self.norm1(x), shapes, first_only))
+        if first_only:
+            x, shapes = _first_tokens(x, shapes), tuple((count, 1) for count, _ in shapes)
+        x = x + _drop_path(self.drop_path1, attended, shapes)
         return x + _drop_path(self.drop_path2, self.ls2(self.mlp(self.norm2(x))), shapes)
 
 
@@ -60,12 +68,12 @@ def make_packable(blocks: Iterable[nn.Module]) -> bool:
 
 def run_blocks(
     blocks: nn.Module, tokens: Float[Tensor, "b t d"], grad_checkpointing: bool, **packing: Any
-) -> Float[Tensor, "b t d"]:
+) -> Float[Tensor, "b _ d"]:
     """Send tokens through a list of blocks; with checkpointing each keeps its input alone for the backward pass (Chen
     et al., 2016, arXiv:1604.06174), where it is computed again with the same drop path.
 
     Args:
-        packing: `shapes`, where tokens are groups that are packed.
+        packing: `shapes`, where tokens are groups that are packed, and with them `first_only`, for the last block.
     """
     again = grad_checkpointing and torch.is_grad_enabled()  # a teacher has no backward pass
     runner = _runner.get()
@@ -76,10 +84,12 @@ def run_blocks(
 
 def run_in_turn(
     blocks: Any, tokens: Float[Tensor, "b t d"], packing: dict[str, Any], again: bool = False
-) -> Float[Tensor, "b t d"]:
+) -> Float[Tensor, "b _ d"]:
     """One block after the other; `again` computes them again in the backward pass."""
-    for block in blocks:
-        tokens = checkpoint(block, tokens, use_reentrant=False, **packing) if again else block(tokens, **packing)
+    of_all = {name: value for name, value in packing.items() if name != "first_only"}
+    for number, block in enumerate(blocks, start=1):
+        given = packing if number == len(blocks) else of_all
+        tokens = checkpoint(block, tokens, use_reentrant=False, **given) if again else block(tokens, **given)
     return tokens
 
 
@@ -94,21 +104,44 @@ def runs_blocks(runner: Runner) -> Iterator[None]:
 
 
 def run_packed_blocks(
-    blocks: nn.Module, groups: Sequence[Float[Tensor, "_ _ d"]], grad_checkpointing: bool
+    blocks: nn.ModuleList | nn.Sequential,
+    groups: Sequence[Float[Tensor, "_ _ d"]],
+    grad_checkpointing: bool,
+    first_only: bool = False,
 ) -> list[Float[Tensor, "_ _ d"]]:
-    """`run_blocks` of several groups of sequences at once; within a group all have the same length."""
+    """`run_blocks` of several groups of sequences at once; within a group all have the same length.
+
+    Args:
+        first_only: give the first token of each sequence alone, [b 1 d].
+    """
     shapes = tuple((group.shape[0], group.shape[1]) for group in groups)
     packed = torch.cat([rearrange(group, "b t d -> 1 (b t) d") for group in groups], dim=1)
-    packed = run_blocks(blocks, packed, grad_checkpointing, shapes=shapes)
-    parts = packed.split([count * length for count, length in shapes], dim=1)
-    return [rearrange(part, "1 (b t) d -> b t d", b=count) for part, (count, _) in zip(parts, shapes, strict=True)]
+    first_only = first_only and len(blocks) > 0
+    packed = run_blocks(
+        blocks, packed, grad_checkpointing, shapes=shapes, **({"first_only": True} if first_only else {})
+    )
+    lengths = [1 if first_only else length for _, length in shapes]
+    parts = packed.split([len(group) * length for group, length in zip(groups, lengths, strict=True)], dim=1)
+    return [rearrange(part, "1 (b t) d -> b t d", b=len(group)) for part, group in zip(parts, groups, strict=True)]
 
 
-def _attend(attn: Any, x: Float[Tensor, "1 n d"], shapes: Shapes) -> Float[Tensor, "1 n d"]:
-    """timm's attention within each sequence of each group."""
+def _first_tokens(x: Float[Tensor, "1 n d"], shapes: Shapes) -> Float[Tensor, "1 s d"]:
+    """Those of all sequences."""
+    parts = x.split([count * length for count, length in shapes], dim=1)
+    firsts = [part.unflatten(1, shape)[:, :, 0] for part, shape in zip(parts, shapes, strict=True)]
+    return torch.cat(firsts, dim=1)
+
+
+def _attend(attn: Any, x: Float[Tensor, "1 n d"], shapes: Shapes, first_only: bool = False) -> Float[Tensor, "1 m d"]:
+    """timm's attention within each sequence of each group; with `first_only` of the first tokens to all."""
+    lengths = asking = [count * length for count, length in shapes]
+    queries, keys, values = attn.qkv(x).chunk(3, dim=-1)
+    if first_only:
+        queries, asking = _first_tokens(queries, shapes), [count for count, _ in shapes]
     found = []
-    for part, (count, _) in zip(attn.qkv(x).split([b * t for b, t in shapes], dim=1), shapes, strict=True):
-        q, k, v = rearrange(part, "1 (b t) (three h e) -> three b h t e", b=count, three=3, h=attn.num_heads)
+    parts = zip(queries.split(asking, dim=1), keys.split(lengths, dim=1), values.split(lengths, dim=1), strict=True)
+    for part, (count, _) in zip(parts, shapes, strict=True):
+        q, k, v = (rearrange(one, "1 (b t) (h e) -> b h t e", b=count, h=attn.num_heads) for one in part)
         q, k = attn.q_norm(q), attn.k_norm(k)
         if attn.fused_attn:
             out = F.scaled_dot_product_attention(q, k, v, dropout_p=attn.attn_drop.p if attn.training else 0.0)
@@ -118,7 +151,7 @@ def _attend(attn: Any, x: Float[Tensor, "1 n d"], shapes: Shapes) -> Float[Tenso
     together = attn.norm(torch.cat(found, dim=1))
     gate = getattr(attn, "gate", None)
     if gate is not None:
-        together = together * gate(x).sigmoid()
+        together = together * gate(_first_tokens(x, shapes) if first_only else x).sigmoid()
     return attn.proj_drop(attn.proj(together))
 
 

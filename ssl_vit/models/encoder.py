@@ -72,12 +72,14 @@ class Encoder(nn.Module):
         *,
         mask: Bool[Tensor, "b n"] | None = None,
         mask_token: Float[Tensor, " d"] | None = None,
+        cls_only: bool = False,
     ) -> list[Features]:
         """Encode batches of several sizes, at once where the backbone can.
 
         Args:
             groups: normalised images; those of a batch have one size.
             mask, mask_token: as in `forward`, for the first batch.
+            cls_only: patch tokens are not needed; a backbone that can saves what they cost and returns none of them.
         """
         masking = {} if mask is None else {"mask": mask, "mask_token": mask_token}
         return [self(images, **(masking if number == 0 else {})) for number, images in enumerate(groups)]

@@ -178,14 +178,17 @@ class ViT(Encoder):
         *,
         mask: Bool[Tensor, "b n"] | None = None,
         mask_token: Float[Tensor, " d"] | None = None,
+        cls_only: bool = False,
     ) -> list[Features]:
-        if not self._packs or len(groups) == 1:
+        cls_only = cls_only and self._packs and self.has_cls_token
+        if not self._packs or (len(groups) == 1 and not cls_only):
             return super().forward_groups(groups, mask=mask, mask_token=mask_token)
         tokens = [
             self.vit.norm_pre(self._embed(images, None, mask if number == 0 else None, mask_token))
             for number, images in enumerate(groups)
         ]
-        return [self._features(part) for part in run_packed_blocks(self.vit.blocks, tokens, self.grad_checkpointing)]
+        found = run_packed_blocks(self.vit.blocks, tokens, self.grad_checkpointing, first_only=cls_only)
+        return [self._features(part[:, :1] if cls_only else part) for part in found]
 
     def _embed(
         self,
@@ -234,12 +237,17 @@ class ViT(Encoder):
 
 
 def choose_attention(model: nn.Module, num_patches: int, device: torch.device, precision: str) -> None:
-    """Leave timm's fused attention on, but where it is slower: on CPUs in bf16, up to about 256 patches.
+    """Leave timm's fused attention on, but where it is slower."""
+    if not fuses_attention(num_patches, device, precision):
+        set_fused_attention(model, False)
+
+
+def fuses_attention(num_patches: int, device: torch.device, precision: str) -> bool:
+    """Whether fused attention is the faster one: but on CPUs in bf16, up to about 256 patches.
 
     Its backward takes up to three times as long there as that of plain attention.
     """
-    if device.type == "cpu" and precision == "bf16" and num_patches <= 256:
-        set_fused_attention(model, False)
+    return not (device.type == "cpu" and precision == "bf16" and num_patches <= 256)
 
 
 def set_fused_attention(model: nn.Module, fused: bool) -> None:

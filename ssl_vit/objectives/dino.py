@@ -161,11 +161,11 @@ class DINO(Objective):
     def forward(self, batch: Mapping[str, Tensor], progress: float) -> dict[str, Tensor]:
         temp = self.teacher_temp(progress)
         with torch.no_grad():
-            [teacher] = self.encode(self.teacher_encoder, [batch["global_crops"]])
+            [teacher] = self.encode(self.teacher_encoder, [batch["global_crops"]], cls_only=True)
             teacher_logits = self.teacher_head(teacher.cls)
             teacher_probs = self.center_probs(teacher_logits, self.center, temp)
             self._teacher_sums.add(rearrange(teacher_logits, "v b k -> (v b) k"), progress)
-        student_cls = torch.cat([features.cls for features in self.encode(self.encoder, by_size(batch))])
+        student_cls = torch.cat([features.cls for features in self.encode(self.encoder, by_size(batch), cls_only=True)])
         bottleneck, prototypes = self.head(student_cls, as_factors=True)
         loss = dino_prototype_loss(bottleneck, prototypes, teacher_probs, self.config.student_temp)
         return {
@@ -174,13 +174,13 @@ class DINO(Objective):
             **self._schedules(progress, loss.device),
         }
 
-    def encode(self, encoder: Encoder, crops: list[Float[Tensor, "_ _ c _ _"]], **masking: Tensor) -> list[Features]:
+    def encode(self, encoder: Encoder, crops: list[Float[Tensor, "_ _ c _ _"]], **how: Any) -> list[Features]:
         """Features of crops [b v c h w] of each size, views first: cls [v b d], patches [v b n d].
 
         Args:
-            masking: `mask` and `mask_token` of the encoder, for the first size.
+            how: `mask` and `mask_token` for the first size, or `cls_only`, as `Encoder.forward_groups` takes them.
         """
-        groups = encoder.forward_groups([rearrange(views, "b v c h w -> (v b) c h w") for views in crops], **masking)
+        groups = encoder.forward_groups([rearrange(views, "b v c h w -> (v b) c h w") for views in crops], **how)
         return [
             Features(
                 rearrange(cls, "(v b) d -> v b d", v=views.shape[1]),

@@ -1,5 +1,7 @@
 """Packed crops: the features and gradients of one call for each size, whatever the block."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -46,6 +48,44 @@ def test_packed_groups_have_the_features_and_gradients_of_single_calls(name: str
         assert len(packed) == len(single) > 0
         for ours, theirs in zip(packed, single, strict=True):
             assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4), kind
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("name", [*ARCHS, "no blocks", "no class token"])
+def test_class_tokens_alone_are_those_of_all_tokens_with_their_gradients(
+    name: str, together: bool, fused: bool
+) -> None:
+    """Of one group and several; drop path draws alike."""
+    more = {
+        "no blocks": ViTConfig("vit_small_patch16_224", **{**SMALL, "depth": 0}),
+        "no class token": ViTConfig("vit_base_patch16_siglip_gap_224", **SMALL),
+    }
+    torch.manual_seed(0)
+    encoder = dataclasses.replace({**ARCHS, **more}[name], drop_path_rate=0.3).build().train()
+    set_fused_attention(encoder, fused)
+    found = []
+    for cls_only in (False, True):
+        encoder.zero_grad()
+        torch.manual_seed(1)
+        features = encoder.forward_groups(groups() if together else groups()[:1], cls_only=cls_only)
+        torch.stack([one.cls.square().sum() for one in features]).sum().backward()
+        gradients = {key: value.grad for key, value in encoder.named_parameters() if value.grad is not None}
+        found.append({f"group {number}": one.cls for number, one in enumerate(features)} | gradients)
+    saves = name not in ("parallel blocks", "no class token")
+    assert [one.patches.shape[1] for one in features] == ([0] * len(features) if saves else [16, 4][: len(features)])
+    assert found[0].keys() == found[1].keys()
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, rtol=1e-4, atol=1e-4, msg=key)
+
+
+def test_the_last_block_looks_at_class_tokens_alone() -> None:
+    encoder = ARCHS["plain"].build()
+    counts: list[int] = []
+    for block in encoder.vit.blocks:
+        block.mlp.register_forward_pre_hook(lambda _, inputs: counts.append(inputs[0].shape[1]))
+    encoder.forward_groups(groups(), cls_only=True)
+    assert counts == [4 * 17 + 6 * 5, 4 + 6]
 
 
 def test_drop_path_of_packed_groups_drops_whole_sequences() -> None:

@@ -117,8 +117,8 @@ class TestLoss:
         monkeypatch.setattr(
             objective.encoder,
             "forward_groups",
-            lambda groups: (
-                sizes.append([len(images) for images in groups]) or ViT.forward_groups(objective.encoder, groups)
+            lambda groups, **how: (
+                sizes.append([len(images) for images in groups]) or ViT.forward_groups(objective.encoder, groups, **how)
             ),
         )
         objective({"global_crops": torch.randn(2, 2, 3, 32, 32), "local_crops": torch.randn(2, 4, 3, 32, 32)}, 0.0)
