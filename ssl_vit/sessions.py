@@ -101,10 +101,10 @@ def without_secrets(words: Sequence[str]) -> list[str]:
     return shown
 
 
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that can change what is learned, as far as they are installed."""
+def versions(more: Sequence[str] = ()) -> dict[str, str]:
+    """Of Python and of the packages that can change what is learned, and of more, as far as they are installed."""
     found = {"python": platform.python_version(), "ssl_vit": ssl_vit.__version__}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *more):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

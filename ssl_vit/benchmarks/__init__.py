@@ -1,1 +1,1 @@
-"""Measurements beside restated pipelines of the papers, interleaved in one run; `scripts/benchmark.py` runs them."""
+"""Measurements, beside other libraries' and the papers' pipelines in turn; `scripts/benchmark.py` runs them."""

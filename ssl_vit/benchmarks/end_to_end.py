@@ -16,7 +16,7 @@ import torch
 from ssl_vit.benchmarks.rounds import alternate, machine
 from ssl_vit.benchmarks.step import prepare_step
 from ssl_vit.checkpoint import CheckpointConfig
-from ssl_vit.config import RunConfig
+from ssl_vit.config import RunConfig, as_plain
 from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.evaluation.evaluate import EvaluationConfig
 from ssl_vit.run import set_up
@@ -60,6 +60,7 @@ def compare_end_to_end(
         "what": f"training run of {type(config.objective).__name__.removesuffix('Config')} on {config.data.source}, "
         f"batch {config.batch.size}, {config.encoder.image_size} px",
         "runs": runs,
+        "settings": as_plain(config),
         "fastest_fed": max(kept_up, key=lambda name: runs[name]["rate"], default=None),
         "machine": machine(),
     }

@@ -1,7 +1,8 @@
 """The same training steps in other libraries, from their own parts (extra `bench`).
 
 Each takes our settings and gives one step: forward, backward, optimizer, and the teacher's average where there is one.
-Images are there already, normalised, for us (`step.own_step`) and for them.
+Images are there already, normalised, for us (`step.own_step`) and for them; masks are drawn in each step. AdamW is
+torch's fused one for all, and attention is the kind that is faster, as we choose it.
 """
 
 import warnings
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_vit.config import RunConfig
-from ssl_vit.models.vit import ViT, pair
+from ssl_vit.models.vit import ViT, choose_attention, fuses_attention, pair
 from ssl_vit.objectives.dino import DINOConfig
 from ssl_vit.objectives.mae import MAEConfig
 
@@ -21,11 +22,14 @@ Step = Callable[[], None]
 
 
 def transformers_mae(config: RunConfig, batch: int, device: torch.device, dtype: torch.dtype | None) -> Step:
-    """ViTMAEForPreTraining with AdamW, which its example's Trainer uses."""
+    """ViTMAEForPreTraining as its example's Trainer takes a step by default: fused AdamW, gradients clipped at 1."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     settings, encoder = _mae(config), _shape(config)
     block: Any = encoder.vit.blocks[0]
+    attention: Any = {
+        "attn_implementation": "sdpa" if fuses_attention(encoder.num_patches, device, kind_of(dtype)) else "eager"
+    }
     model: Any = ViTMAEForPreTraining(
         ViTMAEConfig(
             image_size=encoder.image_size[0],
@@ -41,11 +45,12 @@ def transformers_mae(config: RunConfig, batch: int, device: torch.device, dtype:
             decoder_intermediate_size=4 * settings.decoder_embed_dim,
             mask_ratio=settings.mask_ratio,
             norm_pix_loss=settings.norm_pix_loss,
+            **attention,
         )
     )
     images = torch.randn(batch, encoder.in_chans, *encoder.image_size, device=device)
     model = model.to(device).train()
-    return _plain_step(model.parameters(), lambda: model(pixel_values=images).loss, device, dtype)
+    return _plain_step(model.parameters(), lambda: model(pixel_values=images).loss, device, dtype, clip=1.0)
 
 
 def lightly_mae(config: RunConfig, batch: int, device: torch.device, dtype: torch.dtype | None) -> Step:
@@ -66,6 +71,7 @@ def lightly_mae(config: RunConfig, batch: int, device: torch.device, dtype: torc
             decoder_depth=settings.decoder_depth,
             decoder_num_heads=settings.decoder_num_heads,
         ).to(device)
+    choose_attention(nn.ModuleList([backbone, decoder]), encoder.num_patches, device, kind_of(dtype))
     images = torch.randn(batch, encoder.in_chans, *encoder.image_size, device=device)
     length = backbone.sequence_length
 
@@ -84,7 +90,10 @@ def lightly_mae(config: RunConfig, batch: int, device: torch.device, dtype: torc
 
 
 def lightly_dino(config: RunConfig, batch: int, device: torch.device, dtype: torch.dtype | None) -> Step:
-    """lightly's head, loss and momentum update around a timm ViT; crops of one size go through it together."""
+    """lightly's head, loss and momentum update around a timm ViT; crops of one size go through it together.
+
+    The teacher drops no paths.
+    """
     from lightly.models.utils import update_momentum  # pyright: ignore[reportMissingImports]
 
     settings, encoder = config.objective, _shape(config)
@@ -94,7 +103,8 @@ def lightly_dino(config: RunConfig, batch: int, device: torch.device, dtype: tor
     )
     student, teacher = (nn.ModuleList([_timm_vit(config), head(encoder.embed_dim)]).to(device) for _ in range(2))
     teacher.load_state_dict(student.train().state_dict())
-    teacher.requires_grad_(False)
+    teacher.eval().requires_grad_(False)
+    choose_attention(nn.ModuleList([student, teacher]), encoder.num_patches, device, kind_of(dtype))
     local_size, local = pair(settings.local_crop_size), settings.num_local_crops
     large = torch.randn(2 * batch, encoder.in_chans, *encoder.image_size, device=device)
     small = torch.randn(local * batch, encoder.in_chans, *local_size, device=device)
@@ -144,9 +154,9 @@ def _plain_step(
     dtype: torch.dtype | None,
     clip: float | None = None,
 ) -> Step:
-    """A step as their examples have it: AdamW with torch's own choice of implementation."""
+    """A step as their examples have it."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.05, fused=True)
 
     def step() -> None:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
@@ -158,6 +168,11 @@ def _plain_step(
         optimizer.zero_grad()
 
     return step
+
+
+def kind_of(dtype: torch.dtype | None) -> str:
+    """The precision, as settings name it."""
+    return "no" if dtype is None else "bf16"
 
 
 def _mae(config: RunConfig) -> MAEConfig:

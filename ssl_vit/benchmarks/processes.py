@@ -6,6 +6,7 @@ python -m torch.distributed.run ... -m ssl_vit.benchmarks.processes JOB.json    
 import importlib
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -28,8 +29,10 @@ WARMUP = 3
 ROOT = Path(__file__).parents[2]
 
 
-def measure_processes(name: str, settings: list[str], counts: Sequence[int], steps: int) -> dict[int, dict]:
-    """Time and CPU time of the same run in each number of processes, from one step to another.
+def measure_processes(
+    name: str, settings: list[str], counts: Sequence[int], steps: int, rounds: int = 1
+) -> dict[int, list[dict[str, Any]]]:
+    """Time and CPU time of the same run in each number of processes, from one step to another; numbers take turns.
 
     The threads are the same in all: each process has its share of the CPUs.
 
@@ -38,41 +41,51 @@ def measure_processes(name: str, settings: list[str], counts: Sequence[int], ste
         settings: of that script.
         counts: numbers of processes.
         steps: steps that are measured, after a few to warm up.
+        rounds: how often each number is measured.
 
     Returns:
-        By number of processes: `seconds`, `cpu_seconds` of all of them, `images`, and `threads` of each.
+        By number of processes, of each round: `seconds`, `cpu_seconds` and `system_seconds` of all of them, `images`,
+        and `threads` of each.
 
     Raises:
-        RuntimeError: a run failed.
+        ChildProcessError: a run failed.
     """
-    found = {}
+    found: dict[int, list[dict[str, Any]]] = {count: [] for count in counts}
     with tempfile.TemporaryDirectory() as desk:
-        folder = Path(desk)
-        _write_pictures(folder / "pictures")
-        for count in counts:
-            job = folder / f"{count}.json"
-            flags = [f"--data.source={folder / 'pictures'}", f"--output_dir={folder / f'run{count}'}", "--quiet"]
-            flags += ["--data.label_column=none", f"--steps={WARMUP + steps + 1}", "--log_every=10", "--epochs=null"]
-            job.write_text(json.dumps({"name": name, "settings": [*settings, *flags], "steps": steps}))
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-            path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-            done = subprocess.run(
-                [*command, "-m", "ssl_vit.benchmarks.processes", str(job)],
-                capture_output=True,
-                text=True,
-                env={**os.environ, "PYTHONPATH": path},
-            )
-            if done.returncode:
-                raise RuntimeError(f"a run in {count} processes failed: {done.stderr.strip()[-2000:]}")
-            parts = [json.loads(job.with_suffix(f".{rank}").read_text()) for rank in range(count)]
-            found[count] = {
-                "seconds": parts[0]["seconds"],
-                "cpu_seconds": sum(part["cpu_seconds"] for part in parts),
-                "system_seconds": sum(part["system_seconds"] for part in parts),
-                "images": parts[0]["images"],
-                "threads": parts[0]["threads"],
-            }
+        _write_pictures(Path(desk) / "pictures")
+        flags = [f"--data.source={desk}/pictures", "--quiet", "--data.label_column=none", "--fresh"]
+        flags += [f"--steps={WARMUP + steps + 1}", "--log_every=10", "--epochs=null"]
+        for number in range(rounds):
+            for count in list(counts)[:: -1 if number % 2 else 1]:
+                own = [f"--output_dir={desk}/run{count}"]
+                job = {"name": name, "settings": [*settings, *flags, *own], "steps": steps}
+                found[count].append(_measure(job, Path(desk) / f"{count}.json", count))
     return found
+
+
+def _measure(job: dict[str, Any], path: Path, count: int) -> dict[str, Any]:
+    """One run in so many processes; `path` is where they find what to do, and leave what they found."""
+    path.write_text(json.dumps(job))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*command, "-m", "ssl_vit.benchmarks.processes", str(path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    if done.returncode:
+        told = re.search(r"^(?:\[rank\d+\]: )?(?:error|\w*Error): (.+)$", done.stderr, re.MULTILINE)
+        why = told[1] if told else done.stderr.strip()[-500:]
+        raise ChildProcessError(f"a run in {count} processes failed: {why}")
+    parts = [json.loads(path.with_suffix(f".{rank}").read_text()) for rank in range(count)]
+    return {
+        "seconds": parts[0]["seconds"],
+        "cpu_seconds": sum(part["cpu_seconds"] for part in parts),
+        "system_seconds": sum(part["system_seconds"] for part in parts),
+        "images": parts[0]["images"],
+        "threads": parts[0]["threads"],
+    }
 
 
 def _write_pictures(folder: Path) -> None:
@@ -116,6 +129,9 @@ def run_one(job: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_one(Path(sys.argv[1]))
+    try:
+        run_one(Path(sys.argv[1]))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

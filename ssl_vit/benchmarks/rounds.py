@@ -1,5 +1,6 @@
 """Alternating rounds: what is compared is measured in turn, so that a noisy machine is noisy for all."""
 
+import os
 import platform
 import statistics
 import time
@@ -25,7 +26,7 @@ class Ratio:
 
 
 def alternate(contenders: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
-    """Images per second of each contender in each round.
+    """Images per second of each contender in each round, every other round in reverse order.
 
     Args:
         contenders: each works for a while and returns how many images it did; it is called once beforehand.
@@ -34,8 +35,8 @@ def alternate(contenders: dict[str, Callable[[], int]], rounds: int) -> dict[str
     for work in contenders.values():
         work()
     rates: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, work in contenders.items():
+    for number in range(rounds):
+        for name, work in list(contenders.items())[:: -1 if number % 2 else 1]:
             start = time.perf_counter()
             images = work()
             rates[name].append(images / (time.perf_counter() - start))
@@ -61,4 +62,6 @@ def machine() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
+        "fp32 products": torch.get_float32_matmul_precision(),
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "unset"),
     }

@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ssl_vit.benchmarks.processes import measure_processes
-from ssl_vit.benchmarks.rounds import alternate, machine
+from ssl_vit.benchmarks.rounds import alternate, machine, ratios
 from ssl_vit.benchmarks.step import prepare_step
-from ssl_vit.config import RunConfig
+from ssl_vit.config import RunConfig, as_plain
 from ssl_vit.data.config import DataConfig
 from ssl_vit.data.loader import Batches
 from ssl_vit.data.sampler import StepSampler
@@ -123,19 +123,21 @@ def scale_batch(config: RunConfig, steps: int, rounds: int) -> Series:
     return Series("batch", "images of a step", "ms a step", x, y, through_origin(x, y, sizes.index(size)))
 
 
-def scale_processes(name: str, settings: list[str], counts: Sequence[int], steps: int) -> Series:
+def scale_processes(name: str, settings: list[str], counts: Sequence[int], steps: int, rounds: int) -> Series:
     """CPU milliseconds of an image against processes that share batch and threads, start-up left out.
 
     Args:
         name: mae | dino | dinov2.
         settings: of that script, beside those for the pictures and the run's folder.
     """
-    found = measure_processes(name, settings, counts, steps)
+    found = measure_processes(name, settings, counts, steps, rounds)
     x = [float(count) for count in counts]
-    y = [1000 * found[count]["cpu_seconds"] / found[count]["images"] for count in counts]
-    for count in counts:
-        found[count]["extra_cpu"] = found[count]["cpu_seconds"] / found[counts[0]]["cpu_seconds"] - 1
-    return Series("processes", "processes", "CPU ms an image", x, y, [y[0]] * len(y), "no extra cost", more=found)
+    # Work per CPU second, as `ratios` compares it.
+    rates = {str(count): [one["images"] / one["cpu_seconds"] for one in found[count]] for count in counts}
+    y = [1000 / statistics.median(rates[str(count)]) for count in counts]
+    extra = {name: 1 / ratio.median - 1 for name, ratio in ratios(rates, str(counts[0])).items()}
+    more = {count: {"rounds": found[count], "extra_cpu": extra[str(count)]} for count in counts}
+    return Series("processes", "processes", "CPU ms an image", x, y, [y[0]] * len(y), "no extra cost", more=more)
 
 
 def scale_data(config: RunConfig, rows: Sequence[int] = ROWS, batches: int = 20) -> Series:
@@ -204,6 +206,7 @@ def as_result(config: RunConfig, series: list[Series]) -> dict:
     return {
         "what": f"{type(config.objective).__name__.removesuffix('Config')}, {config.encoder.arch}, "
         f"{config.encoder.image_size} px, batch {config.batch.size} where nothing else is said",
+        "settings": as_plain(config),
         "series": [asdict(one) for one in series],
         "machine": machine(),
     }
@@ -218,10 +221,9 @@ def as_lines(result: dict) -> list[str]:
             lines.append(f"{x:24,.0f} {y:20.3g} {line:14.3g}")
         if one["axis"] == "processes":
             for count, found in one["more"].items():
-                lines.append(
-                    f"{count:>8} processes: {found['cpu_seconds']:.1f} s of CPU in {found['seconds']:.1f} s, "
-                    f"{found['extra_cpu']:+.1%} CPU"
-                )
+                cpu = ", ".join(f"{each['cpu_seconds']:.1f}" for each in found["rounds"])
+                seconds = ", ".join(f"{each['seconds']:.1f}" for each in found["rounds"])
+                lines.append(f"{count:>8} processes: {found['extra_cpu']:+.1%} CPU; {cpu} s of it in {seconds} s")
         if one["axis"] == "data":
             lines += [
                 f"{found['rows']:>12,} rows: {found['again_seconds']:.2f} s the second time, "

@@ -2,22 +2,23 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ssl_vit.benchmarks.memory import peak_of
-from ssl_vit.benchmarks.peers import PEERS
+from ssl_vit.benchmarks.peers import PEERS, kind_of
 from ssl_vit.benchmarks.peers import Step as PeerStep
 from ssl_vit.benchmarks.rounds import alternate, machine, ratios
 from ssl_vit.compiling import LEAST_STEPS, compile_blocks, resolve_compile
-from ssl_vit.config import RunConfig
+from ssl_vit.config import RunConfig, as_plain
 from ssl_vit.cuda_graphs import BlockGraphs, resolve_cuda_graphs
+from ssl_vit.data.masking import num_kept
 from ssl_vit.distributed import autocast_dtype, resolve_precision
 from ssl_vit.faults import step_if_finite
 from ssl_vit.models.vit import choose_attention, pair, set_fused_attention
@@ -41,7 +42,7 @@ def prepare_step(config: RunConfig, objective: Objective, num_images: int, devic
 
     Args:
         config: a run's settings, without `auto`; with `compile` true the objective is compiled in place, and with
-            `cuda_graphs` true its blocks are recorded, where there is a GPU.
+            `cuda_graphs` true its blocks are recorded, where there is a GPU. By `auto` neither is done here.
         objective: what they build, on the device.
         num_images: size of the micro-batch.
     """
@@ -53,6 +54,8 @@ def prepare_step(config: RunConfig, objective: Objective, num_images: int, devic
     pixels = torch.from_numpy(rng.integers(0, 256, (encoder.in_chans, 256, 256), dtype=np.uint8))
     samples = [transform(pixels, rng) for _ in range(num_images)]
     collated = {name: torch.stack([item[name] for item in samples]) for name in samples[0]}
+    if device.type == "cuda":
+        collated = {name: value.pin_memory() for name, value in collated.items()}  # as a loader's are
     collated["label"] = torch.zeros(num_images, dtype=torch.int64)  # as of a labelled source; only classifiers look
     return _training_step(config, objective, device, lambda: transform.on_device(collated, device))
 
@@ -62,14 +65,13 @@ def own_step(config: RunConfig, batch: int, device: torch.device, dtype: torch.d
 
     With `compile` and `cuda_graphs` true as `prepare_step`, else as the blocks are written.
     """
-    precision = "no" if dtype is None else "bf16"
+    precision = kind_of(dtype)
     objective = config.build_objective().to(device)
     encoder = objective.encoder
     choose_attention(objective, encoder.num_patches, device, precision)
     images: dict[str, Tensor] = {}
-    if isinstance(config.objective, MAEConfig):
-        order = torch.rand(batch, encoder.num_patches, device=device).argsort(dim=1)
-        images["keep"] = order[:, : int(encoder.num_patches * (1 - config.objective.mask_ratio))]
+    masked = config.objective if isinstance(config.objective, MAEConfig) else None
+    if masked is not None:
         images["images"] = torch.randn(batch, encoder.in_chans, *encoder.image_size, device=device)
     elif isinstance(config.objective, DINOConfig):
         local_size = pair(config.objective.local_crop_size)
@@ -77,7 +79,19 @@ def own_step(config: RunConfig, batch: int, device: torch.device, dtype: torch.d
         images["local_crops"] = torch.randn(
             batch, config.objective.num_local_crops, encoder.in_chans, *local_size, device=device
         )
-    step = _training_step(replace(config, precision=precision), objective, device, lambda: images)
+
+    def with_masks() -> dict[str, Tensor]:
+        """Drawn in each step, as other libraries do; in a run they come with the images."""
+        if masked is None:
+            return images
+        order = torch.rand(batch, encoder.num_patches, device=device).argsort(dim=1)
+        kept = num_kept(encoder.num_patches, masked.mask_ratio)
+        drawn = {"keep": order[:, :kept]}
+        if masked.predict_ratio is not None:
+            drawn["predict"] = order[:, kept : kept + round(encoder.num_patches * masked.predict_ratio)]
+        return images | drawn
+
+    step = _training_step(replace(config, precision=precision), objective, device, with_masks)
 
     def whole() -> None:
         step.forward_backward()
@@ -147,26 +161,41 @@ def compare_attention(config: RunConfig, *, steps: int = 5, rounds: int = 5) -> 
         f"{encoder.num_patches} patches, batch {size}, precision {resolve_precision(config.precision, device)}",
         "rates": rates,
         "ratios": {name: vars(ratio) for name, ratio in ratios(rates, "fused attention").items()},
+        "settings": as_plain(config),
         "machine": machine(),
     }
 
 
-def compare_peers(config: RunConfig, *, steps: int = 3, rounds: int = 5, kinds: list[str] | None = None) -> dict:
-    """Images per second of whole training steps beside other libraries', each in fp32 and in the run's precision.
+def compare_steps(
+    config: RunConfig,
+    *,
+    peers: bool = False,
+    beside: Mapping[str, RunConfig] | None = None,
+    steps: int = 3,
+    rounds: int = 5,
+    kinds: list[str] | None = None,
+) -> dict:
+    """Images per second of whole training steps beside other ones, each in fp32 and in the run's precision.
 
     Args:
-        config: a run's settings, without `auto`.
+        config: a run's settings, without `auto`; `compile` and `cuda_graphs` may say so.
+        peers: beside other libraries' steps.
+        beside: beside our own with other settings, by name.
         steps: steps of a round.
         kinds: which of fp32 and bf16; None = both, or fp32 alone where the run's precision is that.
+
+    Returns:
+        Of each contender `rates`, `peak_mib` of a step (on a GPU reserved memory, weights and moments included; on a
+        CPU tensors above those), `gflop_per_image` and `mfu`, and by baseline `ratios_to`.
+
+    Raises:
+        ValueError: other libraries have no such step.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = config.batch.per_device or config.batch.size
     has_bf16 = resolve_precision(config.precision, device) == "bf16"
     dtypes = {"fp32": None, "bf16": torch.bfloat16}
     kinds = kinds or (["fp32", "bf16"] if has_bf16 else ["fp32"])
-    makers = {"ssl_vit": own_step, **PEERS.get(type(config.objective), {})}
-    if len(makers) == 1:
-        raise ValueError(f"--peers: none does the step of {type(config.objective).__name__.removesuffix('Config')}")
     contenders: dict[str, PeerStep] = {}
     peaks: dict[str, float] = {}
 
@@ -182,20 +211,27 @@ def compare_peers(config: RunConfig, *, steps: int = 3, rounds: int = 5, kinds: 
                 step()
             peaks[name] = (torch.cuda.max_memory_reserved(device) - before) / 2**20
 
-    plain = replace(config, compile=False, cuda_graphs=False)
-    for library, make in makers.items():
-        for kind in kinds:
-            add(f"{library}, {kind}", make, plain, kind)
+    makers = _peers_of(config) if peers else {}
+    settings = {"ssl_vit": config} | {f"ssl_vit {name}": changed for name, changed in (beside or {}).items()}
+    own: dict[str, list[str]] = {label: [] for label in settings}  # names of contenders
+    for kind in kinds:
+        for label, changed in settings.items():
+            own[label].append(f"{label}, {kind}")
+            add(own[label][-1], own_step, replace(changed, compile=False, cuda_graphs=False), kind)
+        for library, make in makers.items():
+            add(f"{library}, {kind}", make, config, kind)
     peak_flops = {kind: matmul_flops(device, dtypes[kind]) for kind in kinds}
-    flops = {name: _count_flops(step) for name, step in contenders.items()}
-    compiled = resolve_compile(config.compile, device, LEAST_STEPS, is_sharded=False)
-    recorded = resolve_cuda_graphs(config.cuda_graphs, device, grad_checkpointing=config.encoder.grad_checkpointing)
-    if compiled or recorded:
-        label = "ssl_vit" + ", compiled" * compiled + ", CUDA graphs" * recorded
-        for kind in kinds:
-            name = f"{label}, {kind}"
-            add(name, own_step, replace(config, compile=compiled, cuda_graphs=recorded), kind)
-            flops[name] = flops[f"ssl_vit, {kind}"]  # operations can be counted only as they are written
+    flops = {name: count_flops(step) for name, step in contenders.items()}
+    for label, changed in settings.items():
+        compiled = resolve_compile(changed.compile, device, LEAST_STEPS, is_sharded=False)
+        recorded = resolve_cuda_graphs(
+            changed.cuda_graphs, device, grad_checkpointing=changed.encoder.grad_checkpointing
+        )
+        for kind in kinds if compiled or recorded else []:
+            name = label + ", compiled" * compiled + ", CUDA graphs" * recorded + f", {kind}"
+            own[label].append(name)
+            add(name, own_step, replace(changed, compile=compiled, cuda_graphs=recorded), kind)
+            flops[name] = flops[f"{label}, {kind}"]  # operations can be counted only as they are written
 
     def work(step: PeerStep) -> Callable[[], int]:
         def run() -> int:
@@ -210,20 +246,36 @@ def compare_peers(config: RunConfig, *, steps: int = 3, rounds: int = 5, kinds: 
     rates = alternate({name: work(step) for name, step in contenders.items()}, rounds)
     if device.type != "cuda":
         peaks = {name: peak_of(step, device) for name, step in contenders.items()}
-    peers = [name for name in contenders if not name.startswith("ssl_vit")]
-    own = [name for name in contenders if name.startswith("ssl_vit")]
+    ours, changed_ones = own.pop("ssl_vit"), [name for names in own.values() for name in names]
+    compared = {f"{library}, {kind}": ours + changed_ones for kind in kinds for library in makers}
+    compared |= {name: changed_ones for name in ours if changed_ones}
     median = {name: statistics.median(values) for name, values in rates.items()}
     return {
         "what": f"training step of {type(config.objective).__name__.removesuffix('Config')}, {config.encoder.arch}, "
         f"batch {size}, {config.encoder.image_size} px",
         "rates": rates,
-        "ratios_to": {peer: {name: vars(ratios(rates, peer)[name]) for name in own} for peer in peers},
-        "peak_mib": peaks,  # of a step; on a GPU reserved memory, weights and moments too
+        "ratios_to": {
+            base: {name: vars(ratios(rates, base)[name]) for name in names} for base, names in compared.items()
+        },
+        "peak_mib": peaks,
         "gflop_per_image": {name: count / size / 1e9 for name, count in flops.items()},
         "matmul_gflop_per_second": {kind: value / 1e9 for kind, value in peak_flops.items()},
         "mfu": {name: median[name] * flops[name] / size / peak_flops[name.rpartition(", ")[2]] for name in contenders},
+        "settings": as_plain(config),
         "machine": machine(),
     }
+
+
+def _peers_of(config: RunConfig) -> dict[str, Callable[..., PeerStep]]:
+    makers = PEERS.get(type(config.objective), {})
+    if not makers:
+        raise ValueError(f"--peers: none does the step of {type(config.objective).__name__.removesuffix('Config')}")
+    if isinstance(config.objective, MAEConfig) and config.objective.decoder != "self":
+        raise ValueError(
+            f"objective.decoder={config.objective.decoder!r}: --peers have the standard decoder alone; leave one of "
+            "them out, or set this by --beside='--objective.decoder cross'"
+        )
+    return makers
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype | None, seconds: float = 1.0) -> float:
@@ -241,8 +293,27 @@ def matmul_flops(device: torch.device, dtype: torch.dtype | None, seconds: float
     return best
 
 
-def _count_flops(step: PeerStep) -> int:
-    """Operations of the matrix products of one step, forward and backward."""
-    with FlopCounterMode(display=False) as counter:
+def count_flops(step: PeerStep) -> int:
+    """Operations of the matrix products of one step, forward and backward, whichever kernel does attention."""
+    with FlopCounterMode(display=False, custom_mapping=_attention_flops()) as counter:
         step()
     return counter.get_total_flops()
+
+
+def _attention_flops() -> dict[Any, Callable[..., int]]:
+    """Of fused attention's kernels what plain attention takes: two products, and twice as many backward. torch counts
+    what kernels compute again as well, and nothing at all for the one on CPUs.
+    """
+
+    def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return 2 * sdpa_flop_count(query, key, value)
+
+    found: dict[Any, Callable[..., int]] = {}
+    for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu"):
+        name = f"_scaled_dot_product_{kind}"
+        found[getattr(torch.ops.aten, name)] = forward
+        found[getattr(torch.ops.aten, f"{name}_backward")] = backward
+    return found

@@ -9,7 +9,7 @@ import torch
 from ssl_vit.benchmarks.memory import peak_of
 from ssl_vit.benchmarks.rounds import machine
 from ssl_vit.benchmarks.step import prepare_step
-from ssl_vit.config import RunConfig
+from ssl_vit.config import RunConfig, as_plain
 from ssl_vit.distributed import resolve_precision
 from ssl_vit.doctor.cost import build_on_meta, model_memory
 from ssl_vit.models.vit import choose_attention
@@ -89,6 +89,7 @@ def memory_table(configs: Mapping[str, RunConfig], batch: int, on_row: Callable[
         "batch": batch,
         "extrapolated": device.type != "cuda",
         "step_memory": rows,
+        "settings": {name: as_plain(config) for name, config in configs.items()},
         "machine": machine(),
     }
 

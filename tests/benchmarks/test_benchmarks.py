@@ -1,4 +1,4 @@
-"""What is compared is the same work, and the table says what was measured. No test looks at a time."""
+"""Tables say what was measured, and wrong words are refused beforehand. No test looks at a time."""
 
 import json
 import subprocess
@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from scripts import benchmark
 from scripts.pretrain_dino import DEFAULTS
 from ssl_vit.benchmarks.loader import compare_loader, pillow_mae, pillow_views
 from ssl_vit.benchmarks.memory import head_and_loss, pairwise_loss, peak_of
@@ -22,7 +23,7 @@ from tests.conftest import ROOT, SMALL_DINO
 def test_contenders_take_turns_and_ratios_are_within_a_round() -> None:
     calls: list[str] = []
     rates = alternate({name: lambda name=name: calls.append(name) or 3 for name in "ab"}, rounds=2)
-    assert "".join(calls) == "ab" + "abab"  # once to warm up
+    assert "".join(calls) == "ab" + "abba"  # once to warm up
     assert all(len(values) == 2 and min(values) > 0 for values in rates.values())
     found = ratios({"a": [1.0, 2.0, 4.0], "b": [2.0, 2.0, 12.0]}, "a")["b"]
     assert (found.median, found.low, found.high) == (2.0, 1.0, 3.0)
@@ -74,4 +75,50 @@ def test_the_script_prints_a_table_and_writes_json(photo_folder: Path, tmp_path:
     words += ["loader", f"--data={photo_folder}", "--num_images=2", "--num_local_crops=1"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "crops alone" in done.stdout
-    assert json.loads((tmp_path / "r.json").read_text())["machine"]["torch"] == torch.__version__
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert written["machine"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(written["versions"]["torch"])
+    assert written["command"][-4:] == words[-4:]
+    assert written["rounds"] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("step mae --json nowhere/r.json", "step: error: --json nowhere/r.json: there is no folder nowhere"),
+        ("--json tests step mae", "step: error: --json tests: is a folder"),
+        ("scaling mae --plot x.txt", "scaling: error: --plot x.txt: ends in none of .png, .webp, .svg, .pdf"),
+        ("step mae --rounds 0", "step: error: argument --rounds: 0 is too few; at least 1"),
+        ("loader --data x --num_local_crops=-1", "argument --num_local_crops: -1 is too few; at least 0"),
+        ("step mae --steps_per_round x", "argument --steps_per_round: invalid int value: 'x'"),
+        ("step mae --kinds fp32", "--kinds: is of --peers and --beside"),
+        ("memory --steps --peers", "--peers: not with --steps"),
+        ("memory --steps --rounds 2", "--rounds: --steps has none"),
+        ("memory --archs vit_tiny_patch16_224", "--archs: is of --steps"),
+        ("memory --batch.size 8", "unrecognized arguments: --batch.size 8"),
+        ("memory --peers", '--peers: lightly not installed; pip install -e ".[bench]"'),
+    ],
+)
+def test_words_that_cannot_work_are_refused_before_anything_is_measured(
+    words: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words.split()])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(benchmark, "_measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main()
+    assert stopped.value.code == 2
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "code"), [(ValueError, 2), (ChildProcessError, 1)])
+def test_what_fails_on_the_way_ends_in_one_line(
+    error: type[Exception], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise error("a run in 2 processes failed")
+
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "scaling", "mae"])
+    monkeypatch.setattr(benchmark, "_measure", fail)
+    assert benchmark.main() == code
+    assert capsys.readouterr().err == "error: a run in 2 processes failed\n"

@@ -64,11 +64,22 @@ def test_there_is_a_panel_for_each_axis(tmp_path: Path, name: str) -> None:
 @pytest.mark.slow
 def test_two_processes_do_the_work_of_one(tmp_path: Path) -> None:
     words = [sys.executable, "scripts/benchmark.py", f"--json={tmp_path / 'r.json'}", "scaling", "mae"]
-    words += ["--axes", "processes", "--process_steps=2", f"--plot={tmp_path / 'curve.png'}", *SMALL_RUN]
+    words += ["--axes", "processes", "--process_steps=2", "--rounds=2", f"--plot={tmp_path / 'curve.png'}", *SMALL_RUN]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     (series,) = json.loads((tmp_path / "r.json").read_text())["series"]
-    assert {count: found["images"] for count, found in series["more"].items()} == {"1": 16, "2": 16}
+    for found in series["more"].values():
+        assert [one["images"] for one in found["rounds"]] == [16, 16]
+        assert min(one["cpu_seconds"] for one in found["rounds"]) > 0
     assert series["more"]["1"]["extra_cpu"] == 0
-    assert all(found["cpu_seconds"] > 0 for found in series["more"].values())
     assert "2 processes:" in done.stdout
     assert (tmp_path / "curve.png").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_in_its_processes_says_why() -> None:
+    words = [sys.executable, "scripts/benchmark.py", "scaling", "mae", "--axes", "processes", "--process_steps=2"]
+    words += [*SMALL_RUN, "--process_counts", "3"]  # no part of the batch
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: a run in 3 processes failed: ")
+    assert "batch.size" in done.stderr
