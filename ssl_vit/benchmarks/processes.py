@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from ssl_vit.benchmarks.end_to_end import NoEnding
+from ssl_vit.benchmarks.rounds import turns
 from ssl_vit.config import parse_run
 from ssl_vit.distributed import process_index
 from ssl_vit.train import set_up, train
@@ -55,11 +56,10 @@ def measure_processes(
         _write_pictures(Path(desk) / "pictures")
         flags = [f"--data.source={desk}/pictures", "--quiet", "--data.label_column=none", "--fresh"]
         flags += [f"--steps={WARMUP + steps + 1}", "--log_every=10", "--epochs=null"]
-        for number in range(rounds):
-            for count in list(counts)[:: -1 if number % 2 else 1]:
-                own = [f"--output_dir={desk}/run{count}"]
-                job = {"name": name, "settings": [*settings, *flags, *own], "steps": steps}
-                found[count].append(_measure(job, Path(desk) / f"{count}.json", count))
+        for count in turns(counts, rounds):
+            own = [f"--output_dir={desk}/run{count}"]
+            job = {"name": name, "settings": [*settings, *flags, *own], "steps": steps}
+            found[count].append(_measure(job, Path(desk) / f"{count}.json", count))
     return found
 
 

@@ -4,13 +4,16 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torchvision
 
 from ssl_vit.distributed import cpu_name
+
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,14 @@ class Ratio:
         return f"{self.median:.2f}x [{self.low:.2f}, {self.high:.2f}]"
 
 
+def turns(names: Sequence[Name], rounds: int) -> Iterator[Name]:
+    """Each name once a round, every other round in reverse order."""
+    for number in range(rounds):
+        yield from reversed(names) if number % 2 else names
+
+
 def alternate(contenders: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
-    """Images per second of each contender in each round, every other round in reverse order.
+    """Images per second of each contender in each round, in `turns`.
 
     Args:
         contenders: each works for a while and returns how many images it did; it is called once beforehand.
@@ -35,11 +44,10 @@ def alternate(contenders: dict[str, Callable[[], int]], rounds: int) -> dict[str
     for work in contenders.values():
         work()
     rates: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds):
-        for name, work in list(contenders.items())[:: -1 if number % 2 else 1]:
-            start = time.perf_counter()
-            images = work()
-            rates[name].append(images / (time.perf_counter() - start))
+    for name in turns(list(contenders), rounds):
+        start = time.perf_counter()
+        images = contenders[name]()
+        rates[name].append(images / (time.perf_counter() - start))
     return rates
 
 

@@ -86,9 +86,9 @@ def run_in_turn(
     blocks: Any, tokens: Float[Tensor, "b t d"], packing: dict[str, Any], again: bool = False
 ) -> Float[Tensor, "b _ d"]:
     """One block after the other; `again` computes them again in the backward pass."""
-    of_all = {name: value for name, value in packing.items() if name != "first_only"}
+    before_last = {**packing, "first_only": False} if "first_only" in packing else packing
     for number, block in enumerate(blocks, start=1):
-        given = packing if number == len(blocks) else of_all
+        given = packing if number == len(blocks) else before_last
         tokens = checkpoint(block, tokens, use_reentrant=False, **given) if again else block(tokens, **given)
     return tokens
 
@@ -117,9 +117,7 @@ def run_packed_blocks(
     shapes = tuple((group.shape[0], group.shape[1]) for group in groups)
     packed = torch.cat([rearrange(group, "b t d -> 1 (b t) d") for group in groups], dim=1)
     first_only = first_only and len(blocks) > 0
-    packed = run_blocks(
-        blocks, packed, grad_checkpointing, shapes=shapes, **({"first_only": True} if first_only else {})
-    )
+    packed = run_blocks(blocks, packed, grad_checkpointing, shapes=shapes, first_only=first_only)
     lengths = [1 if first_only else length for _, length in shapes]
     parts = packed.split([len(group) * length for group, length in zip(groups, lengths, strict=True)], dim=1)
     return [rearrange(part, "1 (b t) d -> b t d", b=len(group)) for part, group in zip(parts, groups, strict=True)]
@@ -128,7 +126,10 @@ def run_packed_blocks(
 def _first_tokens(x: Float[Tensor, "1 n d"], shapes: Shapes) -> Float[Tensor, "1 s d"]:
     """Those of all sequences."""
     parts = x.split([count * length for count, length in shapes], dim=1)
-    firsts = [part.unflatten(1, shape)[:, :, 0] for part, shape in zip(parts, shapes, strict=True)]
+    firsts = [
+        rearrange(part, "1 (b t) d -> 1 b t d", b=count)[:, :, 0]
+        for part, (count, _) in zip(parts, shapes, strict=True)
+    ]
     return torch.cat(firsts, dim=1)
 
 
