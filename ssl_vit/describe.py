@@ -32,8 +32,7 @@ def describe(run: "Run", precision: str, checkpoint: Path | None) -> None:
         + (f"{drawn:,} images" if num_samples is None else f"{drawn / num_samples:.1f} epochs")
         + f"\nfolder     {run.folder}"
     )
-    if run.feed is not None:
-        for note in run.feed.notes():
-            accelerator.print(f"note       {note}")
+    for note in (*run.source.notes, *(run.feed.notes() if run.feed is not None else ())):
+        accelerator.print(f"note       {note}")
     if checkpoint is not None:
         accelerator.print(f"Going on from {checkpoint}, step {run.step:,} of {run.num_steps:,}")

@@ -18,14 +18,14 @@ from ssl_vit.data import openmoji
 from ssl_vit.data.columns import find_image_column, find_label_column
 from ssl_vit.data.config import KINDS, DataConfig, near_match, setting_error
 from ssl_vit.data.decode import decode
+from ssl_vit.data.formats import IMAGE_SUFFIXES
 from ssl_vit.data.headers import MAX_PIXELS
 from ssl_vit.data.labels import Labels, encode, integers, read_labels
 from ssl_vit.data.mixture import Mixture, as_text
 
-_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "npy")
 MAX_TRIES = 50  # rows in which a picture that can be decoded is looked for
 # A source that ends in one of these is a mistyped path rather than the name of a data set on the hub.
-_FILE_SUFFIXES = (*_IMAGE_SUFFIXES, "parquet", "arrow", "csv", "json", "npz", "zip", "tar", "gz")
+_FILE_SUFFIXES = (*IMAGE_SUFFIXES, "parquet", "arrow", "csv", "json", "npz", "zip", "tar", "gz")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +52,8 @@ class Source:
     """Larger pictures are refused."""
     mixture: Mixture | None = None
     """Which source each row comes from; None where there is only one."""
+    notes: tuple[str, ...] = ()
+    """What the user should know before the first step, a sentence each: files left aside, classes found."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -166,6 +168,7 @@ def _open_mixture(config: DataConfig) -> Source:
         groups=_join_groups(parts),
         attribution=" ".join(attributions) or None,
         mixture=mixture,
+        notes=tuple(f"{name}: {note}" for name, part in zip(weights, parts, strict=True) for note in part.notes),
     )
 
 
@@ -247,13 +250,13 @@ def _open_folder(root: Path, config: DataConfig) -> Source:
     _refuse_columns(config, "a folder of images")
     prefix = str(root).rstrip(os.sep) + os.sep
     files = sorted(path.removeprefix(prefix) for path in _walk(str(root)))
-    images = [file for file in files if _suffix(file) in _IMAGE_SUFFIXES]
+    images = [file for file in files if _suffix(file) in IMAGE_SUFFIXES]
     if not images:
         parquet = any(_suffix(file) == "parquet" for file in files)
         tar = any(_suffix(file) == "tar" for file in files)
         hint = f"; for its parquet files, give a quoted glob: '{prefix}**/*.parquet'" if parquet else ""
         hint = f"; for its tar files, give --data.streaming true and a quoted glob: '{prefix}**/*.tar'" if tar else hint
-        kinds = " ".join(_IMAGE_SUFFIXES)
+        kinds = " ".join(IMAGE_SUFFIXES)
         raise setting_error(config, "source", f"no images in this folder or below it (looked for {kinds}){hint}")
     # Arrow holds the paths in one block: millions of them cost little memory and are shared with the workers.
     rows = datasets.Dataset.from_dict({"image": [prefix + file for file in images]})

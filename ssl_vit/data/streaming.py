@@ -47,6 +47,8 @@ class Stream:
     class_names: tuple[str, ...] = ()
     """No labels are read."""
     attribution: str | None = None
+    notes: tuple[str, ...] = ()
+    """What the user should know before the first step, a sentence each."""
 
     def read(
         self, shard: int, start: int = 0, stop: int | None = None, step: int = 1
