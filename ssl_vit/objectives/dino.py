@@ -35,6 +35,7 @@ class DINOConfig(MultiCropConfig):
     """
 
     teacher_images: ClassVar[int] = 128_000  # that the teacher averages over: EMA .996 = 250 steps of 512 images
+    cls_token_std: ClassVar[float | None] = 0.02  # of a fresh class token; None = as timm leaves it, at 1e-6
     num_prototypes: int | Auto = 65536
     """Prototypes, the dimensions of the output (K), or auto."""
     hidden_dim: int = 2048
@@ -127,6 +128,10 @@ class DINO(Objective):
         self.config = config
         self.encoder = encoder
         self.head = self._build_head(encoder.embed_dim)
+        if config.cls_token_std is not None and not encoder.is_pretrained:
+            for name, parameter in encoder.named_parameters():
+                if name.endswith("cls_token"):
+                    nn.init.trunc_normal_(parameter, std=config.cls_token_std)
         self.teacher_encoder = freeze(copy.deepcopy(encoder))
         self.teacher_head = freeze(copy.deepcopy(self.head))
         self.register_buffer("center", torch.zeros(1, self.num_prototypes))

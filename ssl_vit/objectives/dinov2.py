@@ -40,6 +40,7 @@ class DINOv2Config(DINOConfig):
     """
 
     teacher_images: ClassVar[int] = 256_000  # EMA .992 = 125 steps of 2048 images
+    cls_token_std: ClassVar[float | None] = None  # 1e-6 in the paper's code, and so are registers
 
     global_crop_scale: tuple[float, float] = (0.32, 1.0)
     local_crop_scale: tuple[float, float] = (0.05, 0.32)

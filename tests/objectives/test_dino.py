@@ -318,3 +318,45 @@ def test_any_number_and_shape_of_crops() -> None:
     sample = transform(image, np.random.default_rng(0))
     batch = {name: torch.stack([value, value]) for name, value in sample.items()}
     assert objective(transform.on_device(batch, torch.device("cpu")), 0.0)["loss"].isfinite()
+
+
+class TestInitialisation:
+    """The golden weights replace all of these, so they are looked at by themselves."""
+
+    @pytest.mark.parametrize(("config", "std"), [(DINOConfig, 0.02), (DINOv2Config, 1e-6)])
+    def test_tokens_and_positions_are_the_papers(self, config: type[DINOConfig], std: float) -> None:
+        wide = {"embed_dim": 384, "depth": 1, "num_heads": 6}
+        built = config(**SMALL).build(ViTConfig(arch="vit_small_patch16_224", image_size=64, **wide).build())
+        vit = built.encoder.vit
+        assert vit.cls_token.std().item() == pytest.approx(std, rel=0.2)
+        assert vit.pos_embed.std().item() == pytest.approx(0.02, rel=0.1)
+        for name, module in vit.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                assert module.weight.std().item() == pytest.approx(0.02, rel=0.05), name
+                assert torch.equal(module.bias, torch.zeros_like(module.bias)), name
+            elif isinstance(module, torch.nn.LayerNorm):
+                assert torch.equal(module.weight, torch.ones_like(module.weight)), name
+                assert torch.equal(module.bias, torch.zeros_like(module.bias)), name
+        # The patch projection is left as torch makes it: uniform within 1 / sqrt(inputs).
+        projection = vit.patch_embed.proj.weight
+        assert projection.abs().max().item() == pytest.approx((3 * 16 * 16) ** -0.5, rel=0.01)
+        assert torch.equal(vit.cls_token, built.teacher_encoder.vit.cls_token)
+
+    def test_registers_mask_token_and_layer_scale_of_dinov2(self) -> None:
+        arch = {**TINY, "arch": "vit_small_patch14_reg4_dinov2", "embed_dim": 96}
+        built = DINOv2Config(**SMALL).build(ViTConfig(image_size=32, layer_scale=1e-5, **arch).build())
+        vit = built.encoder.vit
+        assert vit.reg_token.std().item() == pytest.approx(1e-6, rel=0.2)
+        assert vit.cls_token.abs().max() < 1e-5
+        assert not built.mask_token.any()
+        for block in vit.blocks:
+            assert torch.equal(block.ls1.gamma, torch.full((96,), 1e-5))
+
+    def test_pretrained_tokens_stay(self) -> None:
+        start = encoder()
+        start.is_pretrained = True
+        before = start.vit.cls_token.clone()
+        assert torch.equal(DINOConfig(**SMALL).build(start).encoder.vit.cls_token, before)
+
+    def test_a_backbone_without_a_class_token_has_none_to_fill(self) -> None:
+        assert DINOConfig(**SMALL).build(encoder(arch="vit_base_patch16_siglip_224")).encoder.vit.cls_token is None

@@ -29,3 +29,8 @@ def test_initial_weights() -> None:
     for layer in (head.mlp[0], head.mlp[2], head.mlp[4]):
         assert layer.weight.std().item() == pytest.approx(0.02, rel=0.05)
         assert torch.equal(layer.bias, torch.zeros_like(layer.bias))
+    # The last layer as torch makes a linear one (uniform within 1 / sqrt(inputs)), under norms of 1.
+    directions = head.last_layer.weight_v
+    assert directions.abs().max().item() == pytest.approx(64**-0.5, rel=0.01)
+    assert directions.std().item() == pytest.approx((64 * 3) ** -0.5, rel=0.1)
+    assert torch.equal(head.last_layer.weight_g, torch.ones(16, 1))
