@@ -133,7 +133,8 @@ def _asked_processes(command: list[str]) -> int:
 
 def seed_step(seed: int, step: int, micro: int, process_index: int) -> None:
     """Seed what is drawn on the device (drop path), the one place where the process count may show."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, micro, process_index)).generate_state(1)[0]))
+    # The last word keeps it apart from what is drawn of data, as in `sample_rng`.
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, micro, process_index, 4)).generate_state(1)[0]))
 
 
 _alone = False

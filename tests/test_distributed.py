@@ -1,5 +1,7 @@
+import itertools
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -65,3 +67,14 @@ def test_processes_that_do_not_know_of_each_other_are_found(monkeypatch: pytest.
     with pytest.raises(ValueError, match="2 processes were started and 1 found each other"):
         check_num_processes(1)
     check_num_processes(2)
+
+
+def test_what_is_drawn_on_the_device_starts_from_integers_of_its_own() -> None:
+    """Neither an epoch's order nor a sample's draws begin with the same ones, whatever the process."""
+    starts = set()
+    for step, micro, process in itertools.product(range(3), range(3), range(3)):
+        seed_step(7, step, micro, process)
+        starts.add(torch.initial_seed())
+    assert len(starts) == 27
+    others = [(7, epoch, *rest) for epoch in range(3) for rest in ((), (0,), (0, 1), (1, 1), (2, 1))]
+    assert not starts & {int(np.random.SeedSequence(words).generate_state(1)[0]) for words in others}

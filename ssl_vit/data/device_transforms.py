@@ -5,6 +5,7 @@ no operation waits for the device.
 """
 
 import itertools
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -110,17 +111,23 @@ def solarize(images: Float[Tensor, "b c h w"], rows: Bool[Tensor, " b"]) -> Floa
 
 
 def gaussian_blur(
-    images: Float[Tensor, "b c h w"], sigmas: Float[Tensor, " b"], radius: int
+    images: Float[Tensor, "b c h w"],
+    sigmas: Float[Tensor, " b"],
+    radius: int,
+    borders: Literal["replicate", "reflect"] = "replicate",
 ) -> Float[Tensor, "b c h w"]:
-    """Blur each image with its own deviation, borders repeated.
+    """Blur each image with its own deviation.
 
     Args:
         sigmas: deviations in pixels, on the CPU; 0 = not at all.
         radius: where the kernels are cut off, in pixels; three times the largest deviation loses nothing.
+        borders: what lies beyond them: their pixels again (Pillow), or the image mirrored (torchvision).
     """
     rows = (sigmas > 0).nonzero().flatten()
     if not len(rows):
         return images
+    if radius >= min(images.shape[-2:]):
+        borders = "replicate"  # too small to be mirrored
     chosen, index = _take(images, rows)
     sigma = sigmas[rows]
     taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma[:, None]) ** 2)
@@ -129,8 +136,8 @@ def gaussian_blur(
     kernels = taps.repeat_interleave(channels, dim=0)[:, None]  # one for each channel of each image
     planes = rearrange(chosen, "b c h w -> 1 (b c) h w")
     groups = planes.shape[1]
-    planes = F.conv2d(F.pad(planes, (0, 0, radius, radius), mode="replicate"), kernels[..., None], groups=groups)
-    planes = F.conv2d(F.pad(planes, (radius, radius, 0, 0), mode="replicate"), kernels[:, :, None], groups=groups)
+    planes = F.conv2d(F.pad(planes, (0, 0, radius, radius), mode=borders), kernels[..., None], groups=groups)
+    planes = F.conv2d(F.pad(planes, (radius, radius, 0, 0), mode=borders), kernels[:, :, None], groups=groups)
     return _put(images, index, rearrange(planes, "1 (b c) h w -> b c h w", c=channels, w=width))
 
 

@@ -20,18 +20,19 @@ from ssl_vit.data.device_transforms import (
     to_grey,
     to_unit,
 )
-from ssl_vit.data.transforms import random_resized_crop
+from ssl_vit.data.transforms import OrientationConfig, random_view
 
 # Probability of blur for the first global crop, the second, and local crops. DINOv2's released code hands on 1 - p
 # where p is meant (dinov2 pull request 342), and its released models were trained so.
 BLUR_PRESETS = {"dino": (1.0, 0.1, 0.5), "dinov2": (0.0, 0.9, 0.5)}
+_DINOV2_RADIUS = 4  # its kernel has 9 pixels, whatever the deviation
 _CACHED_PIXELS = 600_000  # values of a part of a batch on a CPU: four views of 224 pixels
 # Columns of a view's appearance, a row of floats that travels with the batch.
 _FLIP, _BRIGHTNESS, _HUE, _ORDER, _GREY, _SIGMA, _SOLARIZE = 0, 1, 4, 5, 6, 7, 8
 
 
 @dataclass(frozen=True)
-class MultiCropConfig:
+class MultiCropConfig(OrientationConfig):
     """Views of an image: two global crops and any number of local ones; the defaults are DINO's."""
 
     global_crop_scale: tuple[float, float] = (0.4, 1.0)
@@ -42,8 +43,6 @@ class MultiCropConfig:
     """Size of a local crop in pixels: one number, or [height, width]. The patch size must divide it."""
     local_crop_scale: tuple[float, float] = (0.05, 0.4)
     """Smallest and largest share of the picture's area that a local crop covers."""
-    flip_prob: float = 0.5
-    """Probability of a horizontal flip."""
     color_jitter_prob: float = 0.8
     """Probability of colour jitter."""
     color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
@@ -52,20 +51,22 @@ class MultiCropConfig:
     """Probability of losing all colour; images of other than 3 channels keep theirs."""
     blur_prob: Literal["dino", "dinov2"] | tuple[float, float, float] = "dino"
     """Probability of blur for the first global crop, the second, and local crops, or a preset: dino = [1, .1, .5];
-    dinov2 = [0, .9, .5], which is what its released models were trained with by an oversight."""
+    dinov2 = [0, .9, .5], which is what its released models were trained with by an oversight, with its kernel of 9
+    pixels, which cuts the widest blurs off."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Smallest and largest deviation of the blur in pixels."""
     solarize_prob: tuple[float, float, float] = (0.0, 0.2, 0.0)
     """Probability of solarisation for the first global crop, the second, and local crops."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("global_crop_scale", "local_crop_scale"):
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
                 raise ValueError(f"{name}={getattr(self, name)!r}: needs 0 < smallest <= largest <= 1")
         if self.num_local_crops < 0:
             raise ValueError(f"num_local_crops={self.num_local_crops!r}: must be at least 0")
-        for name in ("flip_prob", "color_jitter_prob", "grey_prob", "blur_prob", "solarize_prob"):
+        for name in ("color_jitter_prob", "grey_prob", "blur_prob", "solarize_prob"):
             value = self.blur_probs if name == "blur_prob" else getattr(self, name)
             if not all(0 <= prob <= 1 for prob in np.atleast_1d(value)):
                 raise ValueError(f"{name}={value!r}: must lie in [0, 1]")
@@ -133,11 +134,11 @@ class MultiCropTransform:
 
     def __call__(self, image: UInt8[Tensor, "c h w"], rng: np.random.Generator) -> dict[str, Tensor]:
         config = self.config
-        crops = [random_resized_crop(image, self.image_size, rng, scale=config.global_crop_scale) for _ in range(2)]
+        crops = [random_view(image, self.image_size, rng, config.global_crop_scale, config) for _ in range(2)]
         sample = {"global_crops": torch.stack(crops), "global_looks": self._draw_looks((0, 1), rng)}
         if config.num_local_crops:
             crops = [
-                random_resized_crop(image, config.local_size, rng, scale=config.local_crop_scale)
+                random_view(image, config.local_size, rng, config.local_crop_scale, config)
                 for _ in range(config.num_local_crops)
             ]
             sample["local_crops"] = torch.stack(crops)
@@ -188,6 +189,9 @@ class MultiCropTransform:
         images = to_unit(flip_horizontally(images, look[:, _FLIP].bool()))
         images = color_jitter(images, look[:, _BRIGHTNESS : _HUE + 1], look[:, _ORDER].long())
         images = to_grey(images, look[:, _GREY].bool())
-        images = gaussian_blur(images, look[:, _SIGMA], radius=math.ceil(3 * self.config.blur_sigma[1]))
+        if self.config.blur_prob == "dinov2":
+            images = gaussian_blur(images, look[:, _SIGMA], _DINOV2_RADIUS, "reflect")
+        else:
+            images = gaussian_blur(images, look[:, _SIGMA], radius=math.ceil(3 * self.config.blur_sigma[1]))
         images = solarize(images, look[:, _SOLARIZE].bool())
         return normalize(images, self.mean, self.std)

@@ -1,12 +1,31 @@
 """Crops, in uint8, in the loader's workers. Everything random comes from the sample's own generator."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import UInt8
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
+
+
+@dataclass(frozen=True)
+class OrientationConfig:
+    """Which way up an image may be."""
+
+    flip_prob: float = 0.5
+    """Probability of a horizontal flip."""
+    flip_vertical_prob: float = 0.0
+    """Probability of a vertical flip: for images without an up, of microscopes or satellites."""
+    quarter_turn_prob: float = 0.0
+    """Probability of a turn by 90, 180 or 270 degrees, each as often: .75 for images without an up."""
+
+    def __post_init__(self) -> None:
+        for name in ("flip_prob", "flip_vertical_prob", "quarter_turn_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must lie in [0, 1]")
 
 
 def draw_crop(
@@ -49,3 +68,27 @@ def random_resized_crop(
     stretch = size[1] / size[0]
     box = draw_crop(image.shape[1], image.shape[2], rng, scale, (3 / 4 * stretch, 4 / 3 * stretch))
     return F.resized_crop(image, *box, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True)
+
+
+def random_view(
+    image: UInt8[Tensor, "c h w"],
+    size: tuple[int, int],
+    rng: np.random.Generator,
+    scale: tuple[float, float],
+    orientation: OrientationConfig,
+) -> UInt8[Tensor, "c {size[0]} {size[1]}"]:
+    """A random crop, turned and flipped upside down as often as `orientation` says.
+
+    Horizontal flips are left to the device. What has probability 0 draws nothing, so that crops stay what they are
+    without it.
+    """
+    turns, is_flipped = 0, False
+    if orientation.quarter_turn_prob and rng.random() < orientation.quarter_turn_prob:
+        turns = int(rng.integers(1, 4))
+    if orientation.flip_vertical_prob:
+        is_flipped = rng.random() < orientation.flip_vertical_prob
+    # A crop that will lie on its side is cut on its side.
+    crop = random_resized_crop(image, (size[1], size[0]) if turns % 2 else size, rng, scale)
+    if turns:
+        crop = torch.rot90(crop, turns, (1, 2))
+    return crop.flip(1) if is_flipped else crop

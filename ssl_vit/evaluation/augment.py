@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import UInt8
+from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
@@ -17,19 +18,18 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from ssl_vit.data.device_transforms import flip_horizontally, normalize
-from ssl_vit.data.transforms import random_resized_crop
+from ssl_vit.data.transforms import OrientationConfig, random_view
 
 
 @dataclass(frozen=True)
-class AugmentConfig:
+class AugmentConfig(OrientationConfig):
     """What happens to pictures and labels in supervised training."""
 
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Share of the picture's area that a crop has: smallest and largest."""
-    flip_prob: float = 0.5
-    """How often a picture is mirrored."""
     rand_augment: str | None = "rand-m9-mstd0.5-inc1"
-    """timm's name of a RandAugment (arXiv:1909.13719); three channels only; null = none."""
+    """timm's name of a RandAugment (arXiv:1909.13719); three channels only; null = none.
+    Geometric operations are bicubic, as in MAE's fine-tuning."""
     random_erasing: float = 0.25
     """How often a box is replaced by noise (arXiv:1708.04896)."""
     mixup: float = 0.8
@@ -40,12 +40,12 @@ class AugmentConfig:
     """Share of a label that is spread over all classes."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_scale={self.crop_scale!r}: needs 0 < smallest <= largest <= 1")
-        for name in ("flip_prob", "random_erasing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must lie in [0, 1]")
+        if not 0 <= self.random_erasing <= 1:
+            raise ValueError(f"random_erasing={self.random_erasing!r}: must lie in [0, 1]")
         for name in ("mixup", "cutmix"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be at least 0")
@@ -77,28 +77,35 @@ class SupervisedTransform:
                 raise ValueError(f"rand_augment={config.rand_augment!r}: needs 3 channels, not {len(mean)}; set null")
             fill = tuple(min(255, round(255 * value)) for value in mean)
             self.augment = rand_augment_transform(
-                config.rand_augment, {"translate_const": int(min(image_size) * 0.45), "img_mean": fill}
+                config.rand_augment,
+                {
+                    "translate_const": int(min(image_size) * 0.45),
+                    "img_mean": fill,
+                    "interpolation": Image.Resampling.BICUBIC,  # else bilinear or bicubic, at random
+                },
             )
             for operation in self.augment.ops:
                 if operation.name.startswith("Posterize"):
                     operation.level_fn = partial(_keep_a_bit, operation.level_fn)
 
     def __call__(self, image: UInt8[Tensor, "c h w"], rng: np.random.Generator) -> dict[str, Tensor]:
-        crop = random_resized_crop(image, self.image_size, rng, scale=self.config.crop_scale)
+        crop = random_view(image, self.image_size, rng, self.config.crop_scale, self.config)
         flip = torch.tensor(rng.random() < self.config.flip_prob)
-        seed = int(rng.integers(2**31))
+        # A seed for each: whether one image is erased must not follow from how it was augmented, nor what is mixed.
+        augment_seed, erase_seed, mix_seed = rng.integers(2**31, size=3).tolist()
         if self.augment is not None:
-            with _seeded(seed):
+            with _seeded(augment_seed):
                 crop = TF.pil_to_tensor(self.augment(TF.to_pil_image(crop)))
-        return {"images": crop, "flip": flip, "seed": torch.tensor(seed)}
+        seeds = {"erase_seed": torch.tensor(erase_seed), "mix_seed": torch.tensor(mix_seed)}
+        return {"images": crop, "flip": flip, **seeds}
 
     def on_device(self, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-        config, seeds = self.config, batch["seed"].tolist()
+        config = self.config
         images = flip_horizontally(batch["images"].to(device, non_blocking=True), batch["flip"])
         images = normalize(images, self.mean, self.std)
         if config.random_erasing:
             erase = RandomErasing(config.random_erasing, mode="pixel", device=str(device))
-            for image, seed in zip(images, seeds, strict=True):
+            for image, seed in zip(images, batch["erase_seed"].tolist(), strict=True):
                 with _seeded(seed):
                     erase(image)  # in place
         labels = batch["label"].to(device, non_blocking=True)
@@ -109,7 +116,7 @@ class SupervisedTransform:
             mix = Mixup(
                 config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=self.num_classes
             )
-            with _seeded(seeds[0]):
+            with _seeded(int(batch["mix_seed"][0])):
                 images[:even], targets[:even] = mix(images[:even], labels[:even])
         return {"images": images, "targets": targets}
 
@@ -123,9 +130,11 @@ def _keep_a_bit(level_fn: Callable[..., tuple[int]], level: float, hparams: dict
 def _seeded(seed: int) -> Iterator[None]:
     """Seed the global generators that timm draws from, and put back those whose state others rely on."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
-    torch.manual_seed(seed)
+    # A seed for each: with the same one numpy and torch draw the same numbers.
+    of_python, of_numpy, of_torch = np.random.SeedSequence(seed).generate_state(3).tolist()
+    random.seed(of_python)
+    np.random.seed(of_numpy)  # noqa: NPY002
+    torch.manual_seed(of_torch)
     try:
         yield
     finally:

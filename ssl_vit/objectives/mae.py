@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ssl_vit.data.device_transforms import flip_horizontally, normalize
 from ssl_vit.data.masking import draw_keep, draw_predicted, num_kept
-from ssl_vit.data.transforms import random_resized_crop
+from ssl_vit.data.transforms import OrientationConfig, random_view
 from ssl_vit.models.blocks import run_blocks, run_in_turn
 from ssl_vit.models.cross_attention import CrossBlock
 from ssl_vit.models.encoder import Encoder, Features
@@ -25,7 +25,7 @@ from ssl_vit.objectives.objective import Objective, Resolved, RunSize
 
 
 @dataclass(frozen=True)
-class MAEConfig:
+class MAEConfig(OrientationConfig):
     """Settings of MAE; the defaults are the paper's for ViT-B, L and H."""
 
     mask_ratio: float = 0.75
@@ -44,10 +44,9 @@ class MAEConfig:
     """Share of all patches that is predicted, at most mask_ratio; null = every removed one. Needs decoder cross."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Smallest and largest share of the picture's area that a training crop covers."""
-    flip_prob: float = 0.5
-    """Probability of a horizontal flip."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.mask_ratio < 1:
             raise ValueError(
                 f"mask_ratio={self.mask_ratio!r}: must lie between 0 and 1, both excluded; the paper's is 0.75"
@@ -75,8 +74,6 @@ class MAEConfig:
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_scale={self.crop_scale!r}: needs 0 < smallest <= largest <= 1")
-        if not 0 <= self.flip_prob <= 1:
-            raise ValueError(f"flip_prob={self.flip_prob!r}: must lie in [0, 1]")
 
     def resolve(self, size: RunSize) -> dict[str, Resolved]:
         """Nothing of MAE follows from the data."""
@@ -123,7 +120,7 @@ class MAETransform:
 
     def __call__(self, image: UInt8[Tensor, "c h w"], rng: np.random.Generator) -> dict[str, Tensor]:
         sample = {
-            "images": random_resized_crop(image, self.image_size, rng, scale=self.config.crop_scale),
+            "images": random_view(image, self.image_size, rng, self.config.crop_scale, self.config),
             "flip": torch.tensor(rng.random() < self.config.flip_prob),
             "keep": draw_keep(self.num_patches, self.config.mask_ratio, rng),
         }

@@ -101,6 +101,20 @@ def test_blur_of_a_point_is_the_kernel() -> None:
         assert torch.allclose(image, image.T)
 
 
+@pytest.mark.parametrize("size", [(5, 5), (24, 31)])
+def test_blur_of_nine_pixels_with_mirrored_borders_is_torchvisions(size: tuple[int, int]) -> None:
+    """DINOv2's code uses its GaussianBlur(9, sigma=(0.1, 2))."""
+    images, sigmas = torch.rand(4, 3, *size), torch.tensor([0.1, 0.7, 1.4, 2.0])
+    found = gaussian_blur(images, sigmas, 4, "reflect")
+    for image, sigma, blurred in zip(images, sigmas.tolist(), found, strict=True):
+        torch.testing.assert_close(blurred, TF.gaussian_blur(image, [9, 9], [sigma, sigma]))
+
+
+def test_images_too_small_to_be_mirrored_are_blurred() -> None:
+    images, sigmas = torch.rand(1, 2, 4, 9), torch.tensor([1.0])
+    assert torch.equal(gaussian_blur(images, sigmas, 4, "reflect"), gaussian_blur(images, sigmas, 4))
+
+
 def test_grey_and_solarised_images_are_the_chosen_ones() -> None:
     images, rows = torch.rand(2, 3, 4, 4), torch.tensor([False, True])
     grey, inverted = to_grey(images, rows), solarize(images, rows)

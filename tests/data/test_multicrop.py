@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from ssl_vit.data import multicrop
 from ssl_vit.data.multicrop import MultiCropConfig, MultiCropTransform
 
 MEAN, STD = (0.5,) * 3, (0.25,) * 3
@@ -77,6 +78,28 @@ def test_probabilities_of_each_view_are_the_papers() -> None:
 def test_the_published_blur_of_dinov2_is_a_preset() -> None:
     drawn = looks(build(blur_prob="dinov2"))
     assert (drawn[:, :, 7] > 0).mean(axis=0) == pytest.approx([0.0, 0.9, 0.5], abs=0.04)
+
+
+def test_the_presets_blur_as_the_papers_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DINOv2: nine pixels whatever the deviation, borders mirrored. DINO: Pillow's, which nothing cuts off."""
+    calls = []
+    monkeypatch.setattr(
+        multicrop, "gaussian_blur", lambda images, sigmas, *how, **named: calls.append((how, named)) or images
+    )
+    for preset in ("dinov2", "dino", (0.0, 0.9, 0.5)):
+        transform = build(num_local_crops=0, blur_prob=preset)
+        transform.on_device({name: value[None] for name, value in draw(transform, 0).items()}, CPU)
+    assert calls == [((4, "reflect"), {}), ((), {"radius": 6}), ((), {"radius": 6})]
+
+
+def test_each_view_is_turned_by_itself() -> None:
+    transform = build(num_local_crops=6, local_crop_scale=(1.0, 1.0), quarter_turn_prob=0.75, flip_vertical_prob=0.5)
+    image = torch.zeros(1, 64, 64, dtype=torch.uint8)
+    image[:, :32, :32] = 255
+    sample = transform(image, np.random.default_rng(1))
+    bright = {view[0].float().view(2, 8, 2, 8).mean(dim=(1, 3)).argmax().item() for view in sample["local_crops"]}
+    assert len(bright) > 1
+    assert sample["global_crops"].shape == (2, 1, 32, 48)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 12])

@@ -170,6 +170,17 @@ def test_transform_draws_crop_flip_and_mask_from_the_samples_generator() -> None
     torch.testing.assert_close(batch["images"][0], (mirrored / 255 - 0.5) / 0.25)
 
 
+def test_images_without_an_up_are_turned_before_they_are_masked() -> None:
+    image = torch.zeros(1, 64, 64, dtype=torch.uint8)
+    image[:, :32, :32] = 255
+    config = MAEConfig(crop_scale=(1.0, 1.0), flip_prob=0.0, quarter_turn_prob=0.75, flip_vertical_prob=0.5)
+    transform = config.build_transform((32, 32), (8, 8), (0.5,), (0.5,))
+    samples = [transform(image, np.random.default_rng(seed)) for seed in range(40)]
+    corners = {sample["images"][0].float().view(2, 16, 2, 16).mean(dim=(1, 3)).argmax().item() for sample in samples}
+    assert corners == {0, 1, 2, 3}
+    assert all(len(sample["keep"]) == 4 for sample in samples)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
