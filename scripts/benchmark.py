@@ -120,8 +120,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     step = add(
         "step",
         "images per second of a training step with fused and plain attention, or beside other steps",
-        f"{RUN_FLAGS} Beside others a step is measured as written and, where that is what `auto` does, compiled and "
-        "recorded.",
+        f"{RUN_FLAGS} Beside others a step is measured as written and, where that is what `auto` does, compiled; with "
+        "--cuda_graphs true also recorded.",
     )
     step.add_argument("objective", choices=("mae", "dino", "dinov2"))
     step.add_argument("--peers", action="store_true", help="beside other libraries' (extra `bench`)")

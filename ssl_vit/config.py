@@ -91,8 +91,8 @@ class RunConfig:
     compile: bool | Literal["auto"] = "auto"
     """Let torch.compile fuse what blocks do. auto: on GPUs, in runs long enough to win back what it takes."""
     cuda_graphs: bool | Literal["auto"] = "auto"
-    """Record what a GPU does in blocks, and replay it: faster the smaller the model, for more memory. auto: on one GPU
-    alone, where batches neither are accumulated nor fill its memory (batch.auto)."""
+    """Record what a GPU does in blocks, and replay it: faster the smaller the model, for more memory; one GPU alone.
+    auto: off, since recordings in their present form have not run on a GPU yet."""
     log_every: int = 50
     """Steps between log lines."""
     quiet: bool = False

@@ -23,6 +23,7 @@ _MOST = 8  # recordings of a run: sizes of crops, with gradients and without, en
 _WARM_UPS = 3  # passes before a recording, in which libraries choose and load what they need
 _TOLERANCE = 2e-2  # of a tensor's norm: attention's backward pass adds up in another order each time
 _NOISE = 1e-7  # of the norm of all: what is smaller may be rounding and nothing else
+_PROVEN = False  # whether tests/test_gpu.py has passed on a GPU with recordings as they now are; till then auto is off
 
 
 def resolve_cuda_graphs(
@@ -35,10 +36,11 @@ def resolve_cuda_graphs(
     is_sharded: bool = False,
     grad_checkpointing: bool = False,
 ) -> bool:
-    """Whether to record blocks: with `auto` in runs of one process on a GPU, one micro-batch a step.
+    """Whether to record blocks: with `auto` nowhere, until recordings in their present form were proven on a GPU.
 
-    Several processes exchange gradients while the backward pass goes on; out of a recording they come all at once.
-    Where batches are accumulated, or fill the memory (`batch.auto`), there is little to win, since the GPU is full.
+    Then it will be in runs of one process on a GPU, one micro-batch a step. Several processes exchange gradients while
+    the backward pass goes on; out of a recording they come all at once. Where batches are accumulated, or fill the
+    memory (`batch.auto`), there is little to win, since the GPU is full.
 
     Raises:
         ValueError: it is asked for where it cannot work.
@@ -50,10 +52,10 @@ def resolve_cuda_graphs(
         "not with encoder.grad_checkpointing, which runs blocks again": not grad_checkpointing,
     }
     if setting == "auto":
-        return all(works.values()) and num_micro == 1 and not fills_memory
+        return _PROVEN and all(works.values()) and num_micro == 1 and not fills_memory
     if setting and not all(works.values()):
         reason = next(reason for reason, holds in works.items() if not holds)
-        raise ValueError(f"cuda_graphs=True: {reason}; use auto or false")
+        raise ValueError(f"cuda_graphs=True: {reason}; use false")
     return setting
 
 

@@ -68,9 +68,12 @@ def blocks() -> nn.ModuleList:
         (False, CPU, {"num_processes": 2}, False),
     ],
 )
-def test_auto_records_runs_of_one_process_on_a_gpu(
-    setting: bool | str, device: torch.device, runs: dict[str, Any], wanted: bool
+def test_auto_records_runs_of_one_process_on_a_gpu_once_that_is_proven(
+    setting: bool | str, device: torch.device, runs: dict[str, Any], wanted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if setting == "auto":
+        assert not resolve_cuda_graphs("auto", device, **runs)
+        monkeypatch.setattr(cuda_graphs, "_PROVEN", True)
     assert resolve_cuda_graphs(setting, device, **runs) is wanted  # pyright: ignore[reportArgumentType]
 
 
@@ -84,7 +87,7 @@ def test_auto_records_runs_of_one_process_on_a_gpu(
     ],
 )
 def test_what_cannot_be_recorded_is_refused(device: torch.device, runs: dict[str, Any], reason: str) -> None:
-    with pytest.raises(ValueError, match=rf"^cuda_graphs=True: {reason}.*; use auto or false$"):
+    with pytest.raises(ValueError, match=rf"^cuda_graphs=True: {reason}.*; use false$"):
         resolve_cuda_graphs(True, device, **runs)
 
 

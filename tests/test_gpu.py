@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from ssl_vit import cuda_graphs
 from ssl_vit.benchmarks.step import prepare_step
 from ssl_vit.checkpoint import list_checkpoints
 from ssl_vit.config import parse_run
@@ -23,6 +24,13 @@ from tests.test_cuda_graphs import check_two_passes
 from tests.test_faults import EVERY_STEP, break_steps, same, state_at
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+@pytest.fixture(autouse=True)
+def _records_by_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `auto` will be once these tests have passed."""
+    monkeypatch.setattr(cuda_graphs, "_PROVEN", True)
+
 
 DROPS = "--encoder.drop_path_rate=0.2"
 
