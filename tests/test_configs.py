@@ -1,13 +1,18 @@
 """Every YAML in configs/ is loaded and built."""
 
 import re
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from scripts import attentive_probe, finetune, pretrain_dino, pretrain_dinov2, pretrain_mae
 from ssl_vit.config import RunConfig, parse_run
+from ssl_vit.evaluation import command
+from ssl_vit.evaluation.linear_probe import PRESETS
+from ssl_vit.evaluation.probes import KNNConfig, LinearConfig
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 DEFAULTS = {
@@ -26,6 +31,32 @@ def objective_of(path: Path) -> str:
 
 def load(path: Path) -> RunConfig:
     return parse_run(DEFAULTS[objective_of(path)], ["--config", str(path)])
+
+
+def header_of(path: Path) -> str:
+    return "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+
+
+def commands_of(path: Path) -> dict[str, list[str]]:
+    """The words after each script that the header calls, by the script's name."""
+    lines = re.findall(r"^# +(?:accelerate launch|python) .*?scripts/(\w+)\.py (.*)$", header_of(path), re.MULTILINE)
+    return {script: shlex.split(words) for script, words in lines}
+
+
+def settings_of(script: str, words: list[str]) -> Any:
+    """The settings that a command of a header gives; a backbone to start from need not be there."""
+    if script in ("evaluate_knn", "linear_probe"):
+        found = []
+        protocol = words[words.index("--protocol") + 1] if "--protocol" in words else "dinov2"
+        rest = [word for word in words if word not in ("--protocol", protocol)]
+        configs = {"evaluate_knn": {"": KNNConfig()}, "linear_probe": {"": LinearConfig(), "probe": PRESETS[protocol]}}
+        assert command.main(lambda *_, **settings: found.append(settings), configs[script], None, rest) == 0, words
+        return found[0]["config"]
+    if "--encoder.pretrained" in words:
+        start = words.index("--encoder.pretrained")
+        words = words[:start] + words[start + 2 :]
+    names = {f"pretrain_{name}": name for name in ("mae", "dino", "dinov2")} | {"attentive_probe": "attentive"}
+    return parse_run(DEFAULTS[names.get(script, script)], words)
 
 
 def by_name(name: str) -> RunConfig:
@@ -47,11 +78,50 @@ def test_config_is_loaded_and_built(path: Path) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_header_gives_command_hardware_and_what_to_expect(path: Path) -> None:
-    header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    header = header_of(path)
     name = objective_of(path)
     assert f"scripts/{SCRIPTS.get(name, f'pretrain_{name}')}.py --config configs/{path.name}" in header
     assert re.search(r"Hardware:", header)
     assert re.search(r"Expect:", header)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_command_of_a_header_is_understood(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(path.parents[1])
+    found = {script: settings_of(script, words) for script, words in commands_of(path).items()}
+    assert found
+
+
+MEASURED_BY = {"k-NN": "evaluate_knn", "linear": "linear_probe", "fine-tuned": "finetune"}
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in CONFIGS if "are theirs" in header_of(path) or "Not run here" in header_of(path)], ids=str
+)
+def test_a_published_figure_stands_beside_the_command_that_measures_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the whole validation split, from all training images and of the folder that the config's own run writes."""
+    monkeypatch.chdir(path.parents[1])
+    expected = re.search(r"Expect:(.*?)(?:MAE's k-NN|Not run here|Measured by)", header_of(path).replace("\n#", ""))
+    assert expected is not None
+    figures = [name for name in MEASURED_BY if re.search(rf"[0-9.]+ %? ?{name}", expected[1])]
+    commands, own = commands_of(path), load(path)
+    if own.objective.__class__.__name__ == "FineTuneConfig":
+        figures = ["fine-tuned"]
+    assert figures
+    assert own.evaluation.test_split == "validation"
+    for figure in figures:
+        script = MEASURED_BY[figure]
+        settings = settings_of(script, commands[script])
+        judged = settings.evaluation if script == "finetune" else settings
+        source = settings.data.source if script == "finetune" else settings.source
+        assert source == own.data.source == "ILSVRC/imagenet-1k"
+        assert (judged.test_split, judged.max_images, judged.test_source) == ("validation", None, None)
+        if not path.stem.startswith("finetune"):
+            assert own.output_dir in commands[script]
+    assert path.stem.startswith("finetune") or "10,000 training images" in header_of(path)
+    assert path.stem.startswith("finetune") or own.evaluation.max_images == 10_000
 
 
 def test_the_imagenet_configs_of_mae_are_the_papers() -> None:
