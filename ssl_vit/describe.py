@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ssl_vit.data.sources import Source
+
 if TYPE_CHECKING:
     from ssl_vit.run import Run
 
@@ -32,7 +34,10 @@ def describe(run: "Run", precision: str, checkpoint: Path | None) -> None:
         + (f"{drawn:,} images" if num_samples is None else f"{drawn / num_samples:.1f} epochs")
         + f"\nfolder     {run.folder}"
     )
-    for note in (*run.source.notes, *(run.feed.notes() if run.feed is not None else ())):
+    notes = [*run.source.notes, *(run.feed.notes() if run.feed is not None else ())]
+    if accelerator.is_main_process and isinstance(run.source, Source):
+        notes += [note for note in (run.source.note_of_dropped(run.objective.encoder.in_chans),) if note]
+    for note in notes:
         accelerator.print(f"note       {note}")
     if checkpoint is not None:
         accelerator.print(f"Going on from {checkpoint}, step {run.step:,} of {run.num_steps:,}")

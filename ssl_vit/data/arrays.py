@@ -1,15 +1,14 @@
-"""Pictures that are arrays of numbers: .npy files, and TIFF files that Pillow does not read whole."""
+"""Images that are arrays of numbers: .npy files, and TIFF files that Pillow does not read whole."""
 
 import io
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image
 from torch import Tensor
 
-from ssl_vit.data.headers import check_size
+from ssl_vit.data.headers import TIFFPage, check_size
 
 try:
     import tifffile
@@ -17,59 +16,71 @@ except ImportError:
     tifffile = None
 
 NPY_SIGNATURE = b"\x93NUMPY"
-TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-
-# Tags of TIFF files.
-_BITS, _PHOTOMETRIC, _SAMPLES, _EXTRA_SAMPLES, _ORIENTATION = 258, 262, 277, 338, 274
-_RGB = 2
+ROUNDING = 1e-3
+"""By how much floats may lie outside [0, 1] and be clamped: what resizing, half precision and rounding leave."""
 
 
-def to_8_bits(values: np.ndarray) -> np.ndarray:
-    """Numbers as uint8: 16-bit ones divided by 257, floats times 255, both to the nearest.
+def to_8_bits(values: np.ndarray, bits: int | None = None) -> np.ndarray:
+    """Numbers as uint8, to the nearest: unsigned ones of b bits divided by (2^b - 1) / 255, floats times 255.
+
+    Args:
+        values: of any shape.
+        bits: of the unsigned numbers; None = those of their type.
 
     Raises:
-        ValueError: floats that are not all within [0, 1], or numbers of another type.
+        ValueError: floats farther outside [0, 1] than `ROUNDING`, or numbers of another type.
     """
     values = values.astype(values.dtype.newbyteorder("="), copy=False)
-    if values.dtype == np.uint8:
-        return values
     if values.dtype == np.bool_:
         return values.astype(np.uint8) * 255
-    if values.dtype == np.uint16:
-        return ((values.astype(np.int32) + 128) // 257).astype(np.uint8)
+    if values.dtype in (np.uint8, np.uint16):
+        white = 2 ** (bits or 8 * values.dtype.itemsize) - 1
+        return values if white == 255 else ((values.astype(np.int32) * 255 + white // 2) // white).astype(np.uint8)
     if values.dtype.kind != "f":
-        raise ValueError(f"pixels of type {values.dtype}; store them as uint8, as uint16, or as floats within [0, 1]")
+        span = f" from {values.min()} to {values.max()}" if values.dtype.kind in "iu" and values.size else ""
+        raise ValueError(
+            f"pixels of type {values.dtype}{span}; store them as uint8, as uint16, or as floats within [0, 1]"
+        )
     if not np.isfinite(values).all():
         raise ValueError("floating-point pixels that are NaN or infinite; replace them")
     low, high = float(values.min()), float(values.max())
-    if low < 0 or high > 1:
+    if low < -ROUNDING or high > 1 + ROUNDING:
         raise ValueError(f"floating-point pixels from {low:g} to {high:g}; scale them to [0, 1]")
-    return np.rint(values.astype(np.float32) * 255).astype(np.uint8)
+    return np.rint(np.clip(values.astype(np.float32), 0, 1) * 255).astype(np.uint8)
 
 
-def decode_npy(data: bytes, num_channels: int, max_pixels: int) -> UInt8[Tensor, "c h w"]:
-    """Decode an array of [h, w], [h, w, c] or [c, h, w].
+def read_npy(file: Any, num_channels: int | None = None) -> tuple[list[int], np.dtype, bool]:
+    """Shape and type of an array, and whether its channels, if any, are the last axis; the file is then at its numbers.
 
     Of three axes the channels are the last or the first: the one that is `num_channels` long, else the shorter one; of
     two such axes the last.
 
     Raises:
-        ValueError: damaged, or no picture of `num_channels` channels.
+        ValueError: damaged, or no image.
     """
-    stream = io.BytesIO(data)
     try:
-        version = np.lib.format.read_magic(stream)
+        version = np.lib.format.read_magic(file)
         read_header = np.lib.format.read_array_header_1_0 if version[0] == 1 else np.lib.format.read_array_header_2_0
-        header = read_header(stream)
+        header = read_header(file)
     except Exception as error:  # a damaged header is evaluated as Python's literals are: SyntaxError, TypeError ...
         raise ValueError("not a readable .npy file: its header is damaged or cut off") from error
-    shape = list(header[0])
-    dtype = header[2]
+    shape, dtype = list(header[0]), header[2]
     if dtype.hasobject:
         raise ValueError("an array of Python objects, which are not loaded; store the pixels as numbers")
     if len(shape) not in (2, 3):
-        raise ValueError(f"an array of shape {shape}; store pictures as [h, w], [h, w, c] or [c, h, w]")
+        raise ValueError(f"an array of shape {shape}; store images as [h, w], [h, w, c] or [c, h, w]")
     last = len(shape) == 2 or shape[2] == num_channels or (shape[0] != num_channels and shape[2] <= shape[0])
+    return shape, dtype, last
+
+
+def decode_npy(data: bytes, num_channels: int, max_pixels: int) -> UInt8[Tensor, "c h w"]:
+    """Decode an array of [h, w], [h, w, c] or [c, h, w], see `read_npy`.
+
+    Raises:
+        ValueError: damaged, or no image of `num_channels` channels.
+    """
+    stream = io.BytesIO(data)
+    shape, dtype, last = read_npy(stream, num_channels)
     height, width = (shape[0], shape[1]) if last else (shape[1], shape[2])
     check_size(height, width, max_pixels)
     stored = len(data) - stream.tell()
@@ -78,33 +89,78 @@ def decode_npy(data: bytes, num_channels: int, max_pixels: int) -> UInt8[Tensor,
     stream.seek(0)
     array = np.load(stream, allow_pickle=False)
     array = array.reshape(height, width, -1) if last else array.transpose(1, 2, 0)
-    return _to_pixels(array, num_channels, has_alpha=False)
+    if array.shape[2] not in (1, 3, num_channels):
+        refuse_channels(array.shape[2], num_channels)
+    return as_tensor(to_8_bits(array))
 
 
-def needs_tifffile(image: Image.Image, num_channels: int) -> bool:
-    """Whether Pillow would drop channels or bits of this opened TIFF file that `num_channels` asks for."""
-    tags: Any = getattr(image, "tag_v2", {})
-    samples, extra = tags.get(_SAMPLES, 1), tags.get(_EXTRA_SAMPLES, ())
-    if tags.get(_PHOTOMETRIC) not in (0, 1, _RGB):  # palette, CMYK, YCbCr ...
-        return False
-    if samples == 1:
-        return _has_page_for_each_channel(getattr(image, "n_frames", 1), num_channels)
-    return samples > 4 or max(tags.get(_BITS, (8,))) > 8 or (samples == num_channels and 0 in extra)
+def as_tensor(array: UInt8[np.ndarray, "h w *c"]) -> UInt8[Tensor, "c h w"]:
+    return torch.from_numpy(np.ascontiguousarray(array.reshape(*array.shape[:2], -1))).permute(2, 0, 1)
 
 
-def _has_page_for_each_channel(num_pages: int, num_channels: int) -> bool:
-    """Whether pages are channels: not where they may as well be frames of an animation."""
-    return num_channels not in (1, 3, 4) and num_pages == num_channels
+_PHOTOMETRIC = {
+    4: "a mask of transparency",
+    9: "ICC L*a*b* colours",
+    10: "ITU L*a*b* colours",
+    32803: "a camera's raw values",
+    32844: "LogL values",
+    32845: "LogLuv values",
+    34892: "a camera's raw values",
+}
 
 
-def decode_tiff(data: bytes, num_channels: int, max_pixels: int) -> UInt8[Tensor, "c h w"]:
-    """Decode the first picture of a TIFF file, of any number of channels and type of numbers that `to_8_bits` takes.
-
-    Where one page holds one channel, and another number than 1, 3 or 4 is asked for, the pages are the channels.
+def check_tiff(page: TIFFPage) -> None:
+    """Refuse a page whose numbers do not say what is black and what is white.
 
     Raises:
-        ValueError: damaged, no picture of `num_channels` channels, or a kind that needs more packages.
+        ValueError: such a page.
     """
+    what = {"i": "signed integers", "c": "complex numbers", "V": "numbers of unknown or of several types"}.get(
+        page.kind
+    )
+    if what is None and page.bits == 0:
+        what = "samples of different bits"
+    if what is None and page.kind == "u" and page.bits > 16:
+        what = f"integers of {page.bits} bits"
+    if what is not None:
+        raise ValueError(f"a TIFF of {what}; store uint8, uint16, or floats within [0, 1]")
+    if page.photometric not in (0, 1, 2, 3, 5, 6, 8):
+        what = _PHOTOMETRIC.get(page.photometric, f"photometric interpretation {page.photometric}")
+        raise ValueError(f"a TIFF of {what}, which is no grey, RGB, palette, CMYK, YCbCr or L*a*b*; convert it")
+    if page.depth > 1:
+        raise ValueError(f"a TIFF that is a volume of {page.depth} layers; store the layers as pages or files")
+
+
+def pillow_reads(page: TIFFPage, num_channels: int) -> bool:
+    """Whether Pillow reads this page with all that `num_channels` asks for, if it reads it at all."""
+    if page.photometric not in (0, 1, 2):
+        return True
+    if page.samples == 1:
+        return page.bits in (1, 2, 4, 8, 16) or page.kind == "f"
+    if page.bits != 8 or page.photometric == 0:
+        return False
+    if page.extra in ((), (1,), (2,)):
+        return page.colours == {1: 1, 2: 3}[page.photometric]
+    return page.photometric == 2 and num_channels in (1, 3) and page.samples == 4
+
+
+def read_tiff_page(data: bytes, number: int, page: TIFFPage, num_channels: int) -> UInt8[Tensor, "c h w"]:
+    """Decode a page of grey or RGB, of any number of channels and type of numbers that `to_8_bits` takes.
+
+    All samples of a page of `num_channels`; else the colours, and the transparency if there is one.
+
+    Raises:
+        ValueError: damaged, no image of `num_channels` channels, or a kind that needs more packages.
+    """
+    if page.photometric not in (0, 1, 2):
+        raise ValueError("a TIFF of a palette, CMYK, YCbCr or L*a*b* that Pillow does not read; store it as RGB")
+    colours = {0: 1, 1: 1, 2: 3}[page.photometric]
+    alpha = next((place for place, kind in enumerate(page.extra, start=colours) if kind in (1, 2)), None)
+    chosen = list(range(page.samples))
+    if page.samples != num_channels:  # before memory is taken for them
+        if num_channels not in (1, 3, 4) or (colours == 1 and page.samples > 1 and alpha is None):
+            refuse_channels(page.samples, num_channels)
+        chosen = [*range(colours), *([] if alpha is None else [alpha])]
     if tifffile is None:
         raise ValueError(
             "a TIFF of floats, of more than 8 bits a channel or of channels other than grey and RGB, which needs "
@@ -112,34 +168,28 @@ def decode_tiff(data: bytes, num_channels: int, max_pixels: int) -> UInt8[Tensor
         )
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
-            page: Any = file.pages[0]
-            samples = int(page.samplesperpixel)
-            check_size(page.imagelength, page.imagewidth, max_pixels)
-            if samples not in (1, 2, 3, 4, num_channels):  # before memory is taken for them
-                _refuse_channels(samples, num_channels)
-            if samples == 1 and _has_page_for_each_channel(len(file.pages), num_channels):
-                pages: list[Any] = [file.pages[number] for number in range(num_channels)]
-                if any(other.shape != page.shape for other in pages):
-                    raise ValueError("its pages differ in size, so they are no channels of one picture")
-                array = np.stack([other.asarray() for other in pages], axis=-1)
-            else:
-                array = page.asarray()
-                if page.axes[0] == "S":
-                    array = np.moveaxis(array, 0, -1)
-            array = array.reshape(*array.shape[:2], -1)
-            kinds = [int(kind) for kind in page.extrasamples]
-            orientation = page.tags.get(_ORIENTATION)
-            is_rgb = int(page.photometric) == _RGB
-    except ValueError:
-        raise
+            stored: Any = file.pages[number]
+            array = stored.asarray()
+            array = np.moveaxis(array, 0, -1) if stored.axes[0] == "S" else array
+            array = array.reshape(page.height, page.width, page.samples)
+            orientation = stored.tags.get(274)
     except Exception as error:  # a damaged file raises anything
         raise ValueError(f"not a readable TIFF file: {error or type(error).__name__}") from error
-    if kinds == [1] and samples != num_channels:
-        raise ValueError("a TIFF whose colours are multiplied by its transparency; store it with straight transparency")
-    if is_rgb and kinds == [0] and num_channels in (1, 3):
-        array = array[..., :3]  # a fourth channel that is no transparency
-    array = _turn(array, int(orientation.value) if orientation else 1)
-    return _to_pixels(array, num_channels, has_alpha=kinds == [2])
+    if alpha is not None and page.extra[alpha - colours] == 1:
+        array = _divide_by_alpha(array, colours, alpha, 1 if page.kind == "f" else 2**page.bits - 1)
+    pixels = to_8_bits(array[..., chosen] if len(chosen) < page.samples else array, page.bits)
+    if page.photometric == 0:
+        pixels = np.concatenate([255 - pixels[..., :1], pixels[..., 1:]], axis=-1)
+    return as_tensor(_turn(pixels, int(orientation.value) if orientation else 1))
+
+
+def _divide_by_alpha(array: np.ndarray, colours: int, alpha: int, white: int) -> np.ndarray:
+    """[h w c] whose colours are no longer multiplied by their transparency."""
+    weight = array[..., alpha : alpha + 1].astype(np.float64) / white
+    straight = np.minimum(array[..., :colours] / np.maximum(weight, 1e-9), white) * (weight > 0)
+    array = array.copy()
+    array[..., :colours] = straight if array.dtype.kind == "f" else np.rint(straight)
+    return array
 
 
 def _turn(array: np.ndarray, orientation: int) -> np.ndarray:
@@ -153,15 +203,7 @@ def _turn(array: np.ndarray, orientation: int) -> np.ndarray:
     return array
 
 
-def _to_pixels(array: np.ndarray, num_channels: int, *, has_alpha: bool) -> UInt8[Tensor, "c h w"]:
-    """[h w c] of any numbers as pixels; grey and RGB may become each other, other channels have no meaning."""
-    present = array.shape[2]
-    if present != num_channels and not (present in (1, 3) or has_alpha):
-        _refuse_channels(present, num_channels)
-    return torch.from_numpy(np.ascontiguousarray(to_8_bits(array))).permute(2, 0, 1)
-
-
-def _refuse_channels(present: int, num_channels: int) -> None:
+def refuse_channels(present: int, num_channels: int) -> NoReturn:
     raise ValueError(
         f"{num_channels} channels were asked for and the picture has {present}, of which it does not say that they "
         f"are colours and transparency; give data.mean and data.std {present} values, or store other channels"

@@ -34,6 +34,9 @@ class DataConfig:
     """Standard deviation of each channel, of images scaled to [0, 1]."""
     max_pixels: int = MAX_PIXELS
     """Most pixels, height times width, of a picture; larger ones are refused before memory is taken for them."""
+    pages: Literal["first", "channels", "images"] = "first"
+    """Of files of several pages or frames (TIFF, GIF, WebP, PNG, MPO): the first; all of a TIFF's as channels of one
+    image; or each as an image of its own, for which every file is opened at the start."""
     on_bad_image: Literal["skip", "raise"] = "skip"
     """When training draws a picture that cannot be decoded: take the next good one and note it, or stop."""
     max_bad_share: float = 0.05
@@ -82,6 +85,10 @@ class DataConfig:
             raise ValueError(f"std={self.std!r}: give as many numbers as in mean={self.mean!r}")
         if self.max_pixels < 1:
             raise ValueError(f"max_pixels={self.max_pixels!r}: must be at least 1")
+        if self.pages not in ("first", "channels", "images"):
+            raise ValueError(f"pages={self.pages!r}: choose 'first', 'channels' or 'images'")
+        if self.pages == "images" and self.streaming:
+            raise ValueError("pages='images': pages of a stream are not counted; leave this or streaming out")
         if self.on_bad_image not in ("skip", "raise"):
             raise ValueError(f"on_bad_image={self.on_bad_image!r}: choose 'skip' or 'raise'")
         if not 0 <= self.max_bad_share <= 1:

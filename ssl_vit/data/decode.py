@@ -2,9 +2,9 @@
 
 import io
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,16 +12,33 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ssl_vit.data.arrays import NPY_SIGNATURE, TIFF_SIGNATURES, decode_npy, decode_tiff, needs_tifffile, to_8_bits
+from ssl_vit.data.arrays import (
+    NPY_SIGNATURE,
+    as_tensor,
+    check_tiff,
+    decode_npy,
+    pillow_reads,
+    read_tiff_page,
+    refuse_channels,
+    to_8_bits,
+)
+from ssl_vit.data.colour import inks_to_srgb, to_srgb
+from ssl_vit.data.formats import open_image, page_numbers
 from ssl_vit.data.headers import (
     JPEG_SIGNATURE,
     MAX_PIXELS,
     PNG_SIGNATURE,
+    TIFF_SIGNATURES,
+    TIFFPage,
     check_size,
+    full_pages,
     is_sound_png16,
-    read_jpeg_size,
+    read_jpeg,
     read_png,
 )
+
+Pages = Literal["first", "channels"] | int
+"""What of a file of several pages or frames is decoded: the first, all as channels, or the one of this number."""
 
 try:
     from torchvision.io import decode_image
@@ -30,29 +47,35 @@ except ImportError:  # torchvision >= 0.29 announces that its decoders will move
 
 
 def decode(
-    data: bytes | str | Path, num_channels: int, max_pixels: int = MAX_PIXELS
+    data: bytes | str | Path, num_channels: int, max_pixels: int = MAX_PIXELS, pages: Pages = "first"
 ) -> UInt8[Tensor, "{num_channels} h w"]:
-    """Decode a picture, turned upright as its EXIF data says. Of an animation, the first frame.
+    """Decode an image, turned upright as its orientation tag says, in the colours of sRGB.
 
-    Any file that Pillow reads, TIFF files of any number of channels (with the extra `tiff`), and .npy arrays of
-    [h, w], [h, w, c] or [c, h, w]. Floats within [0, 1] are multiplied by 255; others, NaN and infinity are refused,
+    Any file of `IMAGE_SUFFIXES`: JPEG, PNG, WebP, GIF, BMP, TIFF (of any number of channels with the extra `tiff`),
+    JPEG 2000, AVIF, HEIC (with the extra `heic`), PPM, TGA and some more, and .npy arrays of [h, w], [h, w, c] or
+    [c, h, w]. What a tag says of the pixels is applied: orientation, transparency, palettes, inks, white as 0, byte
+    order, and ICC profiles (to 8 bits, with the profile's own intent). PNG's gAMA, cHRM and cICP, primaries and
+    transfer functions of TIFF, and the Exif colour space are not, as in Pillow.
+
+    Numbers become 8 bits by what they say of white: unsigned ones of b bits are divided by (2^b - 1) / 255, floats
+    within [0, 1], and up to 1e-3 outside, multiplied by 255. Others, signed integers, NaN and infinity are refused,
     since they do not say what is black and what is white.
 
     A file that is cut off is refused, and so is a JPEG or PNG whose end was overwritten by zeros. In BMP, WebP and
-    uncompressed TIFF zeros are pixels as good as any, with no checksum to tell them from a picture's own.
+    uncompressed TIFF zeros are pixels as good as any, with no checksum to tell them from an image's own.
 
     Args:
         data: the encoded file, or its path.
         num_channels: 1 gives greyscale, 3 RGB and 4 RGBA, whatever the file holds; transparent pixels are
             laid on white for 1 and 3. Any other count is given only by a file of exactly that many channels.
-        max_pixels: larger pictures, height times width, are refused before memory is taken for them.
+        max_pixels: larger images, height times width, are refused before memory is taken for them.
+        pages: see `Pages`. Channels may be on several pages of a TIFF alone, all of one size.
 
     Returns:
-        Pixels in [0, 255], the channels of a pixel side by side in memory. 16-bit pictures are divided by 257, so
-            65535 becomes 255.
+        Pixels in [0, 255], the channels of a pixel side by side in memory.
 
     Raises:
-        ValueError: no whole picture can be read from the data, or not with `num_channels` channels. The text is the
+        ValueError: no whole image can be read from the data, or not with `num_channels` channels. The text is the
             reason only: the caller knows where the data came from.
         OSError: the path cannot be read.
     """
@@ -60,34 +83,77 @@ def decode(
         data = Path(data).read_bytes()
     if not data:
         raise ValueError("the file is empty")
-    if data.startswith(NPY_SIGNATURE):
+    number = pages if isinstance(pages, int) else 0
+    if data.startswith(TIFF_SIGNATURES):
+        pixels = _decode_tiff(data, num_channels, max_pixels, pages)
+    elif pages == "channels" and not data.startswith(JPEG_SIGNATURE) and len(page_numbers(data)) > 1:
+        raise ValueError("several frames, and data.pages='channels': only a TIFF's pages are channels; take 'first'")
+    elif data.startswith(NPY_SIGNATURE):
         pixels = decode_npy(data, num_channels, max_pixels)
-    elif data.startswith(JPEG_SIGNATURE):
-        pixels = _decode_jpeg(data, num_channels, max_pixels)
+    elif data.startswith(JPEG_SIGNATURE) and number == 0:
+        pixels = _decode_jpeg(data, max_pixels)
     elif data.startswith(PNG_SIGNATURE):
-        pixels = _decode_png(data, num_channels, max_pixels)
+        pixels = _decode_png(data, max_pixels, number)
     else:
-        pixels = _decode_with_pillow(data, num_channels, max_pixels)
+        pixels = _decode_with_pillow(data, max_pixels, number)
     # Pixel by pixel in memory, as decoders write them: crops are then resized more than twice as fast.
     return _to_channels(pixels, num_channels).permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
-def _decode_jpeg(data: bytes, num_channels: int, max_pixels: int) -> UInt8[Tensor, "c h w"]:
-    size = read_jpeg_size(data)
-    if size is not None:
-        check_size(*size, max_pixels)
-        pixels = _decode_with_torchvision(data)
+def _decode_jpeg(data: bytes, max_pixels: int) -> UInt8[Tensor, "c h w"]:
+    header = read_jpeg(data)
+    if header is not None:
+        check_size(header.height, header.width, max_pixels)
+        pixels = None if header.turned_by_xmp else _decode_with_torchvision(data)
         if pixels is not None and pixels.shape[0] != 4:  # the four channels of a JPEG are CMYK inks, not RGBA
-            return pixels
-    return _decode_with_pillow(data, num_channels, max_pixels)
+            return to_srgb(pixels, header.profile) if header.profile else pixels
+    return _decode_with_pillow(data, max_pixels)
 
 
-def _decode_png(data: bytes, num_channels: int, max_pixels: int) -> UInt8[Tensor, "c h w"]:
+def _decode_png(data: bytes, max_pixels: int, number: int) -> UInt8[Tensor, "c h w"]:
     """By Pillow, which is as fast; torchvision crashes on damaged ones, but keeps all 16 bits of colours."""
     png = read_png(data)
     check_size(png.height, png.width, max_pixels)
-    pixels = _decode_with_torchvision(data) if is_sound_png16(png) else None
-    return _decode_with_pillow(data, num_channels, max_pixels) if pixels is None else _to_8_bits(pixels)
+    pixels = _decode_with_torchvision(data) if number == 0 and is_sound_png16(png) else None
+    if pixels is None:
+        return _decode_with_pillow(data, max_pixels, number)
+    values = pixels.permute(1, 2, 0).numpy()
+    return to_srgb(as_tensor(_with_alpha(values, 16, png.transparent)), png.profile)
+
+
+def _decode_tiff(data: bytes, num_channels: int, max_pixels: int, pages: Pages) -> UInt8[Tensor, "c h w"]:
+    def read(number: int, page: TIFFPage, num_channels: int) -> UInt8[Tensor, "c h w"]:
+        check_size(page.height, page.width, max_pixels)
+        check_tiff(page)
+        if not pillow_reads(page, num_channels):
+            pixels = read_tiff_page(data, number, page, num_channels)
+            return to_srgb(pixels, page.profile) if page.profile else pixels
+        return _decode_with_pillow(data, max_pixels, number, (page, num_channels))
+
+    found = full_pages(io.BytesIO(data))
+    if isinstance(pages, int):
+        chosen = [item for item in found if item[0] == pages]
+    else:
+        chosen = list(found if pages == "channels" else islice(found, 1))
+    if not chosen:
+        raise ValueError("the TIFF file is damaged or cut off: a page is missing")
+    first = chosen[0][1]
+    if len(chosen) == 1:
+        if pages == "first" and num_channels not in (1, 3, 4, first.samples) and next(found, None):
+            raise ValueError(
+                f"{num_channels} channels were asked for and the first of several pages has {first.samples}; give "
+                "--data.pages channels where each page is a channel"
+            )
+        return read(*chosen[0], num_channels)
+    if sum(page.samples for _, page in chosen) != num_channels:
+        count = sum(page.samples for _, page in chosen)
+        raise ValueError(
+            f"{num_channels} channels were asked for and its {len(chosen)} pages hold {count}; give data.mean and "
+            f"data.std {count} values, or --data.pages first"
+        )
+    if any((page.height, page.width, page.photometric > 2) != (first.height, first.width, False) for _, page in chosen):
+        raise ValueError("its pages differ in size or are no plain numbers, so they are no channels of one image")
+    return torch.cat([read(number, page, page.samples) for number, page in chosen])
 
 
 def _decode_with_torchvision(data: bytes) -> Tensor | None:
@@ -104,33 +170,30 @@ def _decode_with_torchvision(data: bytes) -> Tensor | None:
         return None  # Pillow has a second try, and the clearer error text
 
 
-def _decode_with_pillow(data: bytes, num_channels: int, max_pixels: int) -> UInt8[Tensor, "c h w"]:
+def _decode_with_pillow(
+    data: bytes, max_pixels: int, number: int = 0, tiff: tuple[TIFFPage, int] | None = None
+) -> UInt8[Tensor, "c h w"]:
+    """A page or frame; of a TIFF, how it is stored and the number of channels wanted."""
     try:
-        with _pillow_alone(), Image.open(io.BytesIO(data)) as image:
+        with open_image(io.BytesIO(data)) as image:
+            if number:
+                image.seek(number)
             check_size(image.height, image.width, max_pixels)
-            if image.format == "TIFF" and needs_tifffile(image, num_channels):
-                return decode_tiff(data, num_channels, max_pixels)
-            array = _to_array(_upright(image))
-    except Image.UnidentifiedImageError:
-        if data.startswith(TIFF_SIGNATURES):
-            return decode_tiff(data, num_channels, max_pixels)
-        raise ValueError("not an image file, or one of a format that Pillow does not read") from None
-    except Exception as error:  # a damaged file raises anything: OSError, SyntaxError, struct.error ...
+            profile = image.info.get("icc_profile") or b""
+            array = _to_array(_upright(image), profile, data)
+    except (Image.UnidentifiedImageError, SyntaxError) as error:
+        if tiff is not None:
+            pixels = read_tiff_page(data, number, *tiff)
+            return to_srgb(pixels, tiff[0].profile) if tiff[0].profile else pixels
+        if isinstance(error, SyntaxError):
+            raise ValueError(str(error) or "SyntaxError") from error
+        raise ValueError("not an image file, or one of a format that is not read") from None
+    except Exception as error:  # a damaged file raises anything: OSError, struct.error ...
         raise ValueError(str(error) or type(error).__name__) from error
-    return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)
-
-
-@contextmanager
-def _pillow_alone() -> Iterator[None]:
-    """Without Pillow's own limit of pixels, in whose place is `max_pixels`, and its remarks on odd metadata."""
-    limit = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+    pixels = as_tensor(array)
+    if tiff is not None and tiff[0].photometric == 0 and image.mode not in ("1", "L"):  # which Pillow has inverted
+        pixels = 255 - pixels
+    return to_srgb(pixels, profile) if profile else pixels
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -141,24 +204,41 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _to_array(image: Image.Image) -> UInt8[np.ndarray, "h w *c"]:
+def _to_array(image: Image.Image, profile: bytes, data: bytes) -> UInt8[np.ndarray, "h w *c"]:
     if image.mode == "F":
         return to_8_bits(np.array(image))
     if image.mode.startswith("I"):
         wide = np.array(image).astype(np.int32)
         if wide.min() < 0 or wide.max() > 65535:
             raise ValueError(f"integer pixels from {wide.min()} to {wide.max()} do not fit in 16 bits")
-        return to_8_bits(wide.astype(np.uint16))
+        return _with_alpha(wide.astype(np.uint16), 16, image.info.get("transparency"))
+    if image.mode in ("CMYK", "LAB"):
+        return np.array(inks_to_srgb(image, profile))
+    if image.mode in ("L", "RGB", "1") and data.startswith(PNG_SIGNATURE):
+        depth = data[24] if image.mode == "L" else 8  # samples of fewer bits were widened, what is transparent was not
+        transparent = image.info.get("transparency")
+        if isinstance(transparent, int) and depth < 8:
+            transparent = transparent * 255 // (2**depth - 1)
+        return _with_alpha(np.array(image.convert("L") if image.mode == "1" else image), 8, transparent)
     if image.mode == "1":
         return np.array(image.convert("L"))
+    if image.mode == "RGBA" and image.format == "TGA" and not data[17] & 15 and not np.any(np.array(image)[..., 3]):
+        return np.array(image)[..., :3]  # a fourth byte that is not said to be transparency, and is empty
     if image.mode in ("L", "LA", "RGB", "RGBA") and "transparency" not in image.info:
         return np.array(image)
+    if image.mode == "La":
+        return np.array(image.convert("LA"))
     return np.array(image.convert("RGBA" if image.has_transparency_data else "RGB"))
 
 
-def _to_8_bits(pixels: Tensor) -> UInt8[Tensor, "c h w"]:
-    """16-bit samples to the nearest 8-bit ones."""
-    return torch.from_numpy(to_8_bits(pixels.numpy()))
+def _with_alpha(values: np.ndarray, bits: int, transparent: int | tuple[int, ...] | None) -> UInt8[np.ndarray, "h w c"]:
+    """8-bit pixels of these stored ones, with an alpha that is 0 where they are of one grey or colour."""
+    values = values.reshape(*values.shape[:2], -1)
+    pixels = to_8_bits(values, bits)
+    if transparent is None or transparent == () or values.shape[2] in (2, 4):
+        return pixels
+    alpha = np.where((values == np.array(transparent)).all(axis=2, keepdims=True), 0, 255).astype(np.uint8)
+    return np.concatenate([pixels, alpha], axis=2)
 
 
 def _to_channels(pixels: UInt8[Tensor, "c h w"], num_channels: int) -> UInt8[Tensor, "{num_channels} h w"]:
@@ -166,11 +246,8 @@ def _to_channels(pixels: UInt8[Tensor, "c h w"], num_channels: int) -> UInt8[Ten
     present = pixels.shape[0]
     if present == num_channels:
         return pixels
-    if num_channels not in (1, 3, 4):
-        raise ValueError(
-            f"{num_channels} channels were asked for and the picture has {present}; "
-            "pictures are converted to 1 (greyscale), 3 (RGB) or 4 (RGBA) channels only"
-        )
+    if num_channels not in (1, 3, 4) or present > 4:
+        refuse_channels(present, num_channels)
     has_alpha = present in (2, 4)
     colour, alpha = (pixels[:-1], pixels[-1:]) if has_alpha else (pixels, torch.full_like(pixels[:1], 255))
     if num_channels == 4:

@@ -46,7 +46,7 @@ from ssl_vit.data.workers import (
 )
 from ssl_vit.distributed import process_index
 
-_FORMAT = 1  # raised when pictures are kept otherwise
+_FORMAT = 2  # raised when pictures are kept otherwise
 _PIXELS, _TABLE, _ABOUT = "pixels.bin", "table.npy", "about.json"
 _GIB = 2**30
 _CHUNK = 64  # rows that a worker decodes at once

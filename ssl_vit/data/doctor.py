@@ -1,7 +1,6 @@
 """What can be told of a source's pictures by reading them: sizes, kinds, faults, duplicates, mean and deviation."""
 
 import hashlib
-import io
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,27 +10,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from ssl_vit.data.decode import decode
+from ssl_vit.data.formats import contents, file_format
 from ssl_vit.data.sources import Source
 
 _SHOWN = 5  # faults and duplicates that are named
-# What files begin with. RIFF and ISO containers say their kind a little later.
-_SIGNATURES = {
-    b"\xff\xd8\xff": "JPEG",
-    b"\x89PNG\r\n\x1a\n": "PNG",
-    b"GIF8": "GIF",
-    b"BM": "BMP",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-    b"\0\0\0\x0cjP  ": "JPEG 2000",
-    b"%PDF": "PDF",
-    b"PK\x03\x04": "zip",
-    b"\x1f\x8b": "gzip",
-}
 
 
 class Place(NamedTuple):
@@ -144,9 +130,9 @@ def read_pictures(source: Source, rows: Int64[np.ndarray, " r"], num_channels: i
         found.seconds += time.perf_counter() - start
         found.formats[file_format(data)] += 1
         _add_pixels(found, pixels)
-        kind, is_16_bit = stored_channels(data)
-        found.channels[kind] += 1
-        found.num_16_bit += is_16_bit
+        held = contents(data)
+        found.channels[held.kind] += 1
+        found.num_16_bit += held.bits == 16
         first = seen.setdefault(hashlib.blake2b(data, digest_size=16).digest(), row)
         if first != row:
             found.num_repeats += 1
@@ -174,37 +160,6 @@ def _add_pixels(found: Pictures, pixels: UInt8[Tensor, "c h w"]) -> None:
     for channel, (total, squares) in enumerate(zip(wide.sum(dim=1), (wide * wide).sum(dim=1), strict=True)):
         found.pixel_sums[channel] += int(total)
         found.square_sums[channel] += int(squares)
-
-
-def file_format(data: bytes | None) -> str:
-    """What kind of file this is, by its first bytes; None is a file that could not be had."""
-    if not data:
-        return "missing" if data is None else "empty"
-    for signature, name in _SIGNATURES.items():
-        if data.startswith(signature):
-            return name
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return "WebP"
-    if data[4:8] == b"ftyp":
-        return {b"avif": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF"}.get(data[8:12], "video")
-    text = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if text.startswith((b"<!doctype html", b"<html")):
-        return "HTML"
-    return "SVG" if b"<svg" in text else "unknown"
-
-
-def stored_channels(data: bytes) -> tuple[str, bool]:
-    """The channels that a file holds, before any conversion, and whether they have 16 bits each."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            grey = image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
-            alpha = image.has_transparency_data
-            is_16_bit = image.mode.startswith("I") or (data.startswith(b"\x89PNG") and data[24] == 16)
-    except Exception:  # a header that torchvision can read and Pillow cannot
-        return "unknown", False
-    if grey:
-        return "greyscale with alpha" if alpha else "greyscale", is_16_bit
-    return "RGBA" if alpha else "RGB", is_16_bit
 
 
 class Class(NamedTuple):

@@ -18,6 +18,7 @@ def fingerprint(source: Source, rows: Int[np.ndarray, " n"]) -> str:
     """
     digest = hashlib.sha256(np.ascontiguousarray(rows, dtype=np.int64).tobytes())
     digest.update(f"{source.rows._fingerprint} {source.image_column}".encode())
+    digest.update(source.pages.encode() if isinstance(source.pages, str) else source.pages[rows].tobytes())
     first = (source.rows[int(rows[0])][source.image_column] or {}) if len(rows) else {}
     if first.get("bytes") is None and first.get("path") is not None:
         column = source.rows.with_format("arrow")

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, Literal, cast
 
 import datasets
 import numpy as np
@@ -13,17 +13,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int64, UInt8
 from torch import Tensor
+from tqdm import tqdm
 
 from ssl_vit.data import openmoji
 from ssl_vit.data.columns import find_image_column, find_label_column
 from ssl_vit.data.config import KINDS, DataConfig, near_match, setting_error
 from ssl_vit.data.decode import decode
-from ssl_vit.data.formats import IMAGE_SUFFIXES
+from ssl_vit.data.formats import IMAGE_SUFFIXES, note_of_dropped, page_numbers
 from ssl_vit.data.headers import MAX_PIXELS
 from ssl_vit.data.labels import Labels, encode, integers, read_labels
 from ssl_vit.data.mixture import Mixture, as_text
 
 MAX_TRIES = 50  # rows in which a picture that can be decoded is looked for
+_LOOKED_AT = 32  # images whose headers tell what of them is not used
 # A source that ends in one of these is a mistyped path rather than the name of a data set on the hub.
 _FILE_SUFFIXES = (*IMAGE_SUFFIXES, "parquet", "arrow", "csv", "json", "npz", "zip", "tar", "gz")
 
@@ -50,6 +52,8 @@ class Source:
     """Text that the pictures' licence asks to be shown with them."""
     max_pixels: int = MAX_PIXELS
     """Larger pictures are refused."""
+    pages: Literal["first", "channels"] | Int64[np.ndarray, " n"] = "first"
+    """What of an image of several pages is decoded; numbers are those of each row's page."""
     mixture: Mixture | None = None
     """Which source each row comes from; None where there is only one."""
     notes: tuple[str, ...] = ()
@@ -71,6 +75,7 @@ class Source:
             columns=None if self.columns is None else self.columns.select(rows),
             labels=None if self.labels is None else self.labels[rows],
             groups=None if self.groups is None else self.groups[rows],
+            pages=self.pages if isinstance(self.pages, str) else self.pages[rows],
             mixture=None if self.mixture is None else self.mixture.subset(rows),
         )
 
@@ -85,9 +90,19 @@ class Source:
         try:
             if data is None:
                 raise ValueError("the row holds no image")
-            return decode(data, num_channels, self.max_pixels)
+            pages = self.pages if isinstance(self.pages, str) else int(self.pages[index])
+            return decode(data, num_channels, self.max_pixels, pages)
         except (ValueError, OSError) as error:
             raise ValueError(f"{self.where(index)}: {error}") from error
+
+    def note_of_dropped(self, num_channels: int) -> str | None:
+        """A sentence on what is not used of a few images of the source, by their headers; None where all is."""
+        if not isinstance(self.pages, str):
+            return None
+        rows = np.unique(np.linspace(0, len(self) - 1, _LOOKED_AT).astype(int)).tolist()
+        stored = [row or {} for row in self.rows[rows][self.image_column]]
+        files = [file for row in stored if (file := row.get("bytes") or row.get("path"))]
+        return note_of_dropped(files, num_channels, self.pages)
 
     def _origin(self, index: int) -> tuple[str, int]:
         """The source that a row comes from, and its number there."""
@@ -100,7 +115,8 @@ class Source:
         """What an error about the picture of a row begins with: source, row and, if any, path."""
         path = (self.rows[index][self.image_column] or {}).get("path")
         name, row = self._origin(index)
-        return f"data.source={name!r}: row {row}" + (f" ({path})" if path else "")
+        page = "" if isinstance(self.pages, str) else f", page {self.pages[index]}"
+        return f"data.source={name!r}: row {row}" + (f" ({path}{page})" if path else page)
 
     def next_image(
         self, index: int, num_channels: int, at: Callable[[int], None] | None = None
@@ -141,7 +157,25 @@ def open_source(config: DataConfig) -> Source:
     if config.streaming:
         raise setting_error(config, "streaming", "pictures are needed here in any order; leave this setting out")
     opened = _open_mixture(config) if isinstance(config.source, dict) else _open(config)
+    if config.pages == "images":
+        opened = _with_row_for_each_page(opened)
+    elif config.pages == "channels":
+        opened = replace(opened, pages="channels")
     return replace(opened, max_pixels=config.max_pixels)
+
+
+def _with_row_for_each_page(source: Source) -> Source:
+    """The source with each page or frame of its files as an image; those of one file stay on one side of any split."""
+    numbers = []
+    for row in tqdm(source.rows, desc="counting pages", unit="file", leave=False, disable=None):
+        stored = cast("dict[str, dict[str, Any]]", row)[source.image_column] or {}
+        numbers.append(page_numbers(stored.get("bytes") or stored.get("path") or b""))
+    rows = np.repeat(np.arange(len(source)), [len(pages) for pages in numbers])
+    groups = source.groups if source.groups is not None else np.arange(len(source))
+    note = f"{len(source):,} files hold {len(rows):,} pages or frames, each of which is an image"
+    notes = (*source.notes, note) if len(rows) > len(source) else source.notes
+    pages = np.concatenate(numbers).astype(np.int64)
+    return replace(replace(source, groups=groups).subset(rows), pages=pages, notes=notes)
 
 
 def _open_mixture(config: DataConfig) -> Source:

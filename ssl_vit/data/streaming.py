@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ssl_vit.data.columns import find_image_column, find_label_column
 from ssl_vit.data.config import KINDS, DataConfig, setting_error
-from ssl_vit.data.decode import decode
+from ssl_vit.data.decode import Pages, decode
 from ssl_vit.data.headers import MAX_PIXELS
 from ssl_vit.data.sampler import SampleKey, epoch_order
 from ssl_vit.data.sources import MAX_TRIES, Source, count_parquet_rows, find_files, hub_id, open_source
@@ -44,6 +44,8 @@ class Stream:
     """Images of an epoch; None where that is not known."""
     max_pixels: int = MAX_PIXELS
     """Larger pictures are refused."""
+    pages: Pages = "first"
+    """What of an image of several pages is decoded."""
     class_names: tuple[str, ...] = ()
     """No labels are read."""
     attribution: str | None = None
@@ -90,7 +92,7 @@ class Stream:
             if isinstance(data, str) and "://" in data:
                 with fsspec.open(data, "rb") as file:
                     data = cast(Any, file).read()
-            return decode(data, num_channels, self.max_pixels)
+            return decode(data, num_channels, self.max_pixels, self.pages)
         except (ValueError, OSError) as error:
             where = f"row {row}" + (f" ({path})" if path else "")
             raise ValueError(f"data.source={self.name!r}: {self.shards[shard]}, {where}: {error}") from error
@@ -199,6 +201,7 @@ def _describe(
         counts=None if counts is None else np.asarray(counts, dtype=np.int64),
         num_samples=num_samples,
         max_pixels=config.max_pixels,
+        pages=cast(Pages, config.pages),
     )
 
 

@@ -21,7 +21,7 @@ from ssl_vit.data.sources import Source
 from ssl_vit.distributed import process_index
 from ssl_vit.evaluation.features import EvalTransform
 
-_FORMAT = 1  # raised when features are computed otherwise
+_FORMAT = 2  # raised when features are computed otherwise
 
 
 def cached_features(

@@ -27,6 +27,9 @@ FEATURES = ("cls", "mean", "cls+mean", "cls4", "cls4+mean")
 """Kinds of features: class token, mean of the patch tokens, class tokens of the last four blocks, and both together."""
 
 
+_ELONGATED = 8  # how much longer than its crop an image is resized
+
+
 @dataclass(frozen=True)
 class EvalTransform:
     """How a picture is brought to an encoder's size, without any randomness.
@@ -67,9 +70,25 @@ def centre_crop(
     image: UInt8[Tensor, "c h w"], size: tuple[int, int], crop_pct: float
 ) -> UInt8[Tensor, "c height width"]:
     """Resize and centre-crop a picture, see `EvalTransform`."""
+    image = TF.center_crop_image(image, middle((image.shape[1], image.shape[2]), size))
     resized = cover((image.shape[1], image.shape[2]), size, crop_pct)
     image = TF.resize_image(image, resized, interpolation=InterpolationMode.BICUBIC, antialias=True)
     return TF.center_crop_image(image, list(size))
+
+
+def middle(shape: tuple[int, int], size: tuple[int, int]) -> list[int]:
+    """Height and width of the middle of an image that is all that its centre crop of `size` is cut from.
+
+    All of it but where its longer side is more than `_ELONGATED` times what the crop takes of it: 1 x 100,000 pixels
+    would else be resized to 224 x 22,400,000.
+    """
+    height, width = shape
+    # An even number of pixels is left out, so that the middle stays where it was.
+    longest_height = _ELONGATED * -(-width * size[0] // size[1])
+    longest_width = _ELONGATED * -(-height * size[1] // size[0])
+    return [
+        side - 2 * max(0, (side - longest) // 2) for side, longest in ((height, longest_height), (width, longest_width))
+    ]
 
 
 def cover(shape: tuple[int, int], size: tuple[int, int], crop_pct: float) -> list[int]:

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
 from jaxtyping import Int64, UInt8
-from PIL import Image
+from PIL import ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
+from ssl_vit.data.formats import open_image
 from ssl_vit.data.sources import DataConfig, Source, near_match, open_source
 from ssl_vit.data.transforms import draw_crop
-from ssl_vit.evaluation.features import cover
+from ssl_vit.evaluation.features import cover, middle
 
 _MAX_CLASSES = 10_000  # more are no classes: a mask of instances, or a picture
 
@@ -77,10 +78,10 @@ def read_mask(data: bytes) -> Int64[Tensor, "h w"]:
         ValueError: no picture, or one of several channels.
     """
     try:
-        with Image.open(io.BytesIO(data)) as opened:
+        with open_image(io.BytesIO(data)) as opened:
             if opened.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
                 raise ValueError(f"is a {opened.mode} picture; a mask has one channel, whose values are classes")
-            return torch.from_numpy(np.array(opened).astype(np.int64))
+            return torch.from_numpy(np.array(ImageOps.exif_transpose(opened)).astype(np.int64))
     except OSError as error:
         raise ValueError(f"cannot be read: {error}") from error
 
@@ -153,6 +154,8 @@ def centre_pair(
     image: UInt8[Tensor, "c h w"], mask: Int64[Tensor, "h w"], size: tuple[int, int], crop_pct: float
 ) -> tuple[UInt8[Tensor, "c height width"], Int64[Tensor, "height width"]]:
     """Resize and centre-crop both alike, as `centre_crop` does; masks take the nearest pixel."""
+    kept = middle((image.shape[1], image.shape[2]), size)
+    image, mask = TF.center_crop_image(image, kept), TF.center_crop_image(mask[None], kept)[0]
     resized = cover((image.shape[1], image.shape[2]), size, crop_pct)
     image = TF.resize_image(image, resized, interpolation=InterpolationMode.BICUBIC, antialias=True)
     mask = TF.resize_image(mask[None], resized, interpolation=InterpolationMode.NEAREST_EXACT)[0]

@@ -8,6 +8,7 @@ from PIL import Image
 
 from ssl_vit.data import arrays
 from ssl_vit.data.decode import decode
+from ssl_vit.data.formats import page_numbers
 from tests.data.broken import encoded, npy
 
 RNG = np.random.default_rng(0)
@@ -113,23 +114,70 @@ def test_a_fourth_channel_of_tiff_is_transparency_only_where_it_says_so():
         straight = tiff(stored, photometric="rgb", extrasamples=["unassalpha"])
         assert equal(straight, 4, array)
         assert torch.equal(decode(straight, 3), decode(encoded(Image.fromarray(array), "PNG"), 3))
-    with pytest.raises(ValueError, match="multiplied by its transparency"):
-        decode(tiff(wide, photometric="rgb", extrasamples=["assocalpha"]), 3)
 
 
-def test_pages_of_tiff_are_frames_or_channels():
-    stack = bytes_of(5, 20, 30)
-    data = tiff(stack, photometric="minisblack")
-    assert equal(data, 5, np.moveaxis(stack, 0, -1))
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_colours_multiplied_by_their_transparency_are_divided_by_it(dtype: type):
+    white = 1 if dtype is np.float32 else np.iinfo(dtype).max
+    stored = (np.array([[[0.5, 0.25, 0, 0.5], [0.2, 0.4, 0.6, 1], [0, 0, 0, 0]]]) * white).astype(dtype)
+    found = decode(tiff(stored, photometric="rgb", extrasamples=["assocalpha"]), 4).permute(1, 2, 0)
+    expected = torch.tensor([[[255, 127, 0, 127], [51, 102, 153, 255], [0, 0, 0, 0]]])
+    assert (found.int() - expected).abs().max() <= 1
+
+
+def pages(*arrays: np.ndarray, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer, **options) as file:
+        for array in arrays:
+            file.write(array, photometric="minisblack" if array.ndim == 2 else None, metadata=None)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("options", [{}, {"bigtiff": True}, {"byteorder": ">"}])
+@pytest.mark.parametrize("scale", [1, 257])
+def test_pages_are_channels_where_it_is_said(scale: int, options: dict):
+    stack = bytes_of(6, 20, 30)
+    data = pages(*(stack.astype(np.uint16 if scale > 1 else np.uint8) * scale), **options)
+    assert torch.equal(decode(data, 6, pages="channels"), torch.from_numpy(stack))
     assert equal(data, 1, stack[0])
-    three = tiff(stack[:3], photometric="minisblack")
-    assert equal(three, 3, np.stack([stack[0]] * 3, axis=-1))
+    assert torch.equal(decode(data, 1, pages=4)[0], torch.from_numpy(stack[4]))
+    with pytest.raises(ValueError, match="6 channels were asked for and the first of several pages has 1; give --data"):
+        decode(data, 6)
+    with pytest.raises(ValueError, match=r"5 channels were asked for and its 6 pages hold 6; give data.mean"):
+        decode(data, 5, pages="channels")
+
+
+def test_pages_of_an_ome_tiff_are_channels_as_of_any_other():
+    stack = bytes_of(7, 20, 30).astype(np.uint16) * 257
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, stack, ome=True, photometric="minisblack", metadata={"axes": "CYX"})
+    assert torch.equal(decode(buffer.getvalue(), 7, pages="channels"), torch.from_numpy(stack // 257).byte())
+
+
+def test_pages_that_are_no_channels_of_one_image():
+    with pytest.raises(ValueError, match="pages differ in size"):
+        decode(pages(bytes_of(20, 30), bytes_of(10, 30)), 2, pages="channels")
+    gif = encoded(Image.fromarray(bytes_of(8, 9)), "GIF", save_all=True, append_images=[Image.new("L", (9, 8))])
+    with pytest.raises(ValueError, match="only a TIFF's pages are channels"):
+        decode(gif, 1, pages="channels")
+    whole = bytes_of(20, 30, 5)
+    assert torch.equal(
+        decode(tiff(whole, photometric="minisblack", planarconfig="contig"), 5, pages="channels"), pixels_of(whole)
+    )  # one page: all of its samples
+    with pytest.raises(ValueError, match="a page is missing"):
+        decode(pages(bytes_of(20, 30)), 1, pages=1)
+
+
+def test_smaller_copies_of_a_page_are_no_pages():
+    full, small = bytes_of(2, 20, 30), bytes_of(10, 15)
     buffer = io.BytesIO()
     with tifffile.TiffWriter(buffer) as file:
-        for size in (20, 10):
-            file.write(bytes_of(size, 30))
-    with pytest.raises(ValueError, match="pages differ in size"):
-        decode(buffer.getvalue(), 2)
+        for array, kind in ((small, 1), (full[0], 0), (small, 1), (full[1], 0)):
+            file.write(array, photometric="minisblack", subfiletype=kind, metadata=None)
+    data = buffer.getvalue()
+    assert equal(data, 1, full[0])
+    assert torch.equal(decode(data, 2, pages="channels"), torch.from_numpy(full))
+    assert page_numbers(data) == [1, 3]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -14,9 +14,7 @@ from ssl_vit.data.doctor import (
     Place,
     choose_rows,
     count_labels,
-    file_format,
     read_pictures,
-    stored_channels,
 )
 from ssl_vit.data.sources import DataConfig, Source, open_source
 
@@ -122,28 +120,3 @@ def test_labels_are_counted_over_the_whole_source(photo_folder: Path) -> None:
     assert (counts.num_classes, counts.num_unlabelled) == (2, 0)
     assert (counts.smallest, counts.largest) == (Class("square", 5), Class("disc", 20))
     assert count_labels(open_source(DataConfig(source=str(photo_folder), label_column="none"))) is None
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WebP", "JPEG2000"])
-def test_files_are_known_by_their_first_bytes(kind: str) -> None:
-    assert file_format(encoded(noise(16, 16, 3), kind)) == {"JPEG2000": "JPEG 2000"}.get(kind, kind)
-
-
-@pytest.mark.parametrize(
-    ("data", "kind"),
-    [(b"\n<html lang='en'>", "HTML"), (b"<?xml?><svg>", "SVG"), (b"PK\x03\x04", "zip"), (b"abc", "unknown")],
-)
-def test_what_is_no_picture_is_named(data: bytes, kind: str) -> None:
-    assert file_format(data) == kind
-
-
-def test_channels_are_those_of_the_file() -> None:
-    assert stored_channels(encoded(noise(8, 8), "JPEG")) == ("greyscale", False)
-    assert stored_channels(encoded(noise(8, 8, 2), "PNG")) == ("greyscale with alpha", False)
-    palette = Image.fromarray(noise(8, 8, 3)).quantize(4)
-    buffer = io.BytesIO()
-    palette.save(buffer, "PNG")
-    assert stored_channels(buffer.getvalue()) == ("RGB", False)
-    buffer = io.BytesIO()
-    palette.save(buffer, "PNG", transparency=0)
-    assert stored_channels(buffer.getvalue()) == ("RGBA", False)
