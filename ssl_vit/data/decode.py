@@ -180,7 +180,10 @@ def _decode_with_pillow(
                 image.seek(number)
             check_size(image.height, image.width, max_pixels)
             profile = image.info.get("icc_profile") or b""
+            is_tga = image.format == "TGA"
             array = _to_array(_upright(image), profile, data)
+            if is_tga and not data[17] & 15 and array.shape[2:] == (4,) and not array[..., 3].any():
+                array = array[..., :3]  # a fourth byte that is not said to be transparency, and is empty
     except (Image.UnidentifiedImageError, SyntaxError) as error:
         if tiff is not None:
             pixels = read_tiff_page(data, number, *tiff)
@@ -222,8 +225,6 @@ def _to_array(image: Image.Image, profile: bytes, data: bytes) -> UInt8[np.ndarr
         return _with_alpha(np.array(image.convert("L") if image.mode == "1" else image), 8, transparent)
     if image.mode == "1":
         return np.array(image.convert("L"))
-    if image.mode == "RGBA" and image.format == "TGA" and not data[17] & 15 and not np.any(np.array(image)[..., 3]):
-        return np.array(image)[..., :3]  # a fourth byte that is not said to be transparency, and is empty
     if image.mode in ("L", "LA", "RGB", "RGBA") and "transparency" not in image.info:
         return np.array(image)
     if image.mode == "La":

@@ -142,7 +142,9 @@ def test_relative_and_home_paths(tmp_path, monkeypatch):
 
 
 def test_folder_without_images_says_what_was_looked_for(tmp_path):
-    with pytest.raises(ValueError, match=rf"^data\.source='{tmp_path}': no images .*looked for .*jpg jpeg png") as error:
+    with pytest.raises(
+        ValueError, match=rf"^data\.source='{tmp_path}': no images .*looked for .*jpg jpeg png"
+    ) as error:
         _open(tmp_path)
     assert "parquet" not in str(error.value)
     _parquet(tmp_path / "part.parquet", image=[_picture(0)])
