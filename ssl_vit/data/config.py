@@ -2,7 +2,7 @@
 
 import difflib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ssl_vit.data.headers import MAX_PIXELS
 from ssl_vit.data.mixture import as_text, check_weights
@@ -75,6 +75,7 @@ class DataConfig:
                 raise ValueError(f"{name}={value!r}: must be at least 1")
         if self.num_samples is not None and not self.streaming:
             raise ValueError(f"num_samples={self.num_samples!r}: only streamed sources need it; leave this setting out")
+        clamp_rounding(self, "mean", "std", "max_bad_share")
         if not self.split:
             raise ValueError(f"split={self.split!r}: name a split, such as 'train'")
         if not self.mean or not all(0 <= value <= 1 for value in self.mean):
@@ -98,6 +99,19 @@ class DataConfig:
             raise ValueError(f"cache={self.cache!r}: a stream is not decoded beforehand; leave out this or streaming")
         if self.cache_side != "auto" and self.cache_side < 1:
             raise ValueError(f"cache_side={self.cache_side!r}: must be at least 1 pixel, or auto")
+
+
+def clamp_rounding(settings: object, *names: str) -> None:
+    """Move settings that miss [0, 1] by no more than rounding does, 1e-6, to its bounds; of tuples, each number."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, tuple | list):
+            return type(value)(map(moved, value))
+        near = isinstance(value, int | float) and -1e-6 <= value <= 1 + 1e-6
+        return min(max(value, 0.0), 1.0) if near else value
+
+    for name in names:
+        object.__setattr__(settings, name, moved(getattr(settings, name)))
 
 
 def setting_error(config: DataConfig, field: str, what: str) -> ValueError:

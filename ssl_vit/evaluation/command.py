@@ -12,6 +12,7 @@ from accelerate import PartialState
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from torch import Tensor
 
+from ssl_vit.data.config import clamp_rounding
 from ssl_vit.data.sources import DataConfig, Source, open_source
 from ssl_vit.data.workers import check_num_workers, choose_num_workers
 from ssl_vit.distributed import autocast_dtype, process_index, resolve_precision, start_processes
@@ -50,6 +51,7 @@ class PicturesConfig:
     """Loader processes of each process; auto = chosen from the machine."""
 
     def __post_init__(self) -> None:
+        clamp_rounding(self, "crop_pct")
         if not 0 < self.crop_pct <= 1:
             raise ValueError(f"crop_pct={self.crop_pct!r}: must lie in (0, 1]; 1 keeps the largest centre crop")
         if self.batch_size < 1:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ssl_vit.data.config import clamp_rounding
 from ssl_vit.data.sources import Source
 from ssl_vit.distributed import process_index
 from ssl_vit.evaluation.features import EvalTransform, extract_features, pixel_features, select_feature
@@ -61,6 +62,7 @@ class EvaluationConfig:
             raise ValueError(f"temperature={self.temperature!r}: must be above 0; the usual value is 0.07")
         if self.folds < 2:
             raise ValueError(f"folds={self.folds!r}: cross-validation needs at least 2; the usual number is 5")
+        clamp_rounding(self, "crop_pct")
         if not 0 < self.crop_pct <= 1:
             raise ValueError(f"crop_pct={self.crop_pct!r}: must lie in (0, 1]; 1 keeps the largest centre crop")
 

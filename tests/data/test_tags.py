@@ -45,30 +45,27 @@ def check(data: bytes, expected: np.ndarray, num_channels: int | None = None, to
     assert np.abs(found - expected).max() <= tolerance
 
 
-@pytest.mark.parametrize("options", [{}, {"byteorder": ">"}, {"compression": "zlib"}, {"bigtiff": True}])
-@pytest.mark.parametrize("bits", [1, 2, 4, 6, 8, 10, 12, 14, 16, 32])
+@pytest.mark.parametrize("bits", [8, 16, 32])
 @pytest.mark.parametrize("photometric", ["miniswhite", "minisblack"])
-def test_grey_of_tiff(photometric: str, bits: int, options: dict):
+def test_grey_of_tiff(photometric: str, bits: int):
     values = drawn(16, 24, bits=bits)
-    stored = values.astype(bool) if bits == 1 else values
-    if bits % 8 and ("compression" in options or "byteorder" in options):
-        options = {}  # which tifffile does not write, or writes wrongly
-    data = tiff(stored, photometric=photometric, **({"bitspersample": bits} if bits not in SIZES else {}), **options)
-    grey = eighths(values, bits)
-    check(data, 255 - grey if photometric == "miniswhite" else grey)
-    check(data, np.repeat((255 - grey if photometric == "miniswhite" else grey)[..., None], 3, axis=2))
+    grey = 255 - eighths(values, bits) if photometric == "miniswhite" else eighths(values, bits)
+    for options in ({}, {"byteorder": ">"}, {"compression": "zlib"}, {"bigtiff": True}):
+        data = tiff(values, photometric=photometric, **options)
+        check(data, grey)
+        check(data, np.repeat(grey[..., None], 3, axis=2))
 
 
-@pytest.mark.parametrize("planar", ["contig", "separate"])
 @pytest.mark.parametrize("bits", [4, 8, 10, 12, 16, 32])
-@pytest.mark.parametrize("options", [{}, {"byteorder": ">"}, {"compression": "lzw", "predictor": True}])
-def test_colours_of_tiff(planar: str, bits: int, options: dict):
+def test_colours_of_tiff(bits: int):
     values = drawn(16, 24, 3, bits=bits)
     if bits not in SIZES:
-        options, planar = {}, "contig"
-    stored = values if planar == "contig" else np.moveaxis(values, -1, 0)
-    depth = {"bitspersample": bits} if bits not in SIZES else {}
-    check(tiff(stored, photometric="rgb", planarconfig=planar, **depth, **options), eighths(values, bits))
+        check(tiff(values, photometric="rgb", bitspersample=bits), eighths(values, bits))
+        return
+    for options in ({}, {"byteorder": ">"}, {"compression": "lzw", "predictor": True}):
+        check(tiff(values, photometric="rgb", **options), eighths(values, bits))
+        planes = np.moveaxis(values, -1, 0)
+        check(tiff(planes, photometric="rgb", planarconfig="separate", **options), eighths(values, bits))
 
 
 @pytest.mark.parametrize("bits", [8, 16, 32])
@@ -165,29 +162,29 @@ def reversed_bits(data: bytes) -> bytes:
     return np.packbits(np.unpackbits(np.frombuffer(data, np.uint8)), bitorder="little").tobytes()
 
 
-@pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
-def test_palettes_of_tiff(bits: int, order: str):
+def test_palettes_of_tiff(bits: int):
     indices = drawn(16, 24, bits=bits)
     table = drawn(3, 2**bits, bits=8)
     tags = {258: [bits], 262: [3], 320: (table.astype(int) * 257).ravel().tolist()}
-    check(raw_tiff(24, 16, packed(indices, bits), tags, order), np.moveaxis(table[:, indices], 0, -1).astype(int))
+    for order in "<>":
+        check(raw_tiff(24, 16, packed(indices, bits), tags, order), np.moveaxis(table[:, indices], 0, -1).astype(int))
 
 
-@pytest.mark.parametrize("order", ["<", ">"])
-@pytest.mark.parametrize("bits", [1, 2, 4, 8, 10, 12, 14])
+@pytest.mark.parametrize("bits", [1, 2, 4, 6, 8, 10, 12, 14])
 @pytest.mark.parametrize("photometric", [0, 1])
-def test_packed_bits_of_tiff(bits: int, photometric: int, order: str):
+def test_packed_bits_of_tiff(bits: int, photometric: int):
     values = drawn(16, 24, bits=bits)
     grey = eighths(values, bits) if photometric else 255 - eighths(values, bits)
     tags = {258: [bits], 262: [photometric]}
-    check(raw_tiff(24, 16, packed(values, bits), tags, order), grey)
-    reverse = raw_tiff(24, 16, reversed_bits(packed(values, bits)), {**tags, 266: [2]}, order)
-    if (bits, photometric) == (8, 0):  # Pillow knows of them, and has no way to read them
-        with pytest.raises(ValueError, match="unknown raw mode"):
-            decode(reverse, 1)
-    else:
-        check(reverse, grey)
+    for order in "<>":
+        check(raw_tiff(24, 16, packed(values, bits), tags, order), grey)
+        reverse = raw_tiff(24, 16, reversed_bits(packed(values, bits)), {**tags, 266: [2]}, order)
+        if (bits, photometric) == (8, 0):  # Pillow knows of them, and has no way to read them
+            with pytest.raises(ValueError, match="unknown raw mode"):
+                decode(reverse, 1)
+        else:
+            check(reverse, grey)
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "LAB"])
@@ -222,20 +219,17 @@ def write_png(array: np.ndarray, bits: int, *chunks: bytes) -> bytes:
     return png(array.shape[1], array.shape[0], *chunks, chunk_lines(array, bits), depth=bits, colour_type=colour_type)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
-@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+PNG_KINDS = [(1, 1), (1, 2), (1, 4), (1, 8), (1, 16), (2, 8), (2, 16), (3, 8), (3, 16), (4, 8), (4, 16)]
+
+
+@pytest.mark.parametrize(("channels", "bits"), PNG_KINDS)
 def test_samples_of_png(channels: int, bits: int):
-    if bits < 8 and channels > 1:
-        pytest.skip("no such PNG")
     values = drawn(9, 13, channels, bits=bits)
     check(write_png(values, bits), eighths(values, bits), tolerance=1 if channels == 1 and bits == 16 else 0)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("channels", "bits"), [kind for kind in PNG_KINDS if kind[0] in (1, 3)])
 def test_a_transparent_grey_or_colour_of_png(channels: int, bits: int):
-    if bits < 8 and channels > 1:
-        pytest.skip("no such PNG")
     values = drawn(9, 13, channels, bits=bits)
     values[3:5, 2] = values[0, 0]
     if bits == 16:
@@ -261,13 +255,12 @@ def interlaced(array: np.ndarray, bits: int, *chunks: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-@pytest.mark.parametrize("shape", [(9, 13), (1, 1), (3, 2), (16, 16)])
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_interlaced_png(channels: int, bits: int, shape: tuple[int, int]):
-    values = drawn(*shape, channels, bits=bits)
-    check(interlaced(values, bits), eighths(values, bits))
-    if bits == 16:
+def test_interlaced_png(channels: int, bits: int):
+    for shape in ((9, 13), (1, 1), (3, 2), (16, 16)):
+        values = drawn(*shape, channels, bits=bits)
+        check(interlaced(values, bits), eighths(values, bits))
         with pytest.raises(ValueError, match=r"\w"):
             decode(interlaced(values, bits)[:-30], channels)
 
@@ -293,9 +286,13 @@ TURNS = {
 }
 
 
-@pytest.mark.parametrize("orientation", list(TURNS))
 @pytest.mark.parametrize("kind", ["PNG", "PNG16", "WEBP", "TIFF", "TIFF16", "TIFF white", "AVIF", "JPEG", "JPEG XMP"])
-def test_orientation(kind: str, orientation: int):
+def test_orientation(kind: str):
+    for orientation in TURNS:
+        check_turned(kind, orientation)
+
+
+def check_turned(kind: str, orientation: int) -> None:
     blocks = np.repeat(np.repeat(drawn(2, 3, 3) // 2 + 40, 16, axis=0), 16, axis=1)
     expected = TURNS[orientation](blocks.astype(np.int64))
     turned: dict[str, Any] = {"extratags": [(274, "H", 1, orientation, False)]}

@@ -122,3 +122,15 @@ class TestViews:
     def test_probabilities_out_of_range_are_refused(self, name: str, value: float) -> None:
         with pytest.raises(ValueError, match=f"^{name}={value}"):
             OrientationConfig(**{name: value})
+
+
+@pytest.mark.parametrize("shape", [(1, 100_000), (100_000, 1), (2, 60_000)])
+def test_crops_of_elongated_images_take_no_more_memory_than_their_size(shape: tuple[int, int]):
+    image = torch.zeros(3, *shape, dtype=torch.uint8)
+    for seed in range(20):
+        top, left, height, width = draw_crop(*shape, np.random.default_rng(seed), (0.08, 1.0))
+        assert height * width <= 6
+        assert 0 <= top <= shape[0] - height
+        assert 0 <= left <= shape[1] - width
+        crop = random_resized_crop(image, (24, 24), np.random.default_rng(seed), (0.08, 1.0))
+        assert crop.shape == (3, 24, 24)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2 as T
+import torchvision.transforms.v2.functional as TF
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 
@@ -12,8 +13,10 @@ from ssl_vit.data.sources import Source
 from ssl_vit.evaluation.features import (
     EvalTransform,
     centre_crop,
+    cover,
     extract_features,
     fit_size,
+    middle,
     pixel_features,
     select_feature,
     stream_features,
@@ -81,6 +84,28 @@ def test_centre_crop_covers_the_crop_at_any_shape(image_size, size):
         cropped = centre_crop(image, image_size, crop_pct)
         assert cropped.shape == (1, *image_size)
         assert (cropped == 200).all()  # a picture too small for the crop would be padded with 0
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 100_000), (100_000, 1), (3, 40_000), (200_001, 2)])
+def test_an_elongated_image_is_not_enlarged_beyond_what_is_cut_out(height: int, width: int):
+    long = torch.linspace(0, 255, max(height, width)).byte()
+    image = (long[:, None] if height > width else long[None]).expand(3, height, width)
+    for size in ((64, 64), (32, 96)):
+        kept = middle((height, width), size)
+        resized = cover((kept[0], kept[1]), size, 0.875)
+        assert resized[0] * resized[1] < 40 * size[0] * size[1]
+        cropped = centre_crop(image, size, 0.875).float()
+        assert cropped.shape == (3, *size)
+        assert (cropped - 127.5).abs().max() < 2  # the middle of the ramp
+
+
+@pytest.mark.parametrize("shape", [(40, 300), (300, 40), (41, 327), (64, 64)])
+def test_less_elongated_images_are_cropped_as_ever(shape: tuple[int, int]):
+    assert middle(shape, (32, 32)) == list(shape)
+    height, width = shape[0] * 3, shape[1] * 3
+    image = torch.randint(256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    wide = TF.resize(image, cover((height, width), (32, 32), 0.875), InterpolationMode.BICUBIC, antialias=True)
+    assert torch.equal(centre_crop(image, (32, 32), 0.875), TF.center_crop(wide, [32, 32]))
 
 
 def test_centre_crop_keeps_the_centre():

@@ -61,6 +61,17 @@ def test_what_is_no_mask_is_refused(data: bytes, message: str) -> None:
         read_mask(data)
 
 
+def test_masks_are_turned_as_their_tags_say_and_long_pairs_stay_small() -> None:
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[274] = 3
+    Image.fromarray(np.array([[1, 2], [3, 4]], dtype=np.uint8)).save(file, "PNG", exif=exif)
+    assert read_mask(file.getvalue()).tolist() == [[4, 3], [2, 1]]
+    mask = torch.arange(100_000)[None]
+    image, mask = centre_pair((mask % 256).byte().expand(3, -1, -1), mask, (32, 32), 1.0)
+    assert image.shape == (3, 32, 32)
+    assert 49_996 <= int(mask.min()) <= int(mask.max()) <= 50_004
+
+
 def test_folders_are_matched_by_name(folders: tuple[Path, Path]) -> None:
     source = open_folders(folders)
     assert len(source) == 3

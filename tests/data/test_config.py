@@ -1,0 +1,23 @@
+import math
+
+import pytest
+
+from ssl_vit.data.config import DataConfig
+from ssl_vit.evaluation.evaluate import EvaluationConfig
+
+
+def test_settings_that_rounding_put_a_hair_outside_are_clamped():
+    data = DataConfig(source="x", mean=(-1e-9, 1.0000001, 0.5), std=(1 + 1e-7, 1, 0.25), max_bad_share=1 + 1e-12)
+    assert (data.mean, data.std, data.max_bad_share) == ((0, 1, 0.5), (1, 1, 0.25), 1)
+    assert EvaluationConfig(crop_pct=1 + 1e-7).crop_pct == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"mean": (123.7, 0.5, 0.5)}, {"mean": (-0.01,), "std": (1,)}, {"std": (0.2, 1.01, 0.2)}, {"std": (0, 1, 1)},
+     {"mean": (math.nan, 0, 0)}, {"max_bad_share": 1.1}],
+)  # fmt: skip
+def test_settings_far_outside_are_refused_with_what_they_are(settings: dict):
+    name = next(iter(settings))
+    with pytest.raises(ValueError, match=rf"^{name}=.*(in [\[(]0, 1\] per channel|between 0 and 1)"):
+        DataConfig(source="x", **settings)
