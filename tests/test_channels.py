@@ -17,7 +17,7 @@ tifffile = pytest.importorskip("tifffile")
 
 @pytest.fixture
 def bands(tmp_path: Path) -> Path:
-    """Pictures of 12 bands, half of them arrays and half of them TIFF files."""
+    """Pictures of 12 bands, half of them arrays and half of them TIFF files of 12 pages of 16 bits."""
     folder = tmp_path / "bands"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -26,16 +26,23 @@ def bands(tmp_path: Path) -> Path:
         if number % 2:
             np.save(folder / f"{number}.npy", pixels)
         else:
-            tifffile.imwrite(folder / f"{number}.tif", pixels, photometric="minisblack", planarconfig="contig")
+            planes = np.moveaxis(pixels, -1, 0).astype(np.uint16) * 257
+            tifffile.imwrite(folder / f"{number}.tif", planes, photometric="minisblack")
     return folder
 
 
 @pytest.mark.parametrize(("objective", "small", "cache"), [("mae", SMALL_RUN, "ram"), ("dino", SMALL_DINO, "none")])
 def test_twelve_bands_of_no_square_are_learned_from(
-    bands: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str, small: list[str], cache: str
+    bands: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    objective: str,
+    small: list[str],
+    cache: str,
 ) -> None:
     twelve = [f"--data.{name}={[0.4] * 12}" for name in ("mean", "std")]
-    run = [f"--data.source={bands}", f"--output_dir={tmp_path / 'run'}", "--steps=2", "--data.label_column=none"]
+    run = [f"--data.source={bands}", f"--output_dir={tmp_path / 'run'}", "--steps=2", "--data.pages=channels"]
     size = ["--encoder.in_chans=12", "--encoder.image_size=[24,40]", f"--data.cache={cache}"]
     local = ["--objective.local_crop_size=[8,16]"] if objective == "dino" else []
     AcceleratorState._reset_state()
@@ -43,5 +50,9 @@ def test_twelve_bands_of_no_square_are_learned_from(
     threads = torch.get_num_threads()
     assert main(importlib.import_module(f"scripts.pretrain_{objective}").DEFAULTS) == 0
     torch.set_num_threads(threads)
+    assert (
+        "note       of 8 images looked at, 4 hold 16 bits a channel, which are rounded to 8\n"
+        in capsys.readouterr().out
+    )
     encoder = load_backbone(tmp_path / "run")
     assert encoder(torch.zeros(1, 12, 24, 40)).patches.shape == (1, 15, 32)

@@ -94,8 +94,8 @@ class Contents(NamedTuple):
             found.append("transparency, which is laid on white")
         if self.colours == "RGB" and num_channels == 1:
             found.append("colours, which become grey")
-        elif self.channels - self.has_alpha > max(num_channels, 3) > 0 and num_channels in (1, 3):
-            found.append(f"{self.channels} channels, of which {num_channels} can be used (see --data.mean)")
+        elif self.colours == "RGB" and num_channels == 3 and self.channels - self.has_alpha > 3:
+            found.append(f"{self.channels} channels, of which red, green and blue are used")
         if self.bits > 8:
             found.append(f"{self.bits} bits a channel, which are rounded to 8")
         return found
