@@ -10,6 +10,7 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from ssl_vit.data.config import clamp_rounding
 from ssl_vit.data.device_transforms import (
     JITTER_ORDERS,
     color_jitter,
@@ -60,13 +61,15 @@ class MultiCropConfig(OrientationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        probs = ("color_jitter_prob", "grey_prob", "blur_prob", "solarize_prob")
+        clamp_rounding(self, "global_crop_scale", "local_crop_scale", *probs)
         for name in ("global_crop_scale", "local_crop_scale"):
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
                 raise ValueError(f"{name}={getattr(self, name)!r}: needs 0 < smallest <= largest <= 1")
         if self.num_local_crops < 0:
             raise ValueError(f"num_local_crops={self.num_local_crops!r}: must be at least 0")
-        for name in ("color_jitter_prob", "grey_prob", "blur_prob", "solarize_prob"):
+        for name in probs:
             value = self.blur_probs if name == "blur_prob" else getattr(self, name)
             if not all(0 <= prob <= 1 for prob in np.atleast_1d(value)):
                 raise ValueError(f"{name}={value!r}: must lie in [0, 1]")

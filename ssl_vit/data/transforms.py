@@ -10,6 +10,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from ssl_vit.data.config import clamp_rounding
+
 
 @dataclass(frozen=True)
 class OrientationConfig:
@@ -23,7 +25,9 @@ class OrientationConfig:
     """Probability of a turn by 90, 180 or 270 degrees, each as often: .75 for images without an up."""
 
     def __post_init__(self) -> None:
-        for name in ("flip_prob", "flip_vertical_prob", "quarter_turn_prob"):
+        probs = ("flip_prob", "flip_vertical_prob", "quarter_turn_prob")
+        clamp_rounding(self, *probs)
+        for name in probs:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must lie in [0, 1]")
 

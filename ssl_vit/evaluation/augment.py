@@ -17,6 +17,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
+from ssl_vit.data.config import clamp_rounding
 from ssl_vit.data.device_transforms import flip_horizontally, normalize
 from ssl_vit.data.transforms import OrientationConfig, random_view
 
@@ -41,6 +42,7 @@ class AugmentConfig(OrientationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        clamp_rounding(self, "crop_scale", "random_erasing")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_scale={self.crop_scale!r}: needs 0 < smallest <= largest <= 1")

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssl_vit.data.config import clamp_rounding
 from ssl_vit.data.masking import draw_block_mask
 from ssl_vit.data.multicrop import MultiCropTransform
 from ssl_vit.distributed import (
@@ -68,6 +69,7 @@ class DINOv2Config(DINOConfig):
         for name in ("ibot_weight", "koleo_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be at least 0")
+        clamp_rounding(self, "mask_prob", "layer_decay", "patch_embed_lr")
         if not 0 <= self.mask_prob <= 1:
             raise ValueError(f"mask_prob={self.mask_prob!r}: must lie in [0, 1]")
         if not 0 < self.mask_ratio[0] <= self.mask_ratio[1] < 1:

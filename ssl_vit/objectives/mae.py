@@ -14,6 +14,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from ssl_vit.data.config import clamp_rounding
 from ssl_vit.data.device_transforms import flip_horizontally, normalize
 from ssl_vit.data.masking import draw_keep, draw_predicted, num_kept
 from ssl_vit.data.transforms import OrientationConfig, random_view
@@ -71,6 +72,7 @@ class MAEConfig(OrientationConfig):
                 raise ValueError(
                     f"predict_ratio={self.predict_ratio!r}: must be above 0 and at most mask_ratio={self.mask_ratio!r}"
                 )
+        clamp_rounding(self, "crop_scale")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_scale={self.crop_scale!r}: needs 0 < smallest <= largest <= 1")

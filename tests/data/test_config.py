@@ -3,12 +3,23 @@ import math
 import pytest
 
 from ssl_vit.data.config import DataConfig
+from ssl_vit.data.multicrop import MultiCropConfig
+from ssl_vit.evaluation.augment import AugmentConfig
 from ssl_vit.evaluation.evaluate import EvaluationConfig
+from ssl_vit.objectives.dinov2 import DINOv2Config
+from ssl_vit.objectives.mae import MAEConfig
 
 
 def test_settings_that_rounding_put_a_hair_outside_are_clamped():
     data = DataConfig(source="x", mean=(-1e-9, 1.0000001, 0.5), std=(1 + 1e-7, 1, 0.25), max_bad_share=1 + 1e-12)
     assert (data.mean, data.std, data.max_bad_share) == ((0, 1, 0.5), (1, 1, 0.25), 1)
+    crops = MultiCropConfig(global_crop_scale=(0.4, 1.0000002), flip_prob=-1e-8, solarize_prob=(0.0, 0.2, -1e-9))
+    assert (crops.global_crop_scale, crops.flip_prob, crops.solarize_prob) == ((0.4, 1), 0, (0, 0.2, 0))
+    mae = MAEConfig(crop_scale=(0.2, 1 + 1e-9), quarter_turn_prob=0.1 * 3 + 0.7000000001)
+    assert (mae.crop_scale, mae.quarter_turn_prob) == ((0.2, 1), 1)
+    assert DINOv2Config(mask_prob=1 + 1e-9).mask_prob == AugmentConfig(random_erasing=1 + 1e-9).random_erasing == 1
+    with pytest.raises(ValueError, match=r"flip_prob=1\.001: must lie in"):
+        MAEConfig(flip_prob=1.001)
     assert EvaluationConfig(crop_pct=1 + 1e-7).crop_pct == 1
 
 
