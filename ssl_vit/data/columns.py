@@ -5,7 +5,7 @@ from typing import Any
 import datasets
 
 from ssl_vit.data.config import DataConfig, near_match, setting_error
-from ssl_vit.data.labels import is_integer, type_name
+from ssl_vit.data.labels import is_integer, is_text_or_bool, type_name
 
 # Columns taken for labels if they hold integers, and preferred if there are several columns of classes.
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
@@ -64,3 +64,13 @@ def find_label_column(features: datasets.Features, config: DataConfig) -> str | 
         raise setting_error(config, "label_column", f"several columns hold classes, name one or 'none': {listed}")
     numbered = [name for name in _LABEL_COLUMNS if is_integer(features.get(name))]
     return next(iter(usual + candidates + numbered), None)
+
+
+def notes_on_other_columns(features: datasets.Features) -> tuple[str, ...]:
+    """Why columns that look like labels by their names are none, where nothing was said of labels."""
+    return tuple(
+        f"no labels: column {name!r} holds {type_name(features[name])}"
+        + (f"; give --data.label_column {name} if these are classes" if is_text_or_bool(features[name]) else "")
+        for name in _LABEL_COLUMNS
+        if name in features
+    )

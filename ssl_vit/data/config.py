@@ -1,7 +1,9 @@
 """Settings that say which images to use, and how they are refused."""
 
 import difflib
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from ssl_vit.data.headers import MAX_PIXELS
@@ -25,13 +27,16 @@ class DataConfig:
     split: str = "train"
     """Split of a hub, parquet or save_to_disk source. Hub and parquet also take slices: `train[:10%]`."""
     image_column: str | None = None
-    """Column that holds the images; found by its type where there is only one."""
+    """Column that holds the images; found by its type where there is only one. In tars the kind of member: `jpg`, or
+    the first of several, `left.jpg;left.png`; else a sample's first image."""
     label_column: str | None = None
     """Column that holds the classes, for evaluation; found where possible. `none` = ignore labels."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """Mean of each channel, of images scaled to [0, 1]. Their number is the number of channels."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     """Standard deviation of each channel, of images scaled to [0, 1]."""
+    allow_outside_paths: bool = False
+    """Whether rows of tables may name image files outside the folder of their source. Only for those that you trust."""
     max_pixels: int = MAX_PIXELS
     """Most pixels, height times width, of a picture; larger ones are refused before memory is taken for them."""
     pages: Literal["first", "channels", "images"] = "first"
@@ -117,6 +122,15 @@ def clamp_rounding(settings: object, *names: str) -> None:
 def setting_error(config: DataConfig, field: str, what: str) -> ValueError:
     """An error about one setting; use as `raise setting_error(...)`."""
     return ValueError(f"data.{field}={getattr(config, field)!r}: {what}")
+
+
+def as_path(source: str) -> Path:
+    """The path that a source names: as it is written where there is one, else with ~ for the home folder."""
+    path = Path(source)
+    try:
+        return path if os.path.lexists(path) else path.expanduser()
+    except RuntimeError:  # no such user
+        return path
 
 
 def near_match(name: str, names: list[str]) -> str:

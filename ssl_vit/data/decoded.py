@@ -184,7 +184,6 @@ def _find_or_build(source: Source, config: DataConfig, num_channels: int, side: 
     about = {
         "format": _FORMAT,
         "content": fingerprint(source, np.arange(len(source))),
-        "files": [(file["filename"], _stamp(file["filename"])) for file in source.rows.cache_files],
         "channels": num_channels,
         "side": side,
         "max_pixels": source.max_pixels,
@@ -218,11 +217,6 @@ def _alone(folder: Path, name: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _stamp(path: str) -> tuple[int, int]:
-    status = Path(path).stat()
-    return status.st_size, status.st_mtime_ns
 
 
 def _is_whole(done: Path) -> bool:

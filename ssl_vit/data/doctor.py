@@ -4,7 +4,6 @@ import hashlib
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -119,7 +118,7 @@ def read_pictures(source: Source, rows: Int64[np.ndarray, " r"], num_channels: i
         place = Place(row, stored.get("path"))
         data = None
         try:
-            data = _encoded(stored)
+            data = source.encoded(row)
             pixels = decode(data, num_channels)
         except (ValueError, OSError) as error:
             found.formats[file_format(data)] += 1
@@ -141,15 +140,6 @@ def read_pictures(source: Source, rows: Int64[np.ndarray, " r"], num_channels: i
     if not found.sizes:
         found.pixel_sums, found.square_sums = [], []
     return found
-
-
-def _encoded(stored: dict) -> bytes:
-    """The encoded file of a row, whether it lies in the row or on disk."""
-    if stored.get("bytes"):
-        return stored["bytes"]
-    if stored.get("path") is None:
-        raise ValueError("the row holds no image")
-    return Path(stored["path"]).read_bytes()
 
 
 def _add_pixels(found: Pictures, pixels: UInt8[Tensor, "c h w"]) -> None:

@@ -10,6 +10,8 @@ from jaxtyping import Int64
 
 # More "classes" than this are identifiers, not labels.
 _MAX_CLASSES = 1_000_000
+_FEW = 10  # so few different numbers are classes, however few rows there are
+_IGNORED = 255  # what masks and tables of bytes say for "no label"
 Labels = tuple[Int64[np.ndarray, " n"] | None, tuple[str, ...]]
 """Index into the class names of each row, -1 = no label, or None if no row has a label; and those names."""
 
@@ -19,25 +21,56 @@ def is_integer(feature: Any) -> bool:
     return isinstance(feature, datasets.Value) and pa.types.is_integer(feature.pa_type)
 
 
-def read_labels(rows: datasets.Dataset, column: str) -> Labels:
-    """Labels and class names of a column of classes, integers, booleans or strings."""
-    feature = rows.features[column]
-    dtype = type_name(feature)
-    if isinstance(feature, datasets.ClassLabel):
-        labels, names = integers(rows, column), tuple(feature.names)
-    elif is_integer(feature) or dtype == "bool":
-        labels = integers(rows, column)
-        lowest, highest = int(labels.min()), int(labels.max())
-        if lowest < -1 or highest >= _MAX_CLASSES:
-            what = f"holds {lowest} to {highest}; labels count from 0 (-1 = no label) to below {_MAX_CLASSES}"
-            raise ValueError(f"data.label_column={column!r}: {what}; name another column, or 'none'")
-        names = tuple(map(str, range(highest + 1)))
-    elif dtype in ("string", "large_string"):
+def is_text_or_bool(feature: Any) -> bool:
+    """Whether a column holds strings or booleans, which are classes where it is named."""
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string", "bool")
+
+
+def read_labels(rows: datasets.Dataset, column: str, *, is_named: bool = True) -> tuple[Labels, tuple[str, ...]]:
+    """Labels and class names of a column of classes, integers, booleans or strings; and what a user should know of it.
+
+    Labels count from 0, up to the last name where the column names its classes. None, -1, and 255 where all others are
+    below 128, stand for no label. Integers that hardly repeat are no classes unless the user named the column.
+
+    Raises:
+        ValueError: another type, or a number that is no label.
+    """
+    feature, notes = rows.features[column], ()
+    if is_integer(feature) or isinstance(feature, datasets.ClassLabel) or type_name(feature) == "bool":
+        labels, notes = _checked(rows, column)
+        declared = feature.names if isinstance(feature, datasets.ClassLabel) else None
+        names = tuple(map(str, range(int(labels.max()) + 1)) if declared is None else declared)
+        num_classes, num_labelled = len(np.unique(labels[labels >= 0])), int((labels >= 0).sum())
+        if declared is None and not is_named and num_classes > max(_FEW, num_labelled / 2):
+            told = f"column {column!r} holds {num_classes:,} different numbers in {num_labelled:,} rows"
+            return (None, ()), (f"no labels: {told}; give --data.label_column {column} if these are classes",)
+    elif is_text_or_bool(feature):
         labels, names = encode(_arrow_column(rows, column))
     else:
-        what = f"holds {dtype}; labels are classes, integers or strings"
+        what = f"holds {type_name(feature)}; labels are classes, integers, booleans or strings"
         raise ValueError(f"data.label_column={column!r}: {what}; name another column, or 'none'")
-    return (labels, names) if (labels >= 0).any() else (None, ())
+    return ((labels, names) if (labels >= 0).any() else (None, ())), notes
+
+
+def _checked(rows: datasets.Dataset, column: str) -> tuple[Int64[np.ndarray, " n"], tuple[str, ...]]:
+    """Labels of which none is out of range."""
+    feature, values = rows.features[column], _arrow_column(rows, column)
+    # uint64 may be more than int64 holds, and would turn negative.
+    highest = pc.call_function("max", [values])
+    is_huge = pa.types.is_uint64(values.type) and (highest.as_py() or 0) > np.iinfo(np.int64).max
+    labels = integers(rows, column)
+    end = len(feature.names) if isinstance(feature, datasets.ClassLabel) else _MAX_CLASSES
+    notes = ()
+    is_ignored = (labels == _IGNORED) & (end <= _IGNORED or end == _MAX_CLASSES)
+    if is_ignored.any() and (labels[~is_ignored] <= _IGNORED // 2).all():
+        labels = np.where(is_ignored, -1, labels)
+        notes = (f"{is_ignored.sum():,} rows of column {column!r} hold {_IGNORED} and count as rows without a label",)
+    wrong = np.flatnonzero((labels < -1) | (labels >= end))
+    if is_huge or len(wrong):
+        row = int(pc.index(values, highest).as_py() if is_huge else wrong[0])
+        what = f"row {row} holds {values[row].as_py()}; labels count from 0 (-1 = no label) to below {end}"
+        raise ValueError(f"data.label_column={column!r}: {what}; mend the column, name another one, or 'none'")
+    return labels, notes
 
 
 def _arrow_column(rows: datasets.Dataset, column: str) -> pa.ChunkedArray:

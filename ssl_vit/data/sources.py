@@ -5,29 +5,27 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
 from ssl_vit.data import openmoji
-from ssl_vit.data.columns import find_image_column, find_label_column
-from ssl_vit.data.config import KINDS, DataConfig, near_match, setting_error
+from ssl_vit.data.columns import find_image_column, find_label_column, notes_on_other_columns
+from ssl_vit.data.config import KINDS, DataConfig, as_path, setting_error
 from ssl_vit.data.decode import decode
 from ssl_vit.data.formats import IMAGE_SUFFIXES, note_of_dropped, page_numbers
 from ssl_vit.data.headers import MAX_PIXELS
 from ssl_vit.data.labels import Labels, encode, integers, read_labels
 from ssl_vit.data.mixture import Mixture, as_text
+from ssl_vit.data.stored import Roots, find_stored
+from ssl_vit.data.tables import check_cache, is_saved_dataset, load_from_hub, load_parquet, load_saved
 
 MAX_TRIES = 50  # rows in which a picture that can be decoded is looked for
 _LOOKED_AT = 32  # images whose headers tell what of them is not used
-# A source that ends in one of these is a mistyped path rather than the name of a data set on the hub.
-_FILE_SUFFIXES = (*IMAGE_SUFFIXES, "parquet", "arrow", "csv", "json", "npz", "zip", "tar", "gz")
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +54,8 @@ class Source:
     """What of an image of several pages is decoded; numbers are those of each row's page."""
     mixture: Mixture | None = None
     """Which source each row comes from; None where there is only one."""
+    roots: tuple[Roots, ...] = ((),)
+    """Which files rows may open, of each source of the mixture or of the one there is."""
     notes: tuple[str, ...] = ()
     """What the user should know before the first step, a sentence each: files left aside, classes found."""
 
@@ -66,6 +66,11 @@ class Source:
     def num_samples(self) -> int:
         """Images of an epoch."""
         return len(self)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that have images."""
+        return 0 if self.labels is None else len(np.unique(self.labels[self.labels >= 0]))
 
     def subset(self, rows: Int64[np.ndarray, " r"]) -> "Source":
         """Some rows of the source, in this order."""
@@ -85,24 +90,37 @@ class Source:
         Raises:
             ValueError: the image cannot be decoded. Names the source, the row and, if any, the path.
         """
-        stored = self.rows[index][self.image_column] or {}
-        data = stored.get("bytes") or stored.get("path")
         try:
-            if data is None:
-                raise ValueError("the row holds no image")
             pages = self.pages if isinstance(self.pages, str) else int(self.pages[index])
-            return decode(data, num_channels, self.max_pixels, pages)
+            return decode(self.file(index), num_channels, self.max_pixels, pages)
         except (ValueError, OSError) as error:
             raise ValueError(f"{self.where(index)}: {error}") from error
+
+    def file(self, index: int) -> bytes | Path:
+        """The encoded image of a row, or the file that it lies in; raises the reason alone, see `find_stored`."""
+        return find_stored(self.rows[index][self.image_column], self.roots[self.part(index)])
+
+    def encoded(self, index: int) -> bytes:
+        """The encoded image of a row, read where it lies in a file of its own."""
+        found = self.file(index)
+        return found if isinstance(found, bytes) else found.read_bytes()
+
+    def part(self, index: int) -> int:
+        """Which source of the mixture a row is of; 0 where there is only one."""
+        return 0 if self.mixture is None else int(self.mixture.origin[index])
 
     def note_of_dropped(self, num_channels: int) -> str | None:
         """A sentence on what is not used of a few images of the source, by their headers; None where all is."""
         if not isinstance(self.pages, str):
             return None
         rows = np.unique(np.linspace(0, len(self) - 1, _LOOKED_AT).astype(int)).tolist()
-        stored = [row or {} for row in self.rows[rows][self.image_column]]
-        files = [file for row in stored if (file := row.get("bytes") or row.get("path"))]
-        return note_of_dropped(files, num_channels, self.pages)
+        return note_of_dropped(filter(None, map(self._file_or_none, rows)), num_channels, self.pages)
+
+    def _file_or_none(self, index: int) -> bytes | Path | None:
+        try:
+            return self.file(index)
+        except (ValueError, OSError):
+            return None
 
     def _origin(self, index: int) -> tuple[str, int]:
         """The source that a row comes from, and its number there."""
@@ -167,9 +185,8 @@ def open_source(config: DataConfig) -> Source:
 def _with_row_for_each_page(source: Source) -> Source:
     """The source with each page or frame of its files as an image; those of one file stay on one side of any split."""
     numbers = []
-    for row in tqdm(source.rows, desc="counting pages", unit="file", leave=False, disable=None):
-        stored = cast("dict[str, dict[str, Any]]", row)[source.image_column] or {}
-        numbers.append(page_numbers(stored.get("bytes") or stored.get("path") or b""))
+    for row in tqdm(range(len(source)), desc="counting pages", unit="file", leave=False, disable=None):
+        numbers.append(page_numbers(source._file_or_none(row) or b""))
     rows = np.repeat(np.arange(len(source)), [len(pages) for pages in numbers])
     groups = source.groups if source.groups is not None else np.arange(len(source))
     note = f"{len(source):,} files hold {len(rows):,} pages or frames, each of which is an image"
@@ -202,14 +219,15 @@ def _open_mixture(config: DataConfig) -> Source:
         groups=_join_groups(parts),
         attribution=" ".join(attributions) or None,
         mixture=mixture,
+        roots=tuple(part.roots[0] for part in parts),
         notes=tuple(f"{name}: {note}" for name, part in zip(weights, parts, strict=True) for note in part.notes),
     )
 
 
 def _own_settings(config: DataConfig, name: str) -> DataConfig:
     """The settings of one source of a mixture: what is said of splits and columns is not said of those without."""
-    path = Path(name).expanduser()
-    if name == "openmoji" or (path.is_dir() and not _is_saved_dataset(path)):
+    path = as_path(name)
+    if name == "openmoji" or (path.is_dir() and not is_saved_dataset(path)):
         label_column = "none" if config.label_column == "none" else None
         return replace(config, source=name, split="train", image_column=None, label_column=label_column)
     return replace(config, source=name)
@@ -243,18 +261,18 @@ def _open(config: DataConfig) -> Source:
     if config.source == "openmoji":
         return _open_openmoji(config)
     try:
-        path = Path(config.source).expanduser()
+        path = as_path(config.source)
         if path.is_dir():
-            if not _is_saved_dataset(path):
+            if not is_saved_dataset(path):
                 return _open_folder(path, config)
-            rows = _load_saved(path, config)
+            rows, roots = load_saved(path, config)
         elif path.exists() or glob.has_magic(config.source):
-            rows = _load_parquet(config)
+            rows, roots = load_parquet(config)
         else:
-            rows = _load_from_hub(config)
+            rows, roots = load_from_hub(config)
     except (OSError, RuntimeError) as error:
         raise setting_error(config, "source", f"cannot be read: {error}") from error
-    return _open_rows(rows, config)
+    return _open_rows(rows, config, roots)
 
 
 def _refuse_columns(config: DataConfig, what: str) -> None:
@@ -267,6 +285,7 @@ def _refuse_columns(config: DataConfig, what: str) -> None:
 
 def _open_openmoji(config: DataConfig) -> Source:
     _refuse_columns(config, "the built-in source")
+    check_cache()
     rows = openmoji.load()
     keep_labels = config.label_column != "none"
     return Source(
@@ -338,106 +357,16 @@ def _folder_labels(images: list[str]) -> Labels:
     return (labels, names) if len(folders) == len(images) and len(names) > 1 else (None, ())
 
 
-def _is_saved_dataset(folder: Path) -> bool:
-    is_dict = (folder / "dataset_dict.json").is_file()
-    return is_dict or ((folder / "state.json").is_file() and (folder / "dataset_info.json").is_file())
-
-
-def _load_saved(folder: Path, config: DataConfig) -> datasets.Dataset:
-    try:
-        saved = datasets.load_from_disk(folder)
-    except Exception as error:  # whatever a half-written folder makes the reader stumble over
-        raise setting_error(config, "source", f"this save_to_disk folder is empty or incomplete: {error}") from error
-    if isinstance(saved, datasets.DatasetDict):
-        if config.split not in saved:
-            names = list(map(str, saved))
-            near = near_match(config.split, names)
-            raise setting_error(config, "split", f"no such split; {near}there are: {', '.join(names)}")
-        return saved[config.split]
-    if config.split not in ("train", str(saved.split)):
-        raise setting_error(config, "split", "data.source is one data set without splits; leave data.split out")
-    return saved
-
-
-def find_files(config: DataConfig) -> list[str]:
-    """The files that a path or pattern names, all of the same kind.
-
-    Raises:
-        ValueError: there are none.
-    """
-    path = Path(cast(str, config.source)).expanduser()
-    # Path.glob refuses absolute patterns.
-    files = [str(path)] if path.is_file() else sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207
-    if not files:
-        raise setting_error(config, "source", "no file matches this pattern")
-    return files
-
-
-def count_parquet_rows(files: list[str], config: DataConfig) -> list[int]:
-    """Rows of each file, as their footers say.
-
-    Raises:
-        ValueError: not parquet, or no rows in any.
-    """
-    counts = []
-    for file in files:
-        if _suffix(file) == "tar":
-            raise setting_error(config, "source", "WebDataset tars are streamed; give --data.streaming true")
-        if _suffix(file) != "parquet":
-            raise setting_error(config, "source", f"{file} is not a parquet file; data.source may be {KINDS}")
-        try:
-            counts.append(pq.read_metadata(file).num_rows)
-        except pa.ArrowException as error:
-            raise setting_error(config, "source", f"{file} is not a readable parquet file: {error}") from error
-    if sum(counts) == 0:
-        raise setting_error(config, "source", "holds no rows")
-    return counts
-
-
-def _load_parquet(config: DataConfig) -> datasets.Dataset:
-    files = find_files(config)
-    count_parquet_rows(files, config)
-    try:
-        loaded = datasets.load_dataset("parquet", data_files={"train": files}, split=config.split)
-        return cast(datasets.Dataset, loaded)
-    except ValueError as error:  # what `datasets` raises for an unknown split, or a slice it cannot parse
-        raise setting_error(config, "split", f"{error} Parquet files are the split 'train'") from error
-    except Exception as error:
-        reason = error.__cause__ or error  # the outer error only says that there was one
-        raise setting_error(config, "source", f"reading the parquet files failed: {reason}") from error
-
-
-def hub_id(config: DataConfig) -> str:
-    """The source as the id of a data set on the hub.
-
-    Raises:
-        ValueError: it looks like a path.
-    """
-    source = cast(str, config.source)
-    starts_as_path = source.startswith(("/", ".", "~"))
-    if starts_as_path or source.count("/") > 1 or "\\" in source or _suffix(source) in _FILE_SUFFIXES:
-        raise setting_error(config, "source", "no such file or folder")
-    return source
-
-
-def _load_from_hub(config: DataConfig) -> datasets.Dataset:
-    source = hub_id(config)
-    try:
-        return cast(datasets.Dataset, datasets.load_dataset(source, split=config.split))
-    except Exception as error:  # not found, not allowed, offline, unknown split, a format that needs code ...
-        what = (
-            f"no such file or folder here, and loading split {config.split!r} of the data set of this name "
-            f"from the Hugging Face hub failed: {error}. data.source may be {KINDS}"
-        )
-        raise setting_error(config, "source", what) from error
-
-
-def _open_rows(rows: datasets.Dataset, config: DataConfig) -> Source:
+def _open_rows(rows: datasets.Dataset, config: DataConfig, roots: Roots) -> Source:
     if len(rows) == 0:
         raise setting_error(config, "source", f"split {config.split!r} holds no rows")
     image_column = find_image_column(rows.features, config)
     label_column = find_label_column(rows.features, config)
-    labels, class_names = read_labels(rows, label_column) if label_column else (None, ())
+    labels, class_names, notes = None, (), ()
+    if label_column is not None:
+        (labels, class_names), notes = read_labels(rows, label_column, is_named=config.label_column is not None)
+    elif config.label_column is None:
+        notes = notes_on_other_columns(rows.features)
     images = rows.with_format(None).select_columns([image_column])
     others = [name for name in rows.column_names if name != image_column]
     return Source(
@@ -447,4 +376,6 @@ def _open_rows(rows: datasets.Dataset, config: DataConfig) -> Source:
         labels=labels,
         class_names=class_names,
         columns=rows.with_format(None).select_columns(others) if others else None,
+        roots=(roots,),
+        notes=notes,
     )

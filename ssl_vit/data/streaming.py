@@ -1,29 +1,29 @@
 """Images read from front to back: hub data sets, parquet files and WebDataset tars, without a copy of them."""
 
 import glob
-import re
-import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import datasets
-import fsspec
 import numpy as np
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from ssl_vit.data.columns import find_image_column, find_label_column
-from ssl_vit.data.config import KINDS, DataConfig, setting_error
+from ssl_vit.data.config import KINDS, DataConfig, as_path, near_match, setting_error
 from ssl_vit.data.decode import Pages, decode
 from ssl_vit.data.headers import MAX_PIXELS
 from ssl_vit.data.sampler import SampleKey, epoch_order
-from ssl_vit.data.sources import MAX_TRIES, Source, count_parquet_rows, find_files, hub_id, open_source
+from ssl_vit.data.sources import MAX_TRIES, Source, open_source
+from ssl_vit.data.stored import Roots, find_stored
+from ssl_vit.data.tables import check_hub, find_files, folder_of, hub_error, read_footers, read_parquet
+from ssl_vit.data.tars import count_samples, read_tar, wanted_kinds
 
 _READ_ROWS = 32  # taken from a shard at once
-_TAR_MEMBER = re.compile(r"((?:.*/|)[^.]+)[.][^/]*")  # WebDataset: the files of a sample share what is before a dot
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,12 +32,12 @@ class Stream:
 
     name: str
     """`data.source` as the user wrote it."""
-    rows: datasets.IterableDataset
-    """The image column alone, as `Image(decode=False)`."""
-    image_column: str
-    """Name of that column."""
+    images: Callable[[int, int], Iterator[dict[str, Any] | None]]
+    """Undecoded images (`{"bytes": ..., "path": ...}`) of a shard, given its number, after so many of its rows."""
     shards: tuple[str, ...]
     """What to call each shard."""
+    roots: Roots = None
+    """Which files rows may open."""
     counts: Int64[np.ndarray, " s"] | None = None
     """Rows of each shard; None where they are not known."""
     num_samples: int | None = None
@@ -60,17 +60,9 @@ class Stream:
         Raises:
             ValueError: the shard cannot be read.
         """
-        rows = self.rows.shard(num_shards=len(self.shards), index=shard)
-        if start:
-            rows = rows.skip(start)
-
-        def images() -> Iterator[dict[str, Any]]:
-            # Not `iter(rows)`, which would divide a shard among the loader's workers once more.
-            for batch in rows.iter(batch_size=_READ_ROWS):
-                yield from cast("dict[str, list[Any]]", batch)[self.image_column]
-
+        rows = enumerate(self.images(shard, start), start)
         try:
-            for row, stored in islice(enumerate(images(), start), 0, None if stop is None else stop - start, step):
+            for row, stored in islice(rows, 0, None if stop is None else stop - start, step):
                 yield row, stored or {}
         except Exception as error:  # damaged, gone, no network ...
             reason = f"{type(error).__name__}: {error}"
@@ -86,13 +78,7 @@ class Stream:
         """
         path = stored.get("path")
         try:
-            data = stored.get("bytes") or path
-            if data is None:
-                raise ValueError("the row holds no image")
-            if isinstance(data, str) and "://" in data:
-                with fsspec.open(data, "rb") as file:
-                    data = cast(Any, file).read()
-            return decode(data, num_channels, self.max_pixels, self.pages)
+            return decode(find_stored(stored, self.roots), num_channels, self.max_pixels, self.pages)
         except (ValueError, OSError) as error:
             where = f"row {row}" + (f" ({path})" if path else "")
             raise ValueError(f"data.source={self.name!r}: {self.shards[shard]}, {where}: {error}") from error
@@ -131,7 +117,7 @@ def open_stream(config: DataConfig) -> Stream:
     source = cast(str, config.source)
     if not source:
         raise setting_error(config, "source", f"name the images: {KINDS}")
-    path = Path(source).expanduser()
+    path = as_path(source)
     if source == "openmoji" or path.is_dir():
         what = "the built-in source is" if source == "openmoji" else "the pictures of a folder are"
         hint = "" if source == "openmoji" else ", and for shards in it give a quoted glob"
@@ -145,80 +131,82 @@ def _open_files(config: DataConfig) -> Stream:
     if config.split != "train":
         raise setting_error(config, "split", "streamed files are the split 'train', and are not sliced")
     files = find_files(config)
-    counts: list[int] | None = None
     if any(file.lower().endswith(".tar") for file in files):
-        builder = "webdataset"
-        for file in files:
-            if not tarfile.is_tarfile(file):
-                raise setting_error(config, "source", f"{file} is not a tar file, or is empty or damaged")
-        if config.num_samples is None:
-            counts = [_count_tar_samples(file, config) for file in files]
+        counts, notes = count_samples(files, config)
+        images, roots = partial(read_tar, tuple(files), wanted_kinds(config)), None
     else:
-        builder, counts = "parquet", count_parquet_rows(files, config)
+        features, counts = read_footers(files, config)
         if config.num_samples not in (None, sum(counts)):
             raise setting_error(config, "num_samples", f"the files hold {sum(counts)} rows; leave this setting out")
-    # Taken for patterns.
-    escaped = [glob.escape(file) for file in files]
-    rows = _load(config, builder, split="train", data_files={"train": escaped})
-    if rows.num_shards != len(files):
-        raise setting_error(config, "source", f"{len(files)} files were found and {rows.num_shards} opened")
-    return _describe(rows, config, tuple(files), counts)
+        find_label_column(features, config)  # finds a mistyped setting
+        images, notes = partial(read_parquet, tuple(files), find_image_column(features, config)), ()
+        roots = folder_of(files, config)
+    return Stream(
+        name=cast(str, config.source),
+        images=images,
+        shards=tuple(files),
+        roots=roots,
+        counts=None if counts is None else np.asarray(counts, dtype=np.int64),
+        num_samples=config.num_samples if counts is None else sum(counts),
+        max_pixels=config.max_pixels,
+        pages=cast(Pages, config.pages),
+        notes=notes,
+    )
 
 
 def _open_hub(config: DataConfig) -> Stream:
-    rows = _load(config, hub_id(config), split=config.split)
-    return _describe(rows, config, tuple(f"shard {number}" for number in range(rows.num_shards)), None)
-
-
-def _load(config: DataConfig, name: str, **settings: Any) -> datasets.IterableDataset:
+    name, rows = check_hub(config), None
     try:
-        return cast(datasets.IterableDataset, datasets.load_dataset(name, streaming=True, **settings))
+        builder = datasets.load_dataset_builder(name)
+        if not isinstance(builder, WebDataset):
+            rows = cast(datasets.IterableDataset, builder.as_streaming_dataset(split=config.split))
     except Exception as error:  # not found, offline, unknown split, a format that needs code, samples that differ ...
-        what = f"cannot be streamed: {type(error).__name__}: {error}"
-        raise setting_error(config, "source", " ".join(what.split())) from error
-
-
-def _describe(
-    rows: datasets.IterableDataset, config: DataConfig, shards: tuple[str, ...], counts: list[int] | None
-) -> Stream:
-    if rows.features is None:
+        raise hub_error(config, f"it cannot be streamed from the hub: {type(error).__name__}: {error}") from error
+    if rows is None:
+        return _open_hub_tars(config, builder.config.data_files or {})
+    features, num_shards = rows.features, rows.num_shards
+    if features is None:
         raise setting_error(config, "source", "does not say what its columns hold; store it as parquet or WebDataset")
-    image_column = find_image_column(rows.features, config)
-    find_label_column(rows.features, config)  # finds a mistyped setting
-    num_samples = config.num_samples
-    if num_samples is None:
-        # A split of the hub says how many rows it has, unless nobody counted them.
-        known = (rows.info.splits or {}).get(str(rows.split))
-        num_samples = sum(counts) if counts is not None else (known.num_examples or None) if known else None
-    if num_samples == 0:
-        raise setting_error(config, "source", "holds no samples")
-    images = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    column = find_image_column(features, config)
+    find_label_column(features, config)  # finds a mistyped setting
+    # A split of the hub says how many rows it has, unless nobody counted them.
+    known = (rows.info.splits or {}).get(str(rows.split))
+    images = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     return Stream(
         name=cast(str, config.source),
-        rows=images,
-        image_column=image_column,
-        shards=shards,
-        counts=None if counts is None else np.asarray(counts, dtype=np.int64),
-        num_samples=num_samples,
+        images=partial(_read_hub, images, num_shards, column),
+        shards=tuple(f"shard {number}" for number in range(num_shards)),
+        roots=(f"hf://datasets/{name}",),
+        num_samples=config.num_samples or (known.num_examples if known else None) or None,
         max_pixels=config.max_pixels,
         pages=cast(Pages, config.pages),
     )
 
 
-def _count_tar_samples(file: str, config: DataConfig) -> int:
-    """Samples of a WebDataset tar, found by its headers alone, as `datasets` groups its members."""
-    count, before = 0, None
-    try:
-        with tarfile.open(file) as tar:
-            for member in tar:
-                cast(Any, tar).members = []  # or all of them would be kept
-                match = _TAR_MEMBER.fullmatch(member.name)
-                if member.isreg() and match and not member.name.rpartition("/")[2].startswith((".", "__")):
-                    count += match[1] != before
-                    before = match[1]
-    except (tarfile.TarError, OSError) as error:
-        raise setting_error(config, "source", f"{file} is damaged: {error}") from error
-    return count
+def _open_hub_tars(config: DataConfig, found: Mapping[Any, Sequence[str]]) -> Stream:
+    """Tars of the hub are read as local ones are. Their headers are not read beforehand: that would take a download."""
+    files = tuple(found.get(config.split, ()))
+    if not files:
+        names = list(map(str, found))
+        near = near_match(config.split, names)
+        raise setting_error(config, "split", f"no such split; {near}there are: {', '.join(names)}")
+    return Stream(
+        name=cast(str, config.source),
+        images=partial(read_tar, files, wanted_kinds(config)),
+        shards=files,
+        num_samples=config.num_samples,
+        max_pixels=config.max_pixels,
+        pages=cast(Pages, config.pages),
+    )
+
+
+def _read_hub(
+    rows: datasets.IterableDataset, num_shards: int, column: str, shard: int, start: int
+) -> Iterator[dict[str, Any] | None]:
+    rows = rows.shard(num_shards=num_shards, index=shard)
+    # Not `iter(rows)`, which would divide a shard among the loader's workers once more.
+    for batch in (rows.skip(start) if start else rows).iter(batch_size=_READ_ROWS):
+        yield from cast("dict[str, list[Any]]", batch)[column]
 
 
 class Segment(NamedTuple):

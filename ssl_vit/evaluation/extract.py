@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 import ssl_vit
 from ssl_vit.checkpoint import flush
-from ssl_vit.data.sources import Source, near_match, open_source
+from ssl_vit.data.config import near_match
+from ssl_vit.data.sources import Source, open_source
 from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.distributed import process_index
 from ssl_vit.evaluation.cache import feature_key, hash_file

@@ -13,8 +13,9 @@ from PIL import ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
+from ssl_vit.data.config import DataConfig, near_match
 from ssl_vit.data.formats import open_image
-from ssl_vit.data.sources import DataConfig, Source, near_match, open_source
+from ssl_vit.data.sources import Source, open_source
 from ssl_vit.data.transforms import draw_crop
 from ssl_vit.evaluation.features import cover, middle
 
@@ -52,13 +53,9 @@ class MaskedSource:
 
     def mask(self, index: int) -> Int64[Tensor, "h w"]:
         """The mask of a row, -1 where a pixel belongs to no class."""
-        stored = self.masks.rows[index][self.masks.image_column] or {}
-        data = stored.get("bytes") or (Path(stored["path"]).read_bytes() if stored.get("path") else None)
-        if data is None:
-            raise ValueError(f"{self._name(index)}: the row holds no mask")
         try:
-            values = read_mask(data)
-        except ValueError as error:
+            values = read_mask(self.masks.encoded(index))
+        except (ValueError, OSError) as error:
             raise ValueError(f"{self._name(index)}: {error}") from error
         mask = values.long()
         mask[values == self.ignore_index] = -1
@@ -102,7 +99,7 @@ def open_masked(
     """
     if mask_source is not None:
         images = open_source(data)
-        masks = open_source(DataConfig(mask_source, data.split, mean=data.mean, std=data.std, label_column="none"))
+        masks = open_source(replace(data, source=mask_source, image_column=None, label_column="none", pages="first"))
         return MaskedSource(*_match(images, masks), ignore_index)
     if data.image_column is None:
         # With two columns of images the pictures' one has to be told apart first.
@@ -119,7 +116,7 @@ def open_masked(
         near = near_match(chosen, columns.column_names)
         raise ValueError(f"mask_column={chosen!r}: no such column; {near}there are: {', '.join(columns.column_names)}")
     rows = columns.select_columns([chosen]).cast_column(chosen, datasets.Image(decode=False))
-    return MaskedSource(images, Source(name=images.name, rows=rows, image_column=chosen), ignore_index)
+    return MaskedSource(images, Source(images.name, rows, chosen, roots=images.roots), ignore_index)
 
 
 def _with_column(data: DataConfig, column: str) -> DataConfig:

@@ -1,3 +1,4 @@
+import gzip
 import signal
 import tarfile
 from collections import Counter
@@ -14,7 +15,7 @@ from torch import Tensor
 from ssl_vit.data.config import DataConfig
 from ssl_vit.data.feed import Feed
 from ssl_vit.data.sources import open_source
-from ssl_vit.data.streaming import BadSample, Place, Stream, Walk, choose_num_readers, open_stream
+from ssl_vit.data.streaming import BadSample, Place, Walk, choose_num_readers, open_stream
 from tests.data.shards import number_of, write_parquet, write_tars
 
 CPU = torch.device("cpu")
@@ -298,13 +299,15 @@ def test_a_shard_that_is_damaged_further_on_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"^data.source='.*': .*/part-01.tar cannot be read: "):
         steps(feeds(given), 3)
-    with pytest.raises(ValueError, match=r"part-01.tar is damaged: "):
+    with pytest.raises(
+        ValueError, match=r"part-01.tar is not a tar file, or is empty or damaged: unexpected end of data"
+    ):
         open_stream(config(pattern))
 
 
 def test_what_a_stream_tells_of_itself(tmp_path: Path) -> None:
     stream = open_stream(config(write_tars(tmp_path, [3, 4])))
-    assert (stream.image_column, stream.num_samples) == ("png", 7)
+    assert stream.num_samples == 7
     assert stream.counts is not None
     assert stream.counts.tolist() == [3, 4]
     row, stored = next(stream.read(1, 2))
@@ -349,36 +352,22 @@ def test_a_hub_data_set_is_streamed_and_its_number_of_images_is_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pattern = write_parquet(tmp_path, [4, 4])
-    load = datasets.load_dataset
-    calls: list[tuple] = []
+    load = datasets.load_dataset_builder
+    calls: list[str] = []
 
-    def stand_in(name: str, **settings: Any) -> Any:
-        calls.append((name, settings))
-        rows = load("parquet", data_files={"validation": pattern}, split="validation", streaming=True)
-        rows.info.splits = datasets.SplitDict({"validation": datasets.SplitInfo("validation", num_examples=8)})
-        return rows
+    def stand_in(name: str) -> Any:
+        calls.append(name)
+        builder = load("parquet", data_files={"validation": pattern})
+        builder.info.splits = datasets.SplitDict({"validation": datasets.SplitInfo("validation", num_examples=8)})
+        return builder
 
-    monkeypatch.setattr(datasets, "load_dataset", stand_in)
+    monkeypatch.setattr(datasets, "load_dataset_builder", stand_in)
     given = config("someone/pictures", split="validation")
     stream = open_stream(given)
-    assert calls == [("someone/pictures", {"streaming": True, "split": "validation"})]
+    assert calls == ["someone/pictures"]
     assert (stream.num_samples, stream.counts, stream.shards) == (8, None, ("shard 0", "shard 1"))
     assert sorted(numbers(steps(feeds(given), 1))) == list(range(8))
     assert open_stream(config("someone/pictures", split="validation", num_samples=5)).num_samples == 5
-
-
-def test_remote_paths_are_opened(tmp_path: Path) -> None:
-    import fsspec
-
-    from tests.data.shards import picture
-
-    with fsspec.open("memory://pictures/9.png", "wb") as file:
-        file.write(picture(9))
-    stream: Stream = open_stream(config(write_parquet(tmp_path, [1])))
-    stored = {"bytes": None, "path": "memory://pictures/9.png"}
-    assert number_of(stream.decode(0, 0, stored, 3)) == 9
-    with pytest.raises(ValueError, match=r"row 0 \(memory://pictures/8.png\): "):
-        stream.decode(0, 0, {"bytes": None, "path": "memory://pictures/8.png"}, 3)
 
 
 @pytest.mark.parametrize(
@@ -388,15 +377,19 @@ def test_remote_paths_are_opened(tmp_path: Path) -> None:
         ("FOLDER/none-*.tar", {}, "no file matches this pattern"),
         ("FOLDER/fake.tar", {}, "fake.tar is not a tar file, or is empty or damaged"),
         ("FOLDER/empty.tar", {}, "data.source='FOLDER/empty.tar': "),
-        ("FOLDER/words.tar", {}, "no column holds images; there are: "),
-        ("FOLDER/mixed.tar", {}, "cannot be streamed: ValueError: The TAR archives of the dataset should be in Web"),
+        ("FOLDER/words.tar", {}, "no sample holds an image; there are: cls"),
+        ("FOLDER/packed.tar", {}, "packed.tar is not a tar file, or is empty or damaged"),
         ("FOLDER/fake.parquet", {}, "fake.parquet is not a readable parquet file"),
         ("FOLDER", {}, "data.streaming=True: the pictures of a folder are read one by one anyway; leave this setting"),
         ("openmoji", {}, "data.streaming=True: the built-in source is read one by one anyway"),
         ("", {}, "data.source='': name the images"),
         ("FOLDER/good.tar", {"split": "train[:10%]"}, "data.split='train[:10%]': streamed files are the split 'train'"),
-        ("FOLDER/good.tar", {"image_column": "jpg"}, "data.image_column='jpg': no such column"),
-        ("FOLDER/good.tar", {"label_column": "klass"}, "data.label_column='klass': no such column"),
+        (
+            "FOLDER/good.tar",
+            {"image_column": "jpg"},
+            "data.image_column='jpg': the tars have no members of this kind; ",
+        ),
+        ("FOLDER/good.tar", {"label_column": "klass"}, "data.label_column='klass': the tars have no members of this"),
         ("FOLDER/good.parquet", {"num_samples": 9}, "data.num_samples=9: the files hold 2 rows; leave this"),
     ],
 )
@@ -412,9 +405,7 @@ def test_what_cannot_be_streamed_is_refused_in_one_line(
     (tmp_path / "part-00.tar").rename(tmp_path / "good.tar")
     write_parquet(tmp_path, [2])
     (tmp_path / "part-00.parquet").rename(tmp_path / "good.parquet")
-    with tarfile.open(tmp_path / "mixed.tar", "w") as tar:
-        for name in ("1.png", "2.jpg"):
-            tar.addfile(tarfile.TarInfo(name))
+    (tmp_path / "packed.tar").write_bytes(gzip.compress((tmp_path / "good.tar").read_bytes())[:900])
     with pytest.raises(ValueError, match=r"^data\.") as caught:
         open_stream(config(source.replace("FOLDER", str(tmp_path)), **settings))
     assert message.replace("FOLDER", str(tmp_path)) in str(caught.value)
@@ -424,7 +415,7 @@ def test_what_cannot_be_streamed_is_refused_in_one_line(
 def test_what_needs_pictures_in_any_order_says_so(tmp_path: Path) -> None:
     pattern = write_tars(tmp_path, [2])
     with pytest.raises(
-        ValueError, match=r"^data.source='.*': WebDataset tars are streamed; give --data.streaming true"
+        ValueError, match=r"^data.source='.*': .* WebDataset tars are streamed; give --data.streaming true"
     ):
         open_source(DataConfig(source=pattern))
     with pytest.raises(ValueError, match=r"for its tar files, give --data.streaming true and a quoted glob: '.*.tar'"):
