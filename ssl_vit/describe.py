@@ -21,7 +21,7 @@ def describe(run: "Run", precision: str, checkpoint: Path | None) -> None:
     count = "images of unknown number" if num_samples is None else f"{num_samples:,} images"
     accelerator.print(
         f"data       {run.source.name}: {count}"
-        + (f", {len(run.source.class_names)} classes" if run.source.class_names else ", no labels")
+        + (f", {run.source.num_classes} classes" if run.source.num_classes else ", no labels")
         + (f"\n           {run.source.attribution}" if run.source.attribution else "")
         + f"\nmodel      {config.encoder.arch}, {run.objective.encoder.embed_dim} wide, "
         f"{run.objective.name}, {trainable / 1e6:.1f} M trainable parameters"

@@ -72,7 +72,7 @@ class DataConfig:
                     f"streaming=True: a mixture is not streamed ({as_text(self.source)}); leave this setting out, or "
                     "stream one source"
                 )
-        elif self.source.startswith("{") and self.source.endswith("}"):
+        elif self.source.startswith("{") and self.source.endswith("}") and not as_path(self.source).exists():
             raise ValueError(f"source={self.source!r}: a mixture is {{SOURCE: WEIGHT, ...}} with numbers as weights")
         for name in ("shuffle_buffer", "num_readers", "num_samples"):
             value = getattr(self, name)

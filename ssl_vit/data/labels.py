@@ -29,8 +29,9 @@ def is_text_or_bool(feature: Any) -> bool:
 def read_labels(rows: datasets.Dataset, column: str, *, is_named: bool = True) -> tuple[Labels, tuple[str, ...]]:
     """Labels and class names of a column of classes, integers, booleans or strings; and what a user should know of it.
 
-    Labels count from 0, up to the last name where the column names its classes. None, -1, and 255 where all others are
-    below 128, stand for no label. Integers that hardly repeat are no classes unless the user named the column.
+    Numbers count from 0, to the last name where the column names its classes; else those that occur are the classes.
+    None, -1, and 255 where all others are below 128, stand for no label. Integers that hardly repeat are no classes
+    unless the user named the column.
 
     Raises:
         ValueError: another type, or a number that is no label.
@@ -38,12 +39,15 @@ def read_labels(rows: datasets.Dataset, column: str, *, is_named: bool = True) -
     feature, notes = rows.features[column], ()
     if is_integer(feature) or isinstance(feature, datasets.ClassLabel) or type_name(feature) == "bool":
         labels, notes = _checked(rows, column)
-        declared = feature.names if isinstance(feature, datasets.ClassLabel) else None
-        names = tuple(map(str, range(int(labels.max()) + 1)) if declared is None else declared)
-        num_classes, num_labelled = len(np.unique(labels[labels >= 0])), int((labels >= 0).sum())
-        if declared is None and not is_named and num_classes > max(_FEW, num_labelled / 2):
-            told = f"column {column!r} holds {num_classes:,} different numbers in {num_labelled:,} rows"
-            return (None, ()), (f"no labels: {told}; give --data.label_column {column} if these are classes",)
+        if isinstance(feature, datasets.ClassLabel):
+            names = tuple(feature.names)
+        else:
+            numbers, has_label = np.unique(labels[labels >= 0]), labels >= 0
+            if not is_named and len(numbers) > max(_FEW, has_label.sum() / 2):
+                told = f"column {column!r} holds {len(numbers):,} different numbers in {has_label.sum():,} rows"
+                return (None, ()), (f"no labels: {told}; give --data.label_column {column} if these are classes",)
+            names = tuple(map(str, numbers.tolist()))
+            labels = np.where(has_label, np.searchsorted(numbers, labels), -1)
     elif is_text_or_bool(feature):
         labels, names = encode(_arrow_column(rows, column))
     else:

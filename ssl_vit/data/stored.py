@@ -37,10 +37,12 @@ def find_stored(stored: Mapping[str, Any] | None, roots: Roots) -> bytes | Path:
     file = Path(locate(path, roots))
     if roots and not file.is_file() and ("://" in path or "::" in path):
         raise ValueError("the row names an address, and addresses in rows are not opened; keep the bytes in the rows")
-    if roots and not any(file.resolve().is_relative_to(root) for root in roots):
+    if roots:
+        file = Path(os.path.realpath(file))
+    if roots and not any(file.is_relative_to(root) for root in roots):
         raise ValueError(
             f"lies outside {roots[0]}, and rows open no files outside the folder of their source; "
-            "--data.allow_outside_paths true lets them"
+            "allow_outside_paths=True (--data.allow_outside_paths true) lets them"
         )
     if file.exists() and not file.is_file():
         raise ValueError("is not a regular file")

@@ -47,6 +47,7 @@ class Stream:
     pages: Pages = "first"
     """What of an image of several pages is decoded."""
     class_names: tuple[str, ...] = ()
+    num_classes: int = 0
     """No labels are read."""
     attribution: str | None = None
     notes: tuple[str, ...] = ()

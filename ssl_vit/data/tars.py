@@ -32,8 +32,11 @@ class Samples:
     num_further: int = 0
     """Members that were met and would have been their sample's image had there been none before them."""
 
-    def of(self, file: IO[bytes]) -> Iterator[tuple[str, IO[bytes] | None]]:
+    def of(self, file: Any) -> Iterator[tuple[str, IO[bytes] | None]]:
         """Each sample's image by its name, or the sample's key and None. Read it before the next is asked for.
+
+        Args:
+            file: the archive, opened to read bytes, compressed or not.
 
         Raises:
             tarfile.TarError: the archive is cut off or damaged.
@@ -122,6 +125,6 @@ def read_tar(files: tuple[str, ...], wanted: tuple[str, ...], shard: int, start:
     """Undecoded images of a tar, here or on the hub, from its sample `start` on; without bytes where it has none."""
     name = files[shard]
     with fsspec.open(name, "rb") if "://" in name else Path(name).open("rb") as file:
-        for number, (path, image) in enumerate(Samples(wanted).of(cast("IO[bytes]", file))):
+        for number, (path, image) in enumerate(Samples(wanted).of(file)):
             if number >= start:
                 yield {"bytes": None if image is None else image.read(), "path": path}

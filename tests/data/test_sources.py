@@ -330,7 +330,7 @@ def test_source_without_an_image_column(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "chosen", "labels", "names"),
     [
-        ({"label": [2, 0, None, -1]}, None, [2, 0, -1, -1], ("0", "1", "2")),
+        ({"label": [2, 0, None, -1]}, None, [1, 0, -1, -1], ("0", "2")),
         ({"kind": [2, 0, 1, 1]}, None, None, ()),  # integers of another name may be anything
         ({"kind": [2, 0, 1, 1]}, "kind", [2, 0, 1, 1], ("0", "1", "2")),
         ({"label": ["b", "a", None, "b"]}, None, None, ()),  # strings are labels only if named
