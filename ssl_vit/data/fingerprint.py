@@ -44,13 +44,12 @@ def _files(source: Source, rows: Int[np.ndarray, " n"]) -> Iterator[tuple[int, s
     parts = np.full(source.rows.data.num_rows, -1)  # of the rows that are not asked for
     places = rows if indices is None else np.asarray(indices.column(0))[rows]
     parts[places] = 0 if source.mixture is None else source.mixture.origin[rows]
-    start = 0
-    for batch in source.rows.data.to_batches(max_chunksize=_ROWS):
-        data, path = (_field(batch.column(source.image_column), name) for name in ("bytes", "path"))
-        here = parts[start : start + len(data)]
+    column = source.rows.data.column(source.image_column)
+    for start in range(0, len(parts), _ROWS):
+        data, path = (_field(column.slice(start, _ROWS), name) for name in ("bytes", "path"))
+        here = parts[start : start + _ROWS]
         in_files = (here >= 0) & np.asarray(data.is_null()) & np.asarray(path.is_valid())
         yield from zip(here[in_files].tolist(), path.filter(pa.array(in_files)).to_pylist(), strict=True)
-        start += len(data)
 
 
 def _field(images: Any, name: str) -> Any:
