@@ -12,7 +12,7 @@ import pytest
 from ssl_vit.data.config import DataConfig
 from ssl_vit.data.doctor import read_pictures
 from ssl_vit.data.sources import open_source
-from ssl_vit.data.stored import read_stored
+from ssl_vit.data.stored import find_stored
 from ssl_vit.data.streaming import open_stream
 from tests.data.shards import number_of, picture
 
@@ -97,10 +97,10 @@ def test_folders_that_were_walked_and_bytes_are_free(tmp_path: Path, places: dic
         1,
         1,
     ]
-    assert read_stored({"bytes": b"", "path": "/etc/passwd"}, ("/own",)) == b""
+    assert find_stored({"bytes": b"", "path": "/etc/passwd"}, ("/own",)) == b""
     for stored in (None, {}, {"bytes": None, "path": None}):
         with pytest.raises(ValueError, match="the row holds no image"):
-            read_stored(stored, ())
+            find_stored(stored, ())
 
 
 def test_each_source_of_a_mixture_has_its_own_folder(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_a_stream_of_the_hub_opens_files_of_its_repository_alone(monkeypatch: py
     monkeypatch.setattr("ssl_vit.data.stored.fsspec.open", stand_in)
     roots = ("hf://datasets/me/mine",)
     path = "hf://datasets/me/mine@main/train/9.png"
-    assert read_stored({"bytes": None, "path": path}, roots) == b"image"
+    assert find_stored({"bytes": None, "path": path}, roots) == b"image"
     for other in (
         "hf://datasets/me/mine2/9.png",
         "hf://datasets/me/mine@main/../../you/9.png",
@@ -148,5 +148,5 @@ def test_a_stream_of_the_hub_opens_files_of_its_repository_alone(monkeypatch: py
         "http://me/9.png",
     ):
         with pytest.raises(ValueError, match="none of hf://datasets/me/mine, and no other is opened"):
-            read_stored({"bytes": None, "path": other}, roots)
+            find_stored({"bytes": None, "path": other}, roots)
     assert asked == [path]
