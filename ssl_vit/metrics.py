@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from tqdm import tqdm
 
+from ssl_vit.by_products import by_product
 from ssl_vit.distributed import mean_over_processes
 from ssl_vit.tracking import Tracker
 from ssl_vit.writing import JsonLines, forget_after
@@ -139,13 +141,19 @@ class MetricLog:
             # JSON has no infinity, which the gradient's norm is where fp16 overflowed.
             plain = {key: value if math.isfinite(value) else None for key, value in record.items()}
             self._file.append([plain])
-            if self.tracker is not None:
-                self.tracker.log(plain)
+            self._track(lambda tracker: tracker.log(plain))
 
     def picture(self, path: Path, step: int) -> None:
         """Send a picture to the tracker."""
-        if self.tracker is not None:
-            self.tracker.picture(path, step)
+        self._track(lambda tracker: tracker.picture(path, step))
+
+    def _track(self, send: Callable[[Tracker], None]) -> None:
+        """Do something with the tracker, if there is one; one that fails is done without from then on."""
+        tracker, self.tracker = self.tracker, None
+        if tracker is not None:
+            with by_product(f"tracker {tracker.name} fails and is", self.say):
+                send(tracker)
+                self.tracker = tracker
 
     def say(self, text: str) -> None:
         """Print above the progress bar."""
@@ -164,8 +172,7 @@ class MetricLog:
 
     def close(self) -> None:
         self.bar.close()
-        if self.tracker is not None:
-            self.tracker.finish()
+        self._track(lambda tracker: tracker.finish())
 
 
 def memory_mib() -> float:
@@ -178,17 +185,21 @@ def memory_mib() -> float:
 class CollapseAlarm:
     """Raised once when `patience` log intervals in a row look collapsed, since one alone may be chance.
 
-    Ten healthy ones in a row arm it again.
+    Ten healthy ones in a row arm it again, and `is_over` is True at the tenth.
     """
 
     def __init__(self, patience: int = 3, calm: int = 10) -> None:
         self.patience, self.calm = patience, calm
         self._armed, self._bad, self._good = True, 0, 0
 
+    @property
+    def is_over(self) -> bool:
+        return self._good == self.calm
+
     def raised(self, diagnosis: str | None) -> bool:
         """Note an interval's diagnosis; True if it is the one to warn at."""
         self._bad, self._good = (self._bad + 1, 0) if diagnosis else (0, self._good + 1)
-        if self._good == self.calm:
+        if self.is_over:
             self._armed = True
         if self._armed and self._bad == self.patience:
             self._armed = False

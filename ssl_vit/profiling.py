@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
+from ssl_vit.by_products import by_product
 from ssl_vit.metrics import MetricLog
 from ssl_vit.writing import replace_text
 
-WARMUP = 3  # steps before the trace
+WARMUP = 3  # steps before any is timed
+TELLING = 4 / 3  # times that a traced step may take as long, without a word
 TRACE_FILE, SUMMARY_FILE = "trace.json.gz", "profile.txt"
 PARTS: tuple[str, ...] = ("data wait", "forward", "backward", "optimizer", "after step", "checkpoint")
 OTHER = "logging, other"
@@ -30,13 +32,14 @@ class Kernel(NamedTuple):
 
 
 class StepTrace:
-    """Traces some steps of a run after a warm-up of a few, and changes nothing else.
+    """Times some steps of a run after a warm-up of a few, then traces as many, and changes nothing else.
 
-    On a GPU the time of a part is taken between events of its stream, since the host runs ahead: what the GPU spends on
-    it, and what it waits for it.
+    Tracing takes its own time, which may be many times that of a small step. So shares are those of the steps before
+    the trace, and both times are told. On a GPU the time of a part is taken between events of its stream, since the
+    host runs ahead: what the GPU spends on it, and what it waits for it.
 
     Args:
-        num_steps: steps to trace; 0 = none, and then `part` does nothing.
+        num_steps: steps to time, and to trace; 0 = none, and then `part` does nothing.
         folder: gets `trace.json.gz`, for ui.perfetto.dev or chrome://tracing, and the summary.
     """
 
@@ -46,33 +49,65 @@ class StepTrace:
         self._profiler: profile | None = None
         self._began: Any = None
         self._marks: list[tuple[str, Any, Any]] = []
+        self._timed_steps, self._untraced, self._spent = 0, 0.0, dict.fromkeys(PARTS, 0.0)
 
     def next_step(self) -> None:
-        """Begin a step; the trace starts or ends here if it is time for that."""
-        if self.num_steps and self._seen == WARMUP:
-            paused = self.log.pause()
-            self._start()
-            self.log.go_on(paused)
-        elif self._seen == WARMUP + self.num_steps:
-            self._finish(self.num_steps)
+        """Begin a step; timing and trace start or end here if it is time for that."""
+        if self.num_steps == 0:
+            return
+        paused, number = self.log.pause(), self._seen - WARMUP
         self._seen += 1
+        if number == 0:
+            self._began = self._mark()
+        elif number == self.num_steps:
+            self._sum_up(number)
+            with by_product("trace", self.log.say):
+                self._start()
+        elif number == self.num_steps + 1 and self._profiler is not None:
+            self._profiler.step()  # the first one was its warm-up
+            self._began = self._mark()
+        elif number == 2 * self.num_steps + 1:
+            self._finish(self.num_steps)
+        self.log.go_on(paused)
 
     def part(self, name: str) -> AbstractContextManager[Any]:
         """A context around a part of a step, one of `PARTS`; parts do not overlap."""
-        return _NOTHING if self._profiler is None else self._timed(name)
+        if self._profiler is not None:
+            return record_function(name)
+        return self._timed(name) if self._began is not None and self._timed_steps == 0 else _NOTHING
 
     def close(self) -> None:
-        """End a trace that is not at its end, with the steps it has."""
-        if 0 < self._seen <= WARMUP and self.num_steps:
-            self.log.say(f"WARNING: --profile {self.num_steps}: too few steps to trace any; {WARMUP} warm up")
-        self._finish(self._seen - WARMUP)
+        """End what is not at its end, with the steps it has."""
+        if self.num_steps == 0:
+            return
+        number = self._seen - WARMUP
+        if self._timed_steps == 0 < number:
+            self._sum_up(number)
+        if number <= self.num_steps + 1:
+            self.log.say(
+                f"WARNING: --profile {self.num_steps}: too few steps to trace any: {WARMUP} warm up, {self.num_steps} "
+                "are timed, and one begins the trace"
+            )
+        self._finish(number - self.num_steps - 1)
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
-        with record_function(name):
-            before = self._mark()
-            yield
-            self._marks.append((name, before, self._mark()))
+        before = self._mark()
+        yield
+        self._marks.append((name, before, self._mark()))
+
+    def _sum_up(self, num_steps: int) -> None:
+        """Add up what the steps took that were not traced."""
+        self._untraced = self._since_began()
+        for name, before, after in self._marks:
+            self._spent[name] += self._milliseconds(before, after)
+        self._timed_steps, self._began = num_steps, None
+
+    def _since_began(self) -> float:
+        ended = self._mark()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return self._milliseconds(self._began, ended)
 
     def _mark(self) -> Any:
         if self.device.type != "cuda":
@@ -87,55 +122,58 @@ class StepTrace:
     def _start(self) -> None:
         os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # without a GPU it reports that as an error
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
-        self._profiler = profile(activities=activities)
+        self._profiler = profile(activities=activities, schedule=schedule(wait=0, warmup=1, active=self.num_steps))
         self._profiler.start()
-        self._began = self._mark()
 
-    def _finish(self, num_steps: int) -> None:
-        profiler, self._profiler = self._profiler, None
-        if profiler is None:
+    def _finish(self, num_traced: int) -> None:
+        profiler, self._profiler, self.num_steps = self._profiler, None, 0
+        if self._timed_steps == 0:
             return
-        paused = self.log.pause()
-        ended = self._mark()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        profiler.stop()
-        spent = dict.fromkeys(PARTS, 0.0)
-        for name, before, after in self._marks:
-            spent[name] += self._milliseconds(before, after)
-        total = self._milliseconds(self._began, ended)
-        lines = summarize(spent, total, num_steps, _kernels(profiler) if self.device.type == "cuda" else None)
-        trace = self.folder / TRACE_FILE
-        lines.append(f"trace: {trace}, for ui.perfetto.dev")
-        try:
+        lines = summarize(self._spent, self._untraced, self._timed_steps)
+        with by_product(f"trace {self.folder / TRACE_FILE}", self.log.say):
+            traced = 0.0 if self._began is None else self._since_began()
+            if profiler is not None:
+                profiler.stop()
+            if profiler is not None and num_traced > 0:
+                lines.append(compare(self._untraced / self._timed_steps, traced / num_traced))
+                if self.device.type == "cuda":
+                    lines.append(name_kernels(_kernels(profiler), traced))
+                lines.append(f"trace of {num_traced} more: {self.folder / TRACE_FILE}, for ui.perfetto.dev")
+                profiler.export_chrome_trace(str(self.folder / TRACE_FILE))
             replace_text(self.folder / SUMMARY_FILE, "".join(f"{line}\n" for line in lines))
-            profiler.export_chrome_trace(str(trace))
-        except OSError as error:  # the run matters more
-            self.log.say(f"WARNING: {trace}: cannot be written: {error.strerror}")
         if not self.log.quiet:
             self.log.say("\n".join(lines))
-        self.log.go_on(paused)
 
 
-def summarize(spent: dict[str, float], total: float, num_steps: int, kernels: list[Kernel] | None) -> list[str]:
+def summarize(spent: dict[str, float], total: float, num_steps: int) -> list[str]:
     """Lines that say where the time of some steps went.
 
     Args:
         spent: milliseconds of each part.
         total: milliseconds of all steps.
-        kernels: what the GPU did, if there is one.
     """
-    lines = [f"profile of {num_steps} steps: {total / num_steps:.1f} ms a step while it is traced"]
+    lines = [f"profile of {num_steps} steps: {total / num_steps:.1f} ms a step"]
     for name, value in [*spent.items(), (OTHER, total - sum(spent.values()))]:
         lines.append(f"  {name:16}{value / num_steps:10.1f} ms {value / total:7.1%}")
-    if kernels is not None:
-        by_name: dict[str, int] = {}
-        for kernel in kernels:
-            by_name[kernel.name] = by_name.get(kernel.name, 0) + kernel.duration
-        longest = sorted(by_name, key=lambda name: by_name[name], reverse=True)[:_NUM_KERNELS]
-        listed = ", ".join(f"{_short(name)} {by_name[name] / 1e6 / total:.1%}" for name in longest)
-        lines.append(f"GPU busy {busy(kernels) / 1e6 / total:.1%} of the time; most in {listed or 'nothing'}")
     return lines
+
+
+def compare(untraced: float, traced: float) -> str:
+    """A line that says what tracing does to a step; both in milliseconds."""
+    line = f"while traced: {traced:.1f} ms a step"
+    if traced <= untraced * TELLING:
+        return line
+    return f"{line}, {traced / untraced:.1f} times as long: trust the shares above, not durations in the trace"
+
+
+def name_kernels(kernels: list[Kernel], total: float) -> str:
+    """A line about what the GPU did in `total` milliseconds of traced steps."""
+    by_name: dict[str, int] = {}
+    for kernel in kernels:
+        by_name[kernel.name] = by_name.get(kernel.name, 0) + kernel.duration
+    longest = sorted(by_name, key=lambda name: by_name[name], reverse=True)[:_NUM_KERNELS]
+    listed = ", ".join(f"{_short(name)} {by_name[name] / 1e6 / total:.1%}" for name in longest)
+    return f"GPU busy {busy(kernels) / 1e6 / total:.1%} of the traced time; most in {listed or 'nothing'}"
 
 
 def busy(kernels: Iterable[Kernel]) -> int:

@@ -15,6 +15,8 @@ import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from PIL import Image
 
+from ssl_vit.by_products import by_product
+
 TrackerName = Literal["none", "tensorboard", "wandb", "mlflow", "trackio"]
 _IDS_FILE = "tracking.json"
 _PROJECT = "ssl_vit"
@@ -71,11 +73,16 @@ def start_tracker(
 ) -> Tracker | None:
     """The tracker of a run, that of its earlier part where the run goes on; None on other processes, or with none.
 
+    One that cannot be started, such as for want of a network, is done without, with a warning.
+
     Args:
         settings: the run's, as plain values.
         start_step: what was tracked after it is done again.
     """
-    return Tracker(name, folder, settings, start_step) if name != "none" and is_writer else None
+    if name != "none" and is_writer:
+        with by_product(f"tracker {name} cannot be started and is"):
+            return Tracker(name, folder, settings, start_step)
+    return None
 
 
 def _arguments(name: str, folder: Path, start_step: int) -> dict[str, Any]:
