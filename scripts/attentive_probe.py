@@ -10,6 +10,11 @@ Saves and resumes as pre-training does; `--help` lists all settings.
 
 import sys
 
+from ssl_vit.front import heed_signals
+
+if __name__ == "__main__":
+    heed_signals()
+
 from ssl_vit.config import BatchConfig, RunConfig
 from ssl_vit.evaluation import supervised
 from ssl_vit.evaluation.evaluate import EvaluationConfig

@@ -24,6 +24,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from ssl_vit.front import heed_signals, stoppable
+
+if __name__ == "__main__":
+    heed_signals()
+
 import torch
 
 import ssl_vit
@@ -43,6 +48,7 @@ RUN_FLAGS = "Any flag of the objective's training script may follow, such as --c
 AS_WRITTEN = "Blocks run as they are written, unless --compile true or --cuda_graphs true says otherwise."
 
 
+@stoppable()
 def main() -> int:
     parser, commands = _parsers()
     args, settings = parser.parse_known_args()

@@ -13,9 +13,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ssl_vit.front import heed_signals, stoppable
+
+if __name__ == "__main__":
+    heed_signals()
+
 from ssl_vit.doctor.command import examine
 
 
+@stoppable()
 def main(args: Sequence[str] | None = None) -> int:
     # Without abbreviations, or settings of the run would be taken for flags of this script.
     parser = argparse.ArgumentParser(

@@ -7,6 +7,11 @@ Without queries each picture of the gallery looks for the others of its class.
 
 import sys
 
+from ssl_vit.front import heed_signals
+
+if __name__ == "__main__":
+    heed_signals()
+
 from ssl_vit.evaluation.command import main
 from ssl_vit.evaluation.probes import RetrievalConfig, evaluate_retrieval
 

@@ -10,9 +10,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ssl_vit.front import heed_signals, stoppable
+
+if __name__ == "__main__":
+    heed_signals()
+
 from ssl_vit.export.command import export
 
 
+@stoppable()
 def main(args: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="folder of a run, of a checkpoint or an export; or published weights")

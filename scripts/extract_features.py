@@ -9,6 +9,11 @@ start it with `accelerate launch`. Read the file with `pandas.read_parquet`, `da
 
 import sys
 
+from ssl_vit.front import heed_signals
+
+if __name__ == "__main__":
+    heed_signals()
+
 from ssl_vit.evaluation.command import main
 from ssl_vit.evaluation.extract import ExtractConfig, extract
 

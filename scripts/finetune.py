@@ -9,6 +9,11 @@ Without a test source a fifth of the pictures is held out. Ends with a timm clas
 
 import sys
 
+from ssl_vit.front import heed_signals
+
+if __name__ == "__main__":
+    heed_signals()
+
 from ssl_vit.config import BatchConfig, RunConfig
 from ssl_vit.evaluation import supervised
 from ssl_vit.evaluation.evaluate import EvaluationConfig

@@ -10,6 +10,11 @@ LARS). Without a test source the accuracy is cross-validated.
 import argparse
 import sys
 
+from ssl_vit.front import heed_signals
+
+if __name__ == "__main__":
+    heed_signals()
+
 from ssl_vit.evaluation.command import main
 from ssl_vit.evaluation.linear_probe import PRESETS
 from ssl_vit.evaluation.probes import LinearConfig, evaluate_linear

@@ -7,6 +7,11 @@
 
 import sys
 
+from ssl_vit.front import heed_signals
+
+if __name__ == "__main__":
+    heed_signals()
+
 from ssl_vit.config import BatchConfig, RunConfig
 from ssl_vit.evaluation.evaluate import EvaluationConfig
 from ssl_vit.models.vit import ViTConfig

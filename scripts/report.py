@@ -11,9 +11,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ssl_vit.front import heed_signals, stoppable
+
+if __name__ == "__main__":
+    heed_signals()
+
 from ssl_vit.visualize.report import write_report
 
 
+@stoppable()
 def main(args: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, finished or not")

@@ -15,9 +15,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ssl_vit.front import heed_signals, stoppable
+
+if __name__ == "__main__":
+    heed_signals()
+
 from ssl_vit.visualize.command import WHAT, film, visualize
 
 
+@stoppable()
 def main(args: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if args is None else args)
     if words[:1] == ["film"]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 HEARTBEAT_FILE = "heartbeat.json"
-State = Literal["training", "evaluating", "finishing", "finished", "stopped", "failed"]
+State = Literal["starting", "training", "evaluating", "finishing", "finished", "stopped", "failed"]
 
 
 def beat(folder: Path, state: State, step: int, num_steps: int, images_per_second: float | None = None) -> None:
@@ -32,3 +32,12 @@ def beat(folder: Path, state: State, step: int, num_steps: int, images_per_secon
     with suppress(OSError):  # a watcher's convenience must not end a run
         unfinished.write_text(json.dumps(values) + "\n")
         unfinished.replace(folder / HEARTBEAT_FILE)
+
+
+def end_of_start(folder: Path, error: BaseException) -> None:
+    """Note that this process was stopped, or failed, while it was starting a run; not where it never had the folder."""
+    with suppress(OSError, ValueError, KeyError):
+        found = json.loads((folder / HEARTBEAT_FILE).read_text())
+        if (found["state"], found["pid"]) == ("starting", os.getpid()):
+            state: State = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+            beat(folder, state, found["step"], found["num_steps"])

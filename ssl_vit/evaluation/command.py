@@ -20,6 +20,7 @@ from ssl_vit.evaluation.cache import cached_features, feature_key, hash_file
 from ssl_vit.evaluation.evaluate import Split, check_finite, split_sources
 from ssl_vit.evaluation.features import EvalTransform, extract_features, fit_size, pixel_features
 from ssl_vit.export.backbone import BACKBONE_FILE, load_backbone, read_config, read_encoder_config
+from ssl_vit.front import stoppable
 from ssl_vit.models.encoder import Encoder
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -37,8 +38,6 @@ class PicturesConfig:
     """Split of the source."""
     image_column: str | None = None
     """Column that holds the images; found by its type where there is only one."""
-    allow_outside_paths: bool = False
-    """Whether rows of tables may name image files outside the folder of their source. Only for those that you trust."""
     image_size: int | tuple[int, int] | None = None
     """Size in pixels at which pictures are encoded: one number, or [height, width]; `null` = the backbone's own."""
     indivisible: Literal["refuse", "resize", "pad"] = "refuse"
@@ -260,9 +259,10 @@ def data_config(backbone: Backbone, config: PicturesConfig, label_column: str | 
     if source is None:
         raise ValueError("--source: name the pictures")
     mean, std = backbone.transform.mean, backbone.transform.std
-    return DataConfig(source, config.split, config.image_column, label_column, mean, std, config.allow_outside_paths)
+    return DataConfig(source, config.split, config.image_column, label_column, mean, std)
 
 
+@stoppable()
 def main(
     evaluate: Callable[..., None],
     configs: Mapping[str, Any],

@@ -20,6 +20,7 @@ from ssl_vit.data.device_transforms import normalize
 from ssl_vit.data.loader import read_batches
 from ssl_vit.data.sources import Source
 from ssl_vit.data.transforms import random_resized_crop
+from ssl_vit.data.workers import leave_signals_to_the_main_process
 from ssl_vit.distributed import gather_with_gradient, process_index, world_size
 from ssl_vit.models.encoder import Encoder
 
@@ -349,6 +350,7 @@ def _loader(
         _Images(source, indices, num_channels, transform),
         batch_size=batch_size,
         num_workers=num_workers,
+        worker_init_fn=leave_signals_to_the_main_process,
         generator=torch.Generator(),  # without one of its own a loader draws from the global generator
     )
 

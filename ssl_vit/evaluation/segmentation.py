@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ssl_vit.data.loader import read_batches
 from ssl_vit.data.sampler import SampleKey, StepSampler, sample_rng
-from ssl_vit.data.workers import choose_num_workers
+from ssl_vit.data.workers import choose_num_workers, leave_signals_to_the_main_process
 from ssl_vit.distributed import process_index
 from ssl_vit.evaluation.command import Backbone, PicturesConfig, data_config, untrained, write_result
 from ssl_vit.evaluation.features import EvalTransform
@@ -225,6 +225,7 @@ def _loader(pairs: _Pairs, config: SegmentationConfig, device: torch.device, **s
         **(settings or {"batch_size": config.batch_size}),
         num_workers=choose_num_workers(config.num_workers, device),
         pin_memory=device.type == "cuda",
+        worker_init_fn=leave_signals_to_the_main_process,
         generator=torch.Generator(),
     )
 
