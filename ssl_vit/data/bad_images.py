@@ -1,6 +1,9 @@
 """Pictures that cannot be decoded: passed over where that is wanted, counted, and written down with the reason."""
 
 import json
+import math
+import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +13,18 @@ from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ssl_vit.data.sources import DataConfig, Source
+from ssl_vit.data.decoded import DecodedSource
+from ssl_vit.data.headers import JPEG_SIGNATURE, PNG_SIGNATURE, check_size, read_jpeg, read_png
+from ssl_vit.data.sources import MAX_TRIES, DataConfig, Source
 from ssl_vit.data.streaming import BadSample, Stream
+from ssl_vit.data.workers import leave_signals_to_the_main_process
 from ssl_vit.distributed import process_index, world_size
 from ssl_vit.writing import JsonLines, forget_after
 
 BAD_IMAGES_FILE = "bad_images.jsonl"
 JUDGED_FROM = 100  # samples; the share among fewer is chance
+LOOKED_AT, SECONDS = 256, 2.0  # images, at most, that are looked at before the first step
+CHANCE = 1e-4  # with which a source of just the allowed share may be refused by that look
 
 
 class BadImages:
@@ -111,10 +119,86 @@ class BadImages:
         return {"row": row, "path": path, "reason": reason}
 
 
+def look_beforehand(source: Source | Stream, config: DataConfig, num_channels: int) -> None:
+    """Look at headers of a seeded sample of a source, and decode what they cannot judge, before anything is written.
+
+    Of images that were decoded beforehand all are known; of a stream the first few are looked at.
+
+    Raises:
+        ValueError: none of them can be decoded, such as with another number of channels than the encoder has; or so
+            many cannot that the source has more than `max_bad_share` of them, by more than chance.
+    """
+    start, num_seen, bad = time.perf_counter(), 0, []
+    if isinstance(source, DecodedSource):
+        num_seen = len(source)
+        rows = np.flatnonzero(source.decoded.table[:, 0] < 0).tolist()
+        bad = [_find_problem(source, row, num_channels) or "" for row in rows[:1]] * len(rows)
+    elif isinstance(source, Stream):
+        for row, stored in islice(source.read(0), MAX_TRIES):
+            num_seen += 1
+            try:
+                source.decode(0, row, stored, num_channels)
+            except ValueError as error:
+                bad.append(str(error))
+    else:
+        for row in np.random.default_rng(0).permutation(len(source))[:LOOKED_AT].tolist():
+            num_seen += 1
+            if (problem := _find_problem(source, row, num_channels)) is not None:
+                bad.append(problem)
+            if time.perf_counter() - start > SECONDS:
+                break
+    if not bad:
+        return
+    num_bad, share, is_all = len(bad), config.max_bad_share, num_seen == source.num_samples
+    if num_bad == num_seen:
+        raise ValueError(
+            f"{bad[0]}; none of the {num_seen:,} images looked at can be decoded with encoder.in_chans={num_channels}"
+        )
+    found = f"{num_bad:,} of " + (f"the source's {num_seen:,} images" if is_all else f"{num_seen:,} images looked at")
+    too_many = num_bad > share * num_seen and (is_all or _by_chance(num_bad, num_seen, share) < CHANCE)
+    if config.on_bad_image == "skip" and too_many:
+        raise ValueError(
+            f"data.max_bad_share={share}: {found} cannot be decoded; the first: {bad[0]}. Repair or remove them, or "
+            "allow more with --data.max_bad_share"
+        )
+    if not isinstance(source, DecodedSource):  # which was looked at before it was decoded
+        print(f"note       {found} cannot be decoded; the first: {bad[0]}")
+
+
+def _by_chance(num_bad: int, num_seen: int, share: float) -> float:
+    """The probability that at least so many of those seen are bad, where `share` of all are."""
+    return sum(math.comb(num_seen, k) * share**k * (1 - share) ** (num_seen - k) for k in range(num_bad, num_seen + 1))
+
+
+def _find_problem(source: Source, row: int, num_channels: int) -> str | None:
+    """Why the image of a row cannot be decoded, as far as its header tells; None where it seems sound."""
+    stored = source.rows[row][source.image_column] or {}
+    try:
+        data = stored.get("bytes") or Path(stored.get("path") or "").read_bytes()
+        if num_channels in (1, 3, 4):  # which any image is converted to
+            if data.startswith(PNG_SIGNATURE):
+                png = read_png(data)
+                return check_size(png.height, png.width, source.max_pixels)
+            if data.startswith(JPEG_SIGNATURE) and (jpeg := read_jpeg(data)) is not None:
+                return check_size(jpeg.height, jpeg.width, source.max_pixels)
+    except (ValueError, OSError):
+        pass  # said in full below
+    try:
+        source.image(row, num_channels)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def leave_out_bad(source: Source, num_channels: int, num_workers: int) -> Source:
     """The rows of a source that can be decoded, found by decoding all of them, shared among the processes."""
     mine = np.arange(process_index(), len(source), world_size())
-    loader = DataLoader(_Good(source, mine, num_channels), batch_size=256, num_workers=num_workers)
+    loader = DataLoader(
+        _Good(source, mine, num_channels),
+        batch_size=256,
+        num_workers=num_workers,
+        worker_init_fn=leave_signals_to_the_main_process,
+    )
     good = torch.cat([torch.empty(0, dtype=torch.bool), *loader]).numpy()
     bad = gather_object(mine[~good].tolist())
     if not bad:

@@ -1,12 +1,15 @@
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from ssl_vit.data.bad_images import BadImages, leave_out_bad
+from ssl_vit.data.bad_images import LOOKED_AT, BadImages, leave_out_bad, look_beforehand
+from ssl_vit.data.decoded import open_decoded
 from ssl_vit.data.loader import Batches, TransformedSource
 from ssl_vit.data.sampler import SampleKey, StepSampler
 from ssl_vit.data.sources import MAX_TRIES, DataConfig, Source, open_source
@@ -161,3 +164,73 @@ def test_a_file_that_may_not_be_read_is_replaced_and_listed(tmp_path: Path, monk
     (record,) = listed(tmp_path)
     assert record["path"] == str(locked)
     assert "Permission denied" in record["reason"]
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Callable[..., Source]:
+    """A folder of images, the first of which are cut off."""
+
+    def many(num_images: int, num_bad: int, suffix: str = "png", channels: int = 3) -> Source:
+        shape = (8, 8, channels) if channels > 1 else (8, 8)
+        pixels = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
+        for number in range(num_images):
+            file = tmp_path / "many" / f"{number:04d}.{suffix}"
+            file.parent.mkdir(exist_ok=True)
+            if suffix == "npy":
+                np.save(file, pixels.transpose(2, 0, 1))
+            else:
+                Image.fromarray(pixels).save(file)
+            if number < num_bad:
+                file.write_bytes(file.read_bytes()[:-20])
+        return open_source(DataConfig(str(tmp_path / "many"), label_column="none"))
+
+    return many
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+@pytest.mark.parametrize(("num_bad", "refused"), [(0, False), (2, False), (3, True), (20, True)])
+def test_a_small_source_is_looked_at_as_a_whole(
+    many: Callable[..., Source], capsys: pytest.CaptureFixture[str], suffix: str, num_bad: int, refused: bool
+) -> None:
+    source, config = many(40, num_bad, suffix), DataConfig("x", max_bad_share=0.05)
+    if refused:
+        with pytest.raises(ValueError, match=rf"max_bad_share=0.05: {num_bad} of the source's 40 images cannot be"):
+            look_beforehand(source, config, 3)
+        look_beforehand(source, DataConfig("x", max_bad_share=0.5), 3)
+    else:
+        look_beforehand(source, config, 3)
+    assert (f"note       {num_bad} of the source's 40 images cannot be decoded" in capsys.readouterr().out) is (
+        num_bad > 0
+    )
+
+
+@pytest.mark.parametrize(("num_bad", "refused"), [(15, False), (25, False), (150, True)])
+def test_a_large_source_is_refused_only_by_more_than_chance(
+    many: Callable[..., Source], num_bad: int, refused: bool
+) -> None:
+    source, config = many(LOOKED_AT + 44, num_bad), DataConfig("x", max_bad_share=0.05)
+    if refused:
+        with pytest.raises(
+            ValueError, match=rf"\d+ of {LOOKED_AT} images looked at cannot be decoded; the first: .*row"
+        ):
+            look_beforehand(source, config, 3)
+    else:
+        look_beforehand(source, config, 3)
+
+
+@pytest.mark.parametrize("on_bad_image", ["skip", "raise"])
+@pytest.mark.parametrize(("suffix", "channels", "wanted"), [("png", 3, 12), ("npy", 5, 3), ("npy", 12, 5)])
+def test_images_of_other_channels_than_the_encoder_has_are_refused_beforehand(
+    many: Callable[..., Source], suffix: str, channels: int, wanted: int, on_bad_image: str
+) -> None:
+    source, config = many(4, 0, suffix, channels), DataConfig("x", on_bad_image=on_bad_image)
+    with pytest.raises(ValueError, match=rf"none of the 4 images .* with encoder.in_chans={wanted}"):
+        look_beforehand(source, config, wanted)
+    look_beforehand(source, config, channels)
+
+
+def test_what_was_decoded_beforehand_is_known_to_the_last(many: Callable[..., Source]) -> None:
+    source, config = many(300, 20), DataConfig("x", max_bad_share=0.05, cache="ram", cache_side=8)
+    decoded = open_decoded(source, config, 3)
+    with pytest.raises(ValueError, match=r"20 of the source's 300 images cannot .*cut off"):
+        look_beforehand(decoded, config, 3)
