@@ -60,6 +60,11 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-[0-9]*[0-9]"))
 
 
+def step_of(folder: Path) -> int:
+    """The optimizer steps that a checkpoint of the run had done, by its folder's name."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def newest_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint that is as it was written; damaged ones are reported, left alone and passed over."""
     for folder in reversed(list_checkpoints(run)):
@@ -212,7 +217,7 @@ def prune_checkpoints(run: Path, config: CheckpointConfig) -> None:
         if num_whole < config.keep:
             num_whole += _is_whole(folder)
             continue
-        step = int(folder.name.removeprefix("step-"))
+        step = step_of(folder)
         marked = (folder / KEEP_FILE).exists() or (config.keep_every_steps and step % config.keep_every_steps == 0)
         if not marked and _is_whole(folder):
             # First renamed: a deletion that is cut short must not leave what looks like a damaged checkpoint.

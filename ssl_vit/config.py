@@ -24,6 +24,9 @@ from ssl_vit.models.vit import ViTConfig
 from ssl_vit.objectives.objective import Objective, ObjectiveConfig, RunSize, Transform
 from ssl_vit.objectives.recipes import resolve_warmup
 from ssl_vit.optim import OptimConfig
+from ssl_vit.paths import PATHS, absolute
+from ssl_vit.run_lock import LOCK_FILE
+from ssl_vit.schedules import progress_at
 from ssl_vit.tracking import TrackerName
 from ssl_vit.writing import replace_text
 
@@ -78,6 +81,12 @@ class RunConfig:
     """Folder of the run; named runs/OBJECTIVE_ARCH_SOURCE where none is given. An existing run in it goes on."""
     fresh: bool = False
     """Start anew: an existing run is moved aside, never overwritten."""
+    extend: bool = False
+    """Lengthen the run in output_dir to the steps or epochs given. Of a run that is under way the schedules are
+    stretched, from its present progress to the new end; a finished one gets them anew, warm-up and all, over what is
+    added."""
+    extended: tuple[tuple[int, int], ...] = ()
+    """Written by extend: each step at which the run was lengthened, and its length until then."""
     seed: int = 0
     """Everything random follows from it."""
     epochs: float | None = None
@@ -100,13 +109,14 @@ class RunConfig:
     tracking: TrackerName = "none"
     """Send metrics and pictures to a tracker too, in the run's folder: tensorboard, wandb, mlflow or trackio."""
     on_collapse: Literal["warn", "stop"] = "warn"
-    """When the metrics say that the features have collapsed: warn, or also save and stop."""
+    """When the metrics say that the features have collapsed: warn, or also save and stop. A run that stopped so goes on
+    with warn."""
     max_skipped_steps: int = 10
     """Steps in a row with a loss or gradient that is not finite, each of them skipped, after which the run stops."""
     rewind_on_spike: int = 0
     """How often a run goes back to its last checkpoint, and on past the samples since then, where the loss jumps."""
     profile: int = 0
-    """Trace so many steps after a warm-up of a few, then go on: trace.json.gz and profile.txt in the run's folder."""
+    """Time so many steps after a warm-up of a few and trace as many: profile.txt, trace.json.gz in the run's folder."""
     max_hours: float | None = None
     """Save and stop with code 75 after so many hours; the same command goes on."""
     encoder: ViTConfig = field(default_factory=ViTConfig)
@@ -121,6 +131,11 @@ class RunConfig:
             raise ValueError(f"steps={self.steps!r}: must be at least 1")
         if self.epochs is not None and not 0 < self.epochs < float("inf"):
             raise ValueError(f"epochs={self.epochs!r}: must be above 0")
+        if self.extend and self.fresh:
+            raise ValueError("extend=True: lengthens a run, and fresh starts anew; leave one of them out")
+        starts = [0, *(step for step, _ in self.extended)]
+        if any(not start < step <= length for start, (step, length) in zip(starts, self.extended, strict=False)):
+            raise ValueError(f"extended={self.extended!r}: is written by --extend; leave this setting out")
         if self.log_every < 1:
             raise ValueError(f"log_every={self.log_every!r}: must be at least 1")
         if self.max_skipped_steps < 1:
@@ -146,6 +161,10 @@ class RunConfig:
                 "--steps N, or the number with --data.num_samples N"
             )
         return max(1, int(self.epochs * num_samples // self.batch.size))
+
+    def progress(self, step: int, num_steps: int) -> float:
+        """The share of the run's `num_steps` that is done before `step`, see `progress_at`."""
+        return progress_at(step, num_steps, self.extended)
 
     def resolve(self, num_samples: int | None, num_classes: int = 0) -> tuple["RunConfig", list[str]]:
         """Put numbers where settings are `auto`, for a source of `num_samples` images of `num_classes` classes.
@@ -233,10 +252,12 @@ def parse_run(defaults: RunConfig, args: Sequence[str] | None = None) -> RunConf
         check_file(path, keys)
     # Files first, so that a flag wins over a file wherever it stands.
     words = [*(f"--config={path}" for path in files), *flags]
-    namespace = _parse(defaults, words, keys)
+    silent = [word for word in words if word.partition("=")[0] != "--print_config"]
+    namespace = _parse(defaults, silent, keys)
     if namespace.encoder.pretrained is not None:
         # What is not said about the encoder is as in the backbone that it starts from.
         defaults = _start_from(defaults, namespace.encoder.pretrained)
+    if namespace.encoder.pretrained is not None or silent != words:
         namespace = _parse(defaults, words, keys)
     sections: dict[str, Any] = {}
     for item in dataclasses.fields(defaults):
@@ -246,6 +267,8 @@ def parse_run(defaults: RunConfig, args: Sequence[str] | None = None) -> RunConf
                 value = type(getattr(defaults, item.name))(**vars(value))
         sections[item.name] = value
     config = RunConfig(**sections)
+    if not any(word.partition("=")[0] == "--output_dir" for word in flags) and (own := _run_of(files)) is not None:
+        return dataclasses.replace(config, output_dir=str(own))
     return config if config.output_dir else dataclasses.replace(config, output_dir=_own_folder(config))
 
 
@@ -279,9 +302,9 @@ def load_encoder_config(path: Path) -> ViTConfig:
 
 
 def write_config(config: RunConfig, path: Path) -> None:
-    """Write the resolved settings as YAML, in the form that `--config` reads."""
-    values = as_plain(config)
-    for name in ("fresh", "quiet"):  # belong to one call, not to the run
+    """Write the resolved settings as YAML, in the form that `--config` reads, from whatever folder."""
+    values = as_stored(config)
+    for name in ("fresh", "extend", "quiet"):  # belong to one call, not to the run
         values.pop(name)
     text = yaml.safe_dump(values, sort_keys=False)
     if not path.exists() or path.read_text() != text:  # going on needs no space on the disk
@@ -299,6 +322,14 @@ def as_plain(config: Any) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
+def as_stored(config: RunConfig) -> dict[str, Any]:
+    """`as_plain` with absolute paths, which mean the same from whatever folder."""
+    values = as_plain(config)
+    for section_name, name in PATHS:
+        values[section_name][name] = absolute(values[section_name][name])
+    return values
+
+
 def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """Keys whose values differ between two plain configs, with both values."""
     found: dict[str, tuple[Any, Any]] = {}
@@ -309,6 +340,15 @@ def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "")
         elif old != new:
             found[f"{prefix}{key}"] = (old, new)
     return found
+
+
+def _run_of(files: list[str]) -> Path | None:
+    """The folder that the last file to name one means: a run's config.yaml its own, wherever it has been moved to."""
+    for path in map(Path, reversed(files)):
+        if "output_dir" in yaml.safe_load(path.read_text()):
+            is_run = path.name == "config.yaml" and (path.parent / LOCK_FILE).exists()
+            return path.parent if is_run else None
+    return None
 
 
 def _own_folder(config: RunConfig) -> str:

@@ -1,15 +1,17 @@
 """The folder of a run: new, resumed, refused or moved aside; never overwritten silently."""
 
 import json
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ssl_vit.checkpoint import newest_checkpoint, remove_unfinished
+from ssl_vit.checkpoint import STATE_FILE, newest_checkpoint, remove_unfinished
 from ssl_vit.config import RunConfig, as_plain, differences, write_config
+from ssl_vit.paths import PATHS, is_same
+from ssl_vit.reading import read_json
 from ssl_vit.run_lock import LOCK_FILE, lock_folder
 from ssl_vit.writing import UNFINISHED, replace_json
 
@@ -20,6 +22,7 @@ PICTURES_FOLDER = "pictures"
 FREE_SETTINGS = (
     "output_dir",
     "fresh",
+    "extend",  # and extended, which is the run's own
     "log_every",
     "quiet",
     "tracking",
@@ -51,6 +54,8 @@ def check_run_folder(config: RunConfig) -> None:
     if not config.output_dir:
         raise ValueError("output_dir='': name the folder of the run")
     folder = Path(config.output_dir)
+    if config.extend and not (folder / CONFIG_FILE).exists():
+        raise ValueError(f"extend=True: output_dir={config.output_dir!r} holds no run to lengthen; name its folder")
     if config.fresh or not folder.exists():
         return
     if not folder.is_dir():
@@ -64,10 +69,16 @@ def check_run_folder(config: RunConfig) -> None:
             )
         return
     bound = getattr(config.objective, "decides_data", ())
+    before, after = _read_config(saved, config), as_plain(config)
+    for section, name in PATHS:
+        if is_same(before[section].get(name), after[section][name]):
+            before[section][name] = after[section][name]
+    length = ("steps", "epochs") if config.extend else ()
     changed = {
         key: values
-        for key, values in differences(_read_config(saved, config), as_plain(config)).items()
-        if (key in bound or not key.startswith(FREE_SETTINGS))
+        for key, values in differences(before, after).items()
+        if key not in length
+        and (key in bound or not key.startswith(FREE_SETTINGS))
         and not (key == "data.cache" and "none" not in values)  # memory and disk hold the same
         and values[1] != "auto"  # not yet known; checked again once it is
     }
@@ -76,14 +87,48 @@ def check_run_folder(config: RunConfig) -> None:
         raise ValueError(
             f"output_dir={config.output_dir!r}: holds a run with other settings: {listed}. Go on with its own "
             f"(--config {saved}), choose another --output_dir, or start anew with --fresh (the old run is moved aside)"
+            + ("; --extend true lengthens it" if set(changed) <= {"steps", "epochs"} else "")
         )
 
 
-def open_run_folder(config: RunConfig) -> Path | None:
-    """Take the folder for this process, create it or find where its run goes on; only the main process calls this.
+def go_on_as_before(config: RunConfig, num_samples: int | None) -> tuple[RunConfig, int | None]:
+    """What the run in the folder, if there is one, decides for a start that goes on with it.
+
+    A run that is or was lengthened keeps the numbers that its `auto` settings had become.
 
     Returns:
-        The checkpoint to go on from, None for a run that starts.
+        The settings, and where the run is to be lengthened now the steps that it had.
+
+    Raises:
+        ValueError: `extend` with fewer steps than it has.
+    """
+    path = Path(config.output_dir) / CONFIG_FILE
+    if config.fresh or not path.exists():
+        return config, None
+    saved = _read_config(path, config)
+    extended = tuple((step, length) for step, length in saved.get("extended") or ())
+    config = replace(config, extended=extended)
+    if not (config.extend or extended):
+        return config, None
+    for name in ("objective", "optim", "data"):
+        section = getattr(config, name)
+        known = {key: saved[name][key] for key in vars(section) if vars(section)[key] == "auto" and key in saved[name]}
+        config = replace(config, **{name: replace(section, **known)})
+    before = replace(config, steps=saved["steps"], epochs=saved["epochs"]).num_steps(num_samples)
+    after = config.num_steps(num_samples)
+    if config.extend and after < before:
+        raise ValueError(f"extend=True: {after:,} steps are fewer than the {before:,} that the run has; give more")
+    return config, before if config.extend and after > before else None
+
+
+def open_run_folder(config: RunConfig, lengthened: int | None = None) -> tuple[RunConfig, Path | None]:
+    """Take the folder for this process, create it or find where its run goes on; only the main process calls this.
+
+    Args:
+        lengthened: the steps that the run had, where it is to have more from here on.
+
+    Returns:
+        The settings, as written; the checkpoint to go on from, None for a run that starts.
 
     Raises:
         ValueError: another run works in it.
@@ -99,8 +144,14 @@ def open_run_folder(config: RunConfig) -> Path | None:
     lock_folder(folder)
     remove_unfinished(folder)
     checkpoint = newest_checkpoint(folder)
+    if lengthened is not None and checkpoint is not None:
+        state, extended = read_json(checkpoint / STATE_FILE), config.extended
+        # Lengthened again before it took a step, it has a new end and no more.
+        if not extended or extended[-1][0] != state["step"]:
+            extended = (*extended, (state["step"], state.get("num_steps", lengthened)))
+            config = replace(config, extended=extended)
     write_config(config, folder / CONFIG_FILE)
-    return checkpoint
+    return config, checkpoint
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:

@@ -49,7 +49,7 @@ def test_a_run_that_was_killed_before_it_wrote_its_settings_can_be_started(tmp_p
     open_run_folder(config(run))
     (run / "config.yaml").rename(run / f"{UNFINISHED}config.yaml")
     check_run_folder(config(run))
-    assert open_run_folder(config(run)) is None
+    assert open_run_folder(config(run))[1] is None
     (run / "notes.txt").touch()
     (run / "config.yaml").unlink()
     with pytest.raises(ValueError, match="holds files but no run"):

@@ -14,7 +14,9 @@ from ssl_vit.sessions import fingerprint, git_revision, note_session, without_se
 
 def note(folder: Path, photos: Path, step: int = 0, num_processes: int = 1) -> None:
     source = open_source(DataConfig(source=str(photos)))
-    note_session(folder, source, seed=3, start_step=step, num_processes=num_processes, num_micro=1, precision="no")
+    note_session(
+        folder, source, seed=3, start_step=step, num_steps=9, num_processes=num_processes, num_micro=1, precision="no"
+    )
 
 
 def noted(folder: Path) -> list[dict]:
