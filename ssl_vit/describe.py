@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ssl_vit.data.sources import Source
+from ssl_vit.schedules import warmup_cosine
 
 if TYPE_CHECKING:
     from ssl_vit.run import Run
@@ -39,5 +40,11 @@ def describe(run: "Run", precision: str, checkpoint: Path | None) -> None:
         notes += [note for note in (run.source.note_of_dropped(run.objective.encoder.in_chans),) if note]
     for note in notes:
         accelerator.print(f"note       {note}")
+    if config.extended:
+        (step, length), peak = config.extended[-1], config.optim.peak_lr(config.batch.size)
+        done = config.progress(step, run.num_steps)
+        lr = warmup_cosine(done, float(config.optim.warmup), peak, config.optim.min_lr)
+        how = "schedules begin anew" if done == 0 else f"schedules are stretched from progress {done:.3g}"
+        accelerator.print(f"lengthened at step {step:,} of {length:,}: {how}, lr {lr:.2e}, to step {run.num_steps:,}")
     if checkpoint is not None:
         accelerator.print(f"Going on from {checkpoint}, step {run.step:,} of {run.num_steps:,}")

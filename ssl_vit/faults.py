@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ssl_vit.by_products import by_product
 from ssl_vit.data.sampler import StepSampler
 from ssl_vit.distributed import mean_over_processes, process_index
 
@@ -30,6 +31,8 @@ class Faults:
     rewinds: int = 0
     recent_losses: list[float] = field(default_factory=list)
     """What the next loss is compared with; empty where spikes are not looked for."""
+    collapse: str = ""
+    """When the features collapsed, and how; empty where they did not, or recovered."""
 
     def to_plain(self) -> dict[str, Any]:
         """In a form that JSON takes."""
@@ -148,7 +151,8 @@ class SkippedSteps:
         entries = sorted(gather_object(own), key=lambda entry: (entry["step"], entry["process"]))
         path = self.folder / SKIPPED_FILE
         if process_index() == 0:
-            path.write_text(json.dumps(entries, indent=1) + "\n")
+            with by_product(f"list of their samples, {path},"):
+                path.write_text(json.dumps(entries, indent=1) + "\n")
         return path
 
 

@@ -1,6 +1,7 @@
 """What a run ends with: a backbone, scores beside an untrained one and raw pixels, and a picture."""
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,7 +9,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from ssl_vit.config import RunConfig, as_plain
+from ssl_vit.by_products import by_product
+from ssl_vit.config import RunConfig, as_stored
 from ssl_vit.data.bad_images import leave_out_bad
 from ssl_vit.data.device_transforms import normalize
 from ssl_vit.data.sources import DataConfig, Source, open_source
@@ -81,8 +83,12 @@ def finish(
     source: Source | Stream,
     judges: Judges | None,
     step: int,
+    collapse: str = "",
 ) -> None:
-    """Export the backbone, draw the picture and print the scores; all processes encode, the main one does the rest."""
+    """Export the backbone, draw the figure and print the scores; all processes encode, the main one does the rest.
+
+    Figure and scores are left out, with a warning, where they fail; scores not where their source was named.
+    """
     folder = Path(config.output_dir)
     backbone = objective.backbone()
     written = []
@@ -93,25 +99,29 @@ def finish(
             folder,
             mean=config.data.mean,
             std=config.data.std,
-            provenance=provenance(as_plain(config), {**known, "step": step}),
+            provenance=provenance(as_stored(config), {**known, "step": step, "faults": {"collapse": collapse}}),
             crop_pct=config.evaluation.crop_pct,
         )
         written = [f"backbone   {folder / BACKBONE_FILE} (+ config.json)", f"metrics    {folder / METRICS_FILE}"]
         picture = folder / objective.picture_file
-        if draw(config, objective, source, picture, accelerator.device):
-            written.insert(1, f"picture    {picture}")
+        with by_product(f"figure {picture}"):
+            if draw(config, objective, source, picture, accelerator.device):
+                written.insert(1, f"picture    {picture}")
+    scores: dict[str, Any] = {"scores": None}
+    streamed = "a stream gives no pictures to judge by"
+    why = streamed if isinstance(source, Stream) else "the source has no labels to judge by"
     if judges is not None:
-        judges = _readable(config, accelerator, judges, objective.encoder.in_chans)
-        before = config.build_objective().backbone().to(accelerator.device)  # the same weights as at step 0
-        scores, text = compare(config, accelerator, backbone, before, judges)
-        written.append(f"scores     {folder / RESULTS_FILE}")
-    else:
-        scores = {"scores": None}
-        streamed = "a stream gives no pictures to judge by"
-        why = streamed if isinstance(source, Stream) else "the source has no labels to judge by"
+        why = "they could not be computed"
+        settings = config.evaluation
+        named = settings.source is not None or settings.test_source is not None or settings.test_split is not None
+        with nullcontext() if named else by_product("scores", shared=True):
+            judges = _readable(config, accelerator, judges, objective.encoder.in_chans)
+            scores, text = compare(config, accelerator, backbone, judges)
+            written.append(f"scores     {folder / RESULTS_FILE}")
+    if scores.get("scores", ...) is None:
         text = f"No scores: {why}. scripts/evaluate_knn.py takes a labelled source."
     if accelerator.is_main_process:
-        write_results(folder, {"step": step, **scores})
+        write_results(folder, {"step": step, **scores, **({"collapse": collapse} if collapse else {})})
     accelerator.print("\n".join([text, *written]), flush=True)
     accelerator.wait_for_everyone()
 
@@ -151,23 +161,27 @@ def compare(
     config: RunConfig,
     accelerator: Accelerator,
     trained: Encoder,
-    before: Encoder,
     judges: Judges,
 ) -> tuple[dict[str, Any], str]:
     """Score raw pixels, the backbone at the start and the trained one: numbers for results.json, and a table as text.
 
-    Every process calls this; the main one is given the scores.
+    Every process calls this; the main one is given the scores. A baseline that fails is left out with a warning.
     """
     start = "untrained" if config.encoder.pretrained is None else "pretrained"
-    rows = {
-        "raw pixels": evaluate_pixels(*judges, config.evaluation, num_channels=trained.in_chans, seed=config.seed),
-        start: _evaluate(before, config, judges, accelerator),
-        "trained": _evaluate(trained, config, judges, accelerator),
-    }
+    rows: dict[str, dict[str, Score]] = {}
+    with by_product("scores of raw pixels", shared=True):
+        rows["raw pixels"] = evaluate_pixels(
+            *judges, config.evaluation, num_channels=trained.in_chans, seed=config.seed
+        )
+    with by_product(f"scores of the {start} backbone", shared=True):
+        before = config.build_objective().backbone().to(accelerator.device)  # the same weights as at step 0
+        rows[start] = _evaluate(before, config, judges, accelerator)
+    rows["trained"] = _evaluate(trained, config, judges, accelerator)
     if not accelerator.is_main_process:
         return {}, ""
     differences = {
-        name: paired_interval(rows["trained"][name].correct, rows[start][name].correct) for name in rows["trained"]
+        name: paired_interval(rows["trained"][name].correct, rows[start][name].correct)
+        for name in (rows["trained"] if start in rows else ())
     }
     results: dict[str, Any] = {"scores": scores_to_json(rows)}
     results[f"trained_minus_{start}"] = {

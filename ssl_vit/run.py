@@ -12,10 +12,11 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from ssl_vit import results, sharding
-from ssl_vit.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint
+from ssl_vit.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint, step_of
 from ssl_vit.compiling import compile_blocks, resolve_compile
 from ssl_vit.config import RunConfig, section
 from ssl_vit.cuda_graphs import BlockGraphs, resolve_cuda_graphs
+from ssl_vit.data.bad_images import look_beforehand
 from ssl_vit.data.decoded import open_decoded
 from ssl_vit.data.feed import Feed
 from ssl_vit.data.loader import Batches
@@ -32,13 +33,13 @@ from ssl_vit.distributed import (
 )
 from ssl_vit.export.provenance import facts
 from ssl_vit.faults import Faults
-from ssl_vit.heartbeat import State, beat
+from ssl_vit.heartbeat import State, beat, end_of_start
 from ssl_vit.metrics import MetricLog
 from ssl_vit.micro_batch import choose_micro_batch
 from ssl_vit.models.vit import choose_attention
 from ssl_vit.objectives.objective import Objective, Transform
 from ssl_vit.optim import build_optimizer
-from ssl_vit.run_folder import check_run_folder, open_run_folder
+from ssl_vit.run_folder import check_run_folder, go_on_as_before, open_run_folder
 from ssl_vit.sessions import note_session
 from ssl_vit.tracking import check_tracker
 
@@ -65,8 +66,13 @@ class Ending(Protocol):
         source: Any,  # what prepare returned
         judges: Any,
         step: int,
+        collapse: str,
     ) -> None:
-        """Write what the run ends with, and then its results.json, by which it is known to be finished."""
+        """Write what the run ends with, and then its results.json, by which it is known to be finished.
+
+        Args:
+            collapse: when the features collapsed and how, to be repeated; empty where they did not.
+        """
         ...
 
 
@@ -98,6 +104,11 @@ class Run:
     def folder(self) -> Path:
         return Path(self.config.output_dir)
 
+    @property
+    def progress(self) -> float:
+        """The share of the run that is done, by which all schedules go."""
+        return self.config.progress(self.step, self.num_steps)
+
 
 def set_up(config: RunConfig, ending: Ending = results) -> Run:
     """Build everything a run needs, and put it where its newest checkpoint left off.
@@ -105,6 +116,14 @@ def set_up(config: RunConfig, ending: Ending = results) -> Run:
     Raises:
         ValueError: settings or data that cannot work, in one line.
     """
+    try:
+        return _set_up(config, ending)
+    except BaseException as error:
+        end_of_start(Path(config.output_dir), error)
+        raise
+
+
+def _set_up(config: RunConfig, ending: Ending) -> Run:
     started = time.monotonic()
     check_run_folder(config)
     check_tracker(config.tracking)
@@ -119,6 +138,7 @@ def set_up(config: RunConfig, ending: Ending = results) -> Run:
     with accelerator.main_process_first():  # the first one fills the caches
         source = open_images(config.data)
         source, judges = ending.prepare(config, source)
+    config, lengthened = go_on_as_before(config, source.num_samples)
     num_steps = config.num_steps(source.num_samples)
     config, reasons = config.resolve(source.num_samples, len(source.class_names))
     check_run_folder(config)
@@ -128,12 +148,17 @@ def set_up(config: RunConfig, ending: Ending = results) -> Run:
     objective = config.build_objective()
     choose_attention(objective, objective.encoder.num_patches, accelerator.device, precision)
     transform = config.build_transform(objective.encoder)
-    pictures = source
+    pictures, num_channels = source, objective.encoder.in_chans
+    on_main_process(lambda: look_beforehand(source, config.data, num_channels))
     if isinstance(source, Source):
-        pictures = open_decoded(source, config.data, objective.encoder.in_chans)
+        pictures = open_decoded(source, config.data, num_channels)
+        on_main_process(lambda: look_beforehand(pictures, config.data, num_channels))
 
     accelerator.wait_for_everyone()  # so that nobody checks a folder that is being made
-    checkpoint = on_main_process(lambda: open_run_folder(config))
+    config, checkpoint = on_main_process(lambda: open_run_folder(config, lengthened))
+    if accelerator.is_main_process:
+        done = 0 if checkpoint is None else step_of(checkpoint)
+        beat(Path(config.output_dir), "starting", done, num_steps)
     optimizer = build_optimizer(objective, config.optim, precision)
     compiled = resolve_compile(config.compile, accelerator.device, num_steps, accelerator.is_fsdp2)
     num_micro = config.batch.num_micro(accelerator.num_processes)
@@ -178,6 +203,7 @@ def set_up(config: RunConfig, ending: Ending = results) -> Run:
             source,
             seed=config.seed,
             start_step=run.step,
+            num_steps=run.num_steps,
             num_processes=accelerator.num_processes,
             num_micro=run.num_micro,
             precision=precision,
@@ -274,6 +300,7 @@ def save(run: Run, *, is_last: bool) -> Path | None:
         **facts(run.objective, run.source, accelerator.device, accelerator.num_processes),
         "backbone": backbone_prefix(run.objective),
         "class_names": list(run.source.class_names),
+        "num_steps": run.num_steps,
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
         "faults": run.faults.to_plain(),
     }

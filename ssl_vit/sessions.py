@@ -20,6 +20,7 @@ import torch
 import ssl_vit
 from ssl_vit.config import differences
 from ssl_vit.data.sources import Source
+from ssl_vit.data.stored import locate
 from ssl_vit.data.streaming import Stream
 from ssl_vit.data.workers import num_cpus
 from ssl_vit.distributed import cpu_name
@@ -168,7 +169,7 @@ def fingerprint(source: Source | Stream) -> dict[str, Any]:
     for row in named.tolist():
         stored = source.rows[row][source.image_column] or {}
         path, data = stored.get("path") or "", stored.get("bytes")
-        size = _size(path) if data is None else len(data)
+        size = _size(locate(path, source.roots[source.part(row)]) if path else "") if data is None else len(data)
         digest.update(f"{path.removeprefix(root)}\0{size}\n".encode(errors="surrogateescape"))
     return {
         "rows": len(source),

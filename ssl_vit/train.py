@@ -12,6 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from ssl_vit import results, sharding
+from ssl_vit.by_products import by_product
 from ssl_vit.checkpoint import newest_checkpoint
 from ssl_vit.config import RunConfig, as_plain, parse_run
 from ssl_vit.data.bad_images import BadImages
@@ -25,6 +26,7 @@ from ssl_vit.distributed import (
     seed_step,
 )
 from ssl_vit.faults import SkippedSteps, SpikeWatch, spread, take_step
+from ssl_vit.front import stoppable
 from ssl_vit.metrics import CollapseAlarm, MetricLog
 from ssl_vit.micro_batch import explain_out_of_memory
 from ssl_vit.optim import clip_gradients, clip_groups, set_schedule
@@ -37,6 +39,7 @@ GO_ON = "The same command goes on from the newest checkpoint."
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
+@stoppable("The same command goes on from the newest checkpoint.")
 def main(defaults: RunConfig, quickstart: str | None = None, ending: Ending = results) -> int:
     """Entry point of the scripts that train: read the settings, train, return the exit code.
 
@@ -81,6 +84,13 @@ def train(run: Run) -> int:
         ValueError: the device's memory does not suffice, or an image cannot be decoded.
     """
     nothing_done = run.step == run.num_steps
+    if run.faults.collapse and run.config.on_collapse == "stop" and not is_done(run):
+        heartbeat(run, "stopped")
+        run.accelerator.print(
+            f"This run stopped since it collapsed at {run.faults.collapse}\n"
+            "--on_collapse warn goes on with it, --fresh starts it anew."
+        )
+        return EXIT_COLLAPSED
     try:
         with StopSignal(run.deadline).listening() as stop:
             while (code := train_steps(run, stop)) is None:
@@ -90,6 +100,9 @@ def train(run: Run) -> int:
         return code
     except torch.OutOfMemoryError:
         heartbeat(run, "failed")  # and what it means is said outside, where the tensors of the step are gone
+    except KeyboardInterrupt:
+        heartbeat(run, "stopped")
+        raise
     except BaseException:
         heartbeat(run, "failed")
         raise
@@ -147,7 +160,7 @@ def train_steps(run: Run, stop: StopSignal) -> int | None:
         for step in range(start_step, run.num_steps):
             trace.next_step()
             draw_picture(run, step, log)
-            progress = step / run.num_steps
+            progress = run.progress
             losses: dict[str, torch.Tensor] = {}
             for micro in range(run.num_micro):
                 waiting = time.perf_counter()
@@ -196,14 +209,16 @@ def train_steps(run: Run, stop: StopSignal) -> int | None:
                         log.say(f"WARNING: pictures that cannot be decoded are passed over; see {bad_images.path}")
                 values = log.write_interval(costly | settings, progress)
                 heartbeat(run, "training", values["images_per_second"])
-                if bad_images is not None:
-                    bad_images.check(done * config.batch.size)
                 # Weights that have hardly moved look like a collapse and are none.
                 judged = progress >= float(config.optim.warmup) and "loss" in values
                 diagnosis = objective.diagnose(values) if judged else None
                 if collapsed := alarm.raised(diagnosis):
-                    log.say(f"WARNING: collapse at step {done:,}. {diagnosis}")
+                    run.faults.collapse = f"step {done:,}. {diagnosis}"
+                    log.say(f"WARNING: collapse at {run.faults.collapse}")
                     collapsed = config.on_collapse == "stop"
+                elif alarm.is_over and run.faults.collapse:
+                    run.faults.collapse = ""
+                    log.say(f"note       no sign of collapse in the last {alarm.calm} log intervals")
             if save_due or signal_number or collapsed:
                 paused = log.pause()
                 with trace.part("checkpoint"):
@@ -211,12 +226,14 @@ def train_steps(run: Run, stop: StopSignal) -> int | None:
                 log.go_on(paused)
                 if signal_number or collapsed:
                     return stopped(run, folder, signal_number)
+            if bad_images is not None:
+                bad_images.check(done * config.batch.size)
             if run.judges and evaluate_every and done % evaluate_every == 0 and done < run.num_steps:
                 paused = log.pause()
                 heartbeat(run, "evaluating")
                 run.block_graphs.clear()  # the memory of a step, which the evaluation may need
                 judged_objective = sharding.whole(config, run.model, objective, device)
-                with as_written(run):
+                with as_written(run), by_product(f"evaluation at step {done:,}", log.say, shared=True):
                     run.ending.evaluate_in_training(config, accelerator, judged_objective, run.judges, done, log)
                 log.go_on(paused)
         if start_step < run.num_steps:
@@ -229,7 +246,7 @@ def draw_picture(run: Run, step: int, log: MetricLog) -> None:
     if results.is_picture_due(run.config, step, run.num_steps):
         paused = log.pause()
         objective = sharding.whole(run.config, run.model, run.objective, run.accelerator.device)
-        with as_written(run):
+        with as_written(run), by_product(f"figure at step {step:,}", log.say):
             results.draw_in_training(run.config, run.accelerator, objective, run.source, step, log)
         log.go_on(paused)
 
@@ -239,7 +256,9 @@ def stopped(run: Run, folder: Path | None, signal_number: int) -> int:
     where = f"at step {run.step:,} of {run.num_steps:,}"
     heartbeat(run, "stopped")
     if not signal_number:
-        run.accelerator.print(f"Stopped {where} (--on_collapse stop), saved {folder}.")
+        run.accelerator.print(
+            f"Stopped {where} (--on_collapse stop), saved {folder}. --on_collapse warn goes on from there."
+        )
         return EXIT_COLLAPSED
     why = f"after {run.config.max_hours:g} hours" if signal_number == OUT_OF_TIME else "by a signal"
     run.accelerator.print(f"Stopped {why} {where} and saved {folder}. The same command goes on from there.")
@@ -263,20 +282,28 @@ def go_back(run: Run, step: int, log: MetricLog) -> None:
     )
     log.write({"step": step + 1, "rewound_to": run.step})
     run.step = step + 1
-    run.faults = replace(run.faults, rewinds=faults.rewinds + 1, skipped_steps=faults.skipped_steps)
+    run.faults = replace(faults, rewinds=faults.rewinds + 1, recent_losses=run.faults.recent_losses)
     save(run, is_last=True)
 
 
 def finish(run: Run, nothing_done: bool) -> None:
     """Write what a run ends with, unless it was there when nothing was left to do."""
     config, accelerator = run.config, run.accelerator
-    # What the main process sees counts: it may write the file before another one looks.
-    if nothing_done and broadcast_object_list([is_finished(run.folder, run.num_steps)])[0]:
+    if nothing_done and is_done(run):
         accelerator.print(f"This run is finished: {run.folder / RESULTS_FILE}. --fresh starts it anew.")
     else:
         heartbeat(run, "finishing")
         run.block_graphs.clear()
         objective = sharding.whole(config, run.model, run.objective, accelerator.device)
         with as_written(run):
-            run.ending.finish(config, accelerator, objective, run.source, run.judges, run.num_steps)
+            judges, collapse = run.judges, run.faults.collapse
+            run.ending.finish(config, accelerator, objective, run.source, judges, run.num_steps, collapse)
+    if run.faults.collapse:
+        accelerator.print(f"WARNING: the features of this backbone collapsed at {run.faults.collapse}")
     heartbeat(run, "finished")
+
+
+def is_done(run: Run) -> bool:
+    """Whether the run has all its steps and everything it ends with; every process calls this."""
+    # What the main process sees counts: it may write the file before another one looks.
+    return broadcast_object_list([run.step == run.num_steps and is_finished(run.folder, run.num_steps)])[0]

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import struct
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 
+import ssl_vit.run as run_module
 from scripts.finetune import DEFAULTS as FINETUNE
 from scripts.pretrain_mae import DEFAULTS
 from ssl_vit.evaluation import supervised
@@ -106,8 +109,14 @@ def start(photos: Path, run: Path, monkeypatch: pytest.MonkeyPatch, *flags: str)
 def test_a_run_of_too_many_stops_and_goes_on_where_more_are_allowed(
     photos: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, every = tmp_path / "run", "--checkpoint.every_steps=1"
-    assert start(photos, run, monkeypatch, every, "--data.max_bad_share=0.02") == 1
+    run, every, few = tmp_path / "run", "--checkpoint.every_steps=1", "--data.max_bad_share=0.02"
+    assert start(photos, run, monkeypatch, every, few) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: data.max_bad_share=0.02: 2 of the source's 40 images cannot be decoded; ")
+    assert "the PNG file is cut off. Repair or remove them" in line
+    assert not run.exists()
+    monkeypatch.setattr(run_module, "look_beforehand", lambda *_: None)  # as where headers tell nothing
+    assert start(photos, run, monkeypatch, every, few) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: data.max_bad_share=0.02: 2 of the source's 40 pictures cannot be decoded; ")
     assert line.endswith("The checkpoints before it are whole.")
@@ -127,8 +136,37 @@ def test_a_run_without_a_good_picture_stops(
     (tmp_path / "photos").mkdir()
     for number in range(3):
         (tmp_path / "photos" / f"{number}.jpg").write_bytes(b"no image")
+    assert start(tmp_path / "photos", tmp_path / "run", monkeypatch) == 2
+    assert "none of the 3 images looked at can be decoded" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(run_module, "look_beforehand", lambda *_: None)
     assert start(tmp_path / "photos", tmp_path / "run", monkeypatch) == 1
     assert "nor can any of the next" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_fresh_state")
+def test_a_run_that_ends_by_bad_images_after_its_last_step_leaves_its_checkpoint(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their headers are sound, so that they are found when they are drawn, and all are judged at the last step."""
+    shutil.copytree(photo_folder, tmp_path / "photos")
+    for name in BAD:
+        spoil_pixels(tmp_path / "photos" / name)
+    run, flags = tmp_path / "run", ["--steps=5", "--log_every=5", "--checkpoint.every_steps=100"]
+    assert start(tmp_path / "photos", run, monkeypatch, *flags, "--data.max_bad_share=0.02") == 1
+    assert "2 of the source's 40 pictures cannot be decoded" in capsys.readouterr().err
+    assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["step-00000005"]
+    assert start(tmp_path / "photos", run, monkeypatch, *flags) == 0
+    assert len(losses(run)) == 1
+
+
+def spoil_pixels(png: Path) -> None:
+    """Replace what a PNG file's pixels are compressed to, with the checksum that belongs to it."""
+    data = png.read_bytes()
+    at = data.index(b"IDAT") - 4
+    length = struct.unpack_from(">I", data, at)[0]
+    chunk = b"IDAT" + bytes(length)
+    png.write_bytes(data[: at + 4] + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[at + 12 + length :])
 
 
 @pytest.mark.usefixtures("_fresh_state")

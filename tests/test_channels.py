@@ -34,6 +34,7 @@ def bands(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("objective", "small", "cache"), [("mae", SMALL_RUN, "ram"), ("dino", SMALL_DINO, "none")])
 def test_twelve_bands_of_no_square_are_learned_from(
     bands: Path,
+    photo_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -56,3 +57,12 @@ def test_twelve_bands_of_no_square_are_learned_from(
     )
     encoder = load_backbone(tmp_path / "run")
     assert encoder(torch.zeros(1, 12, 24, 40)).patches.shape == (1, 15, 32)
+    if objective == "mae":
+        before = sorted(tmp_path.iterdir())
+        for output in ("run", "continued"):  # one is there, and would be moved aside
+            rgb = [f"--data.source={photo_folder}", f"--output_dir={tmp_path / output}", "--steps=2", "--fresh"]
+            monkeypatch.setattr("sys.argv", ["pretrain.py", *small, *rgb, f"--encoder.pretrained={tmp_path / 'run'}"])
+            capsys.readouterr()
+            assert main(importlib.import_module("scripts.pretrain_mae").DEFAULTS) == 2
+            assert "none of the 40 images looked at can be decoded with encoder.in_chans=12" in capsys.readouterr().err
+        assert sorted(tmp_path.iterdir()) == before

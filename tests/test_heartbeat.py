@@ -42,7 +42,14 @@ def test_a_run_tells_all_that_it_does(
     for name in ("evaluate_in_training", "finish"):  # which take longer than all the rest
         monkeypatch.setattr(results, name, lambda *_: None)
     start("--evaluation.every_steps=2", "--log_every=3", labels=True, steps=3)
-    assert seen == [("training", 0), ("evaluating", 2), ("training", 3), ("finishing", 3), ("finished", 3)]
+    assert seen == [
+        ("starting", 0),
+        ("training", 0),
+        ("evaluating", 2),
+        ("training", 3),
+        ("finishing", 3),
+        ("finished", 3),
+    ]
 
 
 def test_a_run_out_of_time_saves_and_goes_on_later(

@@ -105,6 +105,7 @@ def finish(
     source: Source | Stream,
     judges: Judges,
     step: int,
+    collapse: str = "",
 ) -> None:
     """Pick the best head, test it, print the tables, and export the classifier of a fine-tuning."""
     folder = Path(config.output_dir)

@@ -77,6 +77,8 @@ def _describe(trained: Trained) -> Iterator[tuple[str, Any]]:
     if objective is None:
         return
     yield "objective", _PAPERS.get(objective, objective)
+    if known.get("collapse"):
+        yield "warning", f"its features collapsed at {known['collapse']}"
     if known.get("weights"):
         yield "weights", known["weights"]
     images = f", {known['num_images']:,} images" if known.get("num_images") else ""

@@ -39,4 +39,5 @@ def provenance(settings: dict[str, Any], state: dict[str, Any]) -> dict[str, Any
         "pretrained": settings["encoder"].get("pretrained"),
         "seed": settings["seed"],
         "hardware": state.get("hardware"),
+        "collapse": state.get("faults", {}).get("collapse") or None,
     }
