@@ -12,7 +12,6 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
-from ssl_vit.data.decode import decode
 from ssl_vit.data.formats import contents, file_format
 from ssl_vit.data.sources import Source
 
@@ -119,7 +118,7 @@ def read_pictures(source: Source, rows: Int64[np.ndarray, " r"], num_channels: i
         data = None
         try:
             data = source.encoded(row)
-            pixels = decode(data, num_channels)
+            pixels = source.decode(row, data, num_channels)
         except (ValueError, OSError) as error:
             found.formats[file_format(data)] += 1
             found.num_unreadable += 1

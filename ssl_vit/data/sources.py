@@ -91,8 +91,7 @@ class Source:
             ValueError: the image cannot be decoded. Names the source, the row and, if any, the path.
         """
         try:
-            pages = self.pages if isinstance(self.pages, str) else int(self.pages[index])
-            return decode(self.file(index), num_channels, self.max_pixels, pages)
+            return self.decode(index, self.file(index), num_channels)
         except (ValueError, OSError) as error:
             raise ValueError(f"{self.where(index)}: {error}") from error
 
@@ -108,6 +107,11 @@ class Source:
     def part(self, index: int) -> int:
         """Which source of the mixture a row is of; 0 where there is only one."""
         return 0 if self.mixture is None else int(self.mixture.origin[index])
+
+    def decode(self, index: int, data: bytes | Path, num_channels: int) -> UInt8[Tensor, "{num_channels} h w"]:
+        """Decode the file of a row by the source's settings; raises the reason alone."""
+        pages = self.pages if isinstance(self.pages, str) else int(self.pages[index])
+        return decode(data, num_channels, self.max_pixels, pages)
 
     def note_of_dropped(self, num_channels: int) -> str | None:
         """A sentence on what is not used of a few images of the source, by their headers; None where all is."""

@@ -38,6 +38,8 @@ class PicturesConfig:
     """Split of the source."""
     image_column: str | None = None
     """Column that holds the images; found by its type where there is only one."""
+    pages: Literal["first", "channels", "images"] = "first"
+    """Of files of several pages or frames: the first, a TIFF's as channels of one image, or each as an image."""
     allow_outside_paths: bool = False
     """Whether rows of tables may name image files outside the folder of their source. Only for those that you trust."""
     image_size: int | tuple[int, int] | None = None
@@ -261,7 +263,8 @@ def data_config(backbone: Backbone, config: PicturesConfig, label_column: str | 
     if source is None:
         raise ValueError("--source: name the pictures")
     mean, std = backbone.transform.mean, backbone.transform.std
-    return DataConfig(source, config.split, config.image_column, label_column, mean, std, config.allow_outside_paths)
+    outside, pages = config.allow_outside_paths, config.pages
+    return DataConfig(source, config.split, config.image_column, label_column, mean, std, outside, pages=pages)
 
 
 @stoppable()

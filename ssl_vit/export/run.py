@@ -111,11 +111,11 @@ def open_trained(path: str | Path, weights: str | None = None) -> Trained:
 def data_settings(trained: Trained, source: str | None = None) -> DataConfig:
     """How the pictures of `source` are read, or those that a backbone was trained on, as far as that is known."""
     settings_file = trained.folder / CONFIG_FILE
-    if source is None and settings_file.is_file():
-        return DataConfig(**tuples_of(yaml.safe_load(settings_file.read_text())["data"]))
-    return DataConfig(
-        source or trained.provenance.get("source") or "", mean=trained.mean, std=trained.std, label_column="none"
-    )
+    known = yaml.safe_load(settings_file.read_text())["data"] if settings_file.is_file() else {}
+    if source is None and known:
+        return DataConfig(**tuples_of(known))
+    name, pages = source or trained.provenance.get("source") or "", known.get("pages", "first")
+    return DataConfig(name, mean=trained.mean, std=trained.std, pages=pages, label_column="none")
 
 
 def is_fine_tuned(path: Path) -> bool:

@@ -42,9 +42,10 @@ def open_pictures(
     files = [Path(item) for item in given]
     if len(files) > 1 or (files and files[0].is_file() and files[0].suffix != ".parquet"):
         decoded = []
+        pages = "channels" if data_settings(trained).pages == "channels" else "first"
         for path in files:
             try:
-                decoded.append(decode(path, channels))
+                decoded.append(decode(path, channels, pages=pages))
             except (OSError, ValueError) as error:
                 raise ValueError(f"{path}: cannot be shown: {error}") from error
         source, rows, names = None, (), tuple(path.name for path in files)

@@ -120,3 +120,16 @@ def test_labels_are_counted_over_the_whole_source(photo_folder: Path) -> None:
     assert (counts.num_classes, counts.num_unlabelled) == (2, 0)
     assert (counts.smallest, counts.largest) == (Class("square", 5), Class("disc", 20))
     assert count_labels(open_source(DataConfig(source=str(photo_folder), label_column="none"))) is None
+
+
+def test_what_files_hold_is_counted_whatever_of_it_is_read(tmp_path: Path) -> None:
+    pages = [Image.fromarray(noise(16, 16, dtype=np.uint16)) for _ in range(5)]
+    for number in range(3):
+        pages[0].save(tmp_path / f"{number}.tif", save_all=True, append_images=pages[1:])
+    settings = DataConfig(source=str(tmp_path), mean=(0.5,) * 5, std=(0.2,) * 5, pages="channels", max_pixels=16 * 16)
+    found = read(open_source(settings), num_channels=5)
+    assert (found.num_readable, found.num_16_bit, len(found.mean)) == (3, 3, 5)
+    assert found.channels == {"5 pages of greyscale": 3}
+    assert not found.is_grey
+    limited = read(open_source(DataConfig(source=str(tmp_path), max_pixels=100)), num_channels=1)
+    assert "data.max_pixels=100" in limited.unreadable[0].reason
