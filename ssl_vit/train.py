@@ -211,7 +211,8 @@ def train_steps(run: Run, stop: StopSignal) -> int | None:
                 heartbeat(run, "training", values["images_per_second"])
                 # Weights that have hardly moved look like a collapse and are none.
                 judged = progress >= float(config.optim.warmup) and "loss" in values
-                diagnosis = objective.diagnose(values) if judged else None
+                known = {**as_plain(config), "num_images": run.source.num_samples}
+                diagnosis = objective.diagnose(values, known) if judged else None
                 if collapsed := alarm.raised(diagnosis):
                     run.faults.collapse = f"step {done:,}. {diagnosis}"
                     log.say(f"WARNING: collapse at {run.faults.collapse}")

@@ -340,6 +340,7 @@ def test_collapse_is_warned_of_once_and_stops_the_run_where_asked(
     assert start(*flags, "--on_collapse=stop", steps=60, objective="dino") == 3
     text = capsys.readouterr().out
     assert "WARNING: collapse at step" in text
+    assert ". objective.ema_momentum 0 makes" in text
     assert "(--on_collapse stop), saved" in text
     assert len(list_checkpoints(tmp_path / "run")) == 1
 

@@ -1,14 +1,12 @@
 """What would stop or spoil a run, and what deserves a thought, in words that say what to do."""
 
-import dataclasses
-
 import numpy as np
 
 from ssl_vit.config import RunConfig
 from ssl_vit.data.doctor import LabelCounts, Pictures
 from ssl_vit.data.multicrop import MultiCropConfig
 from ssl_vit.models.encoder import Encoder
-from ssl_vit.objectives.objective import RunSize
+from ssl_vit.objectives.recipes import choose_num_prototypes
 
 MOST_UNREADABLE = 0.01  # share of the pictures
 _MANY_DUPLICATES = 0.01
@@ -102,13 +100,11 @@ def _prototypes(config: RunConfig, num_images: int) -> list[str]:
     given = getattr(config.objective, "num_prototypes", None)
     if not isinstance(given, int):
         return []
-    size = RunSize(num_images, config.batch.size, config.num_steps(num_images))
-    auto = dataclasses.replace(config.objective, num_prototypes="auto").resolve(size)["num_prototypes"].value
+    auto = choose_num_prototypes(num_images)
     if given <= 4 * auto:
         return []
     return [
-        f"prototypes: objective.num_prototypes {given:,} are many for {num_images:,} images; "
-        f"auto would take {auto:,.0f}"
+        f"prototypes: objective.num_prototypes {given:,} are many for {num_images:,} images; auto would take {auto:,}"
     ]
 
 

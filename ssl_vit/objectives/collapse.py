@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -9,6 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_vit.distributed import max_over_processes, world_size
+from ssl_vit.objectives.recipes import choose_num_prototypes
+
+RECIPE_LR = {"linear": 5e-4, "sqrt": 4e-3}
+"""optim.base_lr of DINO and of DINOv2, by optim.lr_scaling."""
 
 
 def feature_std(features: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
@@ -54,31 +59,88 @@ class PrototypeUse:
         return share
 
 
-def diagnose(values: Mapping[str, float], num_prototypes: int) -> str | None:
-    """Say in one sentence whether the averages of a log interval mean collapse; None where they do not.
+def diagnose(
+    values: Mapping[str, float], objective: Mapping[str, Any], run: Mapping[str, Any] | None = None
+) -> str | None:
+    """Say whether the averages of a log interval mean collapse, and what to change; None where they do not.
+
+    Settings of the run that alone explain a collapse come first, then what helps in general.
 
     Args:
         values: teacher_entropy and kl in nats; feature_std (0 to 1) of the teacher's class tokens; prototypes_used
             (0 to 1).
+        objective: settings of DINO or DINOv2, resolved.
+        run: settings as in a run's config.yaml, and `num_images` of its source, as far as they are known.
     """
-    uniform = math.log(num_prototypes)
+    uniform = math.log(objective["num_prototypes"])
     entropy, kl = values["teacher_entropy"], values["kl"]
-    if entropy > 0.98 * uniform and abs(kl) < 0.02 * uniform:
-        return (
+    is_uniform = entropy > 0.98 * uniform and abs(kl) < 0.02 * uniform
+    if is_uniform:
+        what = (
             f"The loss stands at ln K = {uniform:.2f}: teacher and student give every prototype the same probability "
-            f"(teacher entropy {entropy:.2f}). Sharpen the teacher with a lower objective.teacher_temp and "
-            "objective.warmup_teacher_temp, lengthen objective.freeze_last_layer, or halve optim.base_lr."
+            f"(teacher entropy {entropy:.2f})."
         )
-    if entropy < 0.02 * uniform and abs(kl) < 0.05 * uniform and values["prototypes_used"] < 0.1:
-        return (
-            f"All images fall on the same few prototypes ({values['prototypes_used']:.1%} of those that could be). "
-            "Make sure that the teacher is centred (objective.centering), raise objective.teacher_temp, or halve "
-            "optim.base_lr."
+        advice = (
+            "a lower objective.teacher_temp and objective.warmup_teacher_temp, a longer objective.freeze_last_layer"
         )
-    if values["feature_std"] < 0.05:
-        return (
-            f"All images get nearly the same features (spread {values['feature_std']:.3f} of 1). Make sure that the "
-            "teacher is centred (objective.centering) and moves slowly (objective.ema_momentum .99 or more), then "
-            "halve optim.base_lr."
+    elif entropy < 0.02 * uniform and abs(kl) < 0.05 * uniform and values["prototypes_used"] < 0.1:
+        what = f"All images fall on the same few prototypes ({values['prototypes_used']:.1%} of those that could be)."
+        advice = "a higher objective.teacher_temp, fewer prototypes (objective.num_prototypes)"
+    elif values["feature_std"] < 0.05:
+        what = f"All images get nearly the same features (spread {values['feature_std']:.3f} of 1)."
+        advice = "a slower teacher (a higher objective.ema_momentum)"
+    else:
+        return None
+    found = causes({**(run or {}), "objective": objective}, is_uniform=is_uniform)
+    return " ".join([what, *found, f"{'Else try' if found else 'Try'} {advice}, or half the optim.base_lr."])
+
+
+def causes(settings: Mapping[str, Any], *, is_uniform: bool) -> list[str]:
+    """Sentences on settings that alone explain a collapse, the surest first; README's "If it collapses" has them too.
+
+    Args:
+        settings: as in a run's config.yaml, and `num_images`; what is not there is passed over.
+        is_uniform: whether all prototypes are alike, which centring brings about; else all images are.
+    """
+    objective, optim = settings.get("objective") or {}, settings.get("optim") or {}
+
+    def number(section: Mapping[str, Any], key: str) -> float:
+        value = section.get(key)
+        return float(value) if isinstance(value, int | float) else math.nan  # of which no comparison is true
+
+    batch, num_images = number(settings.get("batch") or {}, "size"), number(settings, "num_images")
+    found = []
+    for name, remedy in (("ema_momentum", "auto, or .99 and more"), ("ema_momentum_end", "1")):
+        if number(objective, name) < 0.9:
+            momentum = f"objective.{name} {number(objective, name):g}"
+            found.append(f"{momentum} makes the teacher a copy of the student: {remedy}.")
+    base_lr, recipe = number(optim, "base_lr"), RECIPE_LR.get(optim.get("lr_scaling", ""), math.nan)
+    # Smaller batches bear more, by the square root for Adam; quickstart_dino.yaml has 16 times the recipe's.
+    if base_lr > min(4.5 * max(1.0, (512 / batch) ** 0.5), 18.0) * recipe:
+        found.append(f"optim.base_lr {base_lr:g} is {base_lr / recipe:.3g} times the recipe's {recipe:g}: lower it.")
+    centering = objective.get("centering")
+    if centering == "none" or (centering == "center" and number(objective, "center_momentum") == 1):
+        setting = "objective.centering none" if centering == "none" else "objective.center_momentum 1"
+        found.append(f"{setting} leaves the teacher without a centre: objective.centering center or sinkhorn.")
+    temp, at_start = number(objective, "teacher_temp"), number(objective, "warmup_teacher_temp")
+    if is_uniform and max(temp, at_start) > 0.07:
+        found.append(f"objective.teacher_temp {max(temp, at_start):g} is too blunt, above .07.")
+    elif is_uniform and temp > 0.04 and number(objective, "teacher_temp_warmup") == 0:
+        found.append(f"objective.teacher_temp_warmup 0 starts at {temp:g}: .3, from .04 on.")
+    elif not is_uniform and min(temp, at_start) < 0.02:
+        found.append(f"objective.teacher_temp {min(temp, at_start):g} is too sharp, below .02.")
+    prototypes = number(objective, "num_prototypes")
+    if num_images > 0 and prototypes > 4 * choose_num_prototypes(int(num_images)):
+        found.append(f"objective.num_prototypes {prototypes:,.0f} are many for {num_images:,.0f} images: auto.")
+    decays = [number(optim, name) for name in ("weight_decay", "weight_decay_end")]
+    if any(decay > 1 for decay in decays):
+        found.append(
+            f"optim.weight_decay {max(decay for decay in decays if decay > 1):g} is above 1; the recipes end at .4."
         )
-    return None
+    if number(optim, "warmup") == 0:
+        found.append("optim.warmup 0 starts at the full learning rate: auto.")
+    if batch < 64:
+        found.append(
+            f"batch.size {batch:g} is small: 256 and more, accumulated where memory is short (batch.per_device)."
+        )
+    return found

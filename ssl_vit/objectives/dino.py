@@ -257,8 +257,8 @@ class DINO(Objective):
             "prototypes_used": self._prototype_use.read(),
         }
 
-    def diagnose(self, values: Mapping[str, float]) -> str | None:
-        return diagnose(values, self.num_prototypes)
+    def diagnose(self, values: Mapping[str, float], run: Mapping[str, Any] | None = None) -> str | None:
+        return diagnose(values, vars(self.config), run)
 
     def backbone(self) -> Encoder:
         return self.teacher_encoder

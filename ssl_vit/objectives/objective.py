@@ -124,8 +124,12 @@ class Objective(nn.Module):
         """Scalars that are too costly for every step; called on every process at log steps, after `forward`."""
         return {}
 
-    def diagnose(self, values: Mapping[str, float]) -> str | None:
-        """What is wrong and what to change, by the averages of a log interval; None if all is well."""
+    def diagnose(self, values: Mapping[str, float], run: Mapping[str, Any] | None = None) -> str | None:
+        """What is wrong and what to change, by the averages of a log interval; None if all is well.
+
+        Args:
+            run: settings as in the run's config.yaml, and `num_images` of its source.
+        """
         return None
 
     def backbone(self) -> Encoder:

@@ -7,6 +7,11 @@ from ssl_vit.objectives.objective import Resolved, RunSize
 _LARGE = 100_000  # images from which on the teacher is warmed up to the papers' .07
 
 
+def choose_num_prototypes(num_images: int) -> int:
+    """About one for 16 images, from 512 to 65,536."""
+    return min(max(2 ** round(math.log2(num_images / 16)), 512), 65536)
+
+
 def resolve_distillation(
     size: RunSize, *, warmup_teacher_temp: float, teacher_temp: float | None, teacher_images: int
 ) -> dict[str, Resolved]:
@@ -18,7 +23,6 @@ def resolve_distillation(
         teacher_images: how many images the teacher averages over in the paper.
     """
     images, epochs = f"{size.num_samples:,} images", size.epochs
-    prototypes = 2 ** round(math.log2(size.num_samples / 16))
     span = teacher_images / size.batch_size
     most = size.num_steps / 20
     steps = max(min(span, most), 10)
@@ -29,7 +33,7 @@ def resolve_distillation(
     freeze = min(1 / epochs, 0.1)
     return {
         "num_prototypes": Resolved(
-            min(max(prototypes, 512), 65536),
+            choose_num_prototypes(size.num_samples),
             f"about one for 16 images, from 512 to 65,536, for {images}",
         ),
         "teacher_temp": Resolved(

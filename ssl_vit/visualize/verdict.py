@@ -71,7 +71,8 @@ def _collapse(run: RunData, records: Sequence[Mapping[str, Any]]) -> str | None:
     last = records[-PATIENCE:]
     if not isinstance(prototypes, int) or not all(_is_finite(record.get(name)) for record in last for name in needed):
         return None
-    signs = [diagnose(record, prototypes) for record in last]
+    known = {**run.settings, "num_images": run.provenance.get("num_images")}
+    signs = [diagnose(record, run.settings["objective"], known) for record in last]
     return signs[-1] if all(signs) else None
 
 
