@@ -1,7 +1,7 @@
 """Write one HTML file about a run, or several side by side: how it goes, curves, pictures, scores, settings.
 
 python scripts/report.py RUN                   RUN/report.html; a run that still trains may be looked at too
-python scripts/report.py RUN_A RUN_B           compared, in RUN_A/report.html unless --out says otherwise
+python scripts/report.py RUN_A RUN_B           which is better, in RUN_A/report.html unless --out says otherwise
 
 The file holds everything it shows and asks the network for nothing.
 """
@@ -16,7 +16,9 @@ from ssl_vit.front import heed_signals, stoppable
 if __name__ == "__main__":
     heed_signals()
 
-from ssl_vit.visualize.report import write_report
+from ssl_vit.visualize.comparison import compare
+from ssl_vit.visualize.report import distinct, write_report
+from ssl_vit.visualize.run_data import read_run
 
 
 @stoppable()
@@ -32,6 +34,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    runs = [read_run(folder) for folder in given.runs]
+    for sentence in compare(runs, distinct([run.name for run in runs])):
+        print(sentence)
     for note in notes:
         print(f"note: {note}")
     print(f"{out}   {out.stat().st_size / 1e6:.1f} MB")

@@ -53,6 +53,19 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
+def newcombe_interval(share_a: float, trials_a: int, share_b: float, trials_b: int) -> tuple[float, float, float]:
+    """Difference of two independent shares, a - b, with its 95 % interval (Newcombe 1998, method 10).
+
+    Returns:
+        (difference, low, high)
+    """
+    low_a, high_a = wilson_interval(round(share_a * trials_a), trials_a)
+    low_b, high_b = wilson_interval(round(share_b * trials_b), trials_b)
+    difference = share_a - share_b
+    low = difference - ((share_a - low_a) ** 2 + (high_b - share_b) ** 2) ** 0.5
+    return difference, low, difference + ((high_a - share_a) ** 2 + (share_b - low_b) ** 2) ** 0.5
+
+
 def paired_interval(correct_a: Bool[np.ndarray, " a"], correct_b: Bool[np.ndarray, " b"]) -> tuple[float, float, float]:
     """Difference of two accuracies on the same pictures, a - b, with its 95 % interval.
 

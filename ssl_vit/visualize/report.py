@@ -16,6 +16,7 @@ from PIL import Image
 
 from ssl_vit.config import differences
 from ssl_vit.export.run import open_trained
+from ssl_vit.visualize.comparison import SCORES, compare
 from ssl_vit.visualize.film import Frame, spread
 from ssl_vit.visualize.inputs import open_pictures
 from ssl_vit.visualize.panel import panel_data
@@ -27,7 +28,6 @@ _PICTURES_BYTES = 4_500_000  # of all runs together, before base64
 _PANEL_BYTES = 6_000_000  # of one run
 _FRAME_BYTES = 50_000  # what stands around the panels: controls, names, reasons
 _MAX_POINTS = 600  # of a curve
-_SCORES = {"knn": "k-NN", "linear": "linear probe"}
 # Name in metrics.jsonl -> title, unit and what it means. Others that a run has logged come after these, by their names.
 _CURVES = {
     "loss": ("Loss", "", "what is minimised"),
@@ -100,7 +100,7 @@ def render(runs: Sequence[RunData], panels: Sequence[dict[str, Any] | str] = ())
         panels: of each run what its panel shows, or the reason why there is none; nothing leaves the panels out.
     """
     most_pictures = _PICTURES_BYTES // len(runs)
-    names = _distinct([run.name for run in runs])
+    names = distinct([run.name for run in runs])
     told = [_about(run, name, most_pictures) for run, name in zip(runs, names, strict=True)]
     shown = [panel if isinstance(panel, dict) else None for panel in panels]
     data = {
@@ -115,6 +115,7 @@ def render(runs: Sequence[RunData], panels: Sequence[dict[str, Any] | str] = ())
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string((templates / "report.html").read_text(encoding="utf-8")).render(
         runs=told,
+        comparison=compare(runs, names),
         differing=_differing(runs),
         unchanged=_unchanged(runs),
         panels=[name for name, panel in zip(names, shown, strict=False) if panel is not None],
@@ -164,7 +165,7 @@ def _about(run: RunData, name: str, most_bytes: int) -> dict[str, Any]:
             {
                 "file": file,
                 "row": row,
-                "column": _SCORES.get(column, column),
+                "column": SCORES.get(column, column),
                 "value": f"{100 * value:.1f} %",
                 "interval": interval,
             }
@@ -272,7 +273,7 @@ def _differing(runs: Sequence[RunData]) -> list[dict[str, Any]]:
     return found
 
 
-def _distinct(names: Sequence[str]) -> list[str]:
+def distinct(names: Sequence[str]) -> list[str]:
     """Runs of the same folder name get numbers."""
     return [
         f"{name} ({names[: place + 1].count(name)})" if list(names).count(name) > 1 else name

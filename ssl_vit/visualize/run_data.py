@@ -11,6 +11,7 @@ from ssl_vit.checkpoint import STATE_FILE, newest_checkpoint
 from ssl_vit.export.backbone import CONFIG_FILE as EXPORT_FILE
 from ssl_vit.export.card import found_scores
 from ssl_vit.run_folder import CONFIG_FILE, METRICS_FILE, RESULTS_FILE
+from ssl_vit.sessions import PROVENANCE_FILE
 from ssl_vit.visualize.film import Frame, list_frames
 
 # Of a metrics.jsonl line: where it stands, not what was measured there.
@@ -32,6 +33,8 @@ class RunData:
     scores: list[tuple[str, str, str, float, str]]
     """(file, row, column, share of 1, interval as text) of every score in the folder."""
     provenance: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str | None = None
+    """Of the images that were learned from, as far as it was noted."""
     frames: list[Frame] = field(default_factory=list)
     picture: Path | None = None
     """What the run ended with."""
@@ -80,6 +83,7 @@ def read_run(folder: Path) -> RunData:
         results=_read_json(folder / RESULTS_FILE),
         scores=list(found_scores(folder)),
         provenance=_provenance(folder),
+        fingerprint=_fingerprint(folder),
         frames=list_frames(folder),
         picture=next((path for path in pictures if path.is_file()), None),
     )
@@ -108,6 +112,11 @@ def _provenance(folder: Path) -> dict[str, Any]:
         known = _read_json(checkpoint / STATE_FILE) or {}
     wanted = ("objective", "version", "torch", "timm", "hardware", "source", "num_images", "attribution", "pretrained")
     return {name: known[name] for name in wanted if known.get(name) is not None}
+
+
+def _fingerprint(folder: Path) -> str | None:
+    sessions = (_read_json(folder / PROVENANCE_FILE) or {}).get("sessions") or [{}]
+    return sessions[-1].get("data", {}).get("sha256")
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
