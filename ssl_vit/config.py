@@ -269,7 +269,7 @@ def parse_run(defaults: RunConfig, args: Sequence[str] | None = None) -> RunConf
     config = RunConfig(**sections)
     if not any(word.partition("=")[0] == "--output_dir" for word in flags) and (own := _run_of(files)) is not None:
         return dataclasses.replace(config, output_dir=str(own))
-    return config if config.output_dir else dataclasses.replace(config, output_dir=_own_folder(config))
+    return config if config.output_dir else dataclasses.replace(config, output_dir=own_folder(config))
 
 
 def _parse(defaults: RunConfig, words: list[str], keys: dict[str, Any]) -> Namespace:
@@ -351,7 +351,8 @@ def _run_of(files: list[str]) -> Path | None:
     return None
 
 
-def _own_folder(config: RunConfig) -> str:
+def own_folder(config: RunConfig) -> str:
+    """The folder of a run that names none."""
     objective = type(config.objective).__name__.removesuffix("Config").lower()
     given = config.data.source
     names = [name.rstrip("/").rpartition("/")[2] for name in ([given] if isinstance(given, str) else given)]

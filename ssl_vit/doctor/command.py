@@ -1,6 +1,8 @@
 """What scripts/doctor.py does once it knows what was asked for."""
 
+import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from ssl_vit.config import RunConfig, parse_run
+from ssl_vit.config import RunConfig, as_plain, own_folder, parse_run
 from ssl_vit.data.sources import open_source
-from ssl_vit.doctor.diagnose import Measure, diagnose
+from ssl_vit.doctor.diagnose import Measure, adopt, diagnose
 from ssl_vit.doctor.page import as_text
 
 
@@ -29,7 +31,8 @@ def examine(
         defaults: of the objective's script.
         settings: flags of that script, `--data.source` among them.
         sample: pictures to read; None for all.
-        config_file: YAML to write; None for none.
+        config_file: YAML to write: the settings given, with the mean, deviation and channels that were measured; the
+            run is then judged by it. None for none.
 
     Returns:
         The exit code: 0, 1 where something would stop or spoil a run, 2 where settings or source cannot be used.
@@ -45,13 +48,13 @@ def examine(
             text += f". Settings were read as {type(defaults.objective).__name__}'s; --objective names another"
         print(f"error: {text}", file=sys.stderr)
         return 2
-    facts = diagnose(config, source, sample=sample, step=step)
+    facts = diagnose(config, source, sample=sample, step=step, adopts=config_file is not None)
     print(json.dumps(facts, indent=2) if as_json else as_text(facts, step_is_off=step == "false"))
     if config_file is not None and facts["settings"] is None:
         print(f"--write_config={config_file}: not written, since no picture can be read", file=sys.stderr)
     elif config_file is not None:
         try:
-            write_settings(facts["settings"], config_file)
+            write_settings(defaults, adopt(config, facts["settings"]), config_file)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
@@ -59,15 +62,29 @@ def examine(
     return 1 if facts["problems"] else 0
 
 
-def write_settings(settings: dict[str, Any], file: Path) -> None:
-    """Write source, mean, deviation and channels as a config that pre-training takes.
+def write_settings(defaults: RunConfig, config: RunConfig, file: Path) -> None:
+    """Write what a run's settings have other than its script's as a config that this script takes.
 
     Raises:
         ValueError: the file cannot be written.
     """
-    text = yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, allow_unicode=True)
+    values, usual = as_plain(config), as_plain(defaults)
+    if config.output_dir == own_folder(config):
+        values["output_dir"] = usual["output_dir"]  # follows from the others again
+    changed: dict[str, Any] = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(getattr(config, name)):
+            value = {key: entry for key, entry in value.items() if entry != usual[name].get(key, ...)}
+            if value:
+                changed[name] = value
+        elif value != usual[name] and name not in ("fresh", "quiet"):  # these belong to one call
+            changed[name] = value
+    script = f"scripts/pretrain_{type(config.objective).__name__.removesuffix('Config').lower()}.py"
+    text = f"# accelerate launch {script} --config {shlex.quote(str(file))}\n" + yaml.safe_dump(
+        changed, sort_keys=False, default_flow_style=None, allow_unicode=True
+    )
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
+        file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ValueError(f"--write_config={file}: cannot be written ({error.strerror}); name another file") from error

@@ -16,6 +16,7 @@ from ssl_vit.data.workers import num_cpus
 from ssl_vit.distributed import use_all_cpus
 from ssl_vit.doctor.cost import build_on_meta, measure_crops, measure_step, model_memory, pace
 from ssl_vit.doctor.findings import (
+    normalisation,
     problems_of_pictures,
     problems_of_size,
     suggested_channels,
@@ -30,7 +31,9 @@ _CROPPED = 64  # pictures whose crops are timed
 _SMALL_MODEL = 50_000_000  # trainable parameters up to which a step is measured on a CPU unasked
 
 
-def diagnose(config: RunConfig, source: Source, *, sample: int | None, step: Measure = "auto") -> dict[str, Any]:
+def diagnose(
+    config: RunConfig, source: Source, *, sample: int | None, step: Measure = "auto", adopts: bool = False
+) -> dict[str, Any]:
     """Read a sample of the pictures, build the model, measure, and judge.
 
     Args:
@@ -38,6 +41,7 @@ def diagnose(config: RunConfig, source: Source, *, sample: int | None, step: Mea
         source: what `config.data` names.
         sample: pictures to read; None for all.
         step: whether to measure a training step; auto where there is a GPU or the model is small.
+        adopts: whether the run is judged with the mean, deviation and channels that were measured.
 
     Returns:
         Plain values that JSON takes, the same for the same arguments but for rates and what follows from them.
@@ -51,13 +55,17 @@ def diagnose(config: RunConfig, source: Source, *, sample: int | None, step: Mea
         pictures = read_pictures(source, rows, config.encoder.in_chans)
     problems = problems_of_pictures(pictures) + problems_of_size(config, len(source))
     warnings = warnings_of_pictures(pictures, labels, len(source))
-    run, more_problems, more_warnings = _examine_run(config, source, rows, pictures, step)
+    settings = suggest_settings(config, pictures)
+    judged = adopt(config, settings) if adopts and settings is not None else config
+    run, more_problems, more_warnings = _examine_run(judged, source, rows, pictures, step)
     return {
         "source": source.name,
+        "notes": list(source.notes),
         "num_images": len(source),
         **_describe(pictures, len(source)),
         "labels": None if labels is None else _plain(labels),
-        "settings": suggest_settings(config, pictures),
+        "pretrained": config.encoder.pretrained,
+        "settings": settings,
         "run": run,
         "load_per_core": load,
         "problems": problems + more_problems,
@@ -104,23 +112,27 @@ def _sizes(pictures: Pictures) -> dict[str, Any] | None:
 
 
 def suggest_settings(config: RunConfig, pictures: Pictures) -> dict[str, Any] | None:
-    """Settings of a run that follow from the pictures, by section; None if none can be read."""
+    """Mean, deviation and channels that suit the pictures, by section; None if none can be read.
+
+    Weights to start from keep the normalisation that they were trained with.
+    """
     if not pictures.num_readable:
         return None
     channels = suggested_channels(config, pictures)
-    defaults = type(config.data)()
-    columns = ("split", "image_column", "label_column")
-    data: dict[str, Any] = {
-        "source": config.data.source,
-        **{
-            name: getattr(config.data, name)
-            for name in columns
-            if getattr(config.data, name) != getattr(defaults, name)
-        },
-        "mean": [round(value, 4) for value in pictures.mean[:channels]],
-        "std": [max(round(value, 4), 1e-4) for value in pictures.std[:channels]],
-    }
+    keeps = config.encoder.pretrained is not None and len(config.data.mean) == channels
+    mean, std = (config.data.mean, config.data.std) if keeps else normalisation(pictures)
+    data = {"mean": list(mean[:channels]), "std": list(std[:channels])}
     return {"data": data} if channels == 3 else {"encoder": {"in_chans": channels}, "data": data}
+
+
+def adopt(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
+    """A config with what `suggest_settings` gives."""
+    data = {name: tuple(values) for name, values in settings["data"].items()}
+    return dataclasses.replace(
+        config,
+        encoder=dataclasses.replace(config.encoder, **settings.get("encoder", {})),
+        data=dataclasses.replace(config.data, **data),
+    )
 
 
 def _examine_run(

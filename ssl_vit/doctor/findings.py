@@ -170,6 +170,14 @@ def suggested_channels(config: RunConfig, pictures: Pictures) -> int:
     return 1 if free and pictures.is_grey else config.encoder.in_chans
 
 
+def normalisation(pictures: Pictures) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each channel as settings have them: four digits, and no deviation of 0."""
+    return (
+        tuple(round(value, 4) for value in pictures.mean),
+        tuple(max(round(value, 4), 1e-4) for value in pictures.std),
+    )
+
+
 def _channels(config: RunConfig, pictures: Pictures) -> list[str]:
     if suggested_channels(config, pictures) == config.encoder.in_chans:
         return []
@@ -180,11 +188,12 @@ def _channels(config: RunConfig, pictures: Pictures) -> list[str]:
 
 
 def _normalisation(config: RunConfig, pictures: Pictures) -> list[str]:
-    given, measured = config.data, pictures
-    if len(given.mean) != len(measured.mean) or config.encoder.pretrained is not None:
+    given, (mean, std) = config.data, normalisation(pictures)
+    mean, std = mean[: len(given.mean)], std[: len(given.std)]  # those of grey pictures are all the same
+    if len(given.mean) != len(mean) or config.encoder.pretrained is not None:
         return []  # a backbone wants the normalisation that it was trained with
-    shift = np.abs(np.array(measured.mean) - given.mean) / given.std
-    stretch = np.array(measured.std) / given.std
+    shift = np.abs(np.array(mean) - given.mean) / given.std
+    stretch = np.array(std) / given.std
     if (shift <= 0.5).all() and ((stretch > 2 / 3) & (stretch < 1.5)).all():
         return []
     return [

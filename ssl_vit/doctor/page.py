@@ -30,6 +30,7 @@ def _pictures(facts: dict[str, Any]) -> list[str]:
     all_read = read == facts["num_images"]
     lines = [
         _line("source", facts["source"]),
+        *(_line("note", note) for note in facts["notes"]),
         _line("images", f"{facts['num_images']:,}" + (", all looked at" if all_read else f"; looked at {read:,}")),
         _line("files", _counts(facts["formats"])),
     ]
@@ -67,14 +68,12 @@ def _unreadable(unreadable: dict[str, Any], read: int) -> list[str]:
 def _settings(facts: dict[str, Any]) -> list[str]:
     if facts["settings"] is None:
         return []
-    text = yaml.safe_dump(without_source(facts["settings"]), sort_keys=False, default_flow_style=None)
-    lines = [f"mean and deviation of {facts['pixels']['count']:,} pixels, to be pasted into a config:"]
+    text = yaml.safe_dump(facts["settings"], sort_keys=False, default_flow_style=None)
+    what = f"mean and deviation of {facts['pixels']['count']:,} pixels"
+    if facts["pretrained"] is not None:
+        what = f"normalisation of {facts['pretrained']}"
+    lines = [f"{what}, to be pasted into a config:"]
     return [*lines, *(f"  {line}" for line in text.splitlines()), ""]
-
-
-def without_source(settings: dict[str, Any]) -> dict[str, Any]:
-    """Only what was measured."""
-    return {**settings, "data": {name: settings["data"][name] for name in ("mean", "std")}}
 
 
 def _run(facts: dict[str, Any], step_is_off: bool) -> list[str]:

@@ -1,5 +1,6 @@
 """The page, its JSON, exit codes and the written config; no test looks at a rate."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from ssl_vit.config import parse_run
 from ssl_vit.data.doctor import count_labels, read_pictures
 from ssl_vit.data.sources import DataConfig, open_source
 from ssl_vit.doctor.cost import build_on_meta, measure_step, model_memory, pace
+from ssl_vit.doctor.diagnose import adopt, diagnose, suggest_settings
 from ssl_vit.doctor.findings import warnings_of_pictures
 from ssl_vit.doctor.page import as_text
 from tests.conftest import ROOT, SMALL_DINO, SMALL_RUN
@@ -90,6 +92,85 @@ def test_the_written_config_is_taken_by_pre_training(
     config.build_transform(config.build_objective().encoder)
     assert main([str(folder), *QUICK, f"--write_config={file}"]) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def save_arrays(folder: Path, count: int, channels: int) -> Path:
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        np.save(folder / f"{number}.npy", rng.integers(0, 256, (40, 40, channels), dtype=np.uint8))
+    return folder
+
+
+def test_the_written_config_keeps_what_was_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, given, file = save(tmp_path / "a", 9, (40, 40, 3)), tmp_path / "given.yaml", tmp_path / "b c" / "new.yaml"
+    given.write_text("optim: {base_lr: 2.0e-3, warmup: auto}\nbatch: {per_device: 4}\nepochs: 7\n")
+    flags = [*SMALL_DINO, f"--config={given}", "--objective.num_prototypes=640", "--data.split=train", "--seed=5"]
+    code, facts = examine(capsys, folder, *flags, "--objective=dino", "--step=false", f"--write_config={file}")
+    assert code == 0
+    config = parse_run(DINO_DEFAULTS, [f"--config={file}"])
+    settings = parse_run(DINO_DEFAULTS, [*flags, f"--data.source={folder}"])
+    assert config == adopt(settings, facts["settings"])
+    text = file.read_text()
+    assert text.startswith(f"# accelerate launch scripts/pretrain_dino.py --config '{file}'\n")
+    assert "output_dir" not in text
+    assert "center_momentum" not in text  # not given
+    # Judged again, it is as good.
+    code, again = examine(capsys, folder, f"--config={file}", "--objective=dino", "--step=false")
+    assert (code, again["problems"]) == (0, [])
+    assert "normalisation" not in warned(again)
+    assert again["settings"] == facts["settings"]
+    main(
+        [
+            str(folder),
+            *flags,
+            "--objective=dino",
+            "--output_dir=mine",
+            "--step=false",
+            f"--write_config={tmp_path / 'x'}",
+        ]
+    )
+    assert parse_run(DINO_DEFAULTS, [f"--config={tmp_path / 'x'}"]).output_dir == "mine"
+
+
+def test_means_that_were_just_measured_are_no_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, file = save_arrays(tmp_path / "a", 9, channels=5), tmp_path / "new.yaml"
+    flags = [*QUICK, "--encoder.in_chans=5"]
+    assert examine(capsys, folder, *flags)[0] == 1  # as it stands, the run has three means for five channels
+    assert examine(capsys, folder, *flags, f"--write_config={file}")[0] == 0
+    config, _ = parse_run(MAE_DEFAULTS, [f"--config={file}"]).resolve(9)
+    config.build_transform(config.build_objective().encoder)
+    code, facts = examine(capsys, folder, "--step=false", f"--config={file}")
+    assert (code, facts["problems"], "normalisation" in warned(facts)) == (0, [], False)
+
+
+def test_weights_to_start_from_keep_their_normalisation(tmp_path: Path) -> None:
+    config = parse_run(
+        MAE_DEFAULTS, [*SMALL_RUN, f"--data.source={save(tmp_path, 3, (9, 9, 3))}", "--data.std=[.1,.1,.1]"]
+    )
+    pictures = read_pictures(open_source(config.data), np.arange(3), 3)
+    started = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, pretrained="x"))
+    assert suggest_settings(started, pictures) == {"data": {"mean": [0.485, 0.456, 0.406], "std": [0.1] * 3}}
+    assert suggest_settings(config, pictures)["data"]["mean"] == [round(value, 4) for value in pictures.mean]
+
+
+def test_black_pictures_are_not_far_from_their_own_normalisation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a").mkdir()
+    for number in range(8):
+        Image.new("RGB", (40, 40), (0, 0, number)).save(tmp_path / "a" / f"{number}.png")
+    file = tmp_path / "new.yaml"
+    examine(capsys, tmp_path / "a", *QUICK, f"--write_config={file}")
+    assert "normalisation" not in warned(examine(capsys, tmp_path / "a", "--step=false", f"--config={file}")[1])
+
+
+def test_notes_of_the_source_are_shown(photo_folder: Path) -> None:
+    config = parse_run(MAE_DEFAULTS, [*SMALL_RUN, f"--data.source={photo_folder}"])
+    source = dataclasses.replace(open_source(config.data), notes=("3 files with .txt were left aside",))
+    facts = diagnose(config, source, sample=2, step="false")
+    assert facts["notes"] == ["3 files with .txt were left aside"]
+    assert "note          3 files with .txt were left aside" in as_text(facts)
 
 
 def test_greyscale_pictures_are_offered_one_channel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
