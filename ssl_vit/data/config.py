@@ -37,6 +37,9 @@ class DataConfig:
     """Standard deviation of each channel, of images scaled to [0, 1]."""
     allow_outside_paths: bool = False
     """Whether rows of tables may name image files outside the folder of their source. Only for those that you trust."""
+    drop_duplicates: bool = False
+    """Leave images out of training that repeat one before them, byte for byte or nearly (saved again, other size). All
+    images are read before the first step, once as long as they stay the same; rows are counted without copies."""
     max_pixels: int = MAX_PIXELS
     """Most pixels, height times width, of a picture; larger ones are refused before memory is taken for them."""
     pages: Literal["first", "channels", "images"] = "first"
@@ -102,6 +105,8 @@ class DataConfig:
         object.__setattr__(self, "num_workers", check_num_workers(self.num_workers))
         if self.streaming and self.cache != "none":
             raise ValueError(f"cache={self.cache!r}: a stream is not decoded beforehand; leave out this or streaming")
+        if self.streaming and self.drop_duplicates:
+            raise ValueError("drop_duplicates=True: a stream is not read beforehand; leave out this or streaming")
         if self.cache_side != "auto" and self.cache_side < 1:
             raise ValueError(f"cache_side={self.cache_side!r}: must be at least 1 pixel, or auto")
 

@@ -1,6 +1,5 @@
 """What can be told of a source's pictures by reading them: sizes, kinds, faults, duplicates, mean and deviation."""
 
-import hashlib
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
+from ssl_vit.data.copies import Copies, imagehash, take_print
 from ssl_vit.data.formats import contents, file_format
 from ssl_vit.data.sources import Source
 
@@ -35,10 +35,21 @@ class Unreadable(NamedTuple):
 
 
 class Repeat(NamedTuple):
-    """A picture that is byte for byte the same as one before it."""
+    """A picture that is the same as one before it."""
 
     place: Place
     first: Place
+
+
+@dataclass
+class Repeats:
+    """Pictures that are the same as one that was read before."""
+
+    count: int = 0
+    firsts: set[int] = field(default_factory=set)
+    """Rows of those that they repeat."""
+    examples: list[Repeat] = field(default_factory=list)
+    """The first few of them."""
 
 
 @dataclass
@@ -59,10 +70,10 @@ class Pictures:
     num_unreadable: int = 0
     unreadable: list[Unreadable] = field(default_factory=list)
     """The first few of them."""
-    num_repeats: int = 0
-    """Readable pictures whose bytes are those of one that was read before."""
-    repeats: list[Repeat] = field(default_factory=list)
-    """The first few of them."""
+    repeats: Repeats = field(default_factory=Repeats)
+    """Readable pictures, byte for byte the same as another."""
+    near_repeats: Repeats | None = None
+    """Others that look the same as another; None without the library that finds them."""
     num_pixels: int = 0
     pixel_sums: list[int] = field(default_factory=list)
     """Sum of each channel's pixels in [0, 255], exact."""
@@ -109,7 +120,8 @@ def read_pictures(source: Source, rows: Int64[np.ndarray, " r"], num_channels: i
         num_channels: channels to decode to, see `decode`.
     """
     found = Pictures(num_channels, pixel_sums=[0] * num_channels, square_sums=[0] * num_channels)
-    seen: dict[bytes, int] = {}
+    found.near_repeats = None if imagehash is None else Repeats()
+    copies = Copies(source, num_channels)
     for row in tqdm(rows.tolist(), desc="reading", unit="image", leave=False, disable=None):
         found.num_read += 1
         start = time.perf_counter()
@@ -131,11 +143,14 @@ def read_pictures(source: Source, rows: Int64[np.ndarray, " r"], num_channels: i
         held = contents(data)
         found.channels[held.kind] += 1
         found.num_16_bit += held.bits == 16
-        first = seen.setdefault(hashlib.blake2b(data, digest_size=16).digest(), row)
-        if first != row:
-            found.num_repeats += 1
-            if len(found.repeats) < _SHOWN:
-                found.repeats.append(Repeat(place, Place(first, source.rows[first][source.image_column].get("path"))))
+        copy = copies.find(row, take_print(data, pixels))
+        repeats = found.repeats if copy is None or copy.is_exact else found.near_repeats
+        if copy is not None and repeats is not None:
+            repeats.count += 1
+            repeats.firsts.add(copy.first)
+            if len(repeats.examples) < _SHOWN:
+                path = source.rows[copy.first][source.image_column].get("path")
+                repeats.examples.append(Repeat(place, Place(copy.first, path)))
     if not found.sizes:
         found.pixel_sums, found.square_sums = [], []
     return found

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ssl_vit.data.columns import find_image_column, find_label_column
 from ssl_vit.data.config import KINDS, DataConfig, as_path, near_match, setting_error
+from ssl_vit.data.copies import leave_out_copies
 from ssl_vit.data.decode import Pages, decode
 from ssl_vit.data.headers import MAX_PIXELS
 from ssl_vit.data.sampler import SampleKey, epoch_order
@@ -101,12 +102,15 @@ class Stream:
 
 
 def open_images(config: DataConfig) -> Source | Stream:
-    """Open the images that `config` names, as a stream where it asks for one. None is decoded yet.
+    """Open the images that `config` names to learn from, as a stream or without copies where it asks for that.
 
     Raises:
-        ValueError: see `open_source` and `open_stream`.
+        ValueError: see `open_source`, `open_stream` and `leave_out_copies`.
     """
-    return open_stream(config) if config.streaming else open_source(config)
+    if config.streaming:
+        return open_stream(config)
+    source = open_source(config)
+    return leave_out_copies(source, config) if config.drop_duplicates else source
 
 
 def open_stream(config: DataConfig) -> Stream:

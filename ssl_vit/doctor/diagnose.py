@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from ssl_vit.config import RunConfig
-from ssl_vit.data.doctor import Pictures, choose_rows, count_labels, read_pictures
+from ssl_vit.data.doctor import Pictures, Repeats, choose_rows, count_labels, read_pictures
 from ssl_vit.data.sources import Source
 from ssl_vit.data.workers import num_cpus
 from ssl_vit.distributed import use_all_cpus
@@ -54,7 +54,7 @@ def diagnose(
         torch.set_num_threads(1)  # as a loader's worker
         pictures = read_pictures(source, rows, config.encoder.in_chans)
     problems = problems_of_pictures(pictures) + problems_of_size(config, len(source))
-    warnings = warnings_of_pictures(pictures, labels, len(source))
+    warnings = warnings_of_pictures(pictures, labels, len(source), config.data.drop_duplicates)
     settings = suggest_settings(config, pictures)
     judged = adopt(config, settings) if adopts and settings is not None else config
     run, more_problems, more_warnings = _examine_run(judged, source, rows, pictures, step)
@@ -88,12 +88,19 @@ def _describe(pictures: Pictures, num_images: int) -> dict[str, Any]:
             "interval": list(wilson_interval(unreadable, read)) if read < num_images else None,
             "examples": [{**item.place._asdict(), "reason": item.reason} for item in pictures.unreadable],
         },
-        "duplicates": {
-            "count": pictures.num_repeats,
-            "examples": [{**item.place._asdict(), "same_as": item.first._asdict()} for item in pictures.repeats],
-        },
+        "duplicates": _repeats(pictures.repeats),
+        "near_duplicates": None if pictures.near_repeats is None else _repeats(pictures.near_repeats),
         "pixels": {"count": pictures.num_pixels, "mean": list(pictures.mean), "std": list(pictures.std)},
         "decode_rate": pictures.num_readable / pictures.seconds if pictures.num_readable else None,
+    }
+
+
+def _repeats(repeats: Repeats) -> dict[str, Any]:
+    """How many, of how many other pictures, and a few of them."""
+    return {
+        "count": repeats.count,
+        "groups": len(repeats.firsts),
+        "examples": [{**item.place._asdict(), "same_as": item.first._asdict()} for item in repeats.examples],
     }
 
 

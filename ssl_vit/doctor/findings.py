@@ -43,18 +43,25 @@ def problems_of_size(config: RunConfig, num_images: int) -> list[str]:
     ]
 
 
-def warnings_of_pictures(pictures: Pictures, labels: LabelCounts | None, num_images: int) -> list[str]:
+def warnings_of_pictures(
+    pictures: Pictures, labels: LabelCounts | None, num_images: int, drops_duplicates: bool = False
+) -> list[str]:
     """What deserves a thought whatever is trained on the pictures."""
     found = []
     read = pictures.num_readable
     if 0 < pictures.num_unreadable <= MOST_UNREADABLE * pictures.num_read:
         found.append(f"unreadable: {_of(pictures.num_unreadable, pictures.num_read)}; remove them or fetch them again")
-    if pictures.num_repeats > _MANY_DUPLICATES * read:
-        more = "; a sample finds few of them, --sample all finds them all" if pictures.num_read < num_images else ""
-        found.append(
-            f"duplicates: {_of(pictures.num_repeats, read)} are byte for byte the same as another one and count "
-            f"twice in training; remove them{more}"
-        )
+    kinds = {
+        "duplicates": (pictures.repeats, "byte for byte the same as"),
+        "near-duplicates": (pictures.near_repeats, "nearly the same as"),
+    }
+    more = "; a sample finds few of them, --sample all finds them all" if pictures.num_read < num_images else ""
+    for name, (repeats, how) in kinds.items():
+        if repeats is not None and repeats.count > _MANY_DUPLICATES * read and not drops_duplicates:
+            found.append(
+                f"{name}: {_of(repeats.count, read)} are {how} another one and count twice in training; "
+                f"--data.drop_duplicates true leaves them out{more}"
+            )
     if pictures.num_16_bit:
         found.append(
             f"16 bits: {_of(pictures.num_16_bit, read)} have 16 bits a channel, of which the upper 8 are used; where "

@@ -5,6 +5,8 @@ from typing import Any
 
 import yaml
 
+from ssl_vit.data.copies import INSTALL
+
 _LABEL = 14  # width of the left column
 _WIDTH = 110
 
@@ -42,12 +44,20 @@ def _pictures(facts: dict[str, Any]) -> list[str]:
             _line("channels", _counts(facts["channels"]) + _deep(facts["num_16_bit"])),
         ]
     lines += _unreadable(unreadable, read)
-    duplicates = facts["duplicates"]
-    among = "" if all_read else " among those"
-    lines.append(_line("duplicates", f"{duplicates['count']:,}{among}" if duplicates["count"] else f"none{among}"))
-    lines += [_line("", f"{_place(item)} is the same as {_place(item['same_as'])}") for item in duplicates["examples"]]
+    lines += _repeats("duplicates", "is the same as", facts["duplicates"], all_read)
+    if facts["near_duplicates"] is None:
+        lines.append(_line("nearly so", f"not looked for: {INSTALL}"))
+    else:
+        lines += _repeats("nearly so", "looks the same as", facts["near_duplicates"], all_read)
     lines.append(_line("labels", _labels(facts["labels"], facts["num_images"])))
     return lines
+
+
+def _repeats(label: str, verb: str, found: dict[str, Any], all_read: bool) -> list[str]:
+    among = "" if all_read else " among those"
+    text = f"{found['count']:,} of {found['groups']:,} images" if found["count"] else "none"
+    lines = [f"{_place(item)} {verb} {_place(item['same_as'])}" for item in found["examples"]]
+    return [_line(label, text + among), *(_line("", line) for line in lines)]
 
 
 def _unreadable(unreadable: dict[str, Any], read: int) -> list[str]:

@@ -68,9 +68,9 @@ def test_planted_faults_are_found_and_no_others(sick_folder: Path) -> None:
     assert found.formats == {"JPEG": 3, "PNG": 4, "HTML": 1, "empty": 1}
     assert found.channels == {"RGB": 3, "RGBA": 1, "greyscale": 2}
     assert found.num_16_bit == 1
-    assert found.num_repeats == 1
-    assert found.repeats[0].place == Place(1, str(sick_folder / "b_copy.jpg"))
-    assert found.repeats[0].first == Place(0, str(sick_folder / "a_photo.jpg"))
+    assert (found.repeats.count, len(found.repeats.firsts)) == (1, 1)
+    assert found.repeats.examples[0].place == Place(1, str(sick_folder / "b_copy.jpg"))
+    assert found.repeats.examples[0].first == Place(0, str(sick_folder / "a_photo.jpg"))
     assert found.sizes == [(40, 60), (40, 60), (32, 32), (20, 30), (24, 24), (3, 2)]
 
 

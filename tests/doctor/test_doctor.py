@@ -272,8 +272,22 @@ class TestWarnings:
         for name, seed in {"a": 0, "b": 0, "c": 1}.items():
             save(tmp_path / name, 5, (40, 40, 3), seed)
         _, facts = examine(capsys, tmp_path, *QUICK)
-        assert facts["duplicates"]["count"] == 5
+        assert (facts["duplicates"]["count"], facts["duplicates"]["groups"]) == (5, 5)
+        assert (facts["near_duplicates"]["count"], "near-duplicates" in warned(facts)) == (0, False)
         assert "duplicates" in warned(facts)
+        for number in range(4):  # of three images, one of them twice
+            with Image.open(tmp_path / "c" / f"00{number % 3}.png") as image:
+                image.save(tmp_path / "c" / f"again{number}.jpg", quality=80 + number)
+        _, facts = examine(capsys, tmp_path, *QUICK)
+        assert (facts["near_duplicates"]["count"], facts["near_duplicates"]["groups"]) == (4, 3)
+        assert facts["near_duplicates"]["examples"][0]["same_as"]["path"] == str(tmp_path / "c" / "000.png")
+        assert "near-duplicates" in warned(facts)
+        page = as_text(facts)
+        assert "nearly so     4 of 3 images" in page
+        assert f"({tmp_path / 'c' / 'again0.jpg'}) looks the same as row 10" in " ".join(page.split())
+        assert not {"duplicates", "near-duplicates"} & warned(
+            examine(capsys, tmp_path, *QUICK, "--data.drop_duplicates=true")[1]
+        )
         _, facts = examine(capsys, photo_folder, *QUICK)
         assert "duplicates" not in warned(facts)
 

@@ -1,0 +1,182 @@
+"""Images that repeat one before them, byte for byte or to the eye, and sources without them."""
+
+import hashlib
+import json
+from collections import defaultdict
+from contextlib import suppress
+from dataclasses import replace
+from functools import lru_cache
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from ssl_vit.data.config import DataConfig, setting_error
+from ssl_vit.data.decode import decode
+from ssl_vit.data.decoded import cache_folder
+from ssl_vit.data.fingerprint import fingerprint
+from ssl_vit.data.sources import Source
+from ssl_vit.data.workers import (
+    CurrentRows,
+    leave_signals_to_the_main_process,
+    naming_killed_workers,
+    num_cpus,
+    shut_down,
+)
+from ssl_vit.writing import replace_json
+
+try:
+    import imagehash
+except ImportError:
+    imagehash = None
+
+INSTALL = "pip install 'ssl-vit[dedup]'"
+# What they take for copies: nine of 20,000 images of CIFAR-10 (200 million pairs), all of them the same photograph as
+# another; 266 of 2,465 OpenMoji drawings, many of which differ by a detail. Of 150 photographs saved again as JPEG of
+# quality 20 to 90, as WebP or at half the size they find all, of images of 32 pixels 97 % at quality 50.
+_MOST_BITS = 4  # of a hash's 64 that differ
+_BANDS = tuple(13 * band for band in range(5))  # where four bits differ, one of five bands of bits is the same
+_MOST_DIFFERENCE = 0.15  # of thumbnails: root mean square, over the deviation of the image's pixels
+_MOST_COMPARED = 32  # images of much the same hashes, as blank ones are, whose thumbnails are compared
+_FORMAT = 1  # raised when copies are found otherwise
+
+
+class Print(NamedTuple):
+    """What is kept of an image."""
+
+    digest: bytes
+    """Of its file."""
+    looks: tuple[int, ...]
+    """pHash and dHash, perceptual hashes of 64 bits: dHash for what is smooth, on which pHash sees noise. () without
+    the library."""
+
+
+class Copy(NamedTuple):
+    """An image that is there before."""
+
+    first: int
+    """Row of the one before."""
+    is_exact: bool
+    """Byte for byte; else to the eye."""
+
+
+def take_print(data: bytes, pixels: UInt8[Tensor, "c h w"]) -> Print:
+    """What an image is compared by, in 2 ms for a photograph of 500 x 375 pixels."""
+    digest = hashlib.blake2b(data, digest_size=16).digest()
+    if imagehash is None:
+        return Print(digest, ())
+    shown = pixels.permute(1, 2, 0) if len(pixels) == 3 else pixels.float().mean(dim=0).round().byte()
+    grey = Image.fromarray(shown.numpy()).convert("L")
+    grey = grey.reduce(max(1, min(grey.size) // 64))
+    hashes = (imagehash.phash(grey), imagehash.dhash(grey))
+    return Print(digest, tuple(int.from_bytes(np.packbits(found.hash).tobytes(), "big") for found in hashes))
+
+
+class Copies:
+    """Tells of images, in the order of their rows, which are copies; each is compared with those that are none."""
+
+    def __init__(self, source: Source, num_channels: int) -> None:
+        self.source, self.num_channels = source, num_channels
+        self._by_digest: dict[bytes, int] = {}
+        self._by_band: defaultdict[tuple[int, int, int], list[tuple[int, int]]] = defaultdict(list)
+        self._thumbnail = lru_cache(4096)(self._shrink)
+
+    def find(self, row: int, image: Print) -> Copy | None:
+        """What a row is a copy of, None if of none; each row once."""
+        first = self._by_digest.setdefault(image.digest, row)
+        if first != row:
+            return Copy(first, True)
+        bands = [
+            (look, self._by_band[number, shift, look >> shift & 0x1FFF])
+            for number, look in enumerate(image.looks)
+            for shift in _BANDS
+        ]
+        near = {((own ^ look).bit_count(), other) for own, band in bands for other, look in band}
+        for _, other in sorted(pair for pair in near if pair[0] <= _MOST_BITS)[:_MOST_COMPARED]:
+            # Few are compared: they are decoded again, rather than thumbnails of millions kept.
+            (own, contrast), (its, _) = self._thumbnail(row), self._thumbnail(other)
+            if (own - its).square().mean().sqrt() <= _MOST_DIFFERENCE * contrast:
+                return Copy(other, False)
+        for look, band in bands:
+            band.append((row, look))
+        return None
+
+    def _shrink(self, row: int) -> tuple[Float[Tensor, "c 8 8"], float]:
+        """Thumbnail and contrast, the deviation of its pixels, of at least 1."""
+        image = self.source.image(row, self.num_channels).float()
+        return F.adaptive_avg_pool2d(image, 8), max(image.std().item(), 1.0)
+
+
+def leave_out_copies(source: Source, config: DataConfig) -> Source:
+    """The source without images that repeat one before them, over all its parts; what cannot be decoded stays.
+
+    All images are read, with all CPUs, and the copies found are kept in `data.cache_dir` for the next start.
+
+    Raises:
+        ValueError: the library for near-duplicates is missing, or a part of a mixture has nothing of its own.
+    """
+    if imagehash is None:
+        raise setting_error(config, "drop_duplicates", f"near-duplicates are found by ImageHash: {INSTALL}")
+    about = [fingerprint(source, np.arange(len(source))), len(config.mean), source.max_pixels, _FORMAT]
+    file = cache_folder(config) / f"copies-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]}.json"
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        found = _find_all(source, len(config.mean))
+        with suppress(OSError):  # else they are found again at the next start
+            file.parent.mkdir(parents=True, exist_ok=True)
+            replace_json(file, found)
+    kept = np.setdiff1d(np.arange(len(source)), np.array(found["exact"] + found["near"], dtype=np.int64))
+    if source.mixture is not None:
+        for number, name in enumerate(source.mixture.names):
+            if not (source.mixture.origin[kept] == number).any():
+                raise setting_error(config, "drop_duplicates", f"all images of {name!r} are copies; leave it out")
+    counts = f"{len(found['exact']):,} byte for byte the same as another, {len(found['near']):,} nearly so"
+    note = f"data.drop_duplicates: {len(source) - len(kept):,} of {len(source):,} images are left out ({counts})"
+    return replace(source.subset(kept), notes=(*source.notes, note))
+
+
+def _find_all(source: Source, num_channels: int) -> dict[str, list[int]]:
+    """Rows that are copies, by kind."""
+    num_workers = num_cpus() if num_cpus() > 1 else 0
+    prints, copies = _Prints(source, num_channels, num_workers), Copies(source, num_channels)
+    how: Any = {"batch_size": 64, "collate_fn": list, "worker_init_fn": leave_signals_to_the_main_process}
+    iterator = iter(DataLoader(prints, num_workers=num_workers, **how))
+    found: dict[str, list[int]] = {"exact": [], "near": []}
+    try:
+        with (
+            naming_killed_workers(prints.current, source.where),
+            tqdm(total=len(source), desc="looking for copies", unit="image", leave=False, disable=None) as bar,
+        ):
+            for row, image in enumerate(chain.from_iterable(iterator)):
+                copy = None if image is None else copies.find(row, image)
+                if copy is not None:
+                    found["exact" if copy.is_exact else "near"].append(row)
+                bar.update()
+    finally:
+        shut_down(iterator)
+    return found
+
+
+class _Prints(Dataset[Print | None]):
+    """Prints of rows; None where there is nothing to see."""
+
+    def __init__(self, source: Source, num_channels: int, num_workers: int) -> None:
+        self.source, self.num_channels, self.current = source, num_channels, CurrentRows(num_workers)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, row: int) -> Print | None:
+        self.current.note(row)
+        try:
+            data = self.source.encoded(row)
+            return take_print(data, decode(data, self.num_channels, self.source.max_pixels))
+        except (ValueError, OSError):
+            return None
