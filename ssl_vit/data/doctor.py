@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,10 +13,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssl_vit.data.copies import Copies, imagehash, take_print
-from ssl_vit.data.formats import contents, file_format
+from ssl_vit.data.formats import Contents, contents, file_format
 from ssl_vit.data.sources import Source
 
 _SHOWN = 5  # faults and duplicates that are named
+_LOOKED_AT = 32  # images whose headers tell how many channels there are
 
 
 class Place(NamedTuple):
@@ -62,11 +64,12 @@ class Pictures:
     """Pictures that were looked at, unreadable ones included."""
     sizes: list[tuple[int, int]] = field(default_factory=list)
     """Height and width in pixels of each readable picture, turned upright."""
-    formats: Counter[str] = field(default_factory=Counter)
-    """Kinds of file by their first bytes, of readable and unreadable ones."""
-    channels: Counter[str] = field(default_factory=Counter)
-    """Kinds of channels as stored: greyscale, RGB, with alpha or without."""
-    num_16_bit: int = 0
+    files: Counter[Contents] = field(default_factory=Counter)
+    """What the files hold, of readable and unreadable ones."""
+    contents: Counter[Contents] = field(default_factory=Counter)
+    """The same of readable ones."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """What readable ones hold and a run does not use."""
     num_unreadable: int = 0
     unreadable: list[Unreadable] = field(default_factory=list)
     """The first few of them."""
@@ -102,7 +105,7 @@ class Pictures:
     @property
     def is_grey(self) -> bool:
         """Whether all readable pictures are stored without colour."""
-        return self.num_readable > 0 and all(name.startswith("greyscale") for name in self.channels)
+        return self.num_readable > 0 and all(held.kind.startswith("greyscale") for held in self.contents)
 
 
 def choose_rows(num_images: int, sample: int | None, seed: int) -> Int64[np.ndarray, " r"]:
@@ -122,28 +125,28 @@ def read_pictures(source: Source, rows: Int64[np.ndarray, " r"], num_channels: i
     found = Pictures(num_channels, pixel_sums=[0] * num_channels, square_sums=[0] * num_channels)
     found.near_repeats = None if imagehash is None else Repeats()
     copies = Copies(source, num_channels)
+    pages = source.pages if isinstance(source.pages, str) else "images"
     for row in tqdm(rows.tolist(), desc="reading", unit="image", leave=False, disable=None):
         found.num_read += 1
-        start = time.perf_counter()
-        stored = source.rows[row][source.image_column] or {}
-        place = Place(row, stored.get("path"))
+        place = Place(row, (source.rows[row][source.image_column] or {}).get("path"))
         data = None
+        start = time.perf_counter()
         try:
             data = source.encoded(row)
             pixels = source.decode(row, data, num_channels)
         except (ValueError, OSError) as error:
-            found.formats[file_format(data)] += 1
+            found.files[_contents(source, data)] += 1
             found.num_unreadable += 1
             if len(found.unreadable) < _SHOWN:
                 found.unreadable.append(Unreadable(place, " ".join(str(error).split())))
             continue
         found.seconds += time.perf_counter() - start
-        found.formats[file_format(data)] += 1
+        held = _contents(source, data)
+        found.files[held] += 1
+        found.contents[held] += 1
+        found.dropped.update(held.dropped(num_channels, pages))
         _add_pixels(found, pixels)
-        held = contents(data)
-        found.channels[held.kind] += 1
-        found.num_16_bit += held.bits == 16
-        copy = copies.find(row, take_print(data, pixels))
+        copy = copies.find(row, take_print(source, row, data, pixels))
         repeats = found.repeats if copy is None or copy.is_exact else found.near_repeats
         if copy is not None and repeats is not None:
             repeats.count += 1
@@ -154,6 +157,24 @@ def read_pictures(source: Source, rows: Int64[np.ndarray, " r"], num_channels: i
     if not found.sizes:
         found.pixel_sums, found.square_sums = [], []
     return found
+
+
+def _contents(source: Source, data: bytes | None) -> Contents:
+    """What a file holds, of one page where pages are images; None: it could not be had."""
+    held = Contents(file_format(None)) if data is None else contents(data)
+    return held if isinstance(source.pages, str) else held._replace(pages=1)
+
+
+def held_channels(source: Source, rows: Int64[np.ndarray, " r"]) -> int | None:
+    """The channels that most of a few images hold, by their headers; None where there is no such number."""
+    found: Counter[int] = Counter()
+    stacks = isinstance(source.pages, str) and source.pages == "channels"
+    for row in rows[:_LOOKED_AT].tolist():
+        with suppress(ValueError, OSError):
+            held = _contents(source, source.encoded(row))
+            found[held.channels * (held.pages if stacks else 1)] += 1
+    channels, count = found.most_common(1)[0] if found else (0, 0)
+    return channels if channels and 2 * count > found.total() else None
 
 
 def _add_pixels(found: Pictures, pixels: UInt8[Tensor, "c h w"]) -> None:

@@ -1,7 +1,8 @@
 """All that can be told of a source and a config, as plain values."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -11,12 +12,15 @@ import torch
 
 from ssl_vit.config import RunConfig
 from ssl_vit.data.doctor import Pictures, Repeats, choose_rows, count_labels, read_pictures
+from ssl_vit.data.formats import Contents
 from ssl_vit.data.sources import Source
 from ssl_vit.data.workers import num_cpus
 from ssl_vit.distributed import use_all_cpus
 from ssl_vit.doctor.cost import build_on_meta, measure_crops, measure_step, model_memory, pace
 from ssl_vit.doctor.findings import (
+    channels_to_read,
     normalisation,
+    problems_of_channels,
     problems_of_pictures,
     problems_of_size,
     suggested_channels,
@@ -52,11 +56,14 @@ def diagnose(
     labels = count_labels(source)
     with _restored_threads():
         torch.set_num_threads(1)  # as a loader's worker
-        pictures = read_pictures(source, rows, config.encoder.in_chans)
+        pictures = read_pictures(source, rows, channels_to_read(config, source, rows))
     problems = problems_of_pictures(pictures) + problems_of_size(config, len(source))
     warnings = warnings_of_pictures(pictures, labels, len(source), config.data.drop_duplicates)
     settings = suggest_settings(config, pictures)
-    judged = adopt(config, settings) if adopts and settings is not None else config
+    judged = config
+    if settings is not None and (adopts or pictures.num_channels != config.encoder.in_chans):
+        judged = adopt(config, settings)
+        problems += [] if adopts else problems_of_channels(config, pictures)
     run, more_problems, more_warnings = _examine_run(judged, source, rows, pictures, step)
     return {
         "source": source.name,
@@ -79,9 +86,11 @@ def _describe(pictures: Pictures, num_images: int) -> dict[str, Any]:
     return {
         "num_read": read,
         "sizes": _sizes(pictures),
-        "channels": dict(pictures.channels.most_common()),
-        "num_16_bit": pictures.num_16_bit,
-        "formats": dict(pictures.formats.most_common()),
+        "files": _counts(pictures.files, as_text),
+        "formats": _counts(pictures.files, lambda held: held.format),
+        "channels": _counts(pictures.contents, lambda held: held.kind),
+        "num_16_bit": sum(count for held, count in pictures.contents.items() if held.bits == 16),
+        "dropped": dict(pictures.dropped.most_common()),
         "unreadable": {
             "count": unreadable,
             "share": unreadable / read,
@@ -93,6 +102,19 @@ def _describe(pictures: Pictures, num_images: int) -> dict[str, Any]:
         "pixels": {"count": pictures.num_pixels, "mean": list(pictures.mean), "std": list(pictures.std)},
         "decode_rate": pictures.num_readable / pictures.seconds if pictures.num_readable else None,
     }
+
+
+def as_text(held: Contents) -> str:
+    """As `TIFF, 12 channels of 16 bits`."""
+    return f"{held.format}, {held.kind} of {held.bits} bits" if held.bits else held.format
+
+
+def _counts(found: Counter[Contents], name: Callable[[Contents], str]) -> dict[str, int]:
+    """How many have each name, the most frequent first."""
+    counts: Counter[str] = Counter()
+    for held, count in found.items():
+        counts[name(held)] += count
+    return dict(counts.most_common())
 
 
 def _repeats(repeats: Repeats) -> dict[str, Any]:

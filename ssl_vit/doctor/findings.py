@@ -1,10 +1,12 @@
 """What would stop or spoil a run, and what deserves a thought, in words that say what to do."""
 
 import numpy as np
+from jaxtyping import Int64
 
 from ssl_vit.config import RunConfig
-from ssl_vit.data.doctor import LabelCounts, Pictures
+from ssl_vit.data.doctor import LabelCounts, Pictures, held_channels
 from ssl_vit.data.multicrop import MultiCropConfig
+from ssl_vit.data.sources import Source
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.objectives.recipes import choose_num_prototypes
 
@@ -62,9 +64,18 @@ def warnings_of_pictures(
                 f"{name}: {_of(repeats.count, read)} are {how} another one and count twice in training; "
                 f"--data.drop_duplicates true leaves them out{more}"
             )
-    if pictures.num_16_bit:
+    pages = sum(count for held, count in pictures.contents.items() if held.pages > 1)
+    if pages and any("of which the first is used" in text for text in pictures.dropped):
+        tiffs = [held.pages for held in pictures.contents if held.format == "TIFF" and held.pages > 1]
+        are = f"; if they are channels, --data.pages channels and {max(tiffs)} values in data.mean" if tiffs else ""
         found.append(
-            f"16 bits: {_of(pictures.num_16_bit, read)} have 16 bits a channel, of which the upper 8 are used; where "
+            f"pages: {_of(pages, read)} hold several pages or frames, of which the first is used{are}; "
+            "if each is an image, --data.pages images"
+        )
+    deep = sum(count for held, count in pictures.contents.items() if held.bits == 16)
+    if deep:
+        found.append(
+            f"16 bits: {_of(deep, read)} have 16 bits a channel, of which the upper 8 are used; where "
             "what matters lies within a narrow range, stretch it to the whole one beforehand"
         )
     constant = [number for number, value in enumerate(pictures.std, start=1) if value == 0]
@@ -171,10 +182,24 @@ def _local_crops(config: RunConfig, pictures: Pictures, encoder: Encoder) -> lis
     return found
 
 
+def channels_to_read(config: RunConfig, source: Source, rows: Int64[np.ndarray, " r"]) -> int:
+    """The config's channels, or as many as the images hold where it says 3 and they cannot be converted to these."""
+    held = held_channels(source, rows) if config.encoder.in_chans == 3 and config.encoder.pretrained is None else None
+    return held if held is not None and held > 4 else config.encoder.in_chans
+
+
+def problems_of_channels(config: RunConfig, pictures: Pictures) -> list[str]:
+    """Images of more channels than the config's run takes."""
+    return [
+        f"channels: the images hold {pictures.num_channels} channels and encoder.in_chans is "
+        f"{config.encoder.in_chans}: use the settings above, a value of data.mean and data.std for each channel"
+    ]
+
+
 def suggested_channels(config: RunConfig, pictures: Pictures) -> int:
-    """Channels that suit the pictures: the config's, but one where pictures without colour would be tripled."""
+    """Channels that suit the pictures: those that were read, but one where pictures without colour would be tripled."""
     free = config.encoder.in_chans == 3 and config.encoder.pretrained is None
-    return 1 if free and pictures.is_grey else config.encoder.in_chans
+    return 1 if free and pictures.is_grey else pictures.num_channels
 
 
 def normalisation(pictures: Pictures) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -186,7 +211,7 @@ def normalisation(pictures: Pictures) -> tuple[tuple[float, ...], tuple[float, .
 
 
 def _channels(config: RunConfig, pictures: Pictures) -> list[str]:
-    if suggested_channels(config, pictures) == config.encoder.in_chans:
+    if config.encoder.in_chans != 3 or suggested_channels(config, pictures) != 1:
         return []
     return [
         "greyscale: no picture that was read has colour, and encoder.in_chans is 3; "

@@ -34,14 +34,14 @@ def _pictures(facts: dict[str, Any]) -> list[str]:
         _line("source", facts["source"]),
         *(_line("note", note) for note in facts["notes"]),
         _line("images", f"{facts['num_images']:,}" + (", all looked at" if all_read else f"; looked at {read:,}")),
-        _line("files", _counts(facts["formats"])),
+        _line("files", _counts(facts["files"])),
     ]
     if sizes is not None:
         shape = ", ".join(f"{name} {_size(sizes[name])}" for name in ("smallest", "median", "largest"))
         lines += [
             _line("sizes", f"{shape} (width x height, by area)"),
             _line("", f"{sizes['num_distinct']:,} different; {sizes['share_not_square']:.0%} are not square"),
-            _line("channels", _counts(facts["channels"]) + _deep(facts["num_16_bit"])),
+            *([_line("not used", _counts(facts["dropped"], "hold "))] if facts["dropped"] else []),
         ]
     lines += _unreadable(unreadable, read)
     lines += _repeats("duplicates", "is the same as", facts["duplicates"], all_read)
@@ -162,12 +162,8 @@ def _item(text: str) -> str:
     return textwrap.fill(text, _WIDTH, initial_indent="  - ", subsequent_indent="    ", break_on_hyphens=False)
 
 
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count:,} {name}" for name, count in counts.items())
-
-
-def _deep(count: int) -> str:
-    return f"; {count:,} of 16 bits, read as 8" if count else ""
+def _counts(counts: dict[str, int], verb: str = "") -> str:
+    return "; ".join(f"{count:,} {verb}{name}" for name, count in counts.items())
 
 
 def _size(size: list[int]) -> str:

@@ -12,7 +12,6 @@ from PIL import Image, ImageFilter
 from ssl_vit.data import copies
 from ssl_vit.data.config import DataConfig
 from ssl_vit.data.copies import Copies, Copy, leave_out_copies, take_print
-from ssl_vit.data.decode import decode
 from ssl_vit.data.sources import Source, open_source
 from ssl_vit.data.streaming import open_images
 
@@ -37,7 +36,7 @@ def source_of(*files: bytes) -> Source:
 def find(*files: bytes) -> list[Copy | None]:
     source = source_of(*files)
     finder = Copies(source, 3)
-    return [finder.find(row, take_print(data, decode(data, 3))) for row, data in enumerate(files)]
+    return [finder.find(row, take_print(source, row, data, source.image(row, 3))) for row, data in enumerate(files)]
 
 
 @pytest.mark.parametrize(

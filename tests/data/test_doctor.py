@@ -1,7 +1,9 @@
 """Faults that were planted are found, all of them and no others; numbers are those of numpy."""
 
 import io
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -16,6 +18,7 @@ from ssl_vit.data.doctor import (
     count_labels,
     read_pictures,
 )
+from ssl_vit.data.formats import Contents
 from ssl_vit.data.sources import DataConfig, Source, open_source
 
 RNG = np.random.default_rng(0)
@@ -57,6 +60,13 @@ def read(source: Source, num_channels: int = 3) -> Pictures:
     return read_pictures(source, np.arange(len(source)), num_channels)
 
 
+def count(found: Counter[Contents], name: str) -> dict[Any, int]:
+    counts: Counter[Any] = Counter()
+    for held, number in found.items():
+        counts[getattr(held, name)] += number
+    return dict(counts)
+
+
 def test_planted_faults_are_found_and_no_others(sick_folder: Path) -> None:
     found = read(open_source(DataConfig(source=str(sick_folder))))
     assert (found.num_read, found.num_readable, found.num_unreadable) == (9, 6, 3)
@@ -65,9 +75,9 @@ def test_planted_faults_are_found_and_no_others(sick_folder: Path) -> None:
     assert "cut off" in reasons[0]
     assert "not an image file" in reasons[1]
     assert "empty" in reasons[2]
-    assert found.formats == {"JPEG": 3, "PNG": 4, "HTML": 1, "empty": 1}
-    assert found.channels == {"RGB": 3, "RGBA": 1, "greyscale": 2}
-    assert found.num_16_bit == 1
+    assert count(found.files, "format") == {"JPEG": 3, "PNG": 4, "HTML": 1, "empty": 1}
+    assert count(found.contents, "kind") == {"RGB": 3, "RGBA": 1, "greyscale": 2}
+    assert count(found.contents, "bits") == {8: 5, 16: 1}
     assert (found.repeats.count, len(found.repeats.firsts)) == (1, 1)
     assert found.repeats.examples[0].place == Place(1, str(sick_folder / "b_copy.jpg"))
     assert found.repeats.examples[0].first == Place(0, str(sick_folder / "a_photo.jpg"))
@@ -100,7 +110,7 @@ def test_a_parquet_file_is_read_row_by_row(tmp_path: Path) -> None:
     assert (found.num_readable, found.num_unreadable) == (1, 2)
     assert [item.place for item in found.unreadable] == [Place(1, None), Place(2, None)]
     assert found.unreadable[1].reason == "the row holds no image"
-    assert found.formats == {"PNG": 1, "unknown": 1, "missing": 1}
+    assert count(found.files, "format") == {"PNG": 1, "unknown": 1, "missing": 1}
     assert found.is_grey
     assert len(found.mean) == 1
 

@@ -56,7 +56,13 @@ def test_page_and_json_say_the_same(photo_folder: Path, capsys: pytest.CaptureFi
     assert code == 0
     assert facts["problems"] == []
     page = as_text(facts)
-    for text in ("40, all looked at", "40 PNG", "40 x 48", "100% are not square", "40 RGB", "2 classes of 20 images"):
+    for text in (
+        "40, all looked at",
+        "40 x 48",
+        "100% are not square",
+        "40 PNG, RGB of 8 bits",
+        "2 classes of 20 images",
+    ):
         assert text in page
     assert f"mean: {facts['settings']['data']['mean']}" in page
     assert "not measured; --step true does it" in page
@@ -178,6 +184,66 @@ def test_greyscale_pictures_are_offered_one_channel(tmp_path: Path, capsys: pyte
     assert "greyscale" in warned(facts)
     assert facts["settings"]["encoder"] == {"in_chans": 1}
     assert "in_chans: 1" in as_text(facts)
+
+
+def save_tiffs(folder: Path, shape: tuple[int, ...], dtype: str = "uint16", **how: Any) -> Path:
+    tifffile = pytest.importorskip("tifffile")
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(8):
+        pixels = rng.integers(0, np.iinfo(dtype).max, shape, dtype=dtype)
+        tifffile.imwrite(folder / f"{number}.tif", pixels, photometric="minisblack", **how)
+    return folder
+
+
+def test_channels_that_cannot_be_converted_are_read_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_tiffs(tmp_path / "a", (40, 40, 12), planarconfig="contig")
+    code, facts = examine(capsys, folder, *QUICK)
+    assert code == 1
+    assert facts["problems"] == [
+        "channels: the images hold 12 channels and encoder.in_chans is 3: use the settings above, a value of "
+        "data.mean and data.std for each channel"
+    ]
+    assert facts["files"] == {"TIFF, 12 channels of 16 bits": 8}
+    assert facts["settings"]["encoder"] == {"in_chans": 12}
+    assert len(facts["settings"]["data"]["mean"]) == 12
+    assert "8 TIFF, 12 channels of 16 bits" in as_text(facts)
+    assert "8 hold 16 bits a channel, which are rounded to 8" in as_text(facts)
+    assert examine(capsys, folder, *QUICK, f"--write_config={tmp_path / 'x.yaml'}")[0] == 0
+    code, facts = examine(capsys, folder, "--step=false", f"--config={tmp_path / 'x.yaml'}")
+    assert (code, facts["problems"], facts["run"]["image_size"]) == (0, [], [32, 32])
+
+
+def test_pages_that_are_not_used_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_tiffs(tmp_path / "a", (7, 40, 40), dtype="uint8")
+    _, facts = examine(capsys, folder, *QUICK)
+    assert facts["files"] == {"TIFF, 7 pages of greyscale of 8 bits": 8}
+    assert "encoder" not in facts["settings"]  # one channel would be that of the first page
+    [pages] = [text for text in facts["warnings"] if text.startswith("pages")]
+    assert pages == (
+        "pages: 8 of 8 pictures hold several pages or frames, of which the first is used; if they are channels, "
+        "--data.pages channels and 7 values in data.mean; if each is an image, --data.pages images"
+    )
+    code, facts = examine(capsys, folder, *QUICK, "--data.pages=channels", f"--write_config={tmp_path / 'x.yaml'}")
+    assert (code, facts["settings"]["encoder"], "pages" in warned(facts)) == (0, {"in_chans": 7}, False)
+    assert parse_run(MAE_DEFAULTS, [f"--config={tmp_path / 'x.yaml'}"]).data.pages == "channels"
+    _, facts = examine(capsys, folder, *QUICK, "--data.pages=images")
+    assert (facts["num_images"], facts["files"]) == (56, {"TIFF, greyscale of 8 bits": 56})
+    assert (facts["duplicates"]["count"], facts["settings"]["encoder"]) == (0, {"in_chans": 1})
+
+
+def test_alpha_and_frames_that_are_not_used_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path, 4, (40, 40, 4))
+    frames = [Image.new("L", (40, 40), shade) for shade in (0, 90, 200)]
+    frames[0].save(tmp_path / "z.gif", save_all=True, append_images=frames[1:])
+    _, facts = examine(capsys, tmp_path, *QUICK)
+    assert facts["dropped"] == {
+        "transparency, which is laid on white": 4,
+        "3 pages or frames, of which the first is used (see --data.pages)": 1,
+    }
+    assert "if they are channels" not in "".join(facts["warnings"])
 
 
 def test_a_channel_mismatch_stops_a_run(photo_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
