@@ -55,7 +55,8 @@ def _pictures(facts: dict[str, Any]) -> list[str]:
 
 def _repeats(label: str, verb: str, found: dict[str, Any], all_read: bool) -> list[str]:
     among = "" if all_read else " among those"
-    text = f"{found['count']:,} of {found['groups']:,} images" if found["count"] else "none"
+    copies, images = ("copy" if found["count"] == 1 else "copies"), ("image" if found["groups"] == 1 else "images")
+    text = f"{found['count']:,} {copies} of {found['groups']:,} {images}" if found["count"] else "none"
     lines = [f"{_place(item)} {verb} {_place(item['same_as'])}" for item in found["examples"]]
     return [_line(label, text + among), *(_line("", line) for line in lines)]
 

@@ -349,7 +349,7 @@ class TestWarnings:
         assert facts["near_duplicates"]["examples"][0]["same_as"]["path"] == str(tmp_path / "c" / "000.png")
         assert "near-duplicates" in warned(facts)
         page = as_text(facts)
-        assert "nearly so     4 of 3 images" in page
+        assert "nearly so     4 copies of 3 images" in page
         assert f"({tmp_path / 'c' / 'again0.jpg'}) looks the same as row 10" in " ".join(page.split())
         assert not {"duplicates", "near-duplicates"} & warned(
             examine(capsys, tmp_path, *QUICK, "--data.drop_duplicates=true")[1]
