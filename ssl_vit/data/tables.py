@@ -207,8 +207,12 @@ def hub_id(config: DataConfig) -> str:
     suffix = next((end for end in ("parquet", *_ADVICE) if source.lower().endswith(f".{end}")), None)
     is_path = source.startswith(("/", ".", "~")) or "\\" in source or source.count("/") > 1 or suffix is not None
     near = _near_path(path)
-    if is_path or ("/" in source and Path(source.partition("/")[0]).is_dir()):
+    first = source.partition("/")[0]
+    if is_path:
         raise setting_error(config, "source", f"no such file or folder{near}")
+    if "/" in source and Path(first).is_dir():
+        what = f"no such file or folder{near}; {first!r} is a folder here, so this is taken for no data set of the hub"
+        raise setting_error(config, "source", what)
     if "/" not in source and (near or source in _PACKAGED_DATASETS_MODULES):
         raise setting_error(config, "source", f"no such file or folder{near}; a data set of the hub is OWNER/NAME")
     return source

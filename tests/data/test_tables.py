@@ -114,7 +114,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ("my_imgaes", "no such file or folder; did you mean 'my_images'"),
         ("My_Images2", "no such file or folder; did you mean 'my_images'"),
         ("my_images/tarin", "no such file or folder; did you mean 'my_images/train'"),
-        ("my_images/other", "no such file or folder$"),
+        ("my_images/other", "no such file or folder; 'my_images' is a folder here"),
         ("deep/my_images/x", "no such file or folder$"),
         ("./my_imgaes", "no such file or folder; did you mean 'my_images'"),
         ("photo.parqet.parquet", "no such file or folder$"),
