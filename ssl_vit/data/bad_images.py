@@ -172,9 +172,8 @@ def _by_chance(num_bad: int, num_seen: int, share: float) -> float:
 
 def _find_problem(source: Source, row: int, num_channels: int) -> str | None:
     """Why the image of a row cannot be decoded, as far as its header tells; None where it seems sound."""
-    stored = source.rows[row][source.image_column] or {}
     try:
-        data = stored.get("bytes") or Path(stored.get("path") or "").read_bytes()
+        data = source.encoded(row)
         if num_channels in (1, 3, 4):  # which any image is converted to
             if data.startswith(PNG_SIGNATURE):
                 png = read_png(data)

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ssl_vit.data.bad_images import _find_problem
 from ssl_vit.data.config import DataConfig
 from ssl_vit.data.doctor import read_pictures
 from ssl_vit.data.sources import open_source
@@ -86,6 +87,7 @@ def test_rows_open_what_lies_below_their_source_s_folder(
                     not allowed and what in (*OUTSIDE, "device", "beside")
                 ), what
                 assert ("addresses in rows are not opened" in str(caught.value)) == (what in ("http", "file", "hop"))
+        assert (_find_problem(source, row, 3) is None) == (what in good)
     found = read_pictures(source, np.arange(len(source)), 3)
     assert found.num_readable == len(good)
 
