@@ -15,6 +15,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from ssl_vit.checkpoint import CheckpointConfig
+from ssl_vit.data.paths import path_to_text
 from ssl_vit.data.sources import DataConfig
 from ssl_vit.evaluation.evaluate import EvaluationConfig
 from ssl_vit.export.pretrained import load_pretrained, open_pretrained
@@ -312,11 +313,13 @@ def write_config(config: RunConfig, path: Path) -> None:
 
 
 def as_plain(config: Any) -> dict[str, Any]:
-    """A config as dicts, lists and scalars."""
+    """A config as dicts, lists and scalars, names that are no UTF-8 in the form that `as_path` reads."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: plain(entry) for key, entry in value.items()}
+            return {plain(key): plain(entry) for key, entry in value.items()}
+        if isinstance(value, str):
+            return path_to_text(value)
         return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value
 
     return plain(dataclasses.asdict(config))

@@ -1,5 +1,6 @@
 """What every script does around its work: a signal ends it in one line, and libraries' warnings come once."""
 
+import io
 import logging
 import os
 import signal
@@ -53,6 +54,7 @@ def stoppable(hint: str = "") -> Callable[[Callable[P, int]], Callable[P, int]]:
                 received = number
                 raise Stopped(number)
 
+            _show_any_text()
             before = {number: signal.signal(number, stop) for number in _NUMBERS}
             try:
                 with warning_once():
@@ -95,6 +97,13 @@ def warning_once() -> Iterator[None]:
         warnings.showwarning = show
         if handler is not None:
             handler.removeFilter(log_once)
+
+
+def _show_any_text() -> None:
+    """Print what the terminal's encoding lacks, or what is no text, as escapes rather than stop at it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _end_at_once(number: int, hint: str) -> None:

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ssl_vit.data.paths import as_path
+
 PATHS = (
     ("data", "source"),
     ("data", "cache_dir"),
@@ -22,12 +24,12 @@ def absolute(value: Any) -> Any:
     """
     if isinstance(value, dict):
         return {absolute(name): weight for name, weight in value.items()}
-    if not isinstance(value, str) or not value or value == "openmoji" or "://" in value:
+    if not isinstance(value, str) or not value or value == "openmoji":
         return value
-    path = Path(value).expanduser()
+    path = as_path(value)
     if path.exists():
         return os.path.abspath(path)  # noqa: PTH100  (not through links, whose names the user knows)
-    if glob.has_magic(value):
+    if glob.has_magic(value) and "://" not in value:
         begins = next(folder for folder in path.parents if not glob.has_magic(str(folder)))
         return os.path.abspath(path) if begins.exists() else value  # noqa: PTH100
     return value

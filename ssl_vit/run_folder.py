@@ -10,6 +10,8 @@ import yaml
 
 from ssl_vit.checkpoint import STATE_FILE, newest_checkpoint, remove_unfinished
 from ssl_vit.config import RunConfig, as_plain, differences, write_config
+from ssl_vit.data.outputs import MARKER, mark
+from ssl_vit.data.paths import path_to_text
 from ssl_vit.paths import PATHS, is_same
 from ssl_vit.reading import read_json
 from ssl_vit.run_lock import LOCK_FILE, lock_folder
@@ -53,6 +55,8 @@ def check_run_folder(config: RunConfig) -> None:
     """
     if not config.output_dir:
         raise ValueError("output_dir='': name the folder of the run")
+    if path_to_text(config.output_dir) != config.output_dir:
+        raise ValueError(f"output_dir={config.output_dir!r}: safetensors reads UTF-8 names alone; name another folder")
     folder = Path(config.output_dir)
     if config.extend and not (folder / CONFIG_FILE).exists():
         raise ValueError(f"extend=True: output_dir={config.output_dir!r} holds no run to lengthen; name its folder")
@@ -151,6 +155,7 @@ def open_run_folder(config: RunConfig, lengthened: int | None = None) -> tuple[R
             extended = (*extended, (state["step"], state.get("num_steps", lengthened)))
             config = replace(config, extended=extended)
     write_config(config, folder / CONFIG_FILE)
+    mark(folder)
     return config, checkpoint
 
 
@@ -173,7 +178,8 @@ def is_finished(folder: Path, num_steps: int) -> bool:
 
 def _holds_anything(folder: Path) -> bool:
     """Whether there is more than a run leaves that was killed before it wrote its settings."""
-    return any(path.name != LOCK_FILE and not path.name.startswith(UNFINISHED) for path in folder.iterdir())
+    names = (path.name for path in folder.iterdir())
+    return any(name not in (LOCK_FILE, MARKER) and not name.startswith(UNFINISHED) for name in names)
 
 
 def _read_config(path: Path, config: RunConfig) -> dict[str, Any]:

@@ -164,7 +164,7 @@ def fingerprint(source: Source | Stream) -> dict[str, Any]:
         covers = "the names of the shards and, where known, the number of rows of each; no pixels"
         return {"rows": source.num_samples, "sha256": digest.hexdigest(), "covers": covers}
     digest = hashlib.sha256(f"{len(source)}\n".encode())
-    root = str(Path(source.name).expanduser()).rstrip(os.sep) + os.sep
+    root = source.root or ""
     named = np.linspace(0, len(source) - 1, min(len(source), NUM_NAMED)).round().astype(int)
     for row in named.tolist():
         stored = source.rows[row][source.image_column] or {}

@@ -24,6 +24,7 @@ from ssl_vit.benchmarks.step import prepare_step
 from ssl_vit.config import RunConfig, as_plain
 from ssl_vit.data.config import DataConfig
 from ssl_vit.data.loader import Batches
+from ssl_vit.data.outputs import mark
 from ssl_vit.data.sampler import StepSampler
 from ssl_vit.data.sources import open_source
 from ssl_vit.distributed import resolve_precision
@@ -250,4 +251,5 @@ def draw(result: dict, path: Path) -> None:
             axes.set_xticks(one["x"])
         axes.legend(frameon=False, fontsize="small")
         axes.spines[["top", "right"]].set_visible(False)
+    mark(path.parent, path.name)
     figure.savefig(path, dpi=110)

@@ -1,13 +1,12 @@
 """Settings that say which images to use, and how they are refused."""
 
 import difflib
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from ssl_vit.data.headers import MAX_PIXELS
 from ssl_vit.data.mixture import as_text, check_weights
+from ssl_vit.data.paths import as_path
 from ssl_vit.data.workers import check_num_workers
 
 KINDS = (
@@ -25,7 +24,8 @@ class DataConfig:
     """openmoji | folder of images | parquet file or glob | save_to_disk folder | Hugging Face hub id | with streaming
     a .tar or glob | several with weights: `{photos: 0.7, openmoji: 0.3}`."""
     split: str = "train"
-    """Split of a hub, parquet or save_to_disk source. Hub and parquet also take slices: `train[:10%]`."""
+    """Split of a hub, parquet or save_to_disk source, or of a folder whose first-level folders are splits (train, val
+    ...; `all` = together, `none` = such folders are classes). Hub and parquet also take slices: `train[:10%]`."""
     image_column: str | None = None
     """Column that holds the images; found by its type where there is only one. In tars the kind of member: `jpg`, or
     the first of several, `left.jpg;left.png`; else a sample's first image."""
@@ -127,15 +127,6 @@ def clamp_rounding(settings: object, *names: str) -> None:
 def setting_error(config: DataConfig, field: str, what: str) -> ValueError:
     """An error about one setting; use as `raise setting_error(...)`."""
     return ValueError(f"data.{field}={getattr(config, field)!r}: {what}")
-
-
-def as_path(source: str) -> Path:
-    """The path that a source names: as it is written where there is one, else with ~ for the home folder."""
-    path = Path(source)
-    try:
-        return path if os.path.lexists(path) else path.expanduser()
-    except RuntimeError:  # no such user
-        return path
 
 
 def near_match(name: str, names: list[str]) -> str:

@@ -35,6 +35,8 @@ from tqdm import tqdm
 
 from ssl_vit.checkpoint import flush
 from ssl_vit.data.fingerprint import fingerprint
+from ssl_vit.data.outputs import mark
+from ssl_vit.data.paths import as_path
 from ssl_vit.data.sources import DataConfig, Source
 from ssl_vit.data.workers import (
     CurrentRows,
@@ -175,7 +177,7 @@ def open_decoded(source: Source, config: DataConfig, num_channels: int) -> Sourc
 def cache_folder(config: DataConfig) -> Path:
     """Where decoded pictures are kept."""
     if config.cache_dir is not None:
-        return Path(config.cache_dir).expanduser()
+        return as_path(config.cache_dir)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssl_vit" / "decoded"
 
 
@@ -249,6 +251,7 @@ def _build_on_disk(source: Source, num_channels: int, side: int, done: Path, abo
     shutil.rmtree(unfinished, ignore_errors=True)
     shutil.rmtree(done, ignore_errors=True)  # one that is damaged
     unfinished.mkdir()
+    mark(unfinished)
     try:
         with _opened(unfinished / _PIXELS) as pixels, _opened(unfinished / _TABLE) as table:
             num_bad = _decode_all(source, num_channels, side, pixels, table, str(done))

@@ -1,11 +1,11 @@
 """Where the images come from: every kind of source as an indexable set of undecoded images."""
 
 import glob
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
+from unicodedata import normalize
 
 import datasets
 import numpy as np
@@ -15,12 +15,14 @@ from tqdm import tqdm
 
 from ssl_vit.data import openmoji
 from ssl_vit.data.columns import find_image_column, find_label_column, notes_on_other_columns
-from ssl_vit.data.config import KINDS, DataConfig, as_path, setting_error
+from ssl_vit.data.config import KINDS, DataConfig, setting_error
 from ssl_vit.data.decode import decode
-from ssl_vit.data.formats import IMAGE_SUFFIXES, note_of_dropped, page_numbers
+from ssl_vit.data.folders import find_images
+from ssl_vit.data.formats import note_of_dropped, page_numbers
 from ssl_vit.data.headers import MAX_PIXELS
-from ssl_vit.data.labels import Labels, encode, integers, read_labels
+from ssl_vit.data.labels import integers, read_labels
 from ssl_vit.data.mixture import Mixture, as_text
+from ssl_vit.data.paths import as_path, path_to_text
 from ssl_vit.data.stored import Roots, find_stored
 from ssl_vit.data.tables import check_cache, is_saved_dataset, load_from_hub, load_parquet, load_saved
 
@@ -58,6 +60,10 @@ class Source:
     """Which files rows may open, of each source of the mixture or of the one there is."""
     notes: tuple[str, ...] = ()
     """What the user should know before the first step, a sentence each: files left aside, classes found."""
+    unlabelled: str = ""
+    """Why there are no labels, where that is known."""
+    root: str | None = None
+    """Folder of images, or of its split, below which their paths tell them apart; None for other sources."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -202,7 +208,7 @@ def _with_row_for_each_page(source: Source) -> Source:
 def _open_mixture(config: DataConfig) -> Source:
     """All sources of a mixture as one, their rows one after another."""
     weights = cast("dict[str, float]", config.source)
-    parts = [_open(_own_settings(config, name)) for name in weights]
+    parts = [_open(_own_settings(config, name), in_mixture=True) for name in weights]
     mixture = Mixture(tuple(weights), tuple(weights.values()), np.repeat(np.arange(len(parts)), list(map(len, parts))))
     for name, count in zip(weights, mixture.draws(), strict=True):
         if count == 0:
@@ -211,11 +217,11 @@ def _open_mixture(config: DataConfig) -> Source:
         part.rows if part.image_column == "image" else part.rows.rename_column(part.image_column, "image")
         for part in parts
     ]
-    class_names = tuple(dict.fromkeys(name for part in parts for name in part.class_names))
+    class_names = tuple(dict.fromkeys(normalize("NFC", name) for part in parts for name in part.class_names))
     labels = np.concatenate([_labels_among(class_names, part) for part in parts])
     attributions = dict.fromkeys(part.attribution for part in parts if part.attribution)
     return Source(
-        name=as_text(weights),
+        name=path_to_text(as_text(weights)),
         rows=datasets.concatenate_datasets(images),
         image_column="image",
         labels=labels if class_names else None,
@@ -233,7 +239,8 @@ def _own_settings(config: DataConfig, name: str) -> DataConfig:
     path = as_path(name)
     if name == "openmoji" or (path.is_dir() and not is_saved_dataset(path)):
         label_column = "none" if config.label_column == "none" else None
-        return replace(config, source=name, split="train", image_column=None, label_column=label_column)
+        split = "train" if name == "openmoji" else config.split
+        return replace(config, source=name, split=split, image_column=None, label_column=label_column)
     return replace(config, source=name)
 
 
@@ -243,7 +250,8 @@ def _labels_among(class_names: tuple[str, ...], part: Source) -> Int64[np.ndarra
         return np.full(len(part), -1, dtype=np.int64)
     index = {name: number for number, name in enumerate(class_names)}
     # -1 stays -1: the last entry is where it points.
-    return np.array([*(index[name] for name in part.class_names), -1], dtype=np.int64)[part.labels]
+    numbers = [*(index[normalize("NFC", name)] for name in part.class_names), -1]
+    return np.array(numbers, dtype=np.int64)[part.labels]
 
 
 def _join_groups(parts: list[Source]) -> Int64[np.ndarray, " n"] | None:
@@ -258,7 +266,7 @@ def _join_groups(parts: list[Source]) -> Int64[np.ndarray, " n"] | None:
     return np.concatenate(joined)
 
 
-def _open(config: DataConfig) -> Source:
+def _open(config: DataConfig, in_mixture: bool = False) -> Source:
     assert isinstance(config.source, str)
     if not config.source:
         raise setting_error(config, "source", f"name the images: {KINDS}")
@@ -268,7 +276,7 @@ def _open(config: DataConfig) -> Source:
         path = as_path(config.source)
         if path.is_dir():
             if not is_saved_dataset(path):
-                return _open_folder(path, config)
+                return _open_folder(path, config, split_may_be_missing=in_mixture)
             rows, roots = load_saved(path, config)
         elif path.exists() or glob.has_magic(config.source):
             rows, roots = load_parquet(config)
@@ -280,15 +288,16 @@ def _open(config: DataConfig) -> Source:
 
 
 def _refuse_columns(config: DataConfig, what: str) -> None:
-    """Refuse settings that would have no effect on a source that has neither splits nor columns."""
-    no_effect = {"split": ("train",), "image_column": (None,), "label_column": (None, "none")}
-    for field, values in no_effect.items():
+    """Refuse settings that would have no effect on a source that has no columns."""
+    for field, values in {"image_column": (None,), "label_column": (None, "none")}.items():
         if getattr(config, field) not in values:
-            raise setting_error(config, field, f"{what} has neither splits nor columns; leave this setting out")
+            raise setting_error(config, field, f"{what} has no columns; leave this setting out")
 
 
 def _open_openmoji(config: DataConfig) -> Source:
     _refuse_columns(config, "the built-in source")
+    if config.split != "train":
+        raise setting_error(config, "split", "the built-in source has no splits; leave this setting out")
     check_cache()
     rows = openmoji.load()
     keep_labels = config.label_column != "none"
@@ -300,65 +309,28 @@ def _open_openmoji(config: DataConfig) -> Source:
         class_names=openmoji.GROUP_NAMES if keep_labels else (),
         groups=integers(rows, "group"),
         attribution=openmoji.ATTRIBUTION,
+        notes=("these are the built-in images; the folder of this name here is ./openmoji",)
+        if Path("openmoji").exists()
+        else (),
     )
 
 
-def _open_folder(root: Path, config: DataConfig) -> Source:
+def _open_folder(root: Path, config: DataConfig, split_may_be_missing: bool) -> Source:
     _refuse_columns(config, "a folder of images")
-    prefix = str(root).rstrip(os.sep) + os.sep
-    files = sorted(path.removeprefix(prefix) for path in _walk(str(root)))
-    images = [file for file in files if _suffix(file) in IMAGE_SUFFIXES]
-    if not images:
-        parquet = any(_suffix(file) == "parquet" for file in files)
-        tar = any(_suffix(file) == "tar" for file in files)
-        hint = f"; for its parquet files, give a quoted glob: '{prefix}**/*.parquet'" if parquet else ""
-        hint = f"; for its tar files, give --data.streaming true and a quoted glob: '{prefix}**/*.tar'" if tar else hint
-        kinds = " ".join(IMAGE_SUFFIXES)
-        raise setting_error(config, "source", f"no images in this folder or below it (looked for {kinds}){hint}")
+    found = find_images(root, config, split_may_be_missing=split_may_be_missing)
+    labels, class_names = found.labels
     # Arrow holds the paths in one block: millions of them cost little memory and are shared with the workers.
-    rows = datasets.Dataset.from_dict({"image": [prefix + file for file in images]})
-    labels, class_names = _folder_labels(images) if config.label_column != "none" else (None, ())
+    rows = datasets.Dataset.from_dict({"image": found.paths})
     return Source(
-        name=cast(str, config.source),
+        name=path_to_text(cast(str, config.source)),
         rows=rows.cast_column("image", datasets.Image(decode=False)),
         image_column="image",
         labels=labels,
         class_names=class_names,
+        unlabelled=found.unlabelled,
+        root=found.root,
+        notes=found.notes,
     )
-
-
-def _walk(root: str) -> Iterator[str]:
-    """Paths of all files below a folder but hidden ones. Links are followed, each folder is read once."""
-    pending, seen = [root], set()
-    while pending:
-        folder = pending.pop()
-        status = Path(folder).stat()
-        if (status.st_dev, status.st_ino) in seen:
-            continue  # a link to a folder above it, or to one read before
-        seen.add((status.st_dev, status.st_ino))
-        subfolders = []
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                # Path's tests take a link that leads nowhere, or to itself, for no folder and no file.
-                item = Path(entry.path) if entry.is_symlink() else entry
-                if entry.name.startswith("."):
-                    continue
-                if item.is_dir():
-                    subfolders.append(entry.path)
-                elif item.is_file():
-                    yield entry.path
-        pending += sorted(subfolders, reverse=True)  # a fixed order: of two links the same one always wins
-
-
-def _suffix(file: str) -> str:
-    return file.lower().rpartition(".")[2] if "." in file else ""
-
-
-def _folder_labels(images: list[str]) -> Labels:
-    """Labels by first-level folder, if every image lies in one and there are at least two."""
-    folders = [image.partition(os.sep)[0] for image in images if os.sep in image]
-    labels, names = encode(folders)
-    return (labels, names) if len(folders) == len(images) and len(names) > 1 else (None, ())
 
 
 def _open_rows(rows: datasets.Dataset, config: DataConfig, roots: Roots) -> Source:
@@ -374,7 +346,7 @@ def _open_rows(rows: datasets.Dataset, config: DataConfig, roots: Roots) -> Sour
     images = rows.with_format(None).select_columns([image_column])
     others = [name for name in rows.column_names if name != image_column]
     return Source(
-        name=cast(str, config.source),
+        name=path_to_text(cast(str, config.source)),
         rows=images.cast_column(image_column, datasets.Image(decode=False)),
         image_column=image_column,
         labels=labels,

@@ -7,6 +7,8 @@ from typing import Any, cast
 
 import fsspec
 
+from ssl_vit.data.paths import path_from_text
+
 _HUB = "hf://"
 Roots = tuple[str, ...] | None
 """Folders that the files of rows must lie below, links followed; relative paths begin at the first. (): the paths were
@@ -51,7 +53,7 @@ def find_stored(stored: Mapping[str, Any] | None, roots: Roots) -> bytes | Path:
 
 def locate(path: str, roots: Roots) -> str:
     """Where the file that a row names lies."""
-    return os.path.join(roots[0], path) if roots else path  # noqa: PTH118  # a Path for each of millions is slow
+    return os.path.join(roots[0], path) if roots else path_from_text(path)  # noqa: PTH118  # a Path for each of millions is slow
 
 
 def _read_from_hub(path: str, repository: str) -> bytes:

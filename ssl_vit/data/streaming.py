@@ -14,10 +14,11 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from ssl_vit.data.columns import find_image_column, find_label_column
-from ssl_vit.data.config import KINDS, DataConfig, as_path, near_match, setting_error
+from ssl_vit.data.config import KINDS, DataConfig, near_match, setting_error
 from ssl_vit.data.copies import leave_out_copies
 from ssl_vit.data.decode import Pages, decode
 from ssl_vit.data.headers import MAX_PIXELS
+from ssl_vit.data.paths import as_path
 from ssl_vit.data.sampler import SampleKey, epoch_order
 from ssl_vit.data.sources import MAX_TRIES, Source, open_source
 from ssl_vit.data.stored import Roots, find_stored

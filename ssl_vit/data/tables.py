@@ -20,10 +20,11 @@ from datasets.naming import camelcase_to_snakecase
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-from ssl_vit.data.config import KINDS, DataConfig, as_path, near_match, setting_error
+from ssl_vit.data.config import KINDS, DataConfig, near_match, setting_error
 from ssl_vit.data.formats import IMAGE_SUFFIXES
 from ssl_vit.data.labels import type_name
 from ssl_vit.data.parquet_builder import ParquetFiles
+from ssl_vit.data.paths import as_path
 from ssl_vit.data.stored import Roots
 
 _READ_ROWS = 32  # taken from a streamed file at once

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -108,7 +109,7 @@ def split_sources(train_source: Source, test_source: Source | None, max_images: 
 
 
 def align_classes(train_source: Source, test_source: Source) -> Source:
-    """The test source with the classes of the training source, matched by name.
+    """The test source with the classes of the training source, matched by name, however its letters are composed.
 
     Raises:
         ValueError: pictures of classes that the training source does not know.
@@ -116,16 +117,17 @@ def align_classes(train_source: Source, test_source: Source) -> Source:
     names, test_names = train_source.class_names, test_source.class_names
     if test_source.labels is None or not names or not test_names or names == test_names:
         return test_source
-    number = {name: index for index, name in enumerate(names)}
+    number = {normalize("NFC", name): index for index, name in enumerate(names)}
+    wanted = [normalize("NFC", name) for name in test_names]
     present = np.unique(test_source.labels[test_source.labels >= 0])
-    unknown = [test_names[label] for label in present.tolist() if test_names[label] not in number]
+    unknown = [test_names[label] for label in present.tolist() if wanted[label] not in number]
     if unknown:
         raise ValueError(
             f"evaluation.test_source={test_source.name!r}: has classes that the training source "
             f"{train_source.name!r} lacks: {_listed(unknown)}; there it is {_listed(names)}: rename them, or add "
             "labelled pictures of them to the training source"
         )
-    found = np.array([number.get(name, -1) for name in test_names], dtype=np.int64)
+    found = np.array([number.get(name, -1) for name in wanted], dtype=np.int64)
     labels = np.where(test_source.labels >= 0, found[test_source.labels], -1)
     return replace(test_source, labels=labels, class_names=names)
 
@@ -320,8 +322,9 @@ def _subset(source: Source, labels: np.ndarray, max_images: int | None, seed: in
 
 def _labels(source: Source, setting: str) -> np.ndarray:
     if source.labels is None or not (source.labels >= 0).any():
+        why = f" ({source.unlabelled})" if source.unlabelled else ""
         raise ValueError(
-            f"evaluation.{setting}={source.name!r}: has no labels, and an evaluation needs them; name a "
+            f"evaluation.{setting}={source.name!r}: has no labels{why}, and an evaluation needs them; name a "
             "labelled source there, or the column that holds the classes in data.label_column"
         )
     return source.labels

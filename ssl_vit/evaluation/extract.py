@@ -23,6 +23,7 @@ from tqdm import tqdm
 import ssl_vit
 from ssl_vit.checkpoint import flush
 from ssl_vit.data.config import near_match
+from ssl_vit.data.paths import path_to_text
 from ssl_vit.data.sources import Source, open_source
 from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.distributed import process_index
@@ -60,6 +61,8 @@ class ExtractConfig(PicturesConfig):
         super().__post_init__()
         if Path(self.output).suffix not in (".parquet", ".safetensors"):
             raise ValueError(f"output={self.output!r}: name a file that ends in .parquet or .safetensors")
+        if path_to_text(self.output) != self.output:
+            raise ValueError(f"output={self.output!r}: safetensors reads UTF-8 names alone; name another file")
         if self.feature is not None and self.feature not in FEATURES:
             raise ValueError(f"feature={self.feature!r}: no such feature; choose one of {', '.join(FEATURES)}")
         if self.rows_per_part is not None and self.rows_per_part < 1:
@@ -337,7 +340,7 @@ def _write_parquet(
                 cells, flat.shape[1]
             )
         table = pa.table(rows).replace_schema_metadata(metadata)
-        writer = writer or pq.ParquetWriter(file, table.schema, compression="zstd")
+        writer = writer or pq.ParquetWriter(file.absolute(), table.schema, compression="zstd")
         writer.write_table(table)
     assert writer is not None
     writer.close()

@@ -3,6 +3,7 @@
 import io
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unicodedata import normalize
 
 import datasets
 import numpy as np
@@ -132,8 +133,10 @@ def _match(images: Source, masks: Source) -> tuple[Source, Source]:
     """The masks in the order of their pictures."""
 
     def names(source: Source) -> list[str]:
-        paths = [row["path"] for row in source.rows[source.image_column]]
-        return [str(Path(path).relative_to(Path(source.name).expanduser()).with_suffix("")) for path in paths]
+        root = source.root or ""
+        paths = [row["path"].removeprefix(root) for row in source.rows[source.image_column]]
+        # The same name may be composed in one folder and decomposed in the other.
+        return [normalize("NFC", str(Path(path).with_suffix(""))) for path in paths]
 
     image_names, mask_names = names(images), names(masks)
     for kind, lacking in {
@@ -144,6 +147,9 @@ def _match(images: Source, masks: Source) -> tuple[Source, Source]:
             shown = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
             raise ValueError(f"mask_source={masks.name!r}: {len(lacking)} {kind}: {shown}; names must be the same")
     row_of = {name: row for row, name in enumerate(mask_names)}
+    if len(row_of) < len(mask_names):
+        twice = next(name for row, name in enumerate(mask_names) if row_of[name] != row)
+        raise ValueError(f"mask_source={masks.name!r}: two masks have the name {twice}; keep one of them")
     return images, masks.subset(np.array([row_of[name] for name in image_names], dtype=np.int64))
 
 

@@ -13,6 +13,7 @@ import torch
 from timm.models import adapt_input_conv
 from torch import Tensor
 
+from ssl_vit.data.paths import as_path
 from ssl_vit.export.backbone import (
     BACKBONE_FILE,
     CONFIG_FILE,
@@ -61,7 +62,7 @@ def open_pretrained(name: str) -> Pretrained:
     Raises:
         ValueError: there is nothing of the kind, or it cannot be read without unpickling more than tensors.
     """
-    path = Path(name).expanduser()
+    path = as_path(name)
     if path.is_dir():
         return _open_folder(path)
     if path.is_file():

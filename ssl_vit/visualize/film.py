@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ssl_vit.data.outputs import mark
 from ssl_vit.run_folder import PICTURES_FOLDER
 
 _HOLD = 5  # the last picture stays so many times as long as the others
@@ -53,6 +54,7 @@ def write_film(run: Path, out: Path, *, seconds: float = 0.4, width: int = 900, 
     chosen = spread(frames, 6 if out.suffix == ".png" else most)
     pictures = [_with_step(item, width) for item in chosen]
     out.parent.mkdir(parents=True, exist_ok=True)
+    mark(out.parent, out.name)
     if out.suffix == ".png":
         strip = Image.new("RGB", (width, sum(picture.height for picture in pictures)), "white")
         top = 0

@@ -15,6 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ssl_vit.data.outputs import mark
+
 _WIDTH_INCHES = 6.5  # text width of a paper, so that the font sizes below are what a reader gets
 _MIN_CELL_PIXELS = 280  # a picture is enlarged by a whole factor to at least this width
 _MARGIN_INCHES = 0.06
@@ -79,6 +81,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG or, with the suffix .webp, as WebP; the file is never there in part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     webp = path.suffix == ".webp"
+    mark(path.parent, path.name)
     unfinished = path.with_name(f"unfinished-{path.name}")
     figure.savefig(unfinished, format="webp" if webp else "png", pil_kwargs={"quality": 85} if webp else None)
     unfinished.replace(path)
