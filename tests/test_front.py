@@ -167,3 +167,10 @@ def test_a_worker_that_was_just_forked_is_left_alone(capfd: Capture) -> None:
 
     assert fork() == 7
     assert capfd.readouterr().err == ""
+
+
+def test_a_terminal_that_cannot_show_a_name_shows_it_escaped() -> None:
+    code = "from ssl_vit.front import stoppable; stoppable()(lambda: print('caf\\xe9 \\udce9'))()"
+    command = [sys.executable, "-c", code]
+    shown = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, check=True)
+    assert shown.stdout == b"caf\\xe9 \\udce9\n"

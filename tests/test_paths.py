@@ -147,3 +147,16 @@ def test_a_written_config_is_the_same_wherever_it_is_written_from(project: Path,
     write_config(other, project / "other.yaml")
     assert (project / "one.yaml").read_text() == (project / "other.yaml").read_text()
     assert yaml.safe_load((project / "one.yaml").read_text())["data"]["source"] == str(project / "photos")
+
+
+def test_what_exists_is_no_address_and_no_text_is_lost(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("hf:/photos", "a[1]", "~", "caf\udce9"):
+        (tmp_path / name).mkdir(parents=True)
+    assert absolute("hf://photos") == f"{tmp_path}/hf:/photos"
+    assert absolute("hf://absent") == "hf://absent"
+    assert absolute("a[1]") == f"{tmp_path}/a[1]"
+    assert absolute("~") == f"{tmp_path}/~"
+    written = as_plain(DataConfig(absolute("caf\udce9")))["source"]
+    assert written == f"{tmp_path}/caf\\xe9"
+    assert absolute(written) == f"{tmp_path}/caf\udce9"

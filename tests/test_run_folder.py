@@ -56,6 +56,11 @@ def test_a_run_that_was_killed_before_it_wrote_its_settings_can_be_started(tmp_p
         check_run_folder(config(run))
 
 
+def test_a_folder_whose_weights_could_not_be_read_again_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^output_dir='.*\\udce9': safetensors reads UTF-8 names alone"):
+        check_run_folder(config(tmp_path / "run\udce9"))
+
+
 def test_what_a_killed_run_had_half_written_is_removed(tmp_path: Path) -> None:
     unfinished = tmp_path / "run" / "checkpoints" / f"{UNFINISHED}step-00000003"
     unfinished.mkdir(parents=True)

@@ -115,6 +115,16 @@ def test_red_discs_and_blue_squares_are_told_apart(backbone: Path, photo_folder:
     assert result["pixels"]["recall"]["1"] > 0.9
 
 
+def test_another_split_of_a_folder_is_tested_on(backbone: Path, photo_folder: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        (tmp_path / "photos" / split).symlink_to(shutil.copytree(photo_folder, tmp_path / split))
+    source = tmp_path / "photos"
+    assert run("knn", backbone, f"--source={source}", "--test_split=val", "--ks=[3]") == 0
+    result = json.loads((backbone / "knn.json").read_text())
+    assert (result["num_train"], result["num_test"], result["num_classes"]) == (40, 40, 2)
+
+
 def test_the_feature_follows_from_the_objective(tiny_encoder: ViT, photo_folder: Path, tmp_path: Path) -> None:
     for objective, feature in (("MAE", "mean"), ("DINO", "cls")):
         folder = tmp_path / objective

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssl_vit.data.sources import Source
+from ssl_vit.data.sources import DataConfig, Source, open_source
 from ssl_vit.evaluation import evaluate
 from ssl_vit.evaluation.evaluate import (
     EvaluationConfig,
+    align_classes,
     evaluate_encoder,
     evaluate_features,
     evaluate_pixels,
@@ -229,6 +230,22 @@ def test_subset_is_seeded_stratified_and_decodes_nothing_else(monkeypatch):
     assert np.bincount(labels[seen[0]]).tolist() == [8, 8, 4]
     assert (seen[0] % 2 == 0).all()  # the first row of each group
     assert (np.diff(seen[0]) > 0).all()
+
+
+def test_classes_are_matched_however_their_letters_are_composed():
+    train, test = source([0, 1], names=("caf\u00e9", "pub")), source([0, 1, -1], names=("pub", "cafe\u0301"))
+    aligned = align_classes(train, test)
+    assert aligned.labels is not None
+    assert (aligned.labels.tolist(), aligned.class_names) == ([1, 0, -1], train.class_names)
+
+
+def test_the_refusal_says_why_a_folder_has_no_labels(tmp_path):
+    for name in ("a/0.png", "b/0.png", "sheet.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    unlabelled = open_source(DataConfig(str(tmp_path)))
+    with pytest.raises(ValueError, match=r"has no labels \(1 image, such as sheet\.png, lies beside the folders of"):
+        split_sources(unlabelled, None, None)
 
 
 def test_sources_that_cannot_be_evaluated_are_refused_before_anything_is_decoded(monkeypatch):

@@ -357,6 +357,7 @@ def test_an_unfinished_extraction_with_other_settings_is_refused(
     ("flags", "message"),
     [
         (["--output=features.csv"], "output='features.csv': name a file that ends in .parquet or .safetensors"),
+        (["--output=\udce9.parquet"], "output='\\udce9.parquet': safetensors reads UTF-8 names alone"),
         (["--feature=patch"], "feature='patch'"),
         (["--rows_per_part=0"], "rows_per_part=0: must be at least 1"),
     ],

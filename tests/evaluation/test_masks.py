@@ -84,6 +84,30 @@ def test_folders_are_matched_by_name(folders: tuple[Path, Path]) -> None:
     assert open_folders(folders, ignore_index=0).mask(0)[5].tolist() == [-1] * 15 + [1] * 15
 
 
+def test_names_match_below_the_split_however_they_are_written(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    for folder, accented in zip(folders, ("caf\u00e9 [1].v2", "cafe\u0301 [1].v2"), strict=True):
+        path = next(folder.glob("1.*"))
+        path.rename(folder / f"{accented}{path.suffix}")
+        for name in (accented + path.suffix, f"sub/0{path.suffix}"):
+            (folder / name).rename(folder / Path(name).with_name("\udce9" + Path(name).name))
+    before = open_folders(folders)
+    assert len(before) == 3
+    folders[0].rename(tmp_path / "train")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "train").rename(tmp_path / "images/train")
+    Image.new("L", (4, 4)).save(tmp_path / "images/train/../x.png")
+    (tmp_path / "images/val").mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "images/val/y.png")
+    after = open_folders(folders)
+    assert [after.pair(row, 3)[1][5].tolist() for row in range(3)] == [[0] * 15 + [1] * 15] * 3
+
+
+def test_two_masks_of_one_name_are_refused(folders: tuple[Path, Path]) -> None:
+    Image.new("L", (30, 20)).save(folders[1] / "2.bmp")
+    with pytest.raises(ValueError, match=r"^mask_source='.*': two masks have the name 2; keep one"):
+        open_folders(folders)
+
+
 def test_names_that_do_not_match_are_refused(folders: tuple[Path, Path]) -> None:
     (folders[1] / "2.png").rename(folders[1] / "two.png")
     with pytest.raises(ValueError, match=r"mask_source='.*': 1 pictures without a mask: 2; names must be the same"):
