@@ -281,7 +281,7 @@ def _parse(defaults: RunConfig, words: list[str], keys: dict[str, Any]) -> Names
 
 
 def _start_from(defaults: RunConfig, path: str) -> RunConfig:
-    """The defaults with what is known of the weights to start from: architecture, sizes and normalisation."""
+    """The defaults with what is known of the weights to start from: architecture, sizes, normalisation and crop."""
     with _naming_pretrained(path):
         found = open_pretrained(path)
     own, data = defaults.encoder, defaults.data
@@ -294,7 +294,9 @@ def _start_from(defaults: RunConfig, path: str) -> RunConfig:
     )
     if found.mean is not None and found.std is not None:
         data = dataclasses.replace(data, mean=found.mean, std=found.std)
-    return dataclasses.replace(defaults, encoder=encoder, data=data)
+    crop_pct = found.crop_pct or defaults.evaluation.crop_pct
+    evaluation = dataclasses.replace(defaults.evaluation, crop_pct=crop_pct)
+    return dataclasses.replace(defaults, encoder=encoder, data=data, evaluation=evaluation)
 
 
 def load_encoder_config(path: Path) -> ViTConfig:

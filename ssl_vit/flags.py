@@ -2,6 +2,8 @@
 
 import difflib
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +75,34 @@ def in_one_line(message: str, keys: dict[str, Any]) -> str:
         given = value.group(1).strip()
         return f"{key.group(1)}={given}: expected {' or '.join(dict.fromkeys(words)) or 'another type'}"
     return " ".join(message.split())
+
+
+@contextmanager
+def said_of(names: Mapping[str, str], at_start: bool = False) -> Iterator[None]:
+    """Put other names of settings into a ValueError: of the setting it is about, where shared code knows another.
+
+    Args:
+        names: from the name that is known there to the one that was given.
+        at_start: replace a name that the text begins with alone.
+    """
+    try:
+        yield
+    except ValueError as error:
+        known = "|".join(map(re.escape, names)) or "(?!)"
+        pattern = rf"^({known})(?==)" if at_start else rf"(?<![\w.])({known})(?!\w)"
+        raise ValueError(re.sub(pattern, lambda found: names[found[1]], str(error))) from error
+
+
+def as_flags(text: str, keys: Mapping[str, Any]) -> str:
+    """An error of shared code in one line, with the flags of a front that knows no sections: `--source`.
+
+    Args:
+        keys: settings of the front.
+    """
+
+    def flag(found: re.Match[str]) -> str:
+        return f"--{found[1]}" if found[1] in keys else found[0]
+
+    text = re.sub(r"(?:--|(?<![\w./-]))(?:data|evaluation)\.(\w+)", flag, " ".join(text.split()))
+    text = re.sub(r"^([\w.]+)(?==)", flag, text)
+    return f"{text} (not here: streams are for training)" if "data.streaming" in text else text

@@ -17,17 +17,20 @@ from ssl_vit.data.sources import DataConfig, Source, open_source
 from ssl_vit.data.streaming import Stream
 from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.distributed import autocast_dtype, process_index
-from ssl_vit.evaluation.evaluate import evaluate_encoder, evaluate_pixels, split_sources
+from ssl_vit.evaluation.evaluate import evaluate_encoder, evaluate_pixels, split_sources, why_unlabelled
 from ssl_vit.evaluation.features import centre_crop
 from ssl_vit.evaluation.scores import Score, format_table, paired_interval, scores_to_json
+from ssl_vit.evaluation.untrained import untrained_encoder
 from ssl_vit.export.backbone import BACKBONE_FILE, export_backbone
 from ssl_vit.export.provenance import facts, provenance
+from ssl_vit.flags import said_of
 from ssl_vit.metrics import MetricLog
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.objectives.objective import Objective
 from ssl_vit.run_folder import METRICS_FILE, PICTURES_FOLDER, RESULTS_FILE, write_results
 
 NUM_PICTURES = 8
+UNTRAINED_SEEDS = 3  # by which the verdict is given; each costs one more encoding of the images that judge
 
 
 class Judges(NamedTuple):
@@ -109,7 +112,7 @@ def finish(
                 written.insert(1, f"picture    {picture}")
     scores: dict[str, Any] = {"scores": None}
     streamed = "a stream gives no pictures to judge by"
-    why = streamed if isinstance(source, Stream) else "the source has no labels to judge by"
+    why = streamed if isinstance(source, Stream) else _why_none(config, source)
     if judges is not None:
         why = "they could not be computed"
         settings = config.evaluation
@@ -165,25 +168,39 @@ def compare(
 ) -> tuple[dict[str, Any], str]:
     """Score raw pixels, the backbone at the start and the trained one: numbers for results.json, and a table as text.
 
-    Every process calls this; the main one is given the scores. A baseline that fails is left out with a warning.
+    Fresh weights are scored for `UNTRAINED_SEEDS` seeds, those of the run first: the table shows these, and the verdict
+    is about the mean of all. Every process calls this; the main one is given the scores. A baseline that fails is left
+    out with a warning.
     """
     start = "untrained" if config.encoder.pretrained is None else "pretrained"
     rows: dict[str, dict[str, Score]] = {}
+    before = []
     with by_product("scores of raw pixels", shared=True):
         rows["raw pixels"] = evaluate_pixels(
             *judges, config.evaluation, num_channels=trained.in_chans, seed=config.seed
         )
     with by_product(f"scores of the {start} backbone", shared=True):
-        before = config.build_objective().backbone().to(accelerator.device)  # the same weights as at step 0
-        rows[start] = _evaluate(before, config, judges, accelerator)
+        for number in range(UNTRAINED_SEEDS if start == "untrained" else 1):
+            if start == "untrained":
+                encoder = untrained_encoder(config.encoder, config.objective, config.seed + number)
+            else:
+                encoder = config.build_objective().backbone()
+            before.append(_evaluate(encoder.to(accelerator.device), config, judges, accelerator))
+        rows[start] = before[0]
     rows["trained"] = _evaluate(trained, config, judges, accelerator)
     if not accelerator.is_main_process:
         return {}, ""
     differences = {
-        name: paired_interval(rows["trained"][name].correct, rows[start][name].correct)
-        for name in (rows["trained"] if start in rows else ())
+        name: paired_interval(score.correct, *(scores[name].correct for scores in before))
+        for name, score in (rows["trained"].items() if start in rows else ())
     }
-    results: dict[str, Any] = {"scores": scores_to_json(rows)}
+    results: dict[str, Any] = {"scores": scores_to_json(rows), "judged_on": _judged_on(config, judges)}
+    shares = {name: [scores[name].accuracy for scores in before] for name in differences}
+    if len(before) > 1:
+        results["untrained_seeds"] = {
+            name: {"mean": float(np.mean(found)), "std": float(np.std(found, ddof=1)), "accuracies": found}
+            for name, found in shares.items()
+        }
     results[f"trained_minus_{start}"] = {
         name: dict(zip(("difference", "low", "high"), values, strict=True)) for name, values in differences.items()
     }
@@ -191,10 +208,37 @@ def compare(
     for name, (difference, low, high) in differences.items():
         verdict = f"better than {start}" if low > 0 else f"worse than {start}" if high < 0 else "no clear difference"
         lines.append(
-            f"{name}: trained - {start} = {100 * difference:+.1f} points "
+            f"{name}: trained - {start}{_seeds(shares[name])} = {100 * difference:+.1f} points "
             f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}): {verdict}"
         )
     return results, "\n".join(lines)
+
+
+def _why_none(config: RunConfig, source: Source) -> str:
+    if source.labels is not None:
+        return "the labels cannot judge; the note at the start says why"
+    set_aside = "data.label_column is none" if config.data.label_column == "none" else why_unlabelled(source)
+    return f"the source has no labels to judge by: {set_aside}"
+
+
+def _seeds(shares: list[float]) -> str:
+    values = ", ".join(f"{100 * share:.1f}" for share in shares)
+    return f" (mean of {len(shares)} seeds, {values})" if len(shares) > 1 else ""
+
+
+def _judged_on(config: RunConfig, judges: Judges) -> dict[str, Any]:
+    """What the scores were measured on, for results.json and the model card."""
+    split = split_sources(*judges, config.evaluation.max_images, config.seed)
+    tested = split.labels if split.test_labels is None else split.test_labels
+    return {
+        "source": judges.labelled.name,
+        "split": config.data.split,
+        "test_source": None if judges.test is None else judges.test.name,
+        "test_split": None if judges.test is None else config.evaluation.test_split or config.data.split,
+        "num_train": len(split.labels),
+        "num_test": len(tested),
+        "num_classes": split.num_classes,
+    }
 
 
 def prepare(config: RunConfig, source: Source | Stream) -> tuple[Source | Stream, Judges | None]:
@@ -214,10 +258,14 @@ def prepare(config: RunConfig, source: Source | Stream) -> tuple[Source | Stream
     named = settings.source is not None or test is not None
     if isinstance(source, Source) and source.labels is None and not named:
         return source, None
-    labelled = source if settings.source is None else open_source(_judging(config, settings.source))
+    labelled, setting = source, "data.source"
+    if settings.source is not None:
+        setting = "evaluation.source"
+        with said_of({"data.source": setting}):
+            labelled = open_source(_judging(config, settings.source))
     assert isinstance(labelled, Source)
     try:
-        split_sources(labelled, test, settings.max_images, config.seed)
+        split_sources(labelled, test, settings.max_images, config.seed, setting)
     except ValueError as error:
         if named:
             raise
@@ -233,7 +281,9 @@ def open_test_source(config: RunConfig) -> Source | None:
     if settings.test_source is None and settings.test_split is None:
         return None
     data = _judging(config, settings.test_source or config.data.source)
-    return open_source(dataclasses.replace(data, split=settings.test_split or data.split))
+    names = {"source": settings.test_source, "split": settings.test_split}
+    with said_of({f"data.{name}": f"evaluation.test_{name}" for name, given in names.items() if given is not None}):
+        return open_source(dataclasses.replace(data, split=settings.test_split or data.split))
 
 
 def _judging(config: RunConfig, source: str | dict[str, float]) -> DataConfig:

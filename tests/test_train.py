@@ -17,6 +17,8 @@ from ssl_vit.checkpoint import list_checkpoints
 from ssl_vit.config import parse_run
 from ssl_vit.data.sources import Source
 from ssl_vit.distributed import StopSignal
+from ssl_vit.evaluation import command
+from ssl_vit.evaluation.probes import KNNConfig, evaluate_knn
 from ssl_vit.export import load_backbone
 from ssl_vit.export.card import write_card
 from ssl_vit.export.run import export_run, open_trained
@@ -66,8 +68,23 @@ def test_a_run_ends_with_everything_it_promises(
 
 def test_the_untrained_row_is_the_backbone_of_step_0(start: Callable[..., int], tmp_path: Path) -> None:
     start("--optim.base_lr=1e-12", "--optim.weight_decay=0", steps=1, labels=True)
-    scores = json.loads((tmp_path / "run" / "results.json").read_text())["scores"]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    scores = results["scores"]
     assert scores["trained"] == scores["untrained"]
+    shares = results["untrained_seeds"]["knn"]["accuracies"]
+    assert (len(shares), shares[0]) == (3, scores["untrained"]["knn"]["accuracy"])
+    difference = results["trained_minus_untrained"]["knn"]["difference"]
+    assert difference == pytest.approx(shares[0] - sum(shares) / 3)
+
+
+def test_the_scripts_give_the_scores_that_the_run_gave(start: Callable[..., int], tmp_path: Path) -> None:
+    start("--evaluation.crop_pct=1.0", "--evaluation.feature=cls", "--evaluation.k=5", "--seed=4", labels=True)
+    scores = json.loads((tmp_path / "run" / "results.json").read_text())["scores"]
+    flags = ["--ks=[5]", "--precision=no", "--baselines=[pixels,untrained]"]
+    assert command.main(evaluate_knn, {"": KNNConfig()}, None, [str(tmp_path / "run"), *flags]) == 0
+    found = json.loads((tmp_path / "run" / "knn.json").read_text())
+    for ours, theirs in (("raw pixels", "pixels"), ("untrained", "untrained"), ("trained", "backbone")):
+        assert scores[ours]["knn"] == found[theirs]["k=5"]
 
 
 def test_the_written_config_repeats_the_run(start: Callable[..., int], tmp_path: Path) -> None:

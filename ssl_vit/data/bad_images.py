@@ -109,14 +109,18 @@ class BadImages:
     def _describe(self, bad: BadSample) -> dict[str, object]:
         if isinstance(self.source, Stream):
             return bad._asdict()
-        row = bad.row
-        reason = "was decoded when tried again"
-        try:
-            self.source.image(row, self.num_channels)
-        except ValueError as error:
-            reason = str(error.__cause__ or error)
-        path = (self.source.rows[row][self.source.image_column] or {}).get("path")
-        return {"row": row, "path": path, "reason": reason}
+        return describe_bad(self.source, bad.row, self.num_channels)
+
+
+def describe_bad(source: Source, row: int, num_channels: int) -> dict[str, object]:
+    """Row, path and reason of an image that could not be decoded, for `bad_images.jsonl`."""
+    reason = "was decoded when tried again"
+    try:
+        source.image(row, num_channels)
+    except ValueError as error:
+        reason = str(error.__cause__ or error)
+    path = (source.rows[row][source.image_column] or {}).get("path")
+    return {"row": row, "path": path, "reason": reason}
 
 
 def look_beforehand(source: Source | Stream, config: DataConfig, num_channels: int) -> None:
@@ -203,7 +207,7 @@ def leave_out_bad(source: Source, num_channels: int, num_workers: int) -> Source
     if not bad:
         return source
     if process_index() == 0:
-        print(f"note       {len(bad):,} of the {len(source):,} pictures that judge cannot be decoded and are left out")
+        print(f"note       {len(bad):,} of the {len(source):,} images that judge cannot be decoded and are left out")
     return source.subset(np.setdiff1d(np.arange(len(source)), bad))
 
 

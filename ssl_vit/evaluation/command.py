@@ -2,24 +2,25 @@
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from accelerate import PartialState
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
-from torch import Tensor
 
 from ssl_vit.data.config import clamp_rounding
-from ssl_vit.data.sources import DataConfig, Source, open_source
-from ssl_vit.data.workers import check_num_workers, choose_num_workers
-from ssl_vit.distributed import autocast_dtype, process_index, resolve_precision, start_processes
-from ssl_vit.evaluation.cache import cached_features, feature_key, hash_file
-from ssl_vit.evaluation.evaluate import Split, check_finite, split_sources
-from ssl_vit.evaluation.features import EvalTransform, extract_features, fit_size, pixel_features
+from ssl_vit.data.sources import DataConfig
+from ssl_vit.data.workers import check_num_workers
+from ssl_vit.distributed import autocast_dtype, resolve_precision, start_processes
+from ssl_vit.evaluation.features import EvalTransform, fit_size
+from ssl_vit.evaluation.left_out import write_bad
+from ssl_vit.evaluation.untrained import objective_of, untrained_encoder
 from ssl_vit.export.backbone import BACKBONE_FILE, load_backbone, read_config, read_encoder_config
+from ssl_vit.flags import as_flags, in_one_line, said_of
 from ssl_vit.front import stoppable
 from ssl_vit.models.encoder import Encoder
 
@@ -32,8 +33,9 @@ BASELINES = ("pixels", "untrained")
 class PicturesConfig:
     """Which pictures a script is given, and how they are encoded."""
 
-    source: str | None = None
-    """Pictures, as in pre-training's data.source; labelled, where they are learned from; `null` = the run's."""
+    source: str | dict[str, float] | None = None
+    """Pictures, as in pre-training's data.source but no stream; labelled, where they are learned from; `null` = the
+    run's."""
     split: str = "train"
     """Split of the source."""
     image_column: str | None = None
@@ -46,8 +48,13 @@ class PicturesConfig:
     """Size in pixels at which pictures are encoded: one number, or [height, width]; `null` = the backbone's own."""
     indivisible: Literal["refuse", "resize", "pad"] = "refuse"
     """What to do with a size that the patch size does not divide: refuse, take the nearest, or pad up to the next."""
-    crop_pct: float = 0.875
-    """Share of the resized picture's sides that the centre crop keeps: .875 = resize to 256, crop to 224."""
+    crop_pct: float | None = None
+    """Share of the resized picture's sides that the centre crop keeps: .875 = resize to 256, crop to 224; `null` = the
+    backbone's own, at any image_size."""
+    on_bad_image: Literal["skip", "raise"] = "skip"
+    """An image that cannot be decoded: leave it out and list it beside the output, or stop."""
+    max_bad_share: float = 0.05
+    """Stop when more than this share of the images cannot be decoded."""
     batch_size: int = 256
     """Pictures that a process encodes at once."""
     precision: Literal["auto", "bf16", "fp16", "no"] = "auto"
@@ -56,21 +63,28 @@ class PicturesConfig:
     """Loader processes of each process; auto = chosen from the machine."""
 
     def __post_init__(self) -> None:
-        clamp_rounding(self, "crop_pct")
-        if not 0 < self.crop_pct <= 1:
+        clamp_rounding(self, "crop_pct", "max_bad_share")
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
             raise ValueError(f"crop_pct={self.crop_pct!r}: must lie in (0, 1]; 1 keeps the largest centre crop")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"max_bad_share={self.max_bad_share!r}: must lie between 0 and 1; 1 never stops")
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size!r}: must be at least 1")
         object.__setattr__(self, "num_workers", check_num_workers(self.num_workers))
         if self.image_size is not None and min(_pair(self.image_size)) < 1:
             raise ValueError(f"image_size={self.image_size!r}: must be at least 1 pixel")
 
+    @property
+    def skipped_share(self) -> float | None:
+        """The share of images that may be left out; None = the first bad one raises."""
+        return self.max_bad_share if self.on_bad_image == "skip" else None
+
 
 @dataclass(frozen=True)
 class LabelledConfig(PicturesConfig):
     """Which labelled pictures judge a backbone, and beside what."""
 
-    test_source: str | None = None
+    test_source: str | dict[str, float] | None = None
     """Labelled pictures to test on; `null` = the source itself, each picture by what was learned from others."""
     test_split: str | None = None
     """Split of the test source; `null` = that of the source. Given alone, it is one of the source."""
@@ -111,10 +125,8 @@ class Backbone:
     transform: EvalTransform
     device: torch.device
     autocast_dtype: torch.dtype | None
-    own_source: str | dict[str, float] | None
-    """What it was trained on."""
-    feature: str
-    """What stands for a picture unless another feature is named: patch mean of an MAE, class token of others."""
+    provenance: dict[str, Any]
+    """What it is known to come from; see `ssl_vit.export.provenance`."""
 
     @property
     def folder(self) -> Path:
@@ -124,6 +136,18 @@ class Backbone:
     def encoder_settings(self) -> dict[str, Any]:
         """What the encoder is built with, as in config.json."""
         return asdict(read_encoder_config(self.folder))
+
+    @property
+    def feature(self) -> str:
+        """What stands for a picture unless another feature is named: what its run was judged by; else the mean of the
+        patches of an MAE, and the class token of others."""
+        return self.provenance.get("feature") or ("mean" if self.provenance.get("objective") == "MAE" else "cls")
+
+    def untrained(self, seed: int) -> Encoder:
+        """The same architecture with the weights that its training would begin with; of seed 0, those of its run."""
+        own = self.provenance.get("seed") or 0
+        objective = objective_of(self.provenance)
+        return untrained_encoder(read_encoder_config(self.folder), objective, own + seed).to(self.device)
 
     @classmethod
     def load(cls, path: Path, config: PicturesConfig) -> "Backbone":
@@ -138,119 +162,12 @@ class Backbone:
         device = cast(torch.device, PartialState().device)
         size = encoder.image_size if config.image_size is None else _pair(config.image_size)
         size, padding = fit_size(size, encoder.patch_size, config.indivisible)
-        mean, std = (tuple(described["pretrained_cfg"][name]) for name in ("mean", "std"))
+        preprocessing = described["pretrained_cfg"]
+        mean, std = (tuple(preprocessing[name]) for name in ("mean", "std"))
+        crop_pct = config.crop_pct if config.crop_pct is not None else preprocessing["crop_pct"]
         dtype = autocast_dtype(resolve_precision(config.precision, device))
-        transform = EvalTransform(size, mean, std, config.crop_pct, padding)
-        provenance = described["ssl_vit"]
-        feature = "mean" if provenance.get("objective") == "MAE" else "cls"
-        return cls(file, encoder.to(device), transform, device, dtype, provenance.get("source"), feature)
-
-
-@dataclass
-class Task:
-    """A backbone and the labelled pictures that judge it."""
-
-    backbone: Backbone
-    config: LabelledConfig
-    train: Source
-    test: Source | None
-    split: Split
-
-    @classmethod
-    def open(cls, path: Path, config: LabelledConfig) -> "Task":
-        """Load and open everything, and find what is wrong with it before the first picture is decoded."""
-        backbone = Backbone.load(path, config)
-        data = data_config(backbone, config, label_column=config.label_column)
-        # Other processes wait until the first one has filled the caches.
-        with PartialState().main_process_first():
-            train = open_source(data)
-            test = None
-            if config.test_source is not None or config.test_split is not None:
-                named = config.test_source or data.source
-                test = open_source(replace(data, source=named, split=config.test_split or data.split))
-        return cls(backbone, config, train, test, split_sources(train, test, config.max_images, config.seed))
-
-    def features(
-        self, name: str, num_layers: int, views: int = 0
-    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor] | None]:
-        """Features of the training and of the test pictures; see `extract_features`. Every process calls this.
-
-        Args:
-            name: "backbone", or a baseline: "pixels", whose only feature is "mean", or "untrained".
-            num_layers: last blocks whose class tokens are wanted.
-            views: random crops of the training pictures; they follow the centre crop.
-
-        Returns:
-            for the training pictures the centre crop and then each view, and for the test pictures the centre crop or
-            None. On other processes than the main one they are empty.
-        """
-        split, test = self.split, None
-        encode = self._pixels if name == "pixels" else self._encoder(name, num_layers)
-        if self.test is not None and split.test_rows is not None:
-            test = encode(self.test, split.test_rows, None)
-        chosen = [None, *range(views if name != "pixels" else 0)]
-        return [encode(self.train, split.rows, view) for view in chosen], test
-
-    def _pixels(self, source: Source, rows: Any, view: int | None) -> dict[str, Tensor]:
-        if process_index() != 0:
-            return {}
-        workers = choose_num_workers(self.config.num_workers, self.backbone.device)
-        channels, crop_pct = self.backbone.encoder.in_chans, self.config.crop_pct
-        return {"mean": pixel_features(source, rows, channels, crop_pct=crop_pct, num_workers=workers)}
-
-    def _encoder(self, name: str, num_layers: int) -> Callable[[Source, Any, int | None], dict[str, Tensor]]:
-        backbone, encoder, digest = self.backbone, self.backbone.encoder, None
-        if name == "untrained":
-            encoder = untrained(backbone, self.config.seed)
-        elif self.config.cache:
-            digest = hash_file(backbone.file)
-
-        def encode(source: Source, rows: Any, view: int | None) -> dict[str, Tensor]:
-            transform = replace(backbone.transform, view=view)
-
-            def extract() -> dict[str, Tensor]:
-                return extract_features(
-                    encoder,
-                    source,
-                    rows,
-                    transform,
-                    batch_size=self.config.batch_size,
-                    device=backbone.device,
-                    num_layers=num_layers,
-                    num_workers=choose_num_workers(self.config.num_workers, backbone.device),
-                    autocast_dtype=backbone.autocast_dtype,
-                )
-
-            if digest is None:
-                features = extract()
-            else:
-                key = feature_key(digest, backbone.encoder_settings, source, rows, transform, backbone.autocast_dtype)
-                features = cached_features(backbone.folder / "features", key, num_layers, extract)
-            if process_index() == 0:
-                for values in features.values():
-                    check_finite(values)
-            return features
-
-        return encode
-
-    def describe(self) -> dict[str, Any]:
-        """What was judged on what, for the result's JSON."""
-        return {
-            "backbone": str(self.backbone.file),
-            "source": self.train.name,
-            "test_source": None if self.test is None else self.test.name,
-            "num_train": len(self.split.labels),
-            "num_test": len(self.split.labels if self.split.test_labels is None else self.split.test_labels),
-            "num_classes": self.split.num_classes,
-            "image_size": list(self.backbone.transform.size),
-            "settings": asdict(self.config),
-        }
-
-
-def untrained(backbone: Backbone, seed: int) -> Encoder:
-    """The backbone's architecture with fresh weights."""
-    torch.manual_seed(seed)
-    return read_encoder_config(backbone.folder).build().to(backbone.device)
+        transform = EvalTransform(size, mean, std, crop_pct, padding)
+        return cls(file, encoder.to(device), transform, device, dtype, described["ssl_vit"])
 
 
 def data_config(backbone: Backbone, config: PicturesConfig, label_column: str | None = None) -> DataConfig:
@@ -259,12 +176,29 @@ def data_config(backbone: Backbone, config: PicturesConfig, label_column: str | 
     Raises:
         ValueError: none are named, and the backbone does not say what it was trained on.
     """
-    source = config.source or backbone.own_source
+    source = config.source or backbone.provenance.get("source")
     if source is None:
         raise ValueError("--source: name the pictures")
     mean, std = backbone.transform.mean, backbone.transform.std
     outside, pages = config.allow_outside_paths, config.pages
     return DataConfig(source, config.split, config.image_column, label_column, mean, std, outside, pages=pages)
+
+
+@contextmanager
+def naming_own(config: PicturesConfig) -> Iterator[None]:
+    """Say of an error that the pictures at fault are those of the run, where none are named."""
+    try:
+        yield
+    except ValueError as error:
+        if config.source is not None or "data.source=" not in str(error):
+            raise
+        raise ValueError(f"{error}; the backbone was trained on these: name others with --source") from error
+
+
+def naming_test(config: Any) -> AbstractContextManager[None]:
+    """Say of an error about the source that it is the test source's, as far as one is named."""
+    names = {"source": config.test_source, "split": config.test_split}
+    return said_of({f"data.{name}": f"data.test_{name}" for name, given in names.items() if given is not None})
 
 
 @stoppable()
@@ -290,9 +224,11 @@ def main(
     parser.add_argument(
         "backbone", type=str, help="folder of a run or of an exported backbone, or its safetensors file"
     )
+    keys: dict[str, Any] = {}
     kinds = {name: default if isinstance(default, type) else type(default) for name, default in configs.items()}
     for name, default in configs.items():
         parser.add_class_arguments(kinds[name], name or None)
+        keys |= {f"{name}.{item.name}" if name else item.name: None for item in fields(kinds[name])}
         if not isinstance(default, type):
             prefix = f"{name}." if name else ""
             parser.set_defaults({f"{prefix}{key}": value for key, value in vars(default).items()})
@@ -301,11 +237,13 @@ def main(
         settings = {}
         for name, kind in kinds.items():
             values = vars(given[name]) if name else {item.name: given[item.name] for item in fields(kind)}
-            settings[name or "config"] = kind(**values)
+            with said_of({key: f"{name}.{key}" for key in values} if name else {}, at_start=True):
+                settings[name or "config"] = kind(**values)
         start_processes()
         evaluate(Path(given.backbone), **settings)
     except (ValueError, ArgumentError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        text = in_one_line(str(error), keys) if isinstance(error, ArgumentError) else str(error)
+        print(f"error: {as_flags(text, keys)}", file=sys.stderr)
         return 2
     finally:
         if torch.distributed.is_initialized():
@@ -313,8 +251,13 @@ def main(
     return 0
 
 
-def write_result(default: Path, output: str | None, result: Mapping[str, Any]) -> None:
+def write_result(
+    default: Path, output: str | None, result: Mapping[str, Any], bad: Sequence[Mapping[str, Any]] = ()
+) -> None:
     """Write a result to the file that was named, or to the default one, and say where.
+
+    Args:
+        bad: images that were left out; they are listed beside it, see `write_bad`.
 
     Raises:
         ValueError: the file cannot be written.
@@ -323,6 +266,7 @@ def write_result(default: Path, output: str | None, result: Mapping[str, Any]) -
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(result, indent=2) + "\n")
+        write_bad(file, bad)
     except OSError as error:
         reason = error.strerror or error
         raise ValueError(f"{file}: the result cannot be written ({reason}); name another file with --output") from error

@@ -28,9 +28,9 @@ class EvaluationConfig:
     """During training: evaluate after every so many steps; `null` = only at the end."""
     pictures_every_steps: int | None = None
     """During pre-training: draw a few pictures after every so many steps into `pictures/`; `null` = never."""
-    source: str | None = None
+    source: str | dict[str, float] | None = None
     """Labelled pictures the probes learn from; `null` = the run's `data.source`."""
-    test_source: str | None = None
+    test_source: str | dict[str, float] | None = None
     """Labelled pictures they are tested on; `null` = `source`: leave-one-out (k-NN), cross-validation (linear)."""
     test_split: str | None = None
     """Split of the test source; `null` = `data.split`. Given alone, it is one of `data.source`."""
@@ -43,7 +43,8 @@ class EvaluationConfig:
     folds: int = 5
     """Folds of the cross-validation."""
     crop_pct: float = 0.875
-    """Share of the resized picture's sides that the centre crop keeps: .875 = resize to 256, crop to 224."""
+    """Share of the resized picture's sides that the centre crop keeps: .875 = resize to 256, crop to 224. Where
+    encoder.pretrained is given, that of these weights unless set."""
     batch_size: int = 256
     """Pictures encoded at once."""
     max_images: int | None = 10_000
@@ -82,27 +83,44 @@ class Split(NamedTuple):
     def num_classes(self) -> int:
         return int(self.labels.max()) + 1
 
+    def keep(self, places: Int[np.ndarray, " k"]) -> "Split":
+        """The same with some of the rows to learn from."""
+        return self._replace(rows=self.rows[places], labels=self.labels[places])
 
-def split_sources(train_source: Source, test_source: Source | None, max_images: int | None, seed: int = 0) -> Split:
+    def keep_test(self, places: Int[np.ndarray, " k"]) -> "Split":
+        """The same with some of the rows to test on."""
+        assert self.test_rows is not None
+        assert self.test_labels is not None
+        return self._replace(test_rows=self.test_rows[places], test_labels=self.test_labels[places])
+
+
+def split_sources(
+    train_source: Source,
+    test_source: Source | None,
+    max_images: int | None,
+    seed: int = 0,
+    setting: str = "evaluation.source",
+) -> Split:
     """Choose the labelled pictures that count; of variants of one picture the first alone.
 
     Test labels are those of the training source, see `align_classes`.
 
     Args:
         max_images: a seeded random subset of at most so many of each source, each class with its share; None = all.
+        setting: that named the training source, for what is said of it.
 
     Raises:
         ValueError: no labels, fewer than two classes, classes in the test set that the training set lacks, or no test
             set and no class of more than one picture.
     """
-    labels = _labels(train_source, "source")
+    labels = _labels(train_source, setting)
     rows = _subset(train_source, labels, max_images, seed)
-    _check_classes(labels[rows], train_source.class_names)
+    _check_classes(labels[rows], train_source, setting)
     if test_source is None:
-        _check_repeats(labels[rows], train_source)
+        _check_repeats(labels[rows], train_source, setting)
         return Split(rows, labels[rows], None, None, train_source.class_names)
     test_source = align_classes(train_source, test_source)
-    test_labels = _labels(test_source, "test_source")
+    test_labels = _labels(test_source, "evaluation.test_source")
     test_rows = _subset(test_source, test_labels, max_images, seed)
     _check_test_classes(labels[rows], test_labels[test_rows], train_source.class_names)
     return Split(rows, labels[rows], test_rows, test_labels[test_rows], train_source.class_names)
@@ -270,7 +288,7 @@ def evaluate_pixels(
     def shrink(source: Source, rows: np.ndarray) -> Tensor:
         if process_index() != 0:
             return torch.empty(0)
-        return pixel_features(source, rows, num_channels, crop_pct=config.crop_pct, num_workers=num_workers)
+        return pixel_features(source, rows, num_channels, crop_pct=config.crop_pct, num_workers=num_workers)["mean"]
 
     return _evaluate(shrink, train_source, test_source, config, seed)
 
@@ -322,29 +340,39 @@ def _subset(source: Source, labels: np.ndarray, max_images: int | None, seed: in
 
 def _labels(source: Source, setting: str) -> np.ndarray:
     if source.labels is None or not (source.labels >= 0).any():
-        why = f" ({source.unlabelled})" if source.unlabelled else ""
         raise ValueError(
-            f"evaluation.{setting}={source.name!r}: has no labels{why}, and an evaluation needs them; name a "
-            "labelled source there, or the column that holds the classes in data.label_column"
+            f"{setting}={source.name!r}: has no labels, and evaluating needs them: {why_unlabelled(source)}"
         )
     return source.labels
 
 
-def _check_classes(labels: np.ndarray, class_names: Sequence[str]) -> None:
+def why_unlabelled(source: Source) -> str:
+    """Why no image of a source has a label, and what to do."""
+    if source.mixture is not None:
+        return "none of the sources that are mixed has any; name a labelled one"
+    if source.columns is not None:
+        return (
+            f"no column is known to hold classes; there are {', '.join(source.columns.column_names)}: name one in "
+            "data.label_column"
+        )
+    if not source.unlabelled:
+        return f"it has no column but {source.image_column!r}; name a labelled source"
+    return f"{source.unlabelled}; classes are folders, one for each: source/cat/1.jpg, source/dog/2.jpg"
+
+
+def _check_classes(labels: np.ndarray, source: Source, setting: str) -> None:
     present = np.unique(labels)
-    if len(present) == 0:
-        raise ValueError("no picture has a label, and an evaluation needs them: evaluate on a labelled source")
     if len(present) == 1:
         raise ValueError(
-            f"all {len(labels)} labelled pictures are of class {class_name(int(present[0]), class_names)!r}: "
-            "an evaluation needs at least two classes"
+            f"{setting}={source.name!r}: all {len(labels)} labelled pictures are of class "
+            f"{class_name(int(present[0]), source.class_names)!r}: an evaluation needs at least two classes"
         )
 
 
-def _check_repeats(labels: np.ndarray, source: Source) -> None:
+def _check_repeats(labels: np.ndarray, source: Source, setting: str) -> None:
     if np.bincount(labels).max() < 2:
         raise ValueError(
-            f"evaluation.source={source.name!r}: each of the {len(labels)} labelled pictures has a class of its own, "
+            f"{setting}={source.name!r}: each of the {len(labels)} labelled pictures has a class of its own, "
             "so none can be told by another one. If the labels are identifiers, name the column of classes in "
             "data.label_column; else name a test source, or raise evaluation.max_images where it is set"
         )

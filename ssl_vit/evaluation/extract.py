@@ -4,37 +4,37 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from accelerate.utils import broadcast_object_list
-from jaxtyping import Num
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 import ssl_vit
 from ssl_vit.checkpoint import flush
+from ssl_vit.data.bad_images import describe_bad
 from ssl_vit.data.config import near_match
 from ssl_vit.data.paths import path_to_text
 from ssl_vit.data.sources import Source, open_source
 from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.distributed import process_index
 from ssl_vit.evaluation.cache import feature_key, hash_file
-from ssl_vit.evaluation.command import Backbone, PicturesConfig, data_config
+from ssl_vit.evaluation.command import Backbone, PicturesConfig, data_config, naming_own
 from ssl_vit.evaluation.evaluate import check_finite
+from ssl_vit.evaluation.feature_files import read_description, write_parquet, write_safetensors
 from ssl_vit.evaluation.features import FEATURES, num_layers_for, select_feature, stream_features
+from ssl_vit.evaluation.left_out import check_bad_share, write_bad
 
 _SETTINGS_FILE = "settings.json"
 # Where features come from in words; what they follow from is told by the hash of the weights and by the key.
-_PROVENANCE = ("ssl_vit_version", "backbone", "source")
+_PROVENANCE = ("ssl_vit_version", "backbone", "source", "num_bad")
 _OWN_COLUMNS = ("row", "path", "label", "embedding", "patches")
 
 
@@ -72,17 +72,20 @@ class ExtractConfig(PicturesConfig):
 def extract(path: Path, config: ExtractConfig) -> None:
     """Write one row a picture, in the order of the source; the same command goes on where it was killed.
 
+    Images that cannot be decoded have no row; NAME.bad_images.jsonl beside the output lists them with the reason.
+
     Parquet has the columns `row`, `path` (where pictures have one), the named id column, `label` (where there are
     labels), `embedding` [d] and `patches` [rows x columns x d], lists of fixed length. safetensors has the tensors
-    `embeddings` [n, d], `patches` [n, rows, columns, d], `labels` [n] and `ids` [n]. Class names and provenance are in
-    the file's metadata, as JSON under "ssl_vit".
+    `embeddings` [n, d], `patches` [n, rows, columns, d], `rows` [n] of the source, `labels` [n] and `ids` [n]. Class
+    names and provenance are in the file's metadata, as JSON under "ssl_vit".
 
     Raises:
-        ValueError: an output that holds something else, an unknown column, or a picture that cannot be decoded; the
-            parts that were finished before it stay.
+        ValueError: an output that holds something else, an unknown column, or more images that cannot be decoded than
+            may be; the parts that were finished before it stay.
     """
     backbone = Backbone.load(path, config)
-    source = open_source(data_config(backbone, config))
+    with naming_own(config):
+        source = open_source(data_config(backbone, config))
     ids = _check_ids(source, config)
     output = Path(config.output)
     parts = output.with_name(f"{output.name}.parts")
@@ -99,13 +102,17 @@ def extract(path: Path, config: ExtractConfig) -> None:
         print(f"Going on from row {first:,} of {len(source):,}")
     _encode(backbone, source, config, parts, first, described)
     if process_index() == 0:
-        write = _write_parquet if output.suffix == ".parquet" else _write_safetensors
+        write = write_parquet if output.suffix == ".parquet" else write_safetensors
         unfinished = output.with_name(f"{output.name}.unfinished")
-        write(unfinished, sorted(parts.glob("part-*.safetensors")), source, ids, described)
+        files = sorted(parts.glob("part-*.safetensors"))
+        bad = [row for file in files for row in _bad_rows(file)]
+        described["num_bad"] = len(bad)
+        write(unfinished, files, source, ids, described)
         flush(unfinished)
+        write_bad(output, [describe_bad(source, row, backbone.encoder.in_chans) for row in bad])
         unfinished.replace(output)
         shutil.rmtree(parts)
-        print(f"Wrote {len(source):,} rows to {output}")
+        print(f"Wrote {len(source) - len(bad):,} rows to {output}")
 
 
 def _describe(backbone: Backbone, source: Source, config: ExtractConfig) -> dict[str, Any]:
@@ -218,17 +225,23 @@ def _encode(
         num_workers=choose_num_workers(config.num_workers, backbone.device),
         autocast_dtype=backbone.autocast_dtype,
         with_patches=config.patches,
+        skip_bad=config.on_bad_image == "skip",
     )
     waiting: list[dict[str, Tensor]] = []
     dtype = getattr(torch, config.dtype)
     report = _Report(first, len(source))
     written = first
+    bad = [row for part in sorted(parts.glob("part-*.safetensors")) for row in _bad_rows(part)]
     for batch in batches:
-        tensors = {"embeddings": select_feature(batch, feature)}
+        bad += (report.done + (~batch["good"]).nonzero()[:, 0]).tolist()
+        check_bad_share(source, bad, len(source), config.max_bad_share, backbone.encoder.in_chans)
+        # Bad ones keep their row until all is done, so that a part is of the same rows of the source whatever is bad.
+        tensors = {"rows": torch.arange(report.done, report.done + len(batch["good"])), "good": batch["good"]}
+        tensors["embeddings"] = select_feature(batch, feature)
         check_finite(tensors["embeddings"])
         if config.patches:
             tensors["patches"] = batch["patches"]
-        waiting.append({name: values.to(dtype) for name, values in tensors.items()})
+        waiting.append({name: v.to(dtype) if v.is_floating_point() else v for name, v in tensors.items()})
         report.add(len(batch["mean"]))
         while (count := sum(len(item["embeddings"]) for item in waiting)) and (
             count >= size or written + count == len(source)
@@ -238,6 +251,14 @@ def _encode(
             _save_part(_part(parts, written // size), {name: values[:cut] for name, values in joined.items()})
             waiting = [{name: values[cut:].clone() for name, values in joined.items()}] if cut < count else []
             written += cut
+
+
+def _bad_rows(part: Path) -> list[int]:
+    """Rows of the source that a part found no image in; parts of before that was allowed have none."""
+    with safe_open(part, framework="pt") as file:
+        if "good" not in file.keys():  # noqa: SIM118  # no mapping
+            return []
+        return file.get_tensor("rows")[~file.get_tensor("good")].tolist()
 
 
 def _save_part(part: Path, tensors: dict[str, Tensor]) -> None:
@@ -300,98 +321,3 @@ def _check_numbers(column: Any, name: str, rows_at_once: int = 100_000) -> None:
             values.cast(pa.int64())
         except pa.ArrowInvalid as error:
             raise ValueError(f"ids={name!r}: does not fit int64 of safetensors ({error}); write parquet") from error
-
-
-def _columns(source: Source, ids: str | None) -> Callable[[int, int], dict[str, pa.Array]]:
-    """What goes with the features of some rows: number, path, id and label; never the pictures themselves."""
-    flat = source.rows.flatten().select_columns([f"{source.image_column}.path"]).with_format("arrow")
-    others = (
-        None if ids is None or source.columns is None else source.columns.select_columns([ids]).with_format("arrow")
-    )
-
-    def read(start: int, stop: int) -> dict[str, pa.Array]:
-        rows: dict[str, pa.Array] = {"row": pa.array(np.arange(start, stop))}
-        table: Any = flat[start:stop]
-        rows["path"] = pa.array(table.column(0).to_pylist(), pa.string())
-        if others is not None:
-            table = others[start:stop]
-            rows["id"] = table.column(0).combine_chunks()
-        if source.labels is not None:
-            rows["label"] = pa.array(source.labels[start:stop])
-        return rows
-
-    return read
-
-
-def _write_parquet(
-    file: Path, parts: list[Path], source: Source, ids: pa.DataType | None, described: dict[str, Any]
-) -> None:
-    columns = _columns(source, described["ids"])
-    metadata = {"ssl_vit": json.dumps(described)}
-    writer: pq.ParquetWriter | None = None
-    for start, tensors in _read(parts, described):
-        rows = columns(start, start + len(tensors["embeddings"]))
-        if ids is not None:
-            rows[described["ids"]] = rows.pop("id")
-        for name, values in tensors.items():
-            flat = values.reshape(len(values), -1).numpy()
-            cells = pa.array(flat.reshape(-1))
-            rows["embedding" if name == "embeddings" else name] = pa.FixedSizeListArray.from_arrays(
-                cells, flat.shape[1]
-            )
-        table = pa.table(rows).replace_schema_metadata(metadata)
-        writer = writer or pq.ParquetWriter(file.absolute(), table.schema, compression="zstd")
-        writer.write_table(table)
-    assert writer is not None
-    writer.close()
-
-
-def _write_safetensors(
-    file: Path, parts: list[Path], source: Source, ids: pa.DataType | None, described: dict[str, Any]
-) -> None:
-    """The layout is a length, a JSON header and the bytes of each tensor, so it can be written without holding them."""
-    count, columns = described["num_rows"], _columns(source, described["ids"])
-    shapes = {name: [count, *values.shape[1:]] for name, values in next(_read(parts, described))[1].items()}
-    kinds = dict.fromkeys(shapes, "F32" if described["dtype"] == "float32" else "F16")
-    for name, wanted in {"labels": source.labels is not None, "ids": ids is not None}.items():
-        if wanted:
-            shapes[name], kinds[name] = [count], "I64"
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", "ssl_vit": json.dumps(described)}}
-    end = 0
-    for name, shape in shapes.items():
-        begin, end = end, end + int(np.prod(shape)) * {"F32": 4, "F16": 2, "I64": 8}[kinds[name]]
-        header[name] = {"dtype": kinds[name], "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with file.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for name in shapes:
-            for start, tensors in _read(parts, described):
-                if name in tensors:
-                    out.write(tensors[name].contiguous().numpy().tobytes())
-                else:
-                    values = columns(start, start + len(tensors["embeddings"]))[name.removesuffix("s")]
-                    out.write(values.cast(pa.int64()).to_numpy(zero_copy_only=False).astype("<i8").tobytes())
-
-
-def _read(parts: list[Path], described: dict[str, Any]) -> Iterator[tuple[int, dict[str, Num[Tensor, "r ..."]]]]:
-    """The parts in their order, each with its first row; patches as a grid."""
-    start = 0
-    for part in parts:
-        tensors = load_file(part)
-        if "patches" in tensors:
-            tensors["patches"] = tensors["patches"].unflatten(1, described["patch_grid"])
-        yield start, tensors
-        start += len(tensors["embeddings"])
-
-
-def read_description(file: Path) -> dict[str, Any] | None:
-    """What an extraction wrote about itself into a file; None for any other file."""
-    try:
-        if file.suffix == ".parquet":
-            metadata = pq.read_schema(file).metadata or {}
-            return json.loads(metadata[b"ssl_vit"])
-        with safe_open(file, framework="pt") as opened:
-            return json.loads((opened.metadata() or {})["ssl_vit"])
-    except (OSError, pa.ArrowException, SafetensorError, KeyError, ValueError):
-        return None

@@ -22,6 +22,7 @@ from ssl_vit.data.sources import Source
 from ssl_vit.data.transforms import random_resized_crop
 from ssl_vit.data.workers import leave_signals_to_the_main_process
 from ssl_vit.distributed import gather_with_gradient, process_index, world_size
+from ssl_vit.evaluation.left_out import without_bad
 from ssl_vit.models.encoder import Encoder
 
 FEATURES = ("cls", "mean", "cls+mean", "cls4", "cls4+mean")
@@ -168,29 +169,37 @@ def extract_features(
     num_layers: int = 1,
     num_workers: int = 0,
     autocast_dtype: torch.dtype | None = None,
+    max_bad_share: float | None = None,
     show_progress: bool = True,
 ) -> dict[str, Tensor]:
     """Encode pictures of a source, all of them at once in memory; see `stream_features`.
 
+    Args:
+        max_bad_share: images that cannot be decoded are left out, up to this share of all; None = the first one raises.
+
     Returns:
         fp32 tensors on the CPU: "cls" [n, num_layers, d], the class tokens of the last blocks; "mean" [n, d], the mean
-        of the patch tokens. On other processes than the main one they are empty.
+        of the patch tokens; and int64 "places" [n], where in `indices` the images stand that were not left out. On
+        other processes than the main one they are empty.
+
+    Raises:
+        ValueError: see `stream_features` and `left_out.check_bad_share`.
     """
-    parts = list(
-        stream_features(
-            encoder,
-            source,
-            indices,
-            transform,
-            batch_size=batch_size,
-            device=device,
-            num_layers=num_layers,
-            num_workers=num_workers,
-            autocast_dtype=autocast_dtype,
-            show_progress=show_progress,
-        )
+    batches = stream_features(
+        encoder,
+        source,
+        indices,
+        transform,
+        batch_size=batch_size,
+        device=device,
+        num_layers=num_layers,
+        num_workers=num_workers,
+        autocast_dtype=autocast_dtype,
+        skip_bad=max_bad_share is not None,
+        show_progress=show_progress,
     )
-    return {name: torch.cat([part[name] for part in parts]) if parts else torch.empty(0) for name in ("cls", "mean")}
+    found = without_bad(batches, source, indices, encoder.in_chans, max_bad_share)
+    return found or {name: torch.empty(0) for name in ("cls", "mean", "places")}
 
 
 def stream_features(
@@ -205,6 +214,7 @@ def stream_features(
     num_workers: int = 0,
     autocast_dtype: torch.dtype | None = None,
     with_patches: bool = False,
+    skip_bad: bool = False,
     show_progress: bool = True,
 ) -> Iterator[dict[str, Tensor]]:
     """Encode pictures of a source, batch by batch in constant memory, shared among the processes.
@@ -221,14 +231,15 @@ def stream_features(
         num_workers: processes that decode; 0 decodes in this one.
         autocast_dtype: run the encoder under autocast in this type; None = as it is.
         with_patches: return the patch tokens as well.
+        skip_bad: encode a blank image where one cannot be decoded, and say so; else it raises.
         show_progress: a progress bar on stderr, where that is a terminal.
 
     Returns:
         batches of fp32 tensors on the CPU: "cls" [b, num_layers, d], "mean" [b, d] and, where asked for, "patches"
-        [b, n, d], row-major.
+        [b, n, d], row-major; and the flag "good" [b], False where an image cannot be decoded.
 
     Raises:
-        ValueError: no rows to encode.
+        ValueError: no rows to encode, or an image that cannot be decoded.
     """
 
     def encode(images: Tensor) -> dict[str, Tensor]:
@@ -250,6 +261,7 @@ def stream_features(
         device=device,
         num_workers=num_workers,
         autocast_dtype=autocast_dtype,
+        skip_bad=skip_bad,
         show_progress=show_progress,
     )
 
@@ -266,6 +278,7 @@ def stream(
     device: torch.device,
     num_workers: int = 0,
     autocast_dtype: torch.dtype | None = None,
+    skip_bad: bool = False,
     show_progress: bool = True,
 ) -> Iterator[dict[str, Tensor]]:
     """What `compute` makes of a source's pictures, see `stream_features`.
@@ -274,19 +287,20 @@ def stream(
         compute: turns normalised images on the device into tensors with a row for each image.
         module: what `compute` uses, which is put into eval mode meanwhile.
     """
-    loader = _loader(source, indices, num_channels, transform, batch_size, num_workers)
+    loader = _loader(source, indices, num_channels, transform, batch_size, num_workers, skip_bad)
     loader.pin_memory = device.type == "cuda"
     left = len(indices)
     with (
         _eval_mode(module),
         tqdm(total=left, desc="features", unit="image", leave=False, disable=_no_bar(show_progress)) as bar,
     ):
-        for images in read_batches(loader):
+        for images, good in read_batches(loader):
             with (
                 torch.inference_mode(),
                 torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None),
             ):
                 found = compute(transform.on_device(images, device))
+                found["good"] = good.to(device, torch.uint8)
                 found = {name: v.float() if v.is_floating_point() else v for name, v in found.items()}
                 batch = {name: gather_with_gradient(values) for name, values in found.items()}
             count = min(left, batch_size * world_size())
@@ -294,7 +308,8 @@ def stream(
             bar.update(count)
             if process_index() == 0:
                 # Cloned out here: a tensor made under inference mode is of no use where gradients are needed.
-                yield {name: values[:count].cpu().clone() for name, values in batch.items()}
+                taken = {name: values[:count].cpu().clone() for name, values in batch.items()}
+                yield taken | {"good": taken["good"].bool()}
 
 
 def pixel_features(
@@ -304,29 +319,44 @@ def pixel_features(
     size: int = 16,
     crop_pct: float = 1.0,
     num_workers: int = 0,
-) -> Float[Tensor, "n d"]:
+    max_bad_share: float | None = None,
+) -> dict[str, Tensor]:
     """Raw pixels at `size` x `size` in [0, 1], flattened: the baseline that any learned feature has to beat.
 
+    Returns:
+        "mean" [n, d] and "places" [n], as of `extract_features`.
+
     Raises:
-        ValueError: no rows.
+        ValueError: no rows, or images that cannot be decoded; see `extract_features`.
     """
     transform = EvalTransform((size, size), (0.0,) * num_channels, (1.0,) * num_channels, crop_pct)
-    loader = _loader(source, indices, num_channels, transform, 256, num_workers, shared=False)
-    return torch.cat([images.flatten(1).float() / 255 for images in read_batches(loader)])
+    skip_bad = max_bad_share is not None
+    loader = _loader(source, indices, num_channels, transform, 256, num_workers, skip_bad, shared=False)
+    batches = ({"mean": images.flatten(1).float() / 255, "good": good} for images, good in read_batches(loader))
+    return without_bad(batches, source, indices, num_channels, max_bad_share)
 
 
 class _Images(Dataset):
-    """Chosen rows of a source at the encoder's size."""
+    """Chosen rows of a source at the encoder's size, and whether they could be decoded: else the image is blank."""
 
-    def __init__(self, source: Source, indices: np.ndarray, num_channels: int, transform: EvalTransform) -> None:
+    def __init__(
+        self, source: Source, indices: np.ndarray, num_channels: int, transform: EvalTransform, skip_bad: bool
+    ) -> None:
         self.source, self.indices, self.num_channels, self.transform = source, indices, num_channels, transform
+        self.skip_bad = skip_bad
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> UInt8[Tensor, "c h w"]:
+    def __getitem__(self, position: int) -> tuple[UInt8[Tensor, "c h w"], bool]:
         row = int(self.indices[position])
-        return self.transform(self.source.image(row, self.num_channels), row)
+        try:
+            image = self.source.image(row, self.num_channels)
+        except ValueError:
+            if not self.skip_bad:
+                raise
+            return torch.zeros(self.num_channels, *self.transform.size, dtype=torch.uint8), False
+        return self.transform(image, row), True
 
 
 def _loader(
@@ -336,6 +366,7 @@ def _loader(
     transform: EvalTransform,
     batch_size: int,
     num_workers: int,
+    skip_bad: bool,
     shared: bool = True,
 ) -> DataLoader:
     """Batches in the order of `indices`; if `shared`, each process's part of them, filled up with the last row."""
@@ -347,7 +378,7 @@ def _loader(
         mine = np.minimum(rounds[:, process_index()].ravel(), len(indices) - 1)
         indices = indices[mine]
     return DataLoader(
-        _Images(source, indices, num_channels, transform),
+        _Images(source, indices, num_channels, transform, skip_bad),
         batch_size=batch_size,
         num_workers=num_workers,
         worker_init_fn=leave_signals_to_the_main_process,

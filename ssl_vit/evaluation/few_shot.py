@@ -39,14 +39,18 @@ def few_shot(
 ) -> FewShot:
     """Draw `shots` pictures of each class several times, fit a ridge classifier to each draw and test it.
 
-    Features are scaled to length 1. Without a test set the pictures that were not drawn are tested; a class that has no
-    more than `shots` pictures then lends all of them but one, and one with a single picture is learned from alone.
+    Features are scaled to length 1. Without a test set the images that were not drawn are tested.
 
     Args:
         train, test: finite features.
-        shots: pictures of each class; all of them where a class has fewer.
+        shots: images of each class, at most `most_shots`.
         num_draws: how often; each draw is another seed.
+
+    Raises:
+        ValueError: a class has too few images.
     """
+    if shots > most_shots(train_labels, test is not None):
+        raise ValueError(f"shots={shots}: the smallest class allows {most_shots(train_labels, test is not None)}")
     train = F.normalize(train.double(), dim=1)
     test = None if test is None else F.normalize(test.double(), dim=1)
     accuracies = []
@@ -54,8 +58,7 @@ def few_shot(
         rng = np.random.default_rng((seed, shots, draw))
         chosen = []
         for label in np.unique(train_labels):
-            rows = rng.permutation(np.flatnonzero(train_labels == label))
-            chosen.append(rows[: shots if test is not None else max(1, min(shots, len(rows) - 1))])
+            chosen.append(rng.permutation(np.flatnonzero(train_labels == label))[:shots])
         rows = np.sort(np.concatenate(chosen))
         if test is None or test_labels is None:
             rest = np.setdiff1d(np.arange(len(train)), rows)
@@ -67,6 +70,11 @@ def few_shot(
         accuracies.append(Score.of(answers, predicted.cpu().numpy()).accuracy)
     std = float(np.std(accuracies, ddof=1)) if num_draws > 1 else 0.0
     return FewShot(shots, float(np.mean(accuracies)), std, tuple(accuracies))
+
+
+def most_shots(train_labels: Int[np.ndarray, " n"], has_test: bool) -> int:
+    """Images that every class can give; without a test set each keeps one to be tested on."""
+    return int(np.unique(train_labels, return_counts=True)[1].min()) - (not has_test)
 
 
 def ridge_predict(

@@ -1,6 +1,7 @@
 """Pictures with a class for every pixel."""
 
 import io
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from unicodedata import normalize
@@ -19,6 +20,7 @@ from ssl_vit.data.formats import open_image
 from ssl_vit.data.sources import Source, open_source
 from ssl_vit.data.transforms import draw_crop
 from ssl_vit.evaluation.features import cover, middle
+from ssl_vit.flags import said_of
 
 _MAX_CLASSES = 10_000  # more are no classes: a mask of instances, or a picture
 
@@ -80,7 +82,9 @@ def read_mask(data: bytes) -> Int64[Tensor, "h w"]:
             if opened.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
                 raise ValueError(f"is a {opened.mode} picture; a mask has one channel, whose values are classes")
             return torch.from_numpy(np.array(ImageOps.exif_transpose(opened)).astype(np.int64))
-    except OSError as error:
+    except ValueError:
+        raise
+    except Exception as error:  # a damaged file raises anything: OSError, SyntaxError, struct.error ...
         raise ValueError(f"cannot be read: {error}") from error
 
 
@@ -91,7 +95,7 @@ def open_masked(
 
     Args:
         data: the pictures. Where they are in a column, `mask_column` is another one of the same source.
-        mask_source: a folder of masks, matched to the pictures by path below the folder, without suffix.
+        mask_source: a folder of masks, matched to a folder of pictures by path below the folder, without suffix.
         mask_column: found where there is exactly one further column of images.
         ignore_index: value of pixels that belong to no class.
 
@@ -100,7 +104,10 @@ def open_masked(
     """
     if mask_source is not None:
         images = open_source(data)
-        masks = open_source(replace(data, source=mask_source, image_column=None, label_column="none", pages="first"))
+        with said_of({"data.source": "data.mask_source"}):
+            masks = open_source(
+                replace(data, source=mask_source, image_column=None, label_column="none", pages="first")
+            )
         return MaskedSource(*_match(images, masks), ignore_index)
     if data.image_column is None:
         # With two columns of images the pictures' one has to be told apart first.
@@ -133,8 +140,13 @@ def _match(images: Source, masks: Source) -> tuple[Source, Source]:
     """The masks in the order of their pictures."""
 
     def names(source: Source) -> list[str]:
-        root = source.root or ""
-        paths = [row["path"].removeprefix(root) for row in source.rows[source.image_column]]
+        if source.root is None:
+            raise ValueError(
+                f"mask_source={masks.name!r}: masks are found by name, and {source.name!r} is no folder of images; "
+                "give two folders whose files have the same names, or one source with a column of images and one of "
+                "masks (mask_column)"
+            )
+        paths = [row["path"].removeprefix(source.root) for row in source.rows[source.image_column]]
         # The same name may be composed in one folder and decomposed in the other.
         return [normalize("NFC", str(Path(path).with_suffix(""))) for path in paths]
 
@@ -142,14 +154,12 @@ def _match(images: Source, masks: Source) -> tuple[Source, Source]:
     for kind, lacking in {
         "pictures without a mask": sorted(set(image_names) - set(mask_names)),
         "masks without a picture": sorted(set(mask_names) - set(image_names)),
+        "names that several masks have": sorted(name for name, n in Counter(mask_names).items() if n > 1),
     }.items():
         if lacking:
             shown = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
             raise ValueError(f"mask_source={masks.name!r}: {len(lacking)} {kind}: {shown}; names must be the same")
     row_of = {name: row for row, name in enumerate(mask_names)}
-    if len(row_of) < len(mask_names):
-        twice = next(name for row, name in enumerate(mask_names) if row_of[name] != row)
-        raise ValueError(f"mask_source={masks.name!r}: two masks have the name {twice}; keep one of them")
     return images, masks.subset(np.array([row_of[name] for name in image_names], dtype=np.int64))
 
 

@@ -12,15 +12,16 @@ from tqdm import tqdm
 
 from ssl_vit.distributed import process_index
 from ssl_vit.evaluation import linear_probe
-from ssl_vit.evaluation.command import LabelledConfig, Task, write_result
+from ssl_vit.evaluation.command import LabelledConfig
 from ssl_vit.evaluation.evaluate import cross_validate
 from ssl_vit.evaluation.features import FEATURES, num_layers_for, select_feature
-from ssl_vit.evaluation.few_shot import FewShot, few_shot
+from ssl_vit.evaluation.few_shot import FewShot, few_shot, most_shots
 from ssl_vit.evaluation.knn import knn_predict
 from ssl_vit.evaluation.linear_probe import LinearProbeConfig
 from ssl_vit.evaluation.logistic import logistic_predict
 from ssl_vit.evaluation.retrieval import Retrieval, retrieve
 from ssl_vit.evaluation.scores import Score, format_classes, format_table, lay_out, per_class, scores_to_json
+from ssl_vit.evaluation.task import Task
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,7 @@ def evaluate_knn(path: Path, config: KNNConfig) -> None:
             rows[name] = _knn(task, train[0], test, config, "mean" if name == "pixels" else feature)
     if process_index() == 0:
         print(format_table(rows))
-        result = {**task.describe(), "feature": feature, **scores_to_json(rows)}
-        write_result(task.backbone.folder / "knn.json", config.output, result)
+        task.write("knn.json", {"feature": feature, **scores_to_json(rows)})
 
 
 def _knn(
@@ -119,7 +119,7 @@ def _knn(
 def evaluate_retrieval(path: Path, config: RetrievalConfig) -> None:
     """Score a backbone by retrieval: a table, and a JSON file."""
     task = Task.open(path, config)
-    device, split = task.backbone.device, task.split
+    device = task.backbone.device
     feature = config.feature or task.backbone.feature
     found: dict[str, Retrieval] = {}
     for name in (*config.baselines, "backbone"):
@@ -128,6 +128,7 @@ def evaluate_retrieval(path: Path, config: RetrievalConfig) -> None:
         if process_index() == 0:
             gallery = select_feature(train[0], kind).to(device)
             queries = None if test is None else select_feature(test, kind).to(device)
+            split = task.split
             found[name] = retrieve(gallery, split.labels, queries, split.test_labels, ks=config.ks)
     if process_index() == 0:
         lines = [["%", "mAP", *(f"recall@{k}" for k in config.ks), "queries"]]
@@ -136,8 +137,7 @@ def evaluate_retrieval(path: Path, config: RetrievalConfig) -> None:
             lines.append([name, *(f"{100 * share:.1f}" for share in shares), str(item.num_queries)])
         print(lay_out(lines))
         rows = {name: item._asdict() for name, item in found.items()}
-        result = {**task.describe(), "feature": feature, **rows}
-        write_result(task.backbone.folder / "retrieval.json", config.output, result)
+        task.write("retrieval.json", {"feature": feature, **rows})
 
 
 def evaluate_linear(path: Path, config: LinearConfig, probe: LinearProbeConfig) -> None:
@@ -169,13 +169,16 @@ def evaluate_linear(path: Path, config: LinearConfig, probe: LinearProbeConfig) 
     print(f"\n{format_classes(classes)}")
     balanced = rows["backbone"]["linear"].balanced_accuracy
     print(f"balanced accuracy {100 * balanced:.1f} %")
-    if config.shots:
+    if few["backbone"]:
         print(f"\n{_format_few_shot(few, config.draws)}")
+    most = most_shots(task.split.labels, task.test is not None)
+    if lacking := [str(shots) for shots in config.shots if shots > most]:
+        print(f"\nnot from {', '.join(lacking)} of each class: the smallest class has {most} to give")
     method = {} if config.logistic else {"probe": asdict(probe)}
-    result = {**task.describe(), "feature": feature, **method, **scores_to_json(rows), "heads": heads}
+    result = {"feature": feature, **method, **scores_to_json(rows), "heads": heads}
     result["few_shot"] = {name: [item._asdict() for item in items] for name, items in few.items()}
     result["classes"] = [item._asdict() for item in classes]
-    write_result(task.backbone.folder / "linear.json", config.output, result)
+    task.write("linear.json", result)
 
 
 def _linear(
@@ -245,6 +248,7 @@ def _few_shot(
             seed=config.seed,
         )
         for shots in config.shots
+        if shots <= most_shots(split.labels, test is not None)
     ]
 
 

@@ -66,11 +66,14 @@ def newcombe_interval(share_a: float, trials_a: int, share_b: float, trials_b: i
     return difference, low, difference + ((high_a - share_a) ** 2 + (share_b - low_b) ** 2) ** 0.5
 
 
-def paired_interval(correct_a: Bool[np.ndarray, " a"], correct_b: Bool[np.ndarray, " b"]) -> tuple[float, float, float]:
+def paired_interval(
+    correct_a: Bool[np.ndarray, " a"], *correct_b: Bool[np.ndarray, " b"]
+) -> tuple[float, float, float]:
     """Difference of two accuracies on the same pictures, a - b, with its 95 % interval.
 
     Normal approximation of the mean of the per-picture differences: pictures that both get right or both get
-    wrong cancel, so it is narrower than what two separate intervals suggest.
+    wrong cancel, so it is narrower than what two separate intervals suggest. Of several b, such as seeds of one
+    network, it is their mean, and how far they lie apart widens the interval.
 
     Args:
         correct_a, correct_b: `Score.correct` of the two, the same pictures in the same order.
@@ -81,14 +84,19 @@ def paired_interval(correct_a: Bool[np.ndarray, " a"], correct_b: Bool[np.ndarra
     Raises:
         ValueError: not the same number of pictures, or fewer than two.
     """
-    if len(correct_a) != len(correct_b) or len(correct_a) < 2:
+    lengths = {len(b) for b in correct_b}
+    if lengths != {len(correct_a)} or len(correct_a) < 2:
         raise ValueError(
-            f"cannot compare {len(correct_a)} pictures with {len(correct_b)}: "
+            f"cannot compare {len(correct_a)} pictures with {', '.join(map(str, sorted(lengths)))}: "
             "the two scores must be of the same pictures, at least two of them"
         )
-    differences = correct_a.astype(np.float64) - correct_b
+    others = np.stack(correct_b).astype(np.float64)
+    differences = correct_a - others.mean(axis=0)
     difference = float(differences.mean())
-    half = _Z95 * float(differences.std(ddof=1)) / len(differences) ** 0.5
+    variance = differences.var(ddof=1) / len(differences)
+    if len(others) > 1:
+        variance += others.mean(axis=1).var(ddof=1) / len(others)
+    half = _Z95 * float(variance) ** 0.5
     return difference, max(difference - half, -1.0), min(difference + half, 1.0)
 
 

@@ -22,8 +22,9 @@ from ssl_vit.data.loader import read_batches
 from ssl_vit.data.sampler import SampleKey, StepSampler, sample_rng
 from ssl_vit.data.workers import choose_num_workers, leave_signals_to_the_main_process
 from ssl_vit.distributed import process_index
-from ssl_vit.evaluation.command import Backbone, PicturesConfig, data_config, untrained, write_result
+from ssl_vit.evaluation.command import Backbone, PicturesConfig, data_config, naming_own, naming_test, write_result
 from ssl_vit.evaluation.features import EvalTransform
+from ssl_vit.evaluation.left_out import refuse
 from ssl_vit.evaluation.masks import MaskedSource, centre_pair, open_masked, random_pair
 from ssl_vit.evaluation.scores import lay_out
 from ssl_vit.models.encoder import Encoder
@@ -39,7 +40,7 @@ class SegmentationConfig(PicturesConfig):
 
     batch_size: int = 16
     """Pictures of a step."""
-    test_source: str | None = None
+    test_source: str | dict[str, float] | None = None
     """Pictures to test on; `null` = a held-out fifth of the source."""
     test_split: str | None = None
     """Split of the test source; `null` = that of the source. Given alone, it is one of the source."""
@@ -219,7 +220,7 @@ class _Pairs(Dataset):
         return centre_pair(*pair, self.transform.size, self.transform.crop_pct)
 
 
-def _loader(pairs: _Pairs, config: SegmentationConfig, device: torch.device, **settings: Any) -> DataLoader:
+def _loader(pairs: Dataset, config: SegmentationConfig, device: torch.device, **settings: Any) -> DataLoader:
     return DataLoader(
         pairs,
         **(settings or {"batch_size": config.batch_size}),
@@ -270,15 +271,16 @@ def _stretch(length: int, to: int, device: torch.device) -> Float[Tensor, "lengt
 def evaluate_segmentation(path: Path, config: SegmentationConfig) -> None:
     """Score a backbone by linear segmentation: a table, and a JSON file."""
     backbone = Backbone.load(path, config)
-    train, test, test_name = _open(backbone, config)
     if process_index() != 0:  # heads are small and the encoder is run once a picture and step: one process does it
         return
     if config.num_layers > backbone.encoder.num_layers:
         raise ValueError(f"num_layers={config.num_layers}: the backbone has {backbone.encoder.num_layers} blocks")
+    bad: list[dict[str, Any]] = []
+    train, test, test_name = _open(backbone, config, bad)
     num_classes = _count_classes(train, test)
     rows: dict[str, Segmentation] = {}
     for name in (*config.baselines, "backbone"):
-        encoder = untrained(backbone, config.seed) if name == "untrained" else backbone.encoder
+        encoder = backbone.untrained(config.seed) if name == "untrained" else backbone.encoder
         rows[name] = _evaluate(name, encoder.eval(), train, test, backbone, config, num_classes)
     lines = [["%", "mIoU", "pixel accuracy", "pictures"]]
     for name, item in rows.items():
@@ -287,9 +289,9 @@ def evaluate_segmentation(path: Path, config: SegmentationConfig) -> None:
     print(f"tested on {test_name}\n{lay_out(lines)}\n")
     print(lay_out([["class", "IoU, %"], *([str(k), f"{100 * v:.1f}"] for k, v in rows["backbone"].iou.items())]))
     result = {"backbone": str(backbone.file), "test": test_name, "num_classes": num_classes, "num_train": len(train)}
-    scores = {name: item._asdict() for name, item in rows.items()}
-    result = {**result, "settings": asdict(config), **scores}
-    write_result(backbone.folder / "segmentation.json", config.output, result)
+    result |= {"num_test": len(test), "num_bad": len(bad), "crop_pct": backbone.transform.crop_pct}
+    result |= {"settings": asdict(config), **{name: item._asdict() for name, item in rows.items()}}
+    write_result(backbone.folder / "segmentation.json", config.output, result, bad)
 
 
 def _evaluate(
@@ -322,16 +324,54 @@ def _evaluate(
     )
 
 
-def _open(backbone: Backbone, config: SegmentationConfig) -> tuple[MaskedSource, MaskedSource, str]:
+def _open(
+    backbone: Backbone, config: SegmentationConfig, bad: list[dict[str, Any]]
+) -> tuple[MaskedSource, MaskedSource, str]:
+    """What is learned from and what is tested, without pairs that cannot be decoded, which are added to `bad`."""
     data = data_config(backbone, config, label_column="none")
     shared = {"mask_column": config.mask_column, "ignore_index": config.ignore_index}
-    train = open_masked(data, mask_source=config.mask_source, **shared)
+    with naming_own(config):
+        train = _readable(open_masked(data, mask_source=config.mask_source, **shared), backbone, config, bad)
     if config.test_source is None and config.test_split is None:
         train, test = _hold_out(train, TEST_FOLDS, config.seed)
-        return train, test, f"a held-out {len(test) / (len(train) + len(test)):.0%} of {data.source}"
-    named = config.test_source or data.source
-    other = replace(data, source=named, split=config.test_split or data.split)
-    return train, open_masked(other, mask_source=config.test_mask_source, **shared), str(named)
+        return train, test, f"a held-out {len(test) / (len(train) + len(test)):.0%} of {train.images.name}"
+    other = replace(data, source=config.test_source or data.source, split=config.test_split or data.split)
+    with naming_test(config):
+        test = _readable(open_masked(other, mask_source=config.test_mask_source, **shared), backbone, config, bad)
+    return train, test, test.images.name
+
+
+def _readable(
+    source: MaskedSource, backbone: Backbone, config: SegmentationConfig, bad: list[dict[str, Any]]
+) -> MaskedSource:
+    """The pairs whose image and mask can be used, found by decoding all, which a run does many times."""
+    if config.on_bad_image == "raise":
+        return source
+    loader = _loader(_Reasons(source, backbone.encoder.in_chans), config, backbone.device)
+    loader.collate_fn = list
+    reasons: list[str | None] = [reason for batch in loader for reason in batch]
+    rows = [row for row, reason in enumerate(reasons) if reason is not None]
+    if rows:
+        refuse(len(rows), len(source), config.max_bad_share, str(reasons[rows[0]]))
+    bad += [{"source": source.images.name, "row": row, "reason": reasons[row]} for row in rows]
+    return source.subset(np.setdiff1d(np.arange(len(source)), rows)) if rows else source
+
+
+class _Reasons(Dataset):
+    """Why a pair cannot be used; None where it can."""
+
+    def __init__(self, source: MaskedSource, num_channels: int) -> None:
+        self.source, self.num_channels = source, num_channels
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, row: int) -> str | None:
+        try:
+            self.source.pair(row, self.num_channels)
+        except ValueError as error:
+            return str(error)
+        return None
 
 
 def _hold_out(source: MaskedSource, folds: int, seed: int) -> tuple[MaskedSource, MaskedSource]:

@@ -8,7 +8,6 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ssl_vit.config import RunConfig, as_plain
-from ssl_vit.data.bad_images import leave_out_bad
 from ssl_vit.data.sources import Source
 from ssl_vit.data.streaming import Stream
 from ssl_vit.data.workers import choose_num_workers
@@ -56,7 +55,7 @@ def prepare(config: RunConfig, source: Source | Stream) -> tuple[Source, Judges]
     if test is not None:
         test = align_classes(source, test)
     # Finds what is wrong with the labels. All labelled pictures are learned from, variants of one picture too.
-    split_sources(source, test, None, seed)
+    split_sources(source, test, None, seed, "data.source")
     assert source.labels is not None
     train = source.subset(np.flatnonzero(source.labels >= 0))
     name = ""
@@ -129,6 +128,9 @@ def finish(
             "step": step,
             "source": source.name,
             "test_source": judges.test_name,
+            "num_train": source.num_samples,
+            "num_test": scores[best].n,
+            "num_classes": len(source.class_names),
             "pretrained": config.encoder.pretrained,
             "scores": scores_to_json(rows),
             "picked_on_held_out": {name: score.accuracy for name, score in picked.items()},
@@ -161,8 +163,6 @@ def export_settings(config: dict[str, Any], class_names: tuple[str, ...], step: 
 def _test(config: RunConfig, accelerator: Accelerator, objective: Supervised, source: Source) -> dict[str, Score]:
     """Scores of each head; every process calls this, the main one is given them."""
     encoder, data = objective.encoder, config.data
-    if data.on_bad_image == "skip":
-        source = leave_out_bad(source, encoder.in_chans, choose_num_workers(data.num_workers, accelerator.device))
 
     def classify(images: Tensor) -> dict[str, Tensor]:
         return {name: values.argmax(dim=1) for name, values in objective.logits(images).items()}
@@ -178,10 +178,17 @@ def _test(config: RunConfig, accelerator: Accelerator, objective: Supervised, so
         device=accelerator.device,
         num_workers=choose_num_workers(data.num_workers, accelerator.device),
         autocast_dtype=autocast_dtype(accelerator.mixed_precision),
+        skip_bad=data.on_bad_image == "skip",
     )
     parts: dict[str, list[np.ndarray]] = {}
     for batch in batches:
         for name, values in batch.items():
             parts.setdefault(name, []).append(values.numpy())
+    found = {name: np.concatenate(values) for name, values in parts.items()}
+    good = found.pop("good", np.zeros(0, dtype=bool))  # the main process alone is given any
     assert source.labels is not None
-    return {name: Score.of(source.labels, np.concatenate(found)) for name, found in parts.items()}
+    if len(good) and not good.any():
+        raise ValueError(f"{source.where(0)}: nor can any other image be decoded that is tested")
+    if not good.all():
+        print(f"note       {(~good).sum():,} of the {len(good):,} images that judge cannot be decoded and are left out")
+    return {name: Score.of(source.labels[good], values[good]) for name, values in found.items()}

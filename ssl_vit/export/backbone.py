@@ -112,6 +112,9 @@ def load_backbone(path: str | Path) -> Encoder:
     Args:
         path: a run folder, a folder with backbone.safetensors and config.json, or the safetensors file in it.
 
+    Returns:
+        the encoder in eval mode, with the `pretrained_cfg` that timm's own models have.
+
     Raises:
         ValueError: a file is missing or unreadable, or its tensors are not exactly those of the architecture.
     """
@@ -119,6 +122,8 @@ def load_backbone(path: str | Path) -> Encoder:
     encoder = read_encoder_config(file.parent).build()
     assert isinstance(encoder, ViT)
     load_strictly(encoder.vit, read_tensors(file), file)
+    # What timm.data.resolve_model_data_config reads of a model: size, normalisation and crop.
+    encoder.pretrained_cfg = read_config(file.parent)["pretrained_cfg"]
     return encoder.eval()
 
 

@@ -1,6 +1,7 @@
 """The model card of an export: what the backbone is, where it comes from, how good it is, and how to load it."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,12 +114,35 @@ def training_hours(metrics: Path, batch_size: int | None) -> float | None:
 
 def _scores(folder: Path) -> Iterator[str]:
     """The lines of a table of all scores found in a backbone's folder."""
-    heading = "| file | features | score | value | 95 % interval |\n|---|---|---|---|---|"
+    heading = "| file | features | score | value | 95 % interval | measured on |\n|---|---|---|---|---|---|"
     for name, row, column, value, interval in found_scores(folder):
         if heading:
             yield heading
             heading = ""
-        yield f"| {name} | {row} | {column} | {100 * value:.1f} % | {interval} |"
+        data = measured_on(json.loads((folder / name).read_text()))
+        yield f"| {name} | {row} | {column} | {100 * value:.1f} % | {interval} | {data} |"
+
+
+def measured_on(result: dict[str, Any]) -> str:
+    """In words, which images a result was measured on and what was learned from; of older files, what they tell."""
+    told = {**result.get("settings", {}), **result, **result.get("judged_on", {})}
+    source, test = told.get("source"), told.get("test_source") or told.get("test")
+    if not isinstance(source, str) and test is None:
+        return "not recorded"
+    tested = _data(str(test or source), told.get("test_split") or told.get("split"), told.get("num_test"))
+    tested += f" of {told['num_classes']} classes" if told.get("num_classes") else ""
+    if test is None:
+        return f"{tested}, each by what was learned from others"
+    learned = _data(source, told.get("split"), told.get("num_train")) if isinstance(source, str) else ""
+    return f"{tested}; learned from {learned}" if learned else tested
+
+
+def _data(name: str, split: str | None, number: int | None) -> str:
+    """A source without the folders it lies in."""
+    held_out, _, rest = name.rpartition(" of ") if name.startswith("a held-out") else ("", "", name)
+    short = re.sub(r"[^\s,{]*/", "", rest) if rest.startswith("{") else rest.rstrip("/").rpartition("/")[2]
+    text = f"{held_out} of `{short}`" if held_out else f"`{short}`"
+    return text + (f" ({split})" if split else "") + (f", {number:,} images" if number else "")
 
 
 def found_scores(folder: Path) -> Iterator[tuple[str, str, str, float, str]]:

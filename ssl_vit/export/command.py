@@ -45,7 +45,8 @@ def _export(args: argparse.Namespace) -> int:
     if "transformers" in targets and has_plain_decoder and not args.push_to_hub:
         targets.append("transformers_mae")
     proof = proof_images(trained, args.images)
-    print(f"Comparing on {proof.name}.")
+    reason = f", since none of its own can be read: {proof.why}; name others with --images" if proof.why else ""
+    print(f"Comparing on {proof.name}{reason}.")
     code = 0
     for target in dict.fromkeys(targets):
         try:

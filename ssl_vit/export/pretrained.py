@@ -48,6 +48,8 @@ class Pretrained:
     """Reads them, under timm's names."""
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    crop_pct: float | None = None
+    """Share of a resized image's sides that their own evaluation keeps; None where it is not known."""
     antialias: bool = True
     """How a position table is made smaller: as timm does, or, without antialiasing, as the papers' code does."""
 
@@ -168,7 +170,12 @@ def _open_folder(folder: Path) -> Pretrained:
         raise ValueError(f"{folder / CONFIG_FILE}: neither ssl_vit's, timm's nor transformers'")
     file = folder / (BACKBONE_FILE if (folder / BACKBONE_FILE).is_file() else MODEL_FILE)
     return Pretrained(
-        str(folder), config, lambda: _without_head(read_tensors(file)), tuple(cfg["mean"]), tuple(cfg["std"])
+        str(folder),
+        config,
+        lambda: _without_head(read_tensors(file)),
+        tuple(cfg["mean"]),
+        tuple(cfg["std"]),
+        cfg.get("crop_pct"),
     )
 
 
@@ -189,6 +196,7 @@ def _open_transformers(folder: Path, described: dict[str, Any]) -> Pretrained:
         tensors,
         None if mean is None else tuple(mean),
         None if std is None else tuple(std),
+        _crop_of_transformers(preprocessing),
         antialias=described["model_type"] == "dinov2_with_registers",
     )
 
@@ -221,7 +229,19 @@ def _open_timm(name: str) -> Pretrained:
             raise ValueError(f"timm cannot load its weights: {' '.join(str(error).split())}") from error
         return dict(model.state_dict())
 
-    return Pretrained(name, config, tensors, tuple(cfg.mean), tuple(cfg.std))
+    return Pretrained(name, config, tensors, tuple(cfg.mean), tuple(cfg.std), cfg.crop_pct)
+
+
+def _crop_of_transformers(preprocessing: Mapping[str, Any]) -> float | None:
+    """The centre crop's share of the shorter side; 1 where images are resized and not cropped."""
+    size, crop = preprocessing.get("size"), preprocessing.get("crop_size")
+    if not preprocessing.get("do_center_crop"):
+        return 1.0 if size else None
+    whole, kept = (
+        value.get("shortest_edge") or value.get("height") if isinstance(value, dict) else value
+        for value in (size, crop)
+    )
+    return min(1.0, kept / whole) if whole and kept else None
 
 
 def _config_of_timm(arch: str, cfg: Mapping[str, Any], arguments: Mapping[str, Any]) -> ViTConfig:

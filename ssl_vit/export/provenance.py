@@ -38,6 +38,7 @@ def provenance(settings: dict[str, Any], state: dict[str, Any]) -> dict[str, Any
         "batch_size": settings["batch"]["size"],
         "pretrained": settings["encoder"].get("pretrained"),
         "seed": settings["seed"],
+        "feature": settings["evaluation"]["feature"],
         "hardware": state.get("hardware"),
         "collapse": state.get("faults", {}).get("collapse") or None,
     }

@@ -12,6 +12,7 @@ from torch import Tensor
 from ssl_vit.checkpoint import MODEL_FILE, STATE_FILE, find_damage, list_checkpoints, newest_checkpoint
 from ssl_vit.config import load_encoder_config, section
 from ssl_vit.data.sources import DataConfig
+from ssl_vit.evaluation.evaluate import EvaluationConfig
 from ssl_vit.evaluation.finetune import FineTune, FineTuneConfig
 from ssl_vit.evaluation.supervised import export_settings
 from ssl_vit.export.backbone import (
@@ -109,13 +110,24 @@ def open_trained(path: str | Path, weights: str | None = None) -> Trained:
 
 
 def data_settings(trained: Trained, source: str | None = None) -> DataConfig:
-    """How the pictures of `source` are read, or those that a backbone was trained on, as far as that is known."""
+    """How the pictures of `source` are read, or those that a backbone was trained on, as far as that is known.
+
+    Args:
+        source: as in `data.source`; a mixture as it is written on the command line.
+    """
     settings_file = trained.folder / CONFIG_FILE
     known = yaml.safe_load(settings_file.read_text())["data"] if settings_file.is_file() else {}
     if source is None and known:
         return DataConfig(**tuples_of(known))
-    name, pages = source or trained.provenance.get("source") or "", known.get("pages", "first")
-    return DataConfig(name, mean=trained.mean, std=trained.std, pages=pages, label_column="none")
+    named = yaml.safe_load(source) if source and source.startswith("{") and source.endswith("}") else source
+    pages = known.get("pages", "first")
+    return DataConfig(
+        named or trained.provenance.get("source") or "",
+        mean=trained.mean,
+        std=trained.std,
+        pages=pages,
+        label_column="none",
+    )
 
 
 def is_fine_tuned(path: Path) -> bool:
@@ -233,7 +245,7 @@ def _open_exported(path: Path, weights: str | None) -> Trained:
         encoder,
         tuple(pretrained["mean"]),
         tuple(pretrained["std"]),
-        pretrained.get("crop_pct", 0.875),
+        pretrained["crop_pct"],
         known,
         file.parent,
     )
@@ -247,7 +259,8 @@ def _open_published(name: str) -> Trained:
     load_pretrained(encoder, name)
     usual = DataConfig()
     mean, std = found.mean or usual.mean, found.std or usual.std
-    return Trained(encoder.eval(), mean, std, 0.875, {"pretrained": name}, Path(name))
+    crop_pct = found.crop_pct or EvaluationConfig().crop_pct
+    return Trained(encoder.eval(), mean, std, crop_pct, {"pretrained": name}, Path(name))
 
 
 def tuples_of(values: dict[str, Any]) -> dict[str, Any]:

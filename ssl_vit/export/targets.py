@@ -18,6 +18,7 @@ from ssl_vit.export import onnx, timm, torch_export, torchvision, transformers
 from ssl_vit.export.backbone import TOLERANCE
 from ssl_vit.export.card import write_card
 from ssl_vit.export.run import Trained, data_settings
+from ssl_vit.flags import said_of
 from ssl_vit.models.encoder import Features
 from ssl_vit.models.vit import set_fused_attention
 
@@ -39,6 +40,8 @@ class Proof(NamedTuple):
     """Normalised."""
     name: str
     """What they are."""
+    why: str = ""
+    """Why they are none of those that the backbone was trained on."""
 
 
 class Target(NamedTuple):
@@ -153,23 +156,26 @@ def proof_images(trained: Trained, source: str | None = None) -> Proof:
     Raises:
         ValueError: `source` is named and cannot be opened.
     """
-    encoder = trained.encoder
+    encoder, why = trained.encoder, ""
     try:
-        opened = open_images(data_settings(trained, source))
+        with said_of({"data.source": "--images"} if source is not None else {}):
+            opened = open_images(data_settings(trained, source))
         if isinstance(opened, Stream):
             pictures = opened.first_images(_NUM_IMAGES, encoder.in_chans)
         else:
             rows = torch.linspace(0, len(opened) - 1, min(_NUM_IMAGES, len(opened))).long().tolist()
-            pictures = [opened.image(row, encoder.in_chans) for row in rows]
+            # The next good one in place of a bad one, each once.
+            found = {at: image for image, at in (opened.next_image(row, encoder.in_chans) for row in rows)}
+            pictures = list(found.values())
         images = torch.stack([centre_crop(picture, encoder.image_size, trained.crop_pct) for picture in pictures])
         name = f"{len(images)} images of `{opened.name}`"
-    except ValueError:
+    except ValueError as error:
         if source is not None:
             raise
         coarse = torch.rand(_NUM_IMAGES, encoder.in_chans, 8, 8, generator=torch.Generator().manual_seed(0))
         smooth = F.interpolate(coarse, encoder.image_size, mode="bicubic").clamp(0, 1)
-        images, name = (255 * smooth).to(torch.uint8), f"{_NUM_IMAGES} generated images"
-    return Proof(normalize(images, trained.mean, trained.std), name)
+        images, name, why = (255 * smooth).to(torch.uint8), f"{_NUM_IMAGES} generated images", str(error)
+    return Proof(normalize(images, trained.mean, trained.std), name, why)
 
 
 def push(folder: Path, repo: str, *, private: bool) -> str:

@@ -1,7 +1,7 @@
 """The encoder contract: what every backbone offers and every objective may rely on."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ class Encoder(nn.Module):
     num_layers: int  # blocks
     grad_checkpointing: bool = False  # blocks keep their input alone, and are computed again in the backward pass
     is_pretrained: bool = False  # holds weights to start from, which an objective must not initialise again
+    pretrained_cfg: dict[str, Any]  # of a backbone that was loaded: input size, mean, std and crop, as timm has them
 
     @property
     def grid_size(self) -> tuple[int, int]:

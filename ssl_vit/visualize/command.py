@@ -12,7 +12,7 @@ from ssl_vit.export.run import Trained, data_settings, open_trained
 from ssl_vit.run_folder import CONFIG_FILE, PICTURES_FOLDER
 from ssl_vit.visualize.attention import attention_from, draw_attention, has_plain_attention, shows_attention
 from ssl_vit.visualize.film import write_film
-from ssl_vit.visualize.inputs import Pictures, open_pictures
+from ssl_vit.visualize.inputs import Pictures, naming, open_pictures
 from ssl_vit.visualize.masks import block_keeps, draw_masks, hidden_keeps, parse_patches, random_keeps
 from ssl_vit.visualize.neighbours import draw_neighbours
 from ssl_vit.visualize.patches import draw_pca, draw_positions, draw_similarity
@@ -101,7 +101,8 @@ def _draw(what: str, trained: Trained, pictures: Pictures, out: Path, args: argp
         draw_positions(encoder, path)
         return [path]
     if what == "neighbours":
-        gallery = open_source(data_settings(trained, args.gallery))
+        with naming("--gallery", args.gallery):
+            gallery = open_source(data_settings(trained, args.gallery))
         draw_neighbours(trained, pictures, gallery, path, most=args.gallery_size, seed=args.seed)
         return [path]
     with torch.inference_mode():

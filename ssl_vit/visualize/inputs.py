@@ -1,6 +1,7 @@
 """Which pictures are shown: files, a source, or what a run was trained on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from ssl_vit.data.device_transforms import normalize
 from ssl_vit.data.sources import Source, open_source
 from ssl_vit.evaluation.features import centre_crop
 from ssl_vit.export.run import Trained, data_settings
+from ssl_vit.flags import said_of
 
 
 class Pictures(NamedTuple):
@@ -50,16 +52,30 @@ def open_pictures(
                 raise ValueError(f"{path}: cannot be shown: {error}") from error
         source, rows, names = None, (), tuple(path.name for path in files)
     else:
-        source = open_source(data_settings(trained, given[0] if given else None))
-        rng = np.random.default_rng(seed)
-        rows = tuple(rng.choice(len(source), min(number, len(source)), replace=False).tolist())
-        found = [source.next_image(row, channels) for row in rows]
-        decoded, rows = [picture for picture, _ in found], tuple(row for _, row in found)
+        with naming("IMAGES", given):
+            source = open_source(data_settings(trained, given[0] if given else None))
+            rng = np.random.default_rng(seed)
+            rows = tuple(rng.choice(len(source), min(number, len(source)), replace=False).tolist())
+            # The next good one in place of a bad one may be there already.
+            found = {at: image for image, at in (source.next_image(row, channels) for row in rows)}
+        decoded, rows = list(found.values()), tuple(found)
         names = tuple(_name(source, row) for row in rows)
     images = torch.stack([centre_crop(picture, size, trained.crop_pct) for picture in decoded])
     return Pictures(normalize(images, trained.mean, trained.std), names, source, rows)
 
 
+@contextmanager
+def naming(flag: str, given: object) -> Iterator[None]:
+    """Say of an error about a source that it is what a flag names, or the run's own where none is given."""
+    with said_of({"data.source": flag} if given else {}):
+        try:
+            yield
+        except ValueError as error:
+            if given:
+                raise
+            raise ValueError(f"{error}; these are the images of the run itself: name others ({flag})") from error
+
+
 def _name(source: Source, row: int) -> str:
-    path = source.rows[row][source.image_column]["path"]
+    path = (source.rows[row][source.image_column] or {}).get("path")
     return Path(path).name if path else f"row {row}"

@@ -58,7 +58,9 @@ def draw_neighbours(
     feature = "mean" if trained.provenance.get("objective") == "MAE" or not encoder.has_cls_token else "cls"
     rows = np.sort(np.random.default_rng(seed).choice(len(gallery), min(most, len(gallery)), replace=False))
     transform = EvalTransform(height_width, trained.mean, trained.std, trained.crop_pct)
-    pieces = extract_features(encoder, gallery, rows, transform, batch_size=64, device=torch.device("cpu"))
+    device = torch.device("cpu")
+    pieces = extract_features(encoder, gallery, rows, transform, batch_size=64, device=device, max_bad_share=1.0)
+    rows = rows[pieces["places"].numpy()]
     with torch.inference_mode():
         found = encoder(pictures.images)
     queries = found.cls if feature == "cls" else found.patches.mean(dim=1)

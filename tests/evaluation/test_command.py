@@ -13,7 +13,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from ssl_vit.evaluation import command
+from ssl_vit.evaluation import command, task
 from ssl_vit.evaluation.linear_probe import PRESETS
 from ssl_vit.evaluation.probes import (
     KNNConfig,
@@ -88,7 +88,7 @@ def test_pictures_are_encoded_once_for_a_backbone(
     def fail(*args: object, **settings: object) -> None:
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr(command, "extract_features", fail)
+    monkeypatch.setattr(task, "extract_features", fail)
     assert run(name, *given) == 0
     # The same weights in another architecture give other features.
     config = json.loads((backbone / "config.json").read_text())
@@ -179,20 +179,25 @@ def test_a_result_that_cannot_be_written_ends_in_one_line(
     ("flags", "message"),
     [
         ([], "--source: name the pictures"),
-        (["--source=/nowhere"], "data.source='/nowhere': no such file or folder"),
+        (["--source=/nowhere"], "--source='/nowhere': no such file or folder"),
         (["--source=PHOTOS", "--ks=[0]"], "ks=(0,): give numbers of at least 1"),
         (["--source=PHOTOS", "--feature=patch"], "feature='patch': no such feature; choose one of cls, mean"),
         (["--source=PHOTOS", "--baselines=[random]"], "no 'random'; choose of pixels, untrained"),
         (["--source=PHOTOS", "--image_size=30"], "not divisible by the patch size 8 x 8; the nearest are: 24 x 24 and"),
         (["--source=PHOTOS", "--crop_pct=0"], "crop_pct=0"),
-        (["--source=PHOTOS", "--split=test"], "data.split='test'"),
-        (["--source=PHOTOS/disc"], "has no labels"),
+        (["--source=PHOTOS", "--split=test"], "--split='test'"),
+        (["--source=PHOTOS", "--test_source=/nowhere"], "--test_source='/nowhere': no such file or folder"),
+        (["--source=PARQUET", "--test_split=test"], "--test_split='test'"),
+        (["--source={PHOTOS: 1}"], "a mixture has at least two sources"),
+        (["--source=TAR"], "not here: streams are for training"),
+        (["--max_bad_share=2"], "--max_bad_share=2.0: must lie between 0 and 1"),
+        (["--source=PHOTOS/disc"], "has no labels, and evaluating needs them: images lie in "),
         (["--source=ONE_CLASS"], "all 2 labelled pictures are of class 'disc': an evaluation needs at least two"),
         (
             ["--source=PARQUET", "--label_column=lable"],
             "label_column='lable': no such column; did you mean 'label'",
         ),
-        (["--source=PARQUET", "--label_column=image"], "data.label_column='image': holds Image; labels are classes"),
+        (["--source=PARQUET", "--label_column=image"], "--label_column='image': holds Image; labels are classes"),
         (["--source=PHOTOS", "--test_source=THREE"], "lacks: 'triangle'; there it is 'disc', 'square'"),
         (["--source=PARQUET", "--test_source=MORE"], "the test set has classes that the training set lacks: 'ring'"),
         (["--sauce=x"], "--sauce"),
@@ -206,6 +211,7 @@ def test_what_cannot_be_used_ends_in_one_line(
     flags: list[str],
     message: str,
 ) -> None:
+    (tmp_path / "x.tar").write_bytes(bytes(1024))
     shutil.copytree(photo_folder, tmp_path / "three")
     shutil.copytree(photo_folder / "disc", tmp_path / "three" / "triangle")
     images = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "green")]
@@ -221,6 +227,7 @@ def test_what_cannot_be_used_ends_in_one_line(
         "PARQUET": str(tmp_path / "parquet.parquet"),
         "MORE": str(tmp_path / "more.parquet"),
         "THREE": str(tmp_path / "three"),
+        "TAR": str(tmp_path / "x.tar"),
     }
     for key, value in names.items():
         flags = [flag.replace(key, value) for flag in flags]
@@ -242,7 +249,8 @@ def test_pictures_of_other_channels_than_the_backbones_are_refused(
     assert run("knn", tmp_path / "five", *flags) == 2
     text = capsys.readouterr().err
     assert len(text.splitlines()) == 1
-    assert text.startswith(f"error: data.source='{photo_folder}': row 0 (")
+    assert text.startswith("error: --max_bad_share=0.05: ")
+    assert f"the first: --source='{photo_folder}': row 0 (" in text
     assert "5 channels" in text
 
 
@@ -276,6 +284,83 @@ def test_two_processes_share_the_encoding_and_find_what_one_finds(
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{text}2 processes\n"
     assert json.loads((backbone / "knn.json").read_text()) == one
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("knn", ["--baselines=[pixels,untrained]"]),
+        ("retrieval", ["--baselines=[]"]),
+        ("linear", ["--baselines=[pixels]", "--folds=2", "--shots=[2]", "--probe.features=[cls]"]),
+    ],
+)
+def test_bad_images_are_left_out_as_if_they_were_not_there(
+    backbone: Path,
+    photo_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    flags: list[str],
+) -> None:
+    source, test = tmp_path / "source", tmp_path / "test"
+    for folder in (source, test):
+        shutil.copytree(photo_folder, folder)
+    bad = [source / "disc" / "07.png", test / "square" / "00.png"]
+    for file in bad:
+        file.unlink()
+    given = [f"--source={source}", f"--test_source={test}", "--precision=no", *flags]
+    assert run(name, backbone, *given) == 0
+    without = json.loads((backbone / f"{name}.json").read_text())
+    assert not list(backbone.glob("*.bad_images.jsonl"))
+    bad[0].write_bytes(b"broken")
+    bad[1].write_bytes((photo_folder / "square" / "00.png").read_bytes()[:200])
+    for _ in range(2):  # the second time from kept features
+        assert run(name, backbone, *given) == 0
+        found = json.loads((backbone / f"{name}.json").read_text())
+        assert found == without | {"num_bad": 2}
+        listed = list(map(json.loads, (backbone / f"{name}.bad_images.jsonl").read_text().splitlines()))
+        assert sorted(item["path"] for item in listed) == sorted(map(str, bad))
+        assert sorted(item["row"] for item in listed) == [7, 20]
+        assert "left out, since it cannot be decoded: 2 images" in capsys.readouterr().out
+    for stop in ("--max_bad_share=0.01", "--on_bad_image=raise"):
+        assert run(name, backbone, *given, stop) == 2
+        assert f"--test_source='{test}': row 20 ({bad[1]})" in capsys.readouterr().err
+
+
+def test_a_mixture_is_taken_as_in_training(backbone: Path, photo_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "disc").mkdir()
+    (tmp_path / "disc" / "0.png").write_bytes((photo_folder / "disc" / "03.png").read_bytes())
+    given = [f"--source={{{photo_folder}: 3, {tmp_path}: 1}}", f"--test_source={{{photo_folder}: 1, {tmp_path}: 1}}"]
+    shutil.copytree(photo_folder / "square", tmp_path / "square")
+    assert run("knn", backbone, *given, "--baselines=[]") == 0
+    found = json.loads((backbone / "knn.json").read_text())
+    assert (found["num_train"], found["num_test"], found["num_classes"]) == (61, 61, 2)
+
+
+@pytest.mark.parametrize("flags", [[], ["--image_size=24"]])
+def test_the_crop_is_the_exports_unless_it_is_given(
+    tiny_encoder: ViT, photo_folder: Path, tmp_path: Path, flags: list[str]
+) -> None:
+    normalisation = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "provenance": {}}
+    export_backbone(tiny_encoder, tmp_path / "b", **normalisation, crop_pct=0.6)
+    for crop, expected, num_kept in (([], 0.6, 1), (["--crop_pct=0.6"], 0.6, 1), (["--crop_pct=1"], 1.0, 2)):
+        assert run("knn", tmp_path / "b", f"--source={photo_folder}", "--baselines=[]", *flags, *crop) == 0
+        assert json.loads((tmp_path / "b" / "knn.json").read_text())["crop_pct"] == expected
+        assert len(list((tmp_path / "b" / "features").iterdir())) == num_kept  # one for each crop
+
+
+def test_no_more_shots_are_shown_than_the_smallest_class_has(
+    backbone: Path, photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, number in (("disc", 8), ("square", 4)):
+        (tmp_path / "few" / name).mkdir(parents=True)
+        for file in sorted((photo_folder / name).iterdir())[:number]:
+            shutil.copy(file, tmp_path / "few" / name)
+    given = [f"--source={tmp_path / 'few'}", "--baselines=[]", "--folds=2", "--logistic=true"]
+    assert run("linear", backbone, *given, "--shots=[1,3,4,5]") == 0
+    assert "not from 4, 5 of each class: the smallest class has 3 to give" in capsys.readouterr().out
+    result = json.loads((backbone / "linear.json").read_text())
+    assert [item["shots"] for item in result["few_shot"]["backbone"]] == [1, 3]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

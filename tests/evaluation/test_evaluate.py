@@ -1,10 +1,13 @@
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from unicodedata import normalize
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ssl_vit.data.sources import DataConfig, Source, open_source
@@ -103,6 +106,17 @@ def test_paired_interval_by_hand():
     assert (low, high) == pytest.approx((0.1 - half, 0.1 + half), abs=1e-4)
     assert paired_interval(a, a) == (0, 0, 0)
     assert paired_interval(b, a)[0] == pytest.approx(-0.1)
+
+
+def test_the_spread_of_seeds_widens_a_paired_interval():
+    a = np.array([True] * 60 + [False] * 40)
+    seeds = [np.array([True] * right + [False] * (100 - right)) for right in (40, 50, 54)]
+    difference, low, high = paired_interval(a, *seeds)
+    assert difference == pytest.approx(0.6 - 0.48)
+    within = np.var(a - np.mean(seeds, axis=0), ddof=1) / 100
+    half = 1.96 * np.sqrt(within + np.var([0.4, 0.5, 0.54], ddof=1) / 3)
+    assert (low, high) == pytest.approx((0.12 - half, 0.12 + half), abs=1e-4)
+    assert paired_interval(a, seeds[1], seeds[1])[1:] == pytest.approx(paired_interval(a, seeds[1])[1:])
 
 
 def test_paired_interval_needs_the_same_pictures():
@@ -216,7 +230,7 @@ def test_subset_is_seeded_stratified_and_decodes_nothing_else(monkeypatch):
 
     def remember(source, rows, *args, **settings):
         seen.append(rows)
-        return torch.eye(3)[labels[rows]]
+        return {"mean": torch.eye(3)[labels[rows]]}
 
     monkeypatch.setattr(evaluate, "pixel_features", remember)
     monkeypatch.setattr(evaluate, "logistic_predict", lambda train, targets, test, **kw: torch.zeros(len(test)).long())
@@ -239,20 +253,11 @@ def test_classes_are_matched_however_their_letters_are_composed():
     assert (aligned.labels.tolist(), aligned.class_names) == ([1, 0, -1], train.class_names)
 
 
-def test_the_refusal_says_why_a_folder_has_no_labels(tmp_path):
-    for name in ("a/0.png", "b/0.png", "sheet.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    unlabelled = open_source(DataConfig(str(tmp_path)))
-    with pytest.raises(ValueError, match=r"has no labels \(1 image, such as sheet\.png, lies beside the folders of"):
-        split_sources(unlabelled, None, None)
-
-
 def test_sources_that_cannot_be_evaluated_are_refused_before_anything_is_decoded(monkeypatch):
     monkeypatch.setattr(Stripes, "image", None)
     good, config = source([0, 1, 2] * 4), EvaluationConfig()
     cases = [
-        (source(None), None, "^evaluation.source='stripes': has no labels.*name a labelled source"),
+        (source(None), None, "^evaluation.source='stripes': has no labels.*it has no column but"),
         (source([-1] * 5), None, "^evaluation.source='stripes': has no labels"),
         (good, source(None, name="t"), "^evaluation.test_source='t': has no labels"),
         (source([1] * 5), None, "class 'b': .*at least two classes"),
@@ -339,3 +344,41 @@ def test_a_column_that_a_line_lacks_is_a_dash():
     score = Score.of(np.array([0, 1]), np.array([0, 1]))
     lines = format_table({"a": {"x": score}, "b": {"x": score, "y": score}}).splitlines()
     assert lines[2].split()[-2:] == ["-", "2"]
+
+
+@pytest.mark.parametrize(
+    ("files", "why"),
+    [
+        (
+            ["a.png", "b.png"],
+            "images lie in .* itself, and classes are the folders that images lie in; classes are folders, one",
+        ),
+        (["cat/a.png", "cat/deep/b.png"], "all images lie in one folder, .*cat; name that one"),
+        (["cat/a.png", "dog/b.png", "stray.png"], "1 image, such as stray.png, lies beside the folders of"),
+    ],
+)
+def test_why_a_folder_has_no_labels(tmp_path: Path, files: list[str], why: str) -> None:
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / file)
+    with pytest.raises(ValueError, match=rf"^data.source='.*': has no labels, and evaluating needs them: {why}"):
+        split_sources(open_source(DataConfig(str(tmp_path))), None, None, setting="data.source")
+
+
+def test_why_columns_are_no_labels(tmp_path: Path) -> None:
+    file = tmp_path / "rows.parquet"
+    rows = {"image": [Image.new("RGB", (4, 4))] * 2, "species": ["a", "b"]}
+    kinds = datasets.Features({"image": datasets.Image(), "species": datasets.Value("string")})
+    datasets.Dataset.from_dict(rows, kinds).to_parquet(str(file))
+    for source in (str(file), {str(file): 1.0, str(tmp_path): 1.0}):
+        Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+        why = "there are species: name one in data.label_column" if isinstance(source, str) else "none of the sources"
+        with pytest.raises(ValueError, match=why):
+            split_sources(open_source(DataConfig(source)), None, None)
+
+
+def test_class_names_with_accents_are_matched_however_they_are_written() -> None:
+    names = [normalize(form, "caf\u00e9") for form in ("NFC", "NFD")]
+    ours, theirs = source([0, 1]), source([1, 0])
+    aligned = align_classes(replace(ours, class_names=(names[0], "b")), replace(theirs, class_names=("b", names[1])))
+    assert aligned.labels.tolist() == [0, 1]

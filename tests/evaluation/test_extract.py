@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from ssl_vit.data.sources import DataConfig, open_source
 from ssl_vit.evaluation import command, extract
-from ssl_vit.evaluation.extract import ExtractConfig, read_description
+from ssl_vit.evaluation.extract import ExtractConfig
+from ssl_vit.evaluation.feature_files import read_description
 from ssl_vit.evaluation.features import EvalTransform, extract_features, select_feature
 from ssl_vit.export import export_backbone, load_backbone
 from ssl_vit.models.vit import ViTConfig
@@ -281,7 +282,7 @@ def test_a_damaged_part_is_done_again(
     backbone: Path, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "features.parquet"
-    monkeypatch.setattr(extract, "_write_parquet", lambda *args: 1 / 0)
+    monkeypatch.setattr(extract, "write_parquet", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(backbone, photo_folder, file, "--rows_per_part=7")
     monkeypatch.undo()
@@ -369,8 +370,12 @@ def test_settings_out_of_range_are_refused(
     assert message in capsys.readouterr().err
 
 
-def test_a_broken_picture_is_named_and_what_was_done_stays(
-    backbone: Path, photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_broken_image_has_no_row_and_what_was_done_stays(
+    backbone: Path,
+    photo_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -378,6 +383,24 @@ def test_a_broken_picture_is_named_and_what_was_done_stays(
         (folder / path.name).write_bytes(path.read_bytes() if number != 11 else b"broken")
     file = tmp_path / "features.parquet"
     flags = ["--rows_per_part=4", "--batch_size=2"]
-    assert run(backbone, folder, file, *flags) == 2
-    assert "row 11" in capsys.readouterr().err
-    assert len(list((tmp_path / "features.parquet.parts").glob("part-*"))) == 2
+    for stop in ("--on_bad_image=raise", "--max_bad_share=0.01"):
+        assert run(backbone, folder, file, *flags, stop) == 2
+        assert "row 11" in capsys.readouterr().err
+        assert len(list((tmp_path / "features.parquet.parts").glob("part-*"))) == 2
+    encoded = remember_rows(monkeypatch)
+    assert run(backbone, folder, file, *flags) == 0
+    assert encoded == list(range(8, 20))
+    table = pq.read_table(file)
+    good = [row for row in range(20) if row != 11]
+    assert table.column("row").to_pylist() == good
+    assert [Path(path).name for path in table.column("path").to_pylist()] == [f"{row:02d}.png" for row in good]
+    listed = json.loads((tmp_path / "features.bad_images.jsonl").read_text())
+    assert (listed["row"], listed["path"]) == (11, str(folder / "11.png"))
+    assert "not an image" in listed["reason"]
+    assert run(backbone, folder, file, *flags) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert run(backbone, folder, tmp_path / "features.safetensors", *flags, "--rows_per_part=1") == 0
+    found = load_file(tmp_path / "features.safetensors")
+    assert found["rows"].tolist() == good
+    torch.testing.assert_close(found["embeddings"], embeddings(file))
+    torch.testing.assert_close(found["embeddings"], expected(backbone, photo_folder, "cls")[good], rtol=1e-4, atol=1e-5)

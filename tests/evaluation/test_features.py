@@ -176,7 +176,7 @@ def test_no_rows_are_refused():
 
 def test_pixel_features_are_the_shrunken_picture():
     ramp = torch.arange(16, dtype=torch.uint8).mul(16).expand(3, 16, 16)
-    features = pixel_features(source_of(plain(255, 0, 51), ramp), np.array([1, 0]), 3, size=16)
+    features = pixel_features(source_of(plain(255, 0, 51), ramp), np.array([1, 0]), 3, size=16)["mean"]
     assert features.shape == (2, 3 * 16 * 16)
     torch.testing.assert_close(features[0].view(3, 16, 16) * 255, ramp.float())
     torch.testing.assert_close(features[1].view(3, -1)[:, 0], torch.tensor([1.0, 0.0, 0.2]))

@@ -45,7 +45,7 @@ def test_classes_keep_their_numbers() -> None:
 
 def test_so_many_of_each_class_are_drawn_and_only_others_are_tested(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each feature tells its row."""
-    labels = np.array([0] * 30 + [1] * 20 + [2] * 3)
+    labels = np.array([0] * 30 + [1] * 17 + [2] * 6)
     features = torch.nn.functional.pad(torch.arange(53.0)[:, None], (0, 1), value=53.0)
     seen = []
 
@@ -54,7 +54,7 @@ def test_so_many_of_each_class_are_drawn_and_only_others_are_tested(monkeypatch:
         tested = (test[:, 0] / test[:, 1] * 53).round().long()
         assert sorted([*rows.tolist(), *tested.tolist()]) == list(range(53))
         seen.append(rows.tolist())
-        assert torch.bincount(targets).tolist() == [5, 5, 2]  # one of the rare class is left to test
+        assert torch.bincount(targets).tolist() == [5, 5, 5]  # one of the rare class is left to test
         return torch.from_numpy(labels)[tested]
 
     monkeypatch.setattr(module, "ridge_predict", remember)
@@ -67,6 +67,18 @@ def test_so_many_of_each_class_are_drawn_and_only_others_are_tested(monkeypatch:
     assert seen == again
     few_shot(features, labels, None, None, shots=5, num_draws=1, seed=1)
     assert seen[-1] not in again
+
+
+@pytest.mark.parametrize(("smallest", "has_test", "most"), [(4, True, 4), (4, False, 3), (1, False, 0)])
+def test_no_more_are_drawn_than_the_smallest_class_has(smallest: int, has_test: bool, most: int) -> None:
+    labels = np.array([0] * 9 + [1] * smallest)
+    assert module.most_shots(labels, has_test) == most
+    features = torch.eye(len(labels))
+    test, answers = (features, labels) if has_test else (None, None)
+    with pytest.raises(ValueError, match=f"shots={most + 1}: the smallest class allows {most}"):
+        few_shot(features, labels, test, answers, shots=most + 1)
+    if most:
+        assert few_shot(features, labels, test, answers, shots=most, num_draws=2).shots == most
 
 
 def test_more_labels_tell_more() -> None:

@@ -1,5 +1,6 @@
 import io
 from pathlib import Path
+from unicodedata import normalize
 
 import datasets
 import numpy as np
@@ -102,12 +103,6 @@ def test_names_match_below_the_split_however_they_are_written(folders: tuple[Pat
     assert [after.pair(row, 3)[1][5].tolist() for row in range(3)] == [[0] * 15 + [1] * 15] * 3
 
 
-def test_two_masks_of_one_name_are_refused(folders: tuple[Path, Path]) -> None:
-    Image.new("L", (30, 20)).save(folders[1] / "2.bmp")
-    with pytest.raises(ValueError, match=r"^mask_source='.*': two masks have the name 2; keep one"):
-        open_folders(folders)
-
-
 def test_names_that_do_not_match_are_refused(folders: tuple[Path, Path]) -> None:
     (folders[1] / "2.png").rename(folders[1] / "two.png")
     with pytest.raises(ValueError, match=r"mask_source='.*': 1 pictures without a mask: 2; names must be the same"):
@@ -162,3 +157,45 @@ def test_crops_and_flips_keep_picture_and_mask_together() -> None:
         # Bicubic and nearest differ at the edges alone.
         assert ((cropped[0] > 127) == (classes == 1)).float().mean() > 0.96
     assert len({pair[1].sum().item() for pair in pairs[:20]}) > 5
+
+
+def rows_of(file: Path, pixels: list[np.ndarray]) -> str:
+    datasets.Dataset.from_dict(
+        {"image": [{"bytes": png(values), "path": f"{number}.png"} for number, values in enumerate(pixels)]},
+        datasets.Features({"image": datasets.Image()}),
+    ).to_parquet(str(file))
+    return str(file)
+
+
+@pytest.mark.parametrize(("images", "masks"), [("FOLDER", "PARQUET"), ("PARQUET", "FOLDER"), ("PARQUET", "PARQUET")])
+def test_masks_of_sources_without_files_are_refused(
+    folders: tuple[Path, Path], tmp_path: Path, images: str, masks: str
+) -> None:
+    parquet = rows_of(tmp_path / "rows.parquet", [np.zeros((20, 30), dtype=np.uint8)] * 3)
+    given = [name.replace("FOLDER", str(folders[0])).replace("PARQUET", parquet) for name in (images, masks)]
+    with pytest.raises(ValueError, match=r"^mask_source=.*rows.parquet' is no folder of images; give two folders"):
+        open_masked(DataConfig(given[0]), mask_source=given[1], mask_column=None, ignore_index=255)
+
+
+def test_accents_are_the_same_however_they_are_written(folders: tuple[Path, Path]) -> None:
+    for folder, form in zip(folders, ("NFC", "NFD"), strict=True):
+        file = next(folder.glob("2.*"))
+        file.rename(file.with_stem(normalize(form, "caf\u00e9")))
+    opened = open_folders(folders)
+    assert sorted(int(opened.pair(row, 3)[1].max()) for row in range(3)) == [1, 1, 1]
+
+
+def test_two_masks_of_one_name_are_refused(folders: tuple[Path, Path]) -> None:
+    (folders[1] / "1.bmp").write_bytes((folders[1] / "1.png").read_bytes())
+    with pytest.raises(ValueError, match=r"1 names that several masks have: 1"):
+        open_folders(folders)
+
+
+def test_a_mask_that_cannot_be_read_is_named(folders: tuple[Path, Path]) -> None:
+    opened, file = open_folders(folders), folders[1] / "2.png"
+    file.write_bytes(file.read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"mask of row 1 .*2\.png"):
+        opened.mask(1)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"mask of row 1 .*2\.png.*No such file"):
+        opened.mask(1)

@@ -213,3 +213,33 @@ def test_what_cannot_work_is_one_line(
     lines = [line for line in capsys.readouterr().err.splitlines() if line and "examples" not in line]
     assert len(lines) == 1
     assert message in lines[0]
+
+
+def test_pairs_that_cannot_be_decoded_are_left_out(
+    backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = datasets.Dataset.from_parquet(str(write(tmp_path / "whole.parquet", 20)))
+    rows = table.cast(datasets.Features(dict.fromkeys(("image", "mask"), datasets.Image(decode=False))))[:]
+    rows["image"][3] = {"bytes": b"broken", "path": None}
+    rows["mask"][8] = {"bytes": rows["mask"][8]["bytes"][:50], "path": None}
+    kinds = datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
+    bad, good = tmp_path / "bad.parquet", tmp_path / "good.parquet"
+    datasets.Dataset.from_dict(rows, kinds).to_parquet(str(bad))
+    kept = {name: [item for row, item in enumerate(items) if row not in (3, 8)] for name, items in rows.items()}
+    datasets.Dataset.from_dict(kept, kinds).to_parquet(str(good))
+    flags = [*QUICK, "--steps=5", "--base_lrs=[0.1]", "--baselines=[]"]
+    assert run(backbone, f"--source={bad}", *flags) == 2
+    assert (
+        "--max_bad_share=0.05: 2 or more of the 20 images cannot be used; the first: --source="
+        in capsys.readouterr().err
+    )
+    scores = []
+    for file, more in ((bad, ["--max_bad_share=0.1"]), (good, [])):
+        assert run(backbone, f"--source={file}", *flags, *more, f"--output={file}.json") == 0
+        scores.append(json.loads(Path(f"{file}.json").read_text()))
+    assert (scores[0]["num_bad"], scores[1]["num_bad"]) == (2, 0)
+    assert (scores[0]["num_train"], scores[0]["num_test"]) == (15, 3)
+    assert scores[0]["backbone"] == scores[1]["backbone"]
+    listed = list(map(json.loads, (tmp_path / "bad.parquet.bad_images.jsonl").read_text().splitlines()))
+    assert [item["row"] for item in listed] == [3, 8]
+    assert run(backbone, f"--source={bad}", *flags, "--on_bad_image=raise") == 2

@@ -58,6 +58,14 @@ def test_timm_loads_the_file_with_its_ordinary_call(tmp_path: Path, tiny_encoder
     assert timm.data.resolve_data_config(description["pretrained_cfg"])["mean"] == MEAN
 
 
+def test_timm_reads_how_images_are_prepared_from_a_loaded_encoder(tmp_path: Path) -> None:
+    encoder = ViTConfig(image_size=(16, 24), in_chans=2, **TINY).build()
+    export_backbone(encoder, tmp_path, mean=(0.1, 0.2), std=(0.3, 0.4), provenance={}, crop_pct=0.9)
+    found = timm.data.resolve_model_data_config(load_backbone(tmp_path))
+    assert (tuple(found["input_size"]), found["crop_pct"]) == ((2, 16, 24), 0.9)
+    assert (tuple(found["mean"]), tuple(found["std"])) == ((0.1, 0.2), (0.3, 0.4))
+
+
 def test_a_standard_architecture_needs_no_arguments(tmp_path: Path) -> None:
     encoder = ViTConfig(arch="vit_tiny_patch16_224", pos_embed="sincos").build().eval()
     path = export(encoder, tmp_path)

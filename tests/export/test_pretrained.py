@@ -20,7 +20,7 @@ from scripts import pretrain_mae
 from ssl_vit.config import parse_run
 from ssl_vit.export import export_backbone
 from ssl_vit.export.layouts import from_transformers, to_transformers
-from ssl_vit.export.pretrained import infer_config, load_pretrained, open_pretrained
+from ssl_vit.export.pretrained import _crop_of_transformers, infer_config, load_pretrained, open_pretrained
 from ssl_vit.export.targets import export_to, proof_images
 from ssl_vit.models.vit import ViT, ViTConfig
 from ssl_vit.objectives.dino import DINOConfig
@@ -342,3 +342,16 @@ def test_a_published_dinov2_gives_the_features_that_onnxruntime_gives(tmp_path: 
         features = encoder.eval()(torch.from_numpy(images))
     torch.testing.assert_close(features.cls, expected[:, 0], rtol=0, atol=1e-3)
     torch.testing.assert_close(features.patches, expected[:, 1:], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("preprocessing", "crop_pct"),
+    [
+        ({}, None),
+        ({"size": {"height": 224, "width": 224}}, 1.0),
+        ({"size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}}, 0.875),
+        ({"size": 224, "do_center_crop": True, "crop_size": 224}, 1.0),
+    ],
+)
+def test_the_crop_of_published_weights_is_their_own(preprocessing: dict, crop_pct: float | None) -> None:
+    assert _crop_of_transformers(preprocessing) == crop_pct

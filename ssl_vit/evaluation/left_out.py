@@ -1,0 +1,69 @@
+"""Images that cannot be decoded, where a backbone is judged or features are extracted: how many may be, and which."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ssl_vit.data.bad_images import BAD_IMAGES_FILE, describe_bad
+from ssl_vit.data.sources import Source
+
+
+def check_bad_share(
+    source: Source, bad: Sequence[int], num_images: int, max_bad_share: float, num_channels: int
+) -> None:
+    """Refuse to judge by what is left of a source of which too much cannot be decoded.
+
+    Args:
+        bad: rows of the source that could not be decoded.
+        num_images: how many there are, good and bad.
+
+    Raises:
+        ValueError: more than `max_bad_share` of them are bad, or all. Says why of the first.
+    """
+    if len(bad):
+        found = describe_bad(source, int(bad[0]), num_channels)
+        refuse(len(bad), num_images, max_bad_share, f"{source.where(int(bad[0]))}: {found['reason']}")
+
+
+def refuse(num_bad: int, num_images: int, max_bad_share: float, first: str) -> None:
+    """As `check_bad_share`, with what is wrong with the first one in words."""
+    if num_bad > max_bad_share * num_images or num_bad == num_images:
+        raise ValueError(
+            f"max_bad_share={max_bad_share}: {num_bad:,} or more of the {num_images:,} images cannot be used; the "
+            f"first: {first}; repair or remove them, or allow more of them"
+        )
+
+
+def without_bad(
+    batches: Iterator[dict[str, Tensor]],
+    source: Source,
+    indices: Int[np.ndarray, " n"],
+    num_channels: int,
+    max_bad_share: float | None,
+) -> dict[str, Tensor]:
+    """Batches as one, with the "places" of good images in place of the flag of them; {} where there are no batches."""
+    parts, bad, start = [], [], 0
+    for batch in batches:
+        good = batch.pop("good")
+        parts.append({name: values[good] for name, values in batch.items()} | {"places": start + good.nonzero()[:, 0]})
+        bad += (start + (~good).nonzero()[:, 0]).tolist()
+        start += len(good)
+        check_bad_share(source, indices[bad].tolist(), len(indices), max_bad_share or 0.0, num_channels)
+    return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+
+
+def write_bad(output: Path, bad: Sequence[Mapping[str, Any]]) -> None:
+    """List images that were left out in NAME.bad_images.jsonl beside an output NAME.*; none leave no such file."""
+    file = output.with_name(f"{output.stem}.{BAD_IMAGES_FILE}")
+    if not bad:
+        file.unlink(missing_ok=True)  # of an earlier result
+        return
+    file.write_text("".join(json.dumps(item) + "\n" for item in bad))
+    number = "1 image" if len(bad) == 1 else f"{len(bad):,} images"
+    print(f"note: left out, since it cannot be decoded: {number}; {file} says which and why")
