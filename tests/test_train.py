@@ -365,7 +365,7 @@ def test_collapse_is_warned_of_once_and_stops_the_run_where_asked(
 def test_a_run_that_stopped_at_a_collapse_goes_on_only_where_told_and_says_so_to_the_end(
     start: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(MAE, "diagnose", lambda self, values: "All alike." if values["step"] < 5 else None)
+    monkeypatch.setattr(MAE, "diagnose", lambda self, values, run: "All alike." if values["step"] < 5 else None)
     run = tmp_path / "run"
     assert start("--on_collapse=stop", steps=9) == 3
     assert json.loads((run / "heartbeat.json").read_text())["step"] == 4
@@ -391,7 +391,7 @@ def test_a_run_that_stopped_at_a_collapse_goes_on_only_where_told_and_says_so_to
 def test_a_collapse_that_is_over_is_not_told_at_the_end(
     start: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(MAE, "diagnose", lambda self, values: "All alike." if values["step"] < 5 else None)
+    monkeypatch.setattr(MAE, "diagnose", lambda self, values, run: "All alike." if values["step"] < 5 else None)
     assert start(steps=15) == 0
     text = capsys.readouterr().out
     assert text.count("collapse at step 4. All alike.") == 1

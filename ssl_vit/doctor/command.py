@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ssl_vit.config import RunConfig, as_plain, own_folder, parse_run
+from ssl_vit.config import RunConfig, as_stored, own_folder, parse_run
 from ssl_vit.data.sources import open_source
 from ssl_vit.doctor.diagnose import Measure, adopt, diagnose
 from ssl_vit.doctor.page import as_text
@@ -63,12 +63,12 @@ def examine(
 
 
 def write_settings(defaults: RunConfig, config: RunConfig, file: Path) -> None:
-    """Write what a run's settings have other than its script's as a config that this script takes.
+    """Write what a run's settings have other than its script's as a config that this script takes, from any folder.
 
     Raises:
         ValueError: the file cannot be written.
     """
-    values, usual = as_plain(config), as_plain(defaults)
+    values, usual = as_stored(config), as_stored(defaults)
     if config.output_dir == own_folder(config):
         values["output_dir"] = usual["output_dir"]  # follows from the others again
     changed: dict[str, Any] = {}

@@ -84,10 +84,15 @@ def test_the_same_arguments_give_the_same_facts(photo_folder: Path, capsys: pyte
 
 @pytest.mark.parametrize(("shape", "channels"), [((20, 20), 1), ((20, 20, 3), 3)])
 def test_the_written_config_is_taken_by_pre_training(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], shape: tuple[int, ...], channels: int
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, ...],
+    channels: int,
 ) -> None:
     folder, file = save(tmp_path / "pictures", 10, shape), tmp_path / "new" / "mine.yaml"
-    code, facts = examine(capsys, folder, *QUICK, f"--write_config={file}")
+    monkeypatch.chdir(tmp_path)
+    code, facts = examine(capsys, "pictures", *QUICK, f"--write_config={file}")
     assert code == 0
     config = parse_run(MAE_DEFAULTS, [*SMALL_RUN, f"--config={file}"])
     assert config.data.source == str(folder)
