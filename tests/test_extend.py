@@ -14,6 +14,7 @@ from ssl_vit.distributed import StopSignal
 from ssl_vit.schedules import progress_at
 from ssl_vit.train import set_up, train
 from tests.conftest import OBJECTIVES, last_weights, losses
+from tests.data.shards import write_parquet
 
 Start, Patch, Capture = Callable[..., int], pytest.MonkeyPatch, pytest.CaptureFixture[str]
 
@@ -53,20 +54,25 @@ def values(run: Path, name: str) -> list[float]:
     return [record[name] for record in records if name in record]
 
 
-@pytest.mark.parametrize(("objective", "at"), [("mae", 4), ("mae", 2), ("dino", 3)])
+@pytest.mark.parametrize(
+    ("objective", "at", "streamed"), [("mae", 4, False), ("mae", 2, True), ("mae", 4, True), ("dino", 3, False)]
+)
 def test_a_lengthened_run_is_killed_goes_on_and_is_repeated_by_its_config(
-    start: Start, tmp_path: Path, monkeypatch: Patch, capsys: Capture, objective: str, at: int
+    start: Start, tmp_path: Path, monkeypatch: Patch, capsys: Capture, objective: str, at: int, streamed: bool
 ) -> None:
     """Finished after 4 steps, or stopped on the way to them, and lengthened to 7: bit for bit the same each time."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole, killed, source = tmp_path / "whole", tmp_path / "killed", ()
+    if streamed:
+        shards = write_parquet(tmp_path / "shards", [9, 1, 5, 5])
+        source = (f"--data.source={shards}", "--data.streaming=true", "--data.shuffle_buffer=8", "--data.num_readers=2")
     for run in (whole, killed):
         with monkeypatch.context() as patched:
             stop_at(patched, at if at < 4 else 0)
-            assert start(name=run.name, steps=4, objective=objective) == (143 if at < 4 else 0)
+            assert start(*source, name=run.name, steps=4, objective=objective) == (143 if at < 4 else 0)
     with pytest.raises(ValueError, match=r"steps 4 -> 7.*--extend true lengthens it"):
-        start(name="whole", steps=7, objective=objective)
+        start(*source, name="whole", steps=7, objective=objective)
     capsys.readouterr()
-    assert start("--extend=true", name="whole", steps=7, objective=objective) == 0
+    assert start(*source, "--extend=true", name="whole", steps=7, objective=objective) == 0
     text = capsys.readouterr().out
     assert f"lengthened at step {at} of 4: schedules" in text
     assert ("begin anew" in text) is (at == 4)
@@ -79,8 +85,8 @@ def test_a_lengthened_run_is_killed_goes_on_and_is_repeated_by_its_config(
 
     with monkeypatch.context() as patched:
         stop_at(patched, 2)
-        assert start("--extend=true", name="killed", steps=7, objective=objective) == 143
-    assert start("--extend=true", name="killed", steps=7, objective=objective) == 0  # the same command
+        assert start(*source, "--extend=true", name="killed", steps=7, objective=objective) == 143
+    assert start(*source, "--extend=true", name="killed", steps=7, objective=objective) == 0  # the same command
     AcceleratorState._reset_state()
     again = ["--config", str(whole / "config.yaml"), "--output_dir", str(tmp_path / "again")]
     assert train(set_up(parse_run(OBJECTIVES[objective][0], again))) == 0
