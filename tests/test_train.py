@@ -239,7 +239,7 @@ def test_a_labelled_source_can_judge_an_unlabelled_one(
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--evaluation.source=/nowhere", "data.source='/nowhere': no such file"),
+        ("--evaluation.source=/nowhere", "evaluation.source='/nowhere': no such file"),
         ("--evaluation.source=DISC", r"evaluation.source='.*disc': has no labels"),
         ("--evaluation.test_source=DISC", r"evaluation.test_source='.*disc': has no labels"),
     ],
