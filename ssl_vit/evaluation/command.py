@@ -13,9 +13,9 @@ from accelerate import PartialState
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from ssl_vit.data.config import clamp_rounding
-from ssl_vit.data.sources import DataConfig
+from ssl_vit.data.sources import DataConfig, Source
 from ssl_vit.data.workers import check_num_workers
-from ssl_vit.distributed import autocast_dtype, resolve_precision, start_processes
+from ssl_vit.distributed import autocast_dtype, process_index, resolve_precision, start_processes
 from ssl_vit.evaluation.features import EvalTransform, fit_size
 from ssl_vit.evaluation.left_out import write_bad
 from ssl_vit.evaluation.untrained import objective_of, untrained_encoder
@@ -199,6 +199,13 @@ def naming_test(config: Any) -> AbstractContextManager[None]:
     """Say of an error about the source that it is the test source's, as far as one is named."""
     names = {"source": config.test_source, "split": config.test_split}
     return said_of({f"data.{name}": f"data.test_{name}" for name, given in names.items() if given is not None})
+
+
+def tell_notes(*sources: Source | None) -> None:
+    """Print what the user should know of the images, once for each note."""
+    notes = dict.fromkeys(note for source in sources if source is not None for note in source.notes)
+    if process_index() == 0:
+        print("".join(f"note       {note}\n" for note in notes), end="")
 
 
 @stoppable()

@@ -26,7 +26,7 @@ from ssl_vit.data.sources import Source, open_source
 from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.distributed import process_index
 from ssl_vit.evaluation.cache import feature_key, hash_file
-from ssl_vit.evaluation.command import Backbone, PicturesConfig, data_config, naming_own
+from ssl_vit.evaluation.command import Backbone, PicturesConfig, data_config, naming_own, tell_notes
 from ssl_vit.evaluation.evaluate import check_finite
 from ssl_vit.evaluation.feature_files import read_description, write_parquet, write_safetensors
 from ssl_vit.evaluation.features import FEATURES, num_layers_for, select_feature, stream_features
@@ -86,6 +86,7 @@ def extract(path: Path, config: ExtractConfig) -> None:
     backbone = Backbone.load(path, config)
     with naming_own(config):
         source = open_source(data_config(backbone, config))
+    tell_notes(source)
     ids = _check_ids(source, config)
     output = Path(config.output)
     parts = output.with_name(f"{output.name}.parts")

@@ -22,7 +22,15 @@ from ssl_vit.data.loader import read_batches
 from ssl_vit.data.sampler import SampleKey, StepSampler, sample_rng
 from ssl_vit.data.workers import choose_num_workers, leave_signals_to_the_main_process
 from ssl_vit.distributed import process_index
-from ssl_vit.evaluation.command import Backbone, PicturesConfig, data_config, naming_own, naming_test, write_result
+from ssl_vit.evaluation.command import (
+    Backbone,
+    PicturesConfig,
+    data_config,
+    naming_own,
+    naming_test,
+    tell_notes,
+    write_result,
+)
 from ssl_vit.evaluation.features import EvalTransform
 from ssl_vit.evaluation.left_out import refuse
 from ssl_vit.evaluation.masks import MaskedSource, centre_pair, open_masked, random_pair
@@ -345,6 +353,7 @@ def _readable(
     source: MaskedSource, backbone: Backbone, config: SegmentationConfig, bad: list[dict[str, Any]]
 ) -> MaskedSource:
     """The pairs whose image and mask can be used, found by decoding all, which a run does many times."""
+    tell_notes(source.images, source.masks)
     if config.on_bad_image == "raise":
         return source
     loader = _loader(_Reasons(source, backbone.encoder.in_chans), config, backbone.device)

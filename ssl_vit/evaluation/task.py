@@ -16,7 +16,15 @@ from ssl_vit.data.sources import Source, open_source
 from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.distributed import process_index
 from ssl_vit.evaluation.cache import cached_features, feature_key, hash_file
-from ssl_vit.evaluation.command import Backbone, LabelledConfig, data_config, naming_own, naming_test, write_result
+from ssl_vit.evaluation.command import (
+    Backbone,
+    LabelledConfig,
+    data_config,
+    naming_own,
+    naming_test,
+    tell_notes,
+    write_result,
+)
 from ssl_vit.evaluation.evaluate import Split, check_finite, split_sources
 from ssl_vit.evaluation.features import extract_features, pixel_features
 from ssl_vit.evaluation.left_out import check_bad_share
@@ -48,6 +56,7 @@ class Task:
                 named = config.test_source or data.source
                 with naming_test(config):
                     test = open_source(replace(data, source=named, split=config.test_split or data.split))
+        tell_notes(train, test)
         return cls(backbone, config, train, test, split_sources(train, test, config.max_images, config.seed))
 
     def features(

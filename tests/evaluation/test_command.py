@@ -115,12 +115,15 @@ def test_red_discs_and_blue_squares_are_told_apart(backbone: Path, photo_folder:
     assert result["pixels"]["recall"]["1"] > 0.9
 
 
-def test_another_split_of_a_folder_is_tested_on(backbone: Path, photo_folder: Path, tmp_path: Path) -> None:
+def test_another_split_of_a_folder_is_tested_on(
+    backbone: Path, photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for split in ("train", "val"):
         (tmp_path / "photos").mkdir(exist_ok=True)
         (tmp_path / "photos" / split).symlink_to(shutil.copytree(photo_folder, tmp_path / split))
     source = tmp_path / "photos"
     assert run("knn", backbone, f"--source={source}", "--test_split=val", "--ks=[3]") == 0
+    assert "note       splits are the folders train, val; images of train are used" in capsys.readouterr().out
     result = json.loads((backbone / "knn.json").read_text())
     assert (result["num_train"], result["num_test"], result["num_classes"]) == (40, 40, 2)
 
