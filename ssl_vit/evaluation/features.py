@@ -178,9 +178,8 @@ def extract_features(
         max_bad_share: images that cannot be decoded are left out, up to this share of all; None = the first one raises.
 
     Returns:
-        fp32 tensors on the CPU: "cls" [n, num_layers, d], the class tokens of the last blocks; "mean" [n, d], the mean
-        of the patch tokens; and int64 "places" [n], where in `indices` the images stand that were not left out. On
-        other processes than the main one they are empty.
+        fp32 tensors on the CPU: "cls" [n, num_layers, d] of the last blocks; "mean" [n, d] of the patch tokens; and
+        int64 "places" [n] of these images in `indices`. On other processes than the main one they are empty.
 
     Raises:
         ValueError: see `stream_features` and `left_out.check_bad_share`.
