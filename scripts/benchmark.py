@@ -37,7 +37,8 @@ from ssl_vit.benchmarks.loader import compare_loader
 from ssl_vit.benchmarks.memory import compare_memory
 from ssl_vit.benchmarks.step import compare_attention, compare_steps
 from ssl_vit.config import RunConfig, parse_run
-from ssl_vit.sessions import git_revision, hardware, versions, without_secrets
+from ssl_vit.privacy import without_secrets
+from ssl_vit.sessions import git_revision, hardware, versions
 
 AXES = ("image_size", "local_crops", "batch", "processes", "data")
 PLOTS = (".png", ".webp", ".svg", ".pdf")

@@ -19,6 +19,7 @@ if __name__ == "__main__":
 from ssl_vit.visualize.comparison import compare
 from ssl_vit.visualize.report import distinct, write_report
 from ssl_vit.visualize.run_data import read_run
+from ssl_vit.writing import FAULTS, tell_error
 
 
 @stoppable()
@@ -31,10 +32,9 @@ def main(args: Sequence[str] | None = None) -> int:
     out = given.out or given.runs[0] / "report.html"
     try:
         notes = write_report(given.runs, out, num_images=given.panel_images)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    runs = [read_run(folder) for folder in given.runs]
+        runs = [read_run(folder) for folder in given.runs]
+    except FAULTS as error:
+        return tell_error(error)
     for sentence in compare(runs, distinct([run.name for run in runs])):
         print(sentence)
     for note in notes:

@@ -1,10 +1,9 @@
 """Checkpoints: safetensors and JSON in a folder that appears whole or not at all."""
 
-import errno
 import json
 import os
-import re
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 from ssl_vit.distributed import on_main_process
 from ssl_vit.manifest import MANIFEST_FILE, find_difference, write_manifest
 from ssl_vit.reading import check_header, read_json, read_tensors
-from ssl_vit.writing import UNFINISHED, flush, free_space
+from ssl_vit.writing import UNFINISHED, error_number, flush, free_space, own_folder, remove
 
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
 KEEP_FILE = "KEEP"
@@ -56,8 +55,13 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """The run's checkpoints, oldest first. Unfinished ones carry another name and do not count."""
-    return sorted((run / "checkpoints").glob("step-[0-9]*[0-9]"))
+    """The run's checkpoints, oldest first. Unfinished ones carry another name and do not count.
+
+    Raises:
+        ValueError: their folder is a link.
+    """
+    found = own_folder(run / "checkpoints").glob("step-[0-9]*")
+    return sorted(path for path in found if path.name.removeprefix("step-").isdecimal())
 
 
 def step_of(folder: Path) -> int:
@@ -84,7 +88,9 @@ def find_damage(folder: Path, *, contents: bool = True) -> str | None:
     Args:
         contents: whether to compare hashes too, for which everything is read.
     """
-    if (folder / MANIFEST_FILE).exists() and (problem := find_difference(folder, contents=contents)) is not None:
+    if folder.is_symlink():
+        return "is a link, which is not followed here"
+    if os.path.lexists(folder / MANIFEST_FILE) and (problem := find_difference(folder, contents=contents)) is not None:
         return problem
     try:
         for name in (MODEL_FILE, OPTIMIZER_FILE):
@@ -92,7 +98,9 @@ def find_damage(folder: Path, *, contents: bool = True) -> str | None:
             with safe_open(folder / name, framework="pt"):  # checks that the file is as long as its header says
                 pass
         read_json(folder / STATE_FILE)
-    except (OSError, SafetensorError, ValueError) as error:
+    except OSError as error:
+        return f"{Path(error.filename or folder).name} cannot be read: {error.strerror}"
+    except (SafetensorError, ValueError) as error:
         return str(error)
     if contents:
         _known_whole.add(folder.resolve())
@@ -136,7 +144,7 @@ def save_checkpoint(
 def _write_whole(folder: Path, tensors: dict[str, dict[str, Tensor]], description: dict[str, Any]) -> None:
     unfinished = folder.with_name(f"{UNFINISHED}{folder.name}")
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        remove(unfinished)
         unfinished.mkdir(parents=True)
         for name, values in tensors.items():
             save_file({key: value.contiguous() for key, value in values.items()}, unfinished / name)
@@ -150,7 +158,7 @@ def _write_whole(folder: Path, tensors: dict[str, dict[str, Tensor]], descriptio
         flush(folder.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        number = _error_number(error)
+        number = error_number(error)
         if number is None:
             raise
         reason = f"{os.strerror(number)}, {free_space(folder.parents[1])}"
@@ -158,18 +166,10 @@ def _write_whole(folder: Path, tensors: dict[str, dict[str, Tensor]], descriptio
     _known_whole.add(folder.resolve())
 
 
-def _error_number(error: OSError | SafetensorError) -> int | None:
-    """The system's number of an error, which safetensors tells in its text alone; None where it is no such error."""
-    if isinstance(error, OSError):
-        return error.errno or errno.EIO
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found.group(1)) if found else None
-
-
 def _free_name(path: Path) -> Path:
     """The path, or the first of its kind that nothing has yet."""
     names = (path if number == 1 else path.with_name(f"{path.name}-{number}") for number in range(1, 1000))
-    return next(name for name in names if not name.exists())
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -223,20 +223,23 @@ def prune_checkpoints(run: Path, config: CheckpointConfig) -> None:
             # First renamed: a deletion that is cut short must not leave what looks like a damaged checkpoint.
             unfinished = folder.with_name(f"{UNFINISHED}{folder.name}")
             try:
+                remove(unfinished)
                 folder.rename(unfinished)
-                shutil.rmtree(unfinished)
+                remove(unfinished)
             except OSError as error:
                 print(f"WARNING: {folder}: cannot be deleted: {error.strerror}")
 
 
 def remove_unfinished(run: Path) -> None:
     """Remove what a killed run had half written or half deleted; only the process that has the run's lock may."""
-    for folder in (run / "checkpoints").glob(f"{UNFINISHED}step-*"):
-        shutil.rmtree(folder, ignore_errors=True)
+    for path in own_folder(run / "checkpoints").glob(f"{UNFINISHED}step-*"):
+        with suppress(OSError):
+            remove(path)
 
 
 def _is_whole(folder: Path) -> bool:
-    return find_damage(folder, contents=folder.resolve() not in _known_whole) is None
+    is_known = not folder.is_symlink() and folder.resolve() in _known_whole
+    return find_damage(folder, contents=not is_known) is None
 
 
 def _refuse_other_keys(folder: Path, wanted: set[str], found: set[str]) -> None:

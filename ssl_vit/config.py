@@ -26,6 +26,7 @@ from ssl_vit.objectives.objective import Objective, ObjectiveConfig, RunSize, Tr
 from ssl_vit.objectives.recipes import resolve_warmup
 from ssl_vit.optim import OptimConfig
 from ssl_vit.paths import PATHS, absolute
+from ssl_vit.reading import MAX_YAML, entry, read_bytes, read_yaml
 from ssl_vit.run_lock import LOCK_FILE
 from ssl_vit.schedules import progress_at
 from ssl_vit.tracking import TrackerName
@@ -301,7 +302,7 @@ def _start_from(defaults: RunConfig, path: str) -> RunConfig:
 
 def load_encoder_config(path: Path) -> ViTConfig:
     """The `encoder` section of a run's config.yaml."""
-    return ViTConfig.from_plain(yaml.safe_load(path.read_text())["encoder"])
+    return ViTConfig.from_plain(entry(read_yaml(path), "encoder", dict, path))
 
 
 def write_config(config: RunConfig, path: Path) -> None:
@@ -310,8 +311,12 @@ def write_config(config: RunConfig, path: Path) -> None:
     for name in ("fresh", "extend", "quiet"):  # belong to one call, not to the run
         values.pop(name)
     text = yaml.safe_dump(values, sort_keys=False)
-    if not path.exists() or path.read_text() != text:  # going on needs no space on the disk
-        replace_text(path, text)
+    try:
+        if read_bytes(path, MAX_YAML) == text.encode():  # going on needs no space on the disk
+            return
+    except (OSError, ValueError):
+        pass
+    replace_text(path, text)
 
 
 def as_plain(config: Any) -> dict[str, Any]:
@@ -350,7 +355,7 @@ def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "")
 def _run_of(files: list[str]) -> Path | None:
     """The folder that the last file to name one means: a run's config.yaml its own, wherever it has been moved to."""
     for path in map(Path, reversed(files)):
-        if "output_dir" in yaml.safe_load(path.read_text()):
+        if "output_dir" in read_yaml(path, links=True):
             is_run = path.name == "config.yaml" and (path.parent / LOCK_FILE).exists()
             return path.parent if is_run else None
     return None

@@ -17,6 +17,7 @@ from torch import Tensor
 from ssl_vit.by_products import by_product
 from ssl_vit.data.sampler import StepSampler
 from ssl_vit.distributed import mean_over_processes, process_index
+from ssl_vit.writing import replace_text
 
 SKIPPED_FILE = "skipped_steps.json"
 WINDOW, LEAST = 100, 50  # losses that a new one is compared with: at most, and at least
@@ -152,7 +153,7 @@ class SkippedSteps:
         path = self.folder / SKIPPED_FILE
         if process_index() == 0:
             with by_product(f"list of their samples, {path},"):
-                path.write_text(json.dumps(entries, indent=1) + "\n")
+                replace_text(path, json.dumps(entries, indent=1) + "\n")
         return path
 
 

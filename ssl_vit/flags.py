@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ssl_vit.reading import read_yaml
 
 
 def split_config_files(args: list[str], keys: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -37,13 +37,12 @@ def split_config_files(args: list[str], keys: dict[str, Any]) -> tuple[list[str]
 def check_file(path: str, keys: dict[str, Any]) -> None:
     """Refuse a file that cannot be read, is no YAML mapping or has keys that no setting has."""
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = read_yaml(Path(path), links=True)
     except OSError as error:
         raise ValueError(f"--config={path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: is no valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: must hold `key: value` lines, holds {type(values).__name__}")
+    for name in ("fresh", "extend"):
+        if values.get(name):
+            raise ValueError(f"{path}: {name}={values[name]!r}: changes a run that is there; only a flag may, --{name}")
     sections = {key.rsplit(".", 1)[0] for key in keys if "." in key}
     for name, value in values.items():
         if name in sections:

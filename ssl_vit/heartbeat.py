@@ -8,6 +8,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
 
+from ssl_vit.reading import read_json
+from ssl_vit.writing import replace_text
+
 HEARTBEAT_FILE = "heartbeat.json"
 State = Literal["starting", "training", "evaluating", "finishing", "finished", "stopped", "failed"]
 
@@ -19,7 +22,6 @@ def beat(folder: Path, state: State, step: int, num_steps: int, images_per_secon
         step: optimizer steps done.
         images_per_second: of all processes, over the last log interval.
     """
-    unfinished = folder / f"unfinished-{HEARTBEAT_FILE}"
     values = {
         "state": state,
         "step": step,
@@ -30,14 +32,13 @@ def beat(folder: Path, state: State, step: int, num_steps: int, images_per_secon
         "pid": os.getpid(),
     }
     with suppress(OSError):  # a watcher's convenience must not end a run
-        unfinished.write_text(json.dumps(values) + "\n")
-        unfinished.replace(folder / HEARTBEAT_FILE)
+        replace_text(folder / HEARTBEAT_FILE, json.dumps(values) + "\n", flushed=False)
 
 
 def end_of_start(folder: Path, error: BaseException) -> None:
     """Note that this process was stopped, or failed, while it was starting a run; not where it never had the folder."""
     with suppress(OSError, ValueError, KeyError):
-        found = json.loads((folder / HEARTBEAT_FILE).read_text())
+        found = read_json(folder / HEARTBEAT_FILE)
         if (found["state"], found["pid"]) == ("starting", os.getpid()):
             state: State = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
             beat(folder, state, found["step"], found["num_steps"])

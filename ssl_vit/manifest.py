@@ -2,17 +2,23 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from ssl_vit.reading import read_json
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ssl_vit.reading import check_header, open_regular, read_json
 
 MANIFEST_FILE = "manifest.json"
 
 
 def write_manifest(folder: Path) -> None:
     """Note size and SHA-256 of each file in a folder."""
-    files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
+    files = {path.name: {"size": path.stat().st_size, "sha256": hash_file(path)} for path in sorted(folder.iterdir())}
     (folder / MANIFEST_FILE).write_text(json.dumps({"files": files}, indent=1) + "\n")
 
 
@@ -33,20 +39,52 @@ def find_difference(folder: Path, *, contents: bool) -> str | None:
             return f"{MANIFEST_FILE} names {name!r}, which is no file of this folder"
     try:
         for name, (size, _) in expected.items():
-            found = (folder / name).stat().st_size
+            descriptor = open_regular(folder / name)
+            found = os.fstat(descriptor).st_size
+            os.close(descriptor)
             if found != size:
                 return f"{name} has {found:,} bytes, and {size:,} were written"
         for name, (_, sha256) in expected.items():
-            if contents and _sha256(folder / name) != sha256:
+            if contents and hash_file(folder / name) != sha256:
                 return f"{name} has another content than was written (its SHA-256 differs)"
     except OSError as error:
         return f"{Path(error.filename).name} cannot be read: {error.strerror}"
     return None
 
 
-def _sha256(path: Path) -> str:
+def hash_file(path: Path, *, links: bool = False) -> str:
+    """SHA-256 of a regular file."""
     digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
+    with os.fdopen(open_regular(path, links=links), "rb", buffering=0) as file:
         while block := file.read(2**20):
             digest.update(block)
+    return digest.hexdigest()
+
+
+def save_sealed(tensors: dict[str, Tensor], file: Path, key: str) -> None:
+    """Write a safetensors file that carries a SHA-256 of its tensors and of what they are, `key`.
+
+    A seal tells of damage and of files that were mixed up. Whoever means to forge one can.
+    """
+    tensors = {name: values.contiguous() for name, values in tensors.items()}
+    save_file(tensors, file, metadata={"format": "pt", "key": key, "sha256": _hash_tensors(tensors, key)})
+
+
+def read_sealed(file: Path, key: str) -> dict[str, Tensor] | None:
+    """What `save_sealed` wrote; None where the file is missing, damaged, of another key or without a seal."""
+    try:
+        check_header(file)
+        with safe_open(file, framework="pt") as opened:
+            noted = (opened.metadata() or {}).get("sha256")
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError):
+        return None
+    return tensors if noted == _hash_tensors(tensors, key) else None
+
+
+def _hash_tensors(tensors: dict[str, Tensor], key: str) -> str:
+    digest = hashlib.sha256(key.encode())
+    for name, values in sorted(tensors.items()):
+        digest.update(f"\0{name} {values.dtype} {tuple(values.shape)}\0".encode())
+        digest.update(values.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

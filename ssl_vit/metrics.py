@@ -1,6 +1,5 @@
 """What a run reports: metrics.jsonl always, a progress bar on a terminal, readable lines elsewhere."""
 
-import json
 import math
 import sys
 import time
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from ssl_vit.by_products import by_product
 from ssl_vit.distributed import mean_over_processes
+from ssl_vit.reading import entry, parse_json, read_lines
 from ssl_vit.tracking import Tracker
 from ssl_vit.writing import JsonLines, forget_after
 
@@ -209,7 +209,8 @@ class CollapseAlarm:
 
 def last_value(path: Path, name: str) -> float | None:
     """What metrics.jsonl says last under a name; None where it says nothing."""
-    if not path.exists():
-        return None
-    lines = path.read_text().splitlines()
-    return next((json.loads(line)[name] for line in reversed(lines) if f'"{name}"' in line), None)
+    found = None
+    for line in read_lines(path):
+        if f'"{name}"'.encode() in line:
+            found = entry(parse_json(line, path), name, float | None, path)
+    return found

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from ssl_vit.by_products import by_product
 from ssl_vit.metrics import MetricLog
-from ssl_vit.writing import replace_text
+from ssl_vit.writing import replace_text, replacing
 
 WARMUP = 3  # steps before any is timed
 TELLING = 4 / 3  # times that a traced step may take as long, without a word
@@ -139,7 +139,8 @@ class StepTrace:
                 if self.device.type == "cuda":
                     lines.append(name_kernels(_kernels(profiler), traced))
                 lines.append(f"trace of {num_traced} more: {self.folder / TRACE_FILE}, for ui.perfetto.dev")
-                profiler.export_chrome_trace(str(self.folder / TRACE_FILE))
+                with replacing(self.folder / TRACE_FILE) as unfinished:
+                    profiler.export_chrome_trace(str(unfinished))
             replace_text(self.folder / SUMMARY_FILE, "".join(f"{line}\n" for line in lines))
         if not self.log.quiet:
             self.log.say("\n".join(lines))

@@ -1,21 +1,19 @@
 """The folder of a run: new, resumed, refused or moved aside; never overwritten silently."""
 
-import json
+import os
 from dataclasses import fields, is_dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from ssl_vit.checkpoint import STATE_FILE, newest_checkpoint, remove_unfinished
 from ssl_vit.config import RunConfig, as_plain, differences, write_config
 from ssl_vit.data.outputs import MARKER, mark
 from ssl_vit.data.paths import path_to_text
 from ssl_vit.paths import PATHS, is_same
-from ssl_vit.reading import read_json
+from ssl_vit.reading import read_json, read_yaml
 from ssl_vit.run_lock import LOCK_FILE, lock_folder
-from ssl_vit.writing import UNFINISHED, replace_json
+from ssl_vit.writing import UNFINISHED, own_folder, replace_json
 
 CONFIG_FILE, METRICS_FILE, RESULTS_FILE = "config.yaml", "metrics.jsonl", "results.json"
 PICTURES_FOLDER = "pictures"
@@ -65,7 +63,7 @@ def check_run_folder(config: RunConfig) -> None:
     if not folder.is_dir():
         raise ValueError(f"output_dir={config.output_dir!r}: is a file; name a folder")
     saved = folder / CONFIG_FILE
-    if not saved.exists():
+    if not os.path.lexists(saved):
         if _holds_anything(folder):
             raise ValueError(
                 f"output_dir={config.output_dir!r}: holds files but no run ({CONFIG_FILE} is missing); "
@@ -146,6 +144,7 @@ def open_run_folder(config: RunConfig, lengthened: int | None = None) -> tuple[R
         print(f"Moved the existing run aside: {aside}")
     folder.mkdir(parents=True, exist_ok=True)
     lock_folder(folder)
+    own_folder(folder / PICTURES_FOLDER)
     remove_unfinished(folder)
     checkpoint = newest_checkpoint(folder)
     if lengthened is not None and checkpoint is not None:
@@ -171,8 +170,8 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
 def is_finished(folder: Path, num_steps: int) -> bool:
     """Whether a run of so many steps has written everything it ends with."""
     try:
-        return json.loads((folder / RESULTS_FILE).read_text())["step"] == num_steps
-    except (OSError, ValueError, KeyError):
+        return read_json(folder / RESULTS_FILE).get("step") == num_steps
+    except (OSError, ValueError):
         return False
 
 
@@ -185,9 +184,9 @@ def _holds_anything(folder: Path) -> bool:
 def _read_config(path: Path, config: RunConfig) -> dict[str, Any]:
     """A run's settings; those that are newer than the run stand at their defaults, by which it ran."""
     try:
-        saved = yaml.safe_load(path.read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+        saved = read_yaml(path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     for item in fields(config):
         own = getattr(config, item.name)
         if is_dataclass(own) and isinstance(saved.get(item.name), dict):

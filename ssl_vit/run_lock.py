@@ -8,6 +8,8 @@ import socket
 from datetime import datetime, timezone
 from pathlib import Path
 
+from ssl_vit.reading import open_regular
+
 LOCK_FILE = "run.lock"
 
 _held: dict[Path, int] = {}  # by path, the open files whose locks this process has
@@ -28,7 +30,10 @@ def lock_folder(folder: Path) -> None:
         if path.exists() and path.stat().st_ino == os.fstat(_held[path]).st_ino:
             return
         os.close(_held.pop(path))  # its folder was moved or deleted
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        descriptor = open_regular(path, os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise ValueError(f"output_dir={str(folder)!r}: {path}: {error.strerror}; remove it if no run works") from error
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -46,8 +51,9 @@ def lock_folder(folder: Path) -> None:
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     text = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": started}) + "\n"
     try:
-        os.pwrite(descriptor, text.encode(), 0)
-        os.ftruncate(descriptor, len(text.encode()))
+        if os.fstat(descriptor).st_nlink == 1:  # what has another name as well, as in a backup, is left as it is
+            os.pwrite(descriptor, text.encode(), 0)
+            os.ftruncate(descriptor, len(text.encode()))
     except OSError:  # a full disk: the lock holds all the same
         pass
 

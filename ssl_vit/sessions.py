@@ -24,20 +24,14 @@ from ssl_vit.data.stored import locate
 from ssl_vit.data.streaming import Stream
 from ssl_vit.data.workers import num_cpus
 from ssl_vit.distributed import cpu_name
-from ssl_vit.reading import read_json
+from ssl_vit.privacy import without_secrets
+from ssl_vit.reading import entry, read_json
 from ssl_vit.writing import free_space, replace_json
 
 PROVENANCE_FILE = "provenance.json"
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "numpy", "pillow", "safetensors", "jsonargparse")
 NUM_NAMED = 256  # rows whose names and sizes go into the data's fingerprint
 MATTERS = ("processes", "versions", "git.ssl_vit", "data")
-
-_SECRET_FLAG = re.compile(r"-.*(?:^|[._-])(?:token|password|passwd|secret|api[_-]?key|credentials?)$", re.IGNORECASE)
-_SECRETS = (
-    (re.compile(r"\b(?:hf|gh[opsu]|github_pat)_\w{8,}"), "***"),
-    (re.compile(r"(?<=://)[^/@\s]+@"), "***@"),
-    (re.compile(r"([?&][^=&\s]*(?:token|signature|sig|key|secret)[^=&\s]*=)[^&\s]+", re.IGNORECASE), r"\1***"),
-)
 
 
 def note_session(
@@ -84,24 +78,6 @@ def note_session(
         replace_json(path, {"sessions": [*sessions, session]})
     except OSError as error:
         print(f"WARNING: {path}: {error.strerror}, {free_space(folder)}; this start is not noted in it")
-
-
-def without_secrets(words: Sequence[str]) -> list[str]:
-    """A command line without the values of flags such as --hub_token, access tokens and passwords in addresses."""
-    shown = []
-    is_secret = False
-    for word in words:
-        flag, equals, _ = word.partition("=")
-        if is_secret and not word.startswith("-"):
-            shown.append("***")
-        elif equals and _SECRET_FLAG.fullmatch(flag):
-            shown.append(f"{flag}=***")
-        else:
-            for pattern, replacement in _SECRETS:
-                word = pattern.sub(replacement, word)
-            shown.append(word)
-        is_secret = not equals and _SECRET_FLAG.fullmatch(flag) is not None
-    return shown
 
 
 def versions(more: Sequence[str] = ()) -> dict[str, str]:
@@ -193,10 +169,11 @@ def _read(path: Path) -> str:
 
 
 def _read_sessions(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
+    if not os.path.lexists(path):
         return []
     try:
-        return list(read_json(path)["sessions"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = entry(read_json(path), "sessions", list[dict], path)
+        return [session for session in found if isinstance(session, dict)]
+    except (OSError, ValueError) as error:
         print(f"WARNING: {path}: cannot be read and begins anew: {error!r}")
         return []

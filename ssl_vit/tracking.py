@@ -4,7 +4,6 @@ All of them write into the run's folder and send nothing, unless their own envir
 (WANDB_MODE, MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID).
 """
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
@@ -16,6 +15,8 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from PIL import Image
 
 from ssl_vit.by_products import by_product
+from ssl_vit.reading import open_regular, read_json
+from ssl_vit.writing import own_folder, replace_json
 
 TrackerName = Literal["none", "tensorboard", "wandb", "mlflow", "trackio"]
 _IDS_FILE = "tracking.json"
@@ -87,6 +88,7 @@ def start_tracker(
 
 def _arguments(name: str, folder: Path, start_step: int) -> dict[str, Any]:
     """What Accelerate's class is built with."""
+    own_folder(folder / name)
     known = _read_ids(folder).get(name) if start_step else None
     if name == "tensorboard":
         # What was written after the checkpoint is hidden.
@@ -97,8 +99,11 @@ def _arguments(name: str, folder: Path, start_step: int) -> dict[str, Any]:
         resumed = {"id": known, "resume": "allow"} if known else {}
         return {"run_name": _PROJECT, "dir": str(folder), "name": folder.resolve().name, "mode": mode, **resumed}
     if name == "mlflow":
-        place = folder.resolve() / "mlflow"
+        place = own_folder(folder.resolve() / "mlflow")
         place.mkdir(exist_ok=True)
+        own_folder(place / "files")
+        if os.path.lexists(place / "mlflow.db"):
+            os.close(open_regular(place / "mlflow.db"))
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{place / 'mlflow.db'}")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         local = os.environ["MLFLOW_TRACKING_URI"].startswith("sqlite:")
@@ -114,14 +119,15 @@ def _note_id(name: str, folder: Path, started: Any) -> None:
     found = {"wandb": lambda: started.id, "mlflow": lambda: started.info.run_id}
     if name in found:
         ids = {**_read_ids(folder), name: found[name]()}
-        (folder / _IDS_FILE).write_text(json.dumps(ids) + "\n")
+        replace_json(folder / _IDS_FILE, ids)
 
 
 def _read_ids(folder: Path) -> dict[str, str]:
     try:
-        return json.loads((folder / _IDS_FILE).read_text())
+        found = read_json(folder / _IDS_FILE)
     except (OSError, ValueError):
         return {}
+    return {name: value for name, value in found.items() if isinstance(value, str)}
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str | float]]:

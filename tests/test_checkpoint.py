@@ -196,7 +196,7 @@ def test_what_this_process_wrote_is_not_read_again_to_prune(tmp_path: Path, monk
     def fail(path: Path) -> str:
         raise AssertionError(f"{path} was read")
 
-    monkeypatch.setattr(manifest, "_sha256", fail)
+    monkeypatch.setattr(manifest, "hash_file", fail)
     prune_checkpoints(tmp_path, CheckpointConfig(keep=2))
     assert len(list_checkpoints(tmp_path)) == 2
 

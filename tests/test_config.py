@@ -138,3 +138,36 @@ class TestBatch:
     def test_uneven_shares_are_refused_with_the_nearest_sizes(self) -> None:
         with pytest.raises(ValueError, match=r"size=10: not divisible among 4 processes.*8 and 12"):
             BatchConfig(size=10).num_micro(4)
+
+
+@pytest.mark.parametrize("text", ["fresh: true", "fresh: 1", "extend: true", "{fresh: yes, output_dir: /tmp/x}"])
+def test_what_changes_a_run_is_asked_for_by_flags_alone(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"run.yaml: \w+=.*: changes a run that is there; only a flag may"):
+        parse_run(DEFAULTS, [f"--config={tmp_path / 'run.yaml'}"])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"depth": 10**7},
+        {"depth": 1001},
+        {"embed_dim": 2**20},
+        {"embed_dim": 65_536, "depth": 12},
+        {"image_size": 10**6},
+        {"image_size": 65_536, "patch_size": 1},
+        {"in_chans": 10**9},
+        {"patch_size": 10**6},
+        {"num_heads": 10**9},
+        {"mlp_ratio": 1e9},
+        {"mlp_ratio": 900.0, "embed_dim": 8192, "depth": 4},
+    ],
+)
+def test_an_encoder_that_no_machine_holds_is_refused_before_it_is_built(settings: dict) -> None:
+    with pytest.raises(ValueError, match=r"must be at most|billion are the most"):
+        ViTConfig(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"image_size": 8192}, {"depth": 48, "embed_dim": 6144, "num_heads": 48}])
+def test_the_largest_that_were_published_are_taken(settings: dict) -> None:
+    assert ViTConfig(**settings).arch

@@ -7,20 +7,28 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import socket
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import torch
 
 import scripts.pretrain_dino
 import scripts.pretrain_mae
+from ssl_vit import writing
 from ssl_vit.checkpoint import find_damage, list_checkpoints
+from ssl_vit.evaluation import command, extract
+from ssl_vit.export import export_backbone, load_backbone
+from ssl_vit.models.vit import ViT, ViTConfig
 from ssl_vit.train import main
-from tests.conftest import SMALL_DINO, SMALL_RUN
+from tests.conftest import SMALL_DINO, SMALL_RUN, TINY
 from tests.test_resume import losses
 
 STEPS, EVERY = 40, 2
@@ -153,3 +161,160 @@ def test_a_run_that_is_killed_at_random_moments_ends_bit_for_bit_the_same(
         assert (run / file).read_bytes() == (whole / file).read_bytes(), name
     assert (run / "backbone.safetensors").read_bytes() == (whole / "backbone.safetensors").read_bytes()
     assert losses(run) == losses(whole)
+
+
+class Killed(BaseException):
+    """Ends what is under way, as SIGKILL does."""
+
+
+def dies_at(step: int, work: Callable[[], object]) -> bool:
+    """Do something that is killed at its STEPth change of the disk, after which nothing changes it; whether it was."""
+    left = step
+
+    def dying(call: Callable[..., Any]) -> Callable[..., Any]:
+        def change(*args: Any, **settings: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left <= 0:  # what would clear up does not run, either
+                raise Killed
+            return call(*args, **settings)
+
+        return change
+
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("replace", "rename", "fsync", "mkdir", "unlink", "rmdir"):
+            patched.setattr(os, name, dying(getattr(os, name)))
+        patched.setattr(writing, "_exchange", dying(writing._exchange))
+        try:
+            work()
+        except Killed:
+            return True
+    return False
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [path.name for path in folder.rglob("*") if "unfinished" in path.name]
+
+
+def build(seed: int) -> ViT:
+    torch.manual_seed(seed)
+    return ViTConfig(image_size=32, **{**TINY, "depth": 1}).build().eval()
+
+
+def export(encoder: ViT, folder: Path) -> None:
+    export_backbone(encoder, folder, mean=(0.1 * encoder.vit.num_features / 32,) * 3, std=(0.5,) * 3, provenance={})
+
+
+@pytest.mark.parametrize("other_width", [False, True])
+def test_a_kill_in_an_export_leaves_a_pair_or_an_error_and_the_next_one_mends_it(
+    tmp_path: Path, other_width: bool
+) -> None:
+    folder, old = tmp_path / "run", build(1)
+    new = ViTConfig(image_size=32, **{**TINY, "embed_dim": 64, "depth": 1}).build().eval() if other_width else build(2)
+    folder.mkdir()
+    refused, step = 0, 1
+    while True:
+        export(old, folder)
+        if not dies_at(step, lambda: export(new, folder)):
+            break
+        try:
+            found = load_backbone(folder).vit.patch_embed.proj.weight
+            assert any(torch.equal(found, one.vit.patch_embed.proj.weight) for one in (old, new))
+        except ValueError as error:
+            refused += "backbone.safetensors" in str(error)
+        export(new, folder)
+        assert torch.equal(load_backbone(folder).vit.patch_embed.proj.weight, new.vit.patch_embed.proj.weight)
+        assert leftovers(tmp_path) == []
+        step += 1
+    assert step > 5
+    assert refused == 1  # between the two renames
+
+
+def test_a_kill_in_a_first_export_leaves_no_half_of_it(tmp_path: Path) -> None:
+    step, folder, encoder = 1, tmp_path / "new", build(1)
+    while dies_at(step, lambda: export(encoder, folder)):
+        assert not folder.exists() or sorted(path.name for path in folder.iterdir()) == [
+            "backbone.safetensors",
+            "config.json",
+        ]
+        shutil.rmtree(folder, ignore_errors=True)
+        step += 1
+    assert step > 4
+
+
+@pytest.mark.parametrize("in_one_step", [True, False])
+def test_a_kill_while_an_export_is_overwritten_leaves_the_old_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_one_step: bool
+) -> None:
+    """Where no system call exchanges two names, the next call finds the old one again."""
+    if not in_one_step:
+        monkeypatch.setattr(writing, "_exchange", lambda one, other: False)
+    folder, step = tmp_path / "timm", 1
+
+    def write(text: str) -> None:
+        writing.restore_folder(folder)
+        with writing.fresh_folder(tmp_path / "unfinished-timm") as unfinished:
+            for name in ("one", "two"):
+                (unfinished / name).write_text(text)
+            writing.replace_folder(unfinished, folder)
+
+    def read() -> set[str]:
+        return {path.read_text() for path in folder.iterdir()} if folder.exists() else set()
+
+    while True:
+        write("old")
+        if not dies_at(step, lambda: write("new")):
+            break
+        if not in_one_step:
+            writing.restore_folder(folder)
+        assert read() in ({"old"}, {"new"}), step
+        write("newest")
+        assert read() == {"newest"}
+        assert leftovers(tmp_path) == []
+        step += 1
+    assert step > 4
+
+
+def test_a_kill_while_a_report_is_written_leaves_the_old_or_the_new_one(tmp_path: Path) -> None:
+    out, step = tmp_path / "report.html", 1
+    while True:
+        writing.replace_text(out, "old")
+        if not dies_at(step, lambda: writing.replace_text(out, "new")):
+            break
+        assert out.read_text() in ("old", "new")
+        step += 1
+    assert step > 3
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", pytest.param("parquet", marks=pytest.mark.slow)])
+def test_a_kill_in_an_extraction_leaves_what_the_next_one_ends(photo_folder: Path, tmp_path: Path, suffix: str) -> None:
+    export(build(1), tmp_path / "backbone")
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(4):
+        shutil.copy(photo_folder / "disc" / f"{number:02d}.png", images)
+
+    def run(output: Path) -> int:
+        flags = [
+            f"--source={images}",
+            f"--output={output}",
+            "--rows_per_part=2",
+            "--batch_size=2",
+            "--num_workers=0",
+        ]
+        return command.main(extract.extract, {"": extract.ExtractConfig}, None, [str(tmp_path / "backbone"), *flags])
+
+    assert run(tmp_path / f"whole.{suffix}") == 0
+    whole = (tmp_path / f"whole.{suffix}").read_bytes()
+    step, output = 1, tmp_path / "out" / f"features.{suffix}"
+    while dies_at(step, lambda: run(output)):
+        assert not output.exists() or output.read_bytes() == whole
+        if step % 3 == 0:  # killed again before it is ended
+            dies_at(2, lambda: run(output))
+        assert run(output) == 0
+        assert output.read_bytes() == whole
+        assert [path.name for path in output.parent.iterdir()] == [output.name]
+        output.unlink()
+        step += 1
+    assert step > 10

@@ -1,6 +1,11 @@
 import json
 import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -10,7 +15,16 @@ from ssl_vit.checkpoint import find_damage
 from ssl_vit.export import load_backbone
 from ssl_vit.export.interop import read_reference
 from ssl_vit.export.pretrained import open_pretrained
-from ssl_vit.reading import MAX_HEADER, read_json, read_tensors
+from ssl_vit.reading import (
+    MAX_HEADER,
+    read_json,
+    read_metrics,
+    read_records,
+    read_tensors,
+    read_yaml,
+    settings_of,
+)
+from tests.hostile import guarded
 
 GIANT = {
     "longer than the file": ((2**62).to_bytes(8, "little") + b"{}", "with a header of 4,611,686,018,427,387,904"),
@@ -76,5 +90,137 @@ def test_json_that_is_none_is_refused_in_one_line(tmp_path: Path, content: str, 
 def test_giant_json_is_refused_before_it_is_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").touch()
     os.truncate(tmp_path / "config.json", 2**40)
-    with pytest.raises(ValueError, match=r"has 1,099,511,627,776 bytes, and 16,777,216 are the most"):
+    with pytest.raises(ValueError, match=r"holds more than 16,777,216 bytes"):
         read_json(tmp_path / "config.json")
+
+
+JSON = {
+    "deep": ('{"a": ' + "[" * 40 + "]" * 40 + "}", "stands more than 32 deep"),
+    "many": ("[" + "{}," * 100_001 + "0]", "more than 100,000 lists and objects"),
+    "NaN": ('{"a": {"b": [1, NaN]}}', r"a.b.1 is nan, and a finite number is wanted"),
+    "Infinity": ('{"a": -Infinity}', "a is -inf"),
+    "overflow": ('{"a": 1e999}', "a is inf"),
+    "large integer": ('{"a": 18446744073709551616}', "a is an integer of more than 64 bits"),
+    "millions of digits": ('{"a": ' + "9" * 2_000_000 + "}", "is no valid JSON"),
+    "half": ('{"a": 1', "is no valid JSON"),
+    "surrogates and NUL": ("\x00", "is no valid JSON"),
+}
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+YAML = {
+    "anchors that multiply": (LAUGHS, "more than 100,000 values"),
+    "merges that multiply": (LAUGHS.replace("[", "{<<: [").replace("]", "]}"), "is no valid YAML"),
+    "an alias of itself": ("a: &a [*a]", "stands for nothing that is finished before it"),
+    "deep": ("a: " + "[" * 40 + "]" * 40, "more than 32 deep"),
+    "deep, by indentation": ("".join(" " * n + "a:\n" for n in range(40)), "more than 32 deep"),
+    "code": ("a: !!python/object/apply:os.system [touch /tmp/x]", "the tag .* is not taken"),
+    "binary": ("a: !!binary aGk=", "the tag .* is not taken"),
+    "a tag that means nothing": ("a: ! b", "the tag ! is not taken"),
+    "a date": ("a: 2001-01-01", "a is a date; put it into quotes"),
+    "no date": ("a: 2001-13-45", "is no valid YAML"),
+    "nan": ("a: {b: .nan}", "a.b is nan"),
+    "a number as a key": ("a: {1: x}", "a has the key 1, which is no text"),
+    "a list as a key": ("? [1]\n: x", "is no valid YAML"),
+    "digits": ("a: " + "7" * 100_000, "is no valid YAML"),
+    "sixties": ("a: 1" + ":59" * 1000, "a is an integer of more than 64 bits"),
+    "two documents": ("a: 1\n---\nb: 2", "is no valid YAML"),
+    "nothing": ("", "must hold `key: value` lines, holds NoneType"),
+    "too long": ("a: " + "x" * 300_000, "holds more than 262,144 bytes"),
+}
+
+
+@pytest.mark.parametrize(
+    ("read", "content", "problem"),
+    [(read_json, *JSON[name]) for name in JSON] + [(read_yaml, *YAML[name]) for name in YAML],
+    ids=[*JSON, *YAML],
+)
+def test_what_no_run_writes_is_refused_in_one_line_and_at_once(
+    tmp_path: Path, read: Callable[[Path], object], content: str, problem: str
+) -> None:
+    (tmp_path / "file").write_text(content)
+    start = time.process_time()
+    with pytest.raises(ValueError, match=problem) as refused:
+        read(tmp_path / "file")
+    assert time.process_time() - start < 5
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 1000
+
+
+def test_anchors_within_bounds_are_taken(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: [*a, *a]")
+    assert read_yaml(tmp_path / "file") == {"a": {"x": 1}, "b": {"x": 1, "y": 2}, "c": [{"x": 1}] * 2}
+
+
+@pytest.mark.parametrize("place", ["/dev/zero", "/dev/null", "/proc/self/environ", "/", "a FIFO", "a socket"])
+@pytest.mark.parametrize(
+    "read", [read_json, read_yaml, read_tensors, read_records, read_reference, lambda file: open_pretrained(str(file))]
+)
+def test_no_file_that_is_not_regular_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, read: Callable[[Path], object]
+) -> None:
+    file = Path(place)
+    if place == "a FIFO":
+        os.mkfifo(file := tmp_path / "fifo")
+    elif place == "a socket":
+        monkeypatch.chdir(tmp_path)  # the path of a socket is short
+        with socket.socket(socket.AF_UNIX) as opened:
+            opened.bind("socket")
+        file = tmp_path / "socket"
+    with guarded(tmp_path / "outside"):
+        try:
+            assert not read(file)  # /proc has regular files, which are no logs
+        except (ValueError, OSError) as error:
+            assert "\n" not in str(error)  # noqa: PT017
+
+
+def test_a_log_without_an_end_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "log").touch()
+    os.truncate(tmp_path / "log", 2**36)  # zeros that take no space
+    with pytest.raises(ValueError, match="line 1 is too long"):
+        read_records(tmp_path / "log")
+
+
+def test_a_log_is_its_whole_lines(tmp_path: Path) -> None:
+    lines = ['{"step": 1, "loss": null, "x": "text"}', "null", '{"step": "2"}', '{"step": true}', '{"step": -1}']
+    (tmp_path / "log").write_text(
+        "\n".join([*lines, '{"step": 3, "loss": NaN}', '{"step": 4, "progress": null}', '{"st'])
+    )
+    assert read_metrics(tmp_path / "log") == [{"step": 1, "loss": None}, {"step": 4}]
+    assert read_metrics(tmp_path / "none") == []
+
+
+@dataclass(frozen=True)
+class Settings:
+    number: int = 1
+    share: float | None = None
+    size: int | tuple[int, int] = 3
+    kind: Literal["a", "b"] = "a"
+    names: tuple[str, ...] = ()
+    weights: str | dict[str, float] = ""
+    on: bool = False
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"number": 1.5}, "number=1.5: expected int"),
+        ({"number": True}, "number=True: expected int"),
+        ({"share": "x"}, "share='x': expected float or null"),
+        ({"size": [1, 2, 3]}, r"size=\[1, 2, 3\]: expected int or tuple"),
+        ({"kind": "c"}, "kind='c': expected"),
+        ({"names": "abc"}, "names='abc': expected"),
+        ({"names": [1]}, r"names=\[1\]: expected"),
+        ({"weights": {"a": "b"}}, "weights=.*: expected str or dict"),
+        ({"on": 1}, "on=1: expected bool"),
+        ({"other": 1}, "other: no such setting"),
+    ],
+)
+def test_settings_of_another_type_are_named(values: dict, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        settings_of(Settings, values)
+
+
+def test_settings_are_what_was_written() -> None:
+    values = {"number": 2, "share": 1, "size": [4, 5], "kind": "b", "names": ["x"], "weights": {"a": 1.0}, "on": True}
+    assert settings_of(Settings, values) == Settings(2, 1, (4, 5), "b", ("x",), {"a": 1.0}, True)

@@ -1,6 +1,5 @@
 """Pictures that cannot be decoded: passed over where that is wanted, counted, and written down with the reason."""
 
-import json
 import math
 import time
 from itertools import islice
@@ -19,6 +18,7 @@ from ssl_vit.data.sources import MAX_TRIES, DataConfig, Source
 from ssl_vit.data.streaming import BadSample, Stream
 from ssl_vit.data.workers import leave_signals_to_the_main_process
 from ssl_vit.distributed import process_index, world_size
+from ssl_vit.reading import entry, read_metrics, read_records
 from ssl_vit.writing import JsonLines, forget_after
 
 BAD_IMAGES_FILE = "bad_images.jsonl"
@@ -58,8 +58,8 @@ class BadImages:
         found: list[tuple[set, int]] = [(set(), 0)]
         if is_writer:
             forget_after(self.path, start_step)
-            known = {(record.get("shard"), record["row"]) for record in _records(self.path)}
-            counts = [r["bad_images"] for r in _records(metrics) if "bad_images" in r and r["step"] <= start_step]
+            known = {(record.get("shard"), entry(record, "row", int, self.path)) for record in read_records(self.path)}
+            counts = [r["bad_images"] for r in read_metrics(metrics) if "bad_images" in r and r["step"] <= start_step]
             found = [(known, counts[-1] if counts else 0)]
         # By shard, None where there are none, and row.
         self.rows, self.count = broadcast_object_list(found)[0]
@@ -226,7 +226,3 @@ class _Good(Dataset):
         except ValueError:
             return False
         return True
-
-
-def _records(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -28,6 +28,7 @@ from ssl_vit.data.workers import (
     num_cpus,
     shut_down,
 )
+from ssl_vit.reading import entry, read_json
 from ssl_vit.writing import replace_json
 
 try:
@@ -126,7 +127,7 @@ def leave_out_copies(source: Source, config: DataConfig) -> Source:
     about = [fingerprint(source, np.arange(len(source))), len(config.mean), source.max_pixels, _FORMAT]
     file = cache_folder(config) / f"copies-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]}.json"
     try:
-        found = json.loads(file.read_text())
+        found = {kind: entry(read_json(file), kind, list[int], file) for kind in ("exact", "near")}
     except (OSError, ValueError):
         found = _find_all(source, len(config.mean))
         with suppress(OSError):  # else they are found again at the next start

@@ -33,7 +33,6 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
-from ssl_vit.checkpoint import flush
 from ssl_vit.data.fingerprint import fingerprint
 from ssl_vit.data.outputs import mark
 from ssl_vit.data.paths import as_path
@@ -47,11 +46,15 @@ from ssl_vit.data.workers import (
     shut_down,
 )
 from ssl_vit.distributed import process_index
+from ssl_vit.manifest import hash_file
+from ssl_vit.reading import open_regular, read_json
+from ssl_vit.writing import flush, replace_json
 
 _FORMAT = 2  # raised when pictures are kept otherwise
 _PIXELS, _TABLE, _ABOUT = "pixels.bin", "table.npy", "about.json"
 _GIB = 2**30
 _CHUNK = 64  # rows that a worker decodes at once
+_NUM_BLOCKS, _BLOCK = 64, 2**16  # blocks of the pixels that are compared at each start, and bytes of each
 _SAMPLE, _SAMPLE_SECONDS = 256, 5.0  # rows, at most, that the size is estimated from
 
 
@@ -197,7 +200,7 @@ def _find_or_build(source: Source, config: DataConfig, num_channels: int, side: 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder, name):
-            if not _is_whole(done):
+            if not _is_whole(done, about):
                 _remove_leftovers(folder)
                 _build_on_disk(source, num_channels, side, done, about)
     except OSError as error:
@@ -221,12 +224,28 @@ def _alone(folder: Path, name: str) -> Iterator[None]:
         lock.release()
 
 
-def _is_whole(done: Path) -> bool:
+def _is_whole(done: Path, about: dict[str, Any]) -> bool:
+    """Whether what lies there was decoded from these images, and is as it was written."""
     try:
-        about = json.loads((done / _ABOUT).read_text())
-        return all((done / name).stat().st_size == size for name, size in about["sizes"].items())
-    except (OSError, ValueError, KeyError):
+        noted = read_json(done / _ABOUT)
+        return noted | json.loads(json.dumps(about)) == noted and noted.get("sha256") == _seal(done)
+    except (OSError, ValueError):
         return False
+
+
+def _seal(folder: Path) -> str:
+    """SHA-256 of the table, of the pixels' size and of blocks of them, evenly spaced.
+
+    Reading all pixels would take minutes at each start. So this tells of files that are cut short, swapped or
+    overwritten, and not of single bytes that a disk changed between the blocks.
+    """
+    digest = hashlib.sha256(hash_file(folder / _TABLE).encode())
+    with os.fdopen(open_regular(folder / _PIXELS), "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        digest.update(str(size).encode())
+        for start in np.linspace(0, max(0, size - _BLOCK), _NUM_BLOCKS).astype(np.int64).tolist():
+            digest.update(os.pread(file.fileno(), _BLOCK, start))
+    return digest.hexdigest()
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -257,11 +276,8 @@ def _build_on_disk(source: Source, num_channels: int, side: int, done: Path, abo
             num_bad = _decode_all(source, num_channels, side, pixels, table, str(done))
             for file in (pixels, table):
                 os.fsync(file.number)
-            sizes = {_PIXELS: _size(pixels), _TABLE: _size(table)}
-        with (unfinished / _ABOUT).open("w") as file:
-            file.write(json.dumps({"source": source.name, "bad": num_bad, "sizes": sizes, **about}, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        noted = {"source": source.name, "bad": num_bad, "sha256": _seal(unfinished), **about}
+        replace_json(unfinished / _ABOUT, noted)
         unfinished.rename(done)
         flush(done.parent)
     except BaseException:

@@ -1,9 +1,11 @@
 """What this package writes, told by the names of files, so that none of it is ever taken for an image to learn from."""
 
+import os
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
+from ssl_vit.reading import MAX_JSON, open_regular, read_bytes
 from ssl_vit.writing import UNFINISHED
 
 MARKER = ".ssl_vit"
@@ -24,8 +26,8 @@ def mark(folder: Path, name: str = ".") -> None:
     """
     with suppress(OSError):
         if name not in _marked(folder):
-            with (folder / MARKER).open("a", encoding="utf-8", errors="surrogateescape") as file:
-                file.write(f"{name}\n")
+            with os.fdopen(open_regular(folder / MARKER, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as file:
+                file.write(f"{name}\n".encode(errors="surrogateescape"))
 
 
 def is_output(folder: Path, names: Collection[str], *, named: bool = False) -> bool:
@@ -55,6 +57,7 @@ def written_files(folder: Path, names: Collection[str]) -> set[str]:
 
 def _marked(folder: Path) -> set[str]:
     try:
-        return set((folder / MARKER).read_text(encoding="utf-8", errors="surrogateescape").splitlines())
-    except OSError:
+        text = read_bytes(folder / MARKER, MAX_JSON)
+        return set(text.decode("utf-8", errors="surrogateescape").splitlines())
+    except (OSError, ValueError):
         return set()

@@ -2,7 +2,6 @@
 
 import difflib
 import glob
-import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from ssl_vit.data.labels import type_name
 from ssl_vit.data.parquet_builder import ParquetFiles
 from ssl_vit.data.paths import as_path
 from ssl_vit.data.stored import Roots
+from ssl_vit.reading import read_json
 
 _READ_ROWS = 32  # taken from a streamed file at once
 _ARCHIVE = "unpack it and name the folder"
@@ -173,7 +173,7 @@ def load_saved(folder: Path, config: DataConfig) -> tuple[datasets.Dataset, Root
     roots = allowed(os.path.realpath(folder), config)
     try:
         if (folder / "dataset_dict.json").is_file():
-            names = list(map(str, json.loads((folder / "dataset_dict.json").read_text())["splits"]))
+            names = list(map(str, read_json(folder / "dataset_dict.json", links=True)["splits"]))
             if config.split in names:
                 return _read_saved(folder / config.split)[0], roots
             near = near_match(config.split, names)
@@ -190,8 +190,8 @@ def load_saved(folder: Path, config: DataConfig) -> tuple[datasets.Dataset, Root
 
 def _read_saved(folder: Path) -> tuple[datasets.Dataset, str | None]:
     """A saved table and the name of its split. `load_from_disk` would take '::' in a path for an address."""
-    state = json.loads((folder / "state.json").read_text())
-    info = datasets.DatasetInfo.from_dict(json.loads((folder / "dataset_info.json").read_text()))
+    state = read_json(folder / "state.json", links=True)
+    info = datasets.DatasetInfo.from_dict(read_json(folder / "dataset_info.json", links=True))
     files = [str(folder / item["filename"]) for item in state["_data_files"]]
     rows = datasets.concatenate_datasets([datasets.Dataset.from_file(file, info=info.copy()) for file in files])
     return rows, state.get("_split")

@@ -13,13 +13,14 @@ import torch
 from accelerate.utils import broadcast_object_list
 from jaxtyping import Int
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ssl_vit.data.fingerprint import fingerprint
 from ssl_vit.data.sources import Source
 from ssl_vit.distributed import process_index
 from ssl_vit.evaluation.features import EvalTransform
+from ssl_vit.manifest import read_sealed, save_sealed
+from ssl_vit.writing import UNFINISHED, own_folder
 
 _FORMAT = 2  # raised when features are computed otherwise
 
@@ -42,12 +43,10 @@ def cached_features(
     file = None if folder is None else folder / f"{key}.safetensors"
     found = [False]
     features: dict[str, Tensor] = {}
-    if file is not None and process_index() == 0 and file.exists():
-        try:
-            features = load_file(file)
-            found = [features["cls"].shape[1] >= num_layers]
-        except (SafetensorError, OSError, KeyError):
-            pass  # damaged; written anew
+    if folder is not None and file is not None and process_index() == 0:
+        own_folder(folder)
+        features = read_sealed(file, key) or {}  # what is damaged, or of something else, is written anew
+        found = ["cls" in features and features["cls"].shape[1] >= num_layers]
     if broadcast_object_list(found)[0]:
         return features
     features = extract()
@@ -55,8 +54,8 @@ def cached_features(
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             # Two scripts may write the same features at once.
-            with tempfile.TemporaryDirectory(dir=file.parent, prefix="unfinished-") as unfinished:
-                save_file({name: value.contiguous() for name, value in features.items()}, Path(unfinished) / file.name)
+            with tempfile.TemporaryDirectory(dir=file.parent, prefix=UNFINISHED) as unfinished:
+                save_sealed(features, Path(unfinished) / file.name, key)
                 (Path(unfinished) / file.name).replace(file)
         except (SafetensorError, OSError) as error:
             print(f"Features are not kept for the next time: {error}")
@@ -87,12 +86,3 @@ def feature_key(
         "dtype": str(dtype),
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

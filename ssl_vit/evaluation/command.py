@@ -1,7 +1,6 @@
 """What the evaluation scripts share: a backbone, labelled pictures, and features of them that are extracted once."""
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -19,10 +18,19 @@ from ssl_vit.distributed import autocast_dtype, process_index, resolve_precision
 from ssl_vit.evaluation.features import EvalTransform, fit_size
 from ssl_vit.evaluation.left_out import write_bad
 from ssl_vit.evaluation.untrained import objective_of, untrained_encoder
-from ssl_vit.export.backbone import BACKBONE_FILE, load_backbone, read_config, read_encoder_config
+from ssl_vit.export.backbone import (
+    BACKBONE_FILE,
+    CONFIG_FILE,
+    load_backbone,
+    own_source,
+    read_config,
+    read_encoder_config,
+    read_normalisation,
+)
 from ssl_vit.flags import as_flags, in_one_line, said_of
 from ssl_vit.front import stoppable
 from ssl_vit.models.encoder import Encoder
+from ssl_vit.writing import FAULTS, replace_text, tell_error
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -162,9 +170,8 @@ class Backbone:
         device = cast(torch.device, PartialState().device)
         size = encoder.image_size if config.image_size is None else _pair(config.image_size)
         size, padding = fit_size(size, encoder.patch_size, config.indivisible)
-        preprocessing = described["pretrained_cfg"]
-        mean, std = (tuple(preprocessing[name]) for name in ("mean", "std"))
-        crop_pct = config.crop_pct if config.crop_pct is not None else preprocessing["crop_pct"]
+        mean, std, own_crop_pct = read_normalisation(described, file.parent / CONFIG_FILE)
+        crop_pct = config.crop_pct if config.crop_pct is not None else own_crop_pct
         dtype = autocast_dtype(resolve_precision(config.precision, device))
         transform = EvalTransform(size, mean, std, crop_pct, padding)
         return cls(file, encoder.to(device), transform, device, dtype, described["ssl_vit"])
@@ -176,7 +183,7 @@ def data_config(backbone: Backbone, config: PicturesConfig, label_column: str | 
     Raises:
         ValueError: none are named, and the backbone does not say what it was trained on.
     """
-    source = config.source or backbone.provenance.get("source")
+    source = config.source or own_source(backbone.folder)
     if source is None:
         raise ValueError("--source: name the pictures")
     mean, std = backbone.transform.mean, backbone.transform.std
@@ -250,8 +257,9 @@ def main(
         evaluate(Path(given.backbone), **settings)
     except (ValueError, ArgumentError) as error:
         text = in_one_line(str(error), keys) if isinstance(error, ArgumentError) else str(error)
-        print(f"error: {as_flags(text, keys)}", file=sys.stderr)
-        return 2
+        return tell_error(ValueError(as_flags(text, keys)))
+    except FAULTS as error:
+        return tell_error(error)
     finally:
         if torch.distributed.is_initialized():
             PartialState().destroy_process_group()
@@ -272,7 +280,7 @@ def write_result(
     file = default if output is None else Path(output)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(result, indent=2) + "\n")
+        replace_text(file, json.dumps(result, indent=2) + "\n")
         write_bad(file, bad)
     except OSError as error:
         reason = error.strerror or error

@@ -1,7 +1,6 @@
 """Features of any source into one file, written part by part: memory stays flat, and a killed extraction goes on."""
 
 import json
-import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -12,25 +11,26 @@ import numpy as np
 import pyarrow as pa
 import torch
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 import ssl_vit
-from ssl_vit.checkpoint import flush
 from ssl_vit.data.bad_images import describe_bad
 from ssl_vit.data.config import near_match
 from ssl_vit.data.paths import path_to_text
 from ssl_vit.data.sources import Source, open_source
 from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.distributed import process_index
-from ssl_vit.evaluation.cache import feature_key, hash_file
+from ssl_vit.evaluation.cache import feature_key
 from ssl_vit.evaluation.command import Backbone, PicturesConfig, data_config, naming_own, tell_notes
 from ssl_vit.evaluation.evaluate import check_finite
 from ssl_vit.evaluation.feature_files import read_description, write_parquet, write_safetensors
 from ssl_vit.evaluation.features import FEATURES, num_layers_for, select_feature, stream_features
 from ssl_vit.evaluation.left_out import check_bad_share, write_bad
+from ssl_vit.manifest import hash_file, read_sealed, save_sealed
+from ssl_vit.reading import read_json
+from ssl_vit.writing import own_folder, remove, replace_json, replacing
 
 _SETTINGS_FILE = "settings.json"
 # Where features come from in words; what they follow from is told by the hash of the weights and by the key.
@@ -104,21 +104,19 @@ def extract(path: Path, config: ExtractConfig) -> None:
     _encode(backbone, source, config, parts, first, described)
     if process_index() == 0:
         write = write_parquet if output.suffix == ".parquet" else write_safetensors
-        unfinished = output.with_name(f"{output.name}.unfinished")
         files = sorted(parts.glob("part-*.safetensors"))
         bad = [row for file in files for row in _bad_rows(file)]
         described["num_bad"] = len(bad)
-        write(unfinished, files, source, ids, described)
-        flush(unfinished)
-        write_bad(output, [describe_bad(source, row, backbone.encoder.in_chans) for row in bad])
-        unfinished.replace(output)
-        shutil.rmtree(parts)
+        with replacing(output) as unfinished:
+            write(unfinished, files, source, ids, described)
+            write_bad(output, [describe_bad(source, row, backbone.encoder.in_chans) for row in bad])
+        remove(parts)
         print(f"Wrote {len(source) - len(bad):,} rows to {output}")
 
 
 def _describe(backbone: Backbone, source: Source, config: ExtractConfig) -> dict[str, Any]:
     """Where features come from; two extractions with the same description but for provenance give the same features."""
-    digest, rows, settings = hash_file(backbone.file), np.arange(len(source)), backbone.encoder_settings
+    digest, rows, settings = hash_file(backbone.file, links=True), np.arange(len(source)), backbone.encoder_settings
     grid = tuple(
         (size + padding) // patch
         for size, padding, patch in zip(
@@ -153,12 +151,13 @@ def _prepare(output: Path, parts: Path, described: dict[str, Any], config: Extra
     if output.exists() and not config.fresh:
         found = read_description(output)
         if found is not None and _identity(found) == _identity(described):
+            remove(parts)  # which a kill may have left
             return -1
         what = "holds something else" if found is None else f"has other settings: {_differences(found, described)}"
         raise ValueError(f"output={str(output)!r}: {what}; choose another name, or --fresh true to overwrite it")
-    parts.mkdir(parents=True, exist_ok=True)
+    own_folder(parts).mkdir(parents=True, exist_ok=True)
     settings = parts / _SETTINGS_FILE
-    found = json.loads(settings.read_text()) if settings.exists() else None
+    found = read_json(settings) if settings.exists() else None
     if found is None or _identity(found) != _identity(described):
         if found is not None and not config.fresh:
             raise ValueError(
@@ -166,20 +165,18 @@ def _prepare(output: Path, parts: Path, described: dict[str, Any], config: Extra
                 f"{_differences(found, described)}; go on with those, or choose another name, or --fresh true"
             )
         for part in parts.glob("part-*"):
-            part.unlink()
-        unfinished = settings.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(described, indent=2) + "\n")
-        unfinished.replace(settings)
+            remove(part)
+        replace_json(settings, described)
     done, size = 0, described["rows_per_part"]
     while done * size < described["num_rows"]:
         rows = min(size, described["num_rows"] - done * size)
-        if _rows_of(_part(parts, done)) != rows:
+        if _rows_of(_part(parts, done), described["key"]) != rows:
             break
         done += 1
     # What follows a gap, as a damaged part is one, is done again.
     for later in parts.glob("part-*"):
         if later.suffix != ".safetensors" or later >= _part(parts, done):
-            later.unlink()
+            remove(later)
     return min(done * size, described["num_rows"])
 
 
@@ -199,13 +196,10 @@ def _part(parts: Path, number: int) -> Path:
     return parts / f"part-{number:08d}.safetensors"
 
 
-def _rows_of(part: Path) -> int:
-    """Rows of a part, 0 where it is missing or damaged."""
-    try:
-        with safe_open(part, framework="pt") as file:
-            return file.get_slice("embeddings").get_shape()[0]
-    except (OSError, SafetensorError):
-        return 0
+def _rows_of(part: Path, key: str) -> int:
+    """Rows of a part, 0 where it is missing, damaged or of another extraction."""
+    tensors = read_sealed(part, f"{key} {part.name}") or {}
+    return len(tensors["embeddings"]) if "embeddings" in tensors else 0
 
 
 def _encode(
@@ -249,7 +243,8 @@ def _encode(
         ):
             joined = {name: torch.cat([item[name] for item in waiting]) for name in waiting[0]}
             cut = min(size, count)
-            _save_part(_part(parts, written // size), {name: values[:cut] for name, values in joined.items()})
+            part = {name: values[:cut] for name, values in joined.items()}
+            _save_part(_part(parts, written // size), part, described["key"])
             waiting = [{name: values[cut:].clone() for name, values in joined.items()}] if cut < count else []
             written += cut
 
@@ -262,12 +257,9 @@ def _bad_rows(part: Path) -> list[int]:
         return file.get_tensor("rows")[~file.get_tensor("good")].tolist()
 
 
-def _save_part(part: Path, tensors: dict[str, Tensor]) -> None:
-    unfinished = part.with_suffix(".unfinished")
-    save_file({name: values.contiguous() for name, values in tensors.items()}, unfinished)
-    flush(unfinished)
-    unfinished.replace(part)
-    flush(part.parent)
+def _save_part(part: Path, tensors: dict[str, Tensor], key: str) -> None:
+    with replacing(part) as unfinished:
+        save_sealed(tensors, unfinished, f"{key} {part.name}")
 
 
 class _Report:

@@ -1,6 +1,7 @@
 """Features as parquet or safetensors, out of the parts that an extraction has put on disk."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ import pyarrow.parquet as pq
 import torch
 from jaxtyping import Int64, Num
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ssl_vit.data.sources import Source
+from ssl_vit.reading import open_regular, read_tensors
 
 
 def _columns(source: Source, ids: str | None) -> Callable[[Int64[Tensor, " r"]], dict[str, pa.Array]]:
@@ -96,7 +97,7 @@ def _read(parts: list[Path], described: dict[str, Any]) -> Iterator[dict[str, Nu
     """The parts in their order without bad images, each with its `rows` of the source; patches as a grid."""
     start = 0
     for part in parts:
-        tensors = load_file(part)
+        tensors = read_tensors(part)
         if "patches" in tensors:
             tensors["patches"] = tensors["patches"].unflatten(1, described["patch_grid"])
         stop = start + len(tensors["embeddings"])
@@ -108,6 +109,7 @@ def _read(parts: list[Path], described: dict[str, Any]) -> Iterator[dict[str, Nu
 def read_description(file: Path) -> dict[str, Any] | None:
     """What an extraction wrote about itself into a file; None for any other file."""
     try:
+        os.close(open_regular(file, links=True))
         if file.suffix == ".parquet":
             metadata = pq.read_schema(file).metadata or {}
             return json.loads(metadata[b"ssl_vit"])

@@ -15,7 +15,7 @@ from ssl_vit.data.bad_images import describe_bad
 from ssl_vit.data.sources import Source, open_source
 from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.distributed import process_index
-from ssl_vit.evaluation.cache import cached_features, feature_key, hash_file
+from ssl_vit.evaluation.cache import cached_features, feature_key
 from ssl_vit.evaluation.command import (
     Backbone,
     LabelledConfig,
@@ -28,6 +28,7 @@ from ssl_vit.evaluation.command import (
 from ssl_vit.evaluation.evaluate import Split, check_finite, split_sources
 from ssl_vit.evaluation.features import extract_features, pixel_features
 from ssl_vit.evaluation.left_out import check_bad_share
+from ssl_vit.manifest import hash_file
 
 
 @dataclass
@@ -122,7 +123,7 @@ class Task:
         if name == "untrained":
             encoder = backbone.untrained(self.config.seed)
         elif self.config.cache:
-            digest = hash_file(backbone.file)
+            digest = hash_file(backbone.file, links=True)
 
         def encode(source: Source, rows: Any, view: int | None) -> dict[str, Tensor]:
             transform = replace(backbone.transform, view=view)

@@ -1,6 +1,5 @@
 """The model card of an export: what the backbone is, where it comes from, how good it is, and how to load it."""
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,8 @@ from huggingface_hub import ModelCardData
 import ssl_vit
 from ssl_vit.data.mixture import as_text
 from ssl_vit.export.run import Trained
+from ssl_vit.privacy import public
+from ssl_vit.reading import read_json, read_metrics
 from ssl_vit.run_folder import METRICS_FILE, RESULTS_FILE
 
 _PAPERS = {
@@ -33,7 +34,7 @@ def write_card(
         proved_on: the images on which it was found.
         license: an identifier of the hub's; "unknown" where the user named none.
     """
-    encoder, known = trained.encoder, trained.provenance
+    encoder, known = trained.encoder, public(trained.provenance)
     objective = known.get("objective")
     name = f"{encoder.config.arch}" + (f", pre-trained by {objective}" if objective else "")
     tags = ["image-feature-extraction", "self-supervised-learning", "vision-transformer", "ssl_vit"]
@@ -64,7 +65,7 @@ def write_card(
 
 
 def _describe(trained: Trained) -> Iterator[tuple[str, Any]]:
-    encoder, known = trained.encoder, trained.provenance
+    encoder, known = trained.encoder, public(trained.provenance)
     height, width = encoder.image_size
     size = (
         f"{height} x {width} pixels, {encoder.in_chans} channels, patches of {' x '.join(map(str, encoder.patch_size))}"
@@ -98,14 +99,10 @@ def _describe(trained: Trained) -> Iterator[tuple[str, Any]]:
 
 def training_hours(metrics: Path, batch_size: int | None) -> float | None:
     """Hours of the steps that a run has logged, evaluation and saving left out; None where none are logged."""
-    if batch_size is None or not metrics.is_file():
+    if batch_size is None:
         return None
     seconds, before = 0.0, 0
-    for line in metrics.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # the line that a kill cut short
-            continue
+    for record in read_metrics(metrics):
         if record.get("images_per_second"):
             seconds += (record["step"] - before) * batch_size / record["images_per_second"]
             before = record["step"]
@@ -119,13 +116,15 @@ def _scores(folder: Path) -> Iterator[str]:
         if heading:
             yield heading
             heading = ""
-        data = measured_on(json.loads((folder / name).read_text()))
+        data = measured_on(public(read_json(folder / name)))
         yield f"| {name} | {row} | {column} | {100 * value:.1f} % | {interval} | {data} |"
 
 
 def measured_on(result: dict[str, Any]) -> str:
     """In words, which images a result was measured on and what was learned from; of older files, what they tell."""
-    told = {**result.get("settings", {}), **result, **result.get("judged_on", {})}
+    told: dict[str, Any] = {}
+    for part in (result.get("settings"), result, result.get("judged_on")):
+        told |= part if isinstance(part, dict) else {}
     source, test = told.get("source"), told.get("test_source") or told.get("test")
     if not isinstance(source, str) and test is None:
         return "not recorded"
@@ -142,17 +141,18 @@ def _data(name: str, split: str | None, number: int | None) -> str:
     held_out, _, rest = name.rpartition(" of ") if name.startswith("a held-out") else ("", "", name)
     short = re.sub(r"[^\s,{]*/", "", rest) if rest.startswith("{") else rest.rstrip("/").rpartition("/")[2]
     text = f"{held_out} of `{short}`" if held_out else f"`{short}`"
-    return text + (f" ({split})" if split else "") + (f", {number:,} images" if number else "")
+    return text + (f" ({split})" if split else "") + (f", {number:,} images" if isinstance(number, int) else "")
 
 
 def found_scores(folder: Path) -> Iterator[tuple[str, str, str, float, str]]:
     """(file, row, column, share of 1, interval as text) of all scores found in a backbone's folder."""
     for name in _SCORES:
         try:
-            found = json.loads((folder / name).read_text())
+            found = read_json(folder / name)
         except (OSError, ValueError):
             continue
-        for row, columns in (found.get("scores", found) or {}).items():
+        scores = found.get("scores", found)
+        for row, columns in scores.items() if isinstance(scores, dict) else ():
             for column, value, interval in _read_scores(columns):
                 yield name, row, column, value, interval
 
@@ -161,7 +161,12 @@ def _read_scores(columns: Any) -> Iterator[tuple[str, float, str]]:
     if not isinstance(columns, dict):
         return
     for column, entry in columns.items():
-        if isinstance(entry, dict) and "accuracy" in entry:
-            yield column, entry["accuracy"], f"{100 * entry['low']:.1f} to {100 * entry['high']:.1f}, n {entry['n']}"
+        if isinstance(entry, dict) and all(_is_share(entry.get(name)) for name in ("accuracy", "low", "high")):
+            interval = f"{100 * entry['low']:.1f} to {100 * entry['high']:.1f}, n {entry.get('n')}"
+            yield column, entry["accuracy"], interval
         elif column in ("mean_average_precision", "miou") and isinstance(entry, float):
             yield column, entry, ""
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

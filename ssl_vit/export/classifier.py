@@ -1,20 +1,17 @@
 """The result of a fine-tuning: a timm classifier in the layout that timm reads from a folder or from the hub."""
 
-import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
 
 from ssl_vit.evaluation.finetune import FineTune
-from ssl_vit.export.backbone import TOLERANCE, describe
+from ssl_vit.export.backbone import TOLERANCE, describe, write_pair
 from ssl_vit.models.vit import ViT, set_fused_attention
 
-MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+MODEL_FILE = "model.safetensors"
 
 
 def export_classifier(
@@ -45,16 +42,7 @@ def export_classifier(
     if len(class_names) == num_classes:
         described["label_names"] = list(class_names)
     tensors = {**encoder.vit.state_dict(), **classifier.state_dict()}
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix="unfinished-") as unfinished:
-        file, config_file = Path(unfinished) / MODEL_FILE, Path(unfinished) / CONFIG_FILE
-        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, file, metadata={"format": "pt"})
-        config_file.write_text(json.dumps(described, indent=2) + "\n")
-        file.chmod(config_file.stat().st_mode)
-        _prove_equal(objective, encoder, Path(unfinished))
-        for written in (config_file, file):
-            written.replace(folder / written.name)
-    return folder / MODEL_FILE
+    return write_pair(folder, MODEL_FILE, tensors, described, lambda written: _prove_equal(objective, encoder, written))
 
 
 def _prove_equal(objective: FineTune, encoder: ViT, folder: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ssl_vit.export.run import export_fine_tuned, export_run, is_fine_tuned, open_trained
 from ssl_vit.export.targets import TARGETS, export_to, proof_images, push
+from ssl_vit.writing import FAULTS, tell_error
 
 
 def export(args: argparse.Namespace) -> int:
@@ -16,9 +17,8 @@ def export(args: argparse.Namespace) -> int:
     """
     try:
         return _export(args)
-    except (ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+    except FAULTS as error:
+        return tell_error(error, failed_proof=True)
 
 
 def _export(args: argparse.Namespace) -> int:

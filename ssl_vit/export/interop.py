@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from ssl_vit.objectives.dino import DINO
 from ssl_vit.objectives.dinov2 import DINOv2
 from ssl_vit.objectives.mae import MAE
 from ssl_vit.objectives.objective import Objective
-from ssl_vit.reading import read_tensors
+from ssl_vit.reading import open_regular, read_tensors
 
 
 def load_reference(objective: Objective, path: str | Path) -> None:
@@ -84,10 +85,11 @@ def read_reference(path: Path) -> dict[str, Tensor]:
         ValueError: the file is damaged, or holds more than tensors.
     """
     if path.suffix == ".safetensors":
-        found = read_tensors(path)
+        found = read_tensors(path, links=True)
         prefix = "model." if any(name.startswith("model.") for name in found) else ""
         return {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
     try:
+        os.close(open_regular(path, links=True))
         # The official files also hold the command line's settings, an argparse.Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content: Any = torch.load(path, map_location="cpu", weights_only=True)

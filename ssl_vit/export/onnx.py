@@ -30,17 +30,19 @@ def write(trained: Trained, folder: Path) -> None:
         torch.randn(2, trained.encoder.in_chans, *trained.encoder.image_size),
     )
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
-    torch.onnx.export(
+    program = torch.onnx.export(
         model,
         (images,),
-        folder / "model.onnx",
         dynamo=True,
         verbose=False,
         input_names=["images"],
         output_names=["cls", "patches"],
         dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-        external_data=size > _LARGEST_SINGLE_FILE,
     )
+    assert program is not None
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # names the folders of whoever exported it
+    program.save(folder / "model.onnx", external_data=size > _LARGEST_SINGLE_FILE)
     (folder / "config.json").write_text(trained.config_json())
 
 

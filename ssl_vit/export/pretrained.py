@@ -1,7 +1,6 @@
 """Weights to start from: our own exports, timm's models, transformers' folders and the papers' checkpoints."""
 
 import difflib
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,13 +21,15 @@ from ssl_vit.export.backbone import (
     read_config,
     read_encoder_config,
     read_json,
+    read_normalisation,
+    read_weights,
 )
 from ssl_vit.export.interop import fit_positions, read_reference
 from ssl_vit.export.layouts import Tensors, from_papers, from_transformers, is_transformers
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.positions import sincos_positions
 from ssl_vit.models.vit import ViT, ViTConfig, pair
-from ssl_vit.reading import read_tensors
+from ssl_vit.reading import entry, read_tensors
 
 MODEL_FILE = "model.safetensors"
 # Widths of the papers' Vision Transformers, and timm's names of them.
@@ -149,8 +150,8 @@ def infer_config(tensors: Mapping[str, Tensor]) -> ViTConfig | None:
 
 def _is_ours(folder: Path) -> bool:
     try:
-        return "encoder" in json.loads((folder / CONFIG_FILE).read_text()).get("ssl_vit", {})
-    except (OSError, ValueError, AttributeError):
+        return read_config(folder) is not None
+    except ValueError:
         return False
 
 
@@ -161,35 +162,35 @@ def _open_folder(folder: Path) -> Pretrained:
     if "model_type" in described:
         return _open_transformers(folder, described)
     if _is_ours(folder):
-        config = read_encoder_config(folder)
-        cfg = read_config(folder)["pretrained_cfg"]
+        config, read = read_encoder_config(folder), read_weights
     elif "architecture" in described:
-        cfg = described.get("pretrained_cfg", described)
-        config = _config_of_timm(described["architecture"], cfg, described.get("model_args") or {})
+        arch = entry(described, "architecture", str, folder / CONFIG_FILE)
+        cfg, arguments = described.get("pretrained_cfg", described), described.get("model_args") or {}
+        entry({"pretrained_cfg": cfg}, "pretrained_cfg.input_size", list[int], folder / CONFIG_FILE)
+        entry({"model_args": arguments}, "model_args", dict, folder / CONFIG_FILE)
+        config, read = _config_of_timm(arch, cfg, arguments), _read_linked
     else:
         raise ValueError(f"{folder / CONFIG_FILE}: neither ssl_vit's, timm's nor transformers'")
     file = folder / (BACKBONE_FILE if (folder / BACKBONE_FILE).is_file() else MODEL_FILE)
-    return Pretrained(
-        str(folder),
-        config,
-        lambda: _without_head(read_tensors(file)),
-        tuple(cfg["mean"]),
-        tuple(cfg["std"]),
-        cfg.get("crop_pct"),
-    )
+    mean, std, crop_pct = read_normalisation(described, folder / CONFIG_FILE)
+    return Pretrained(str(folder), config, lambda: _without_head(read(file)), mean, std, crop_pct)
+
+
+def _read_linked(file: Path) -> Tensors:
+    return read_tensors(file, links=True)  # the files of the hub's cache are links
 
 
 def _open_transformers(folder: Path, described: dict[str, Any]) -> Pretrained:
     file = folder / MODEL_FILE
 
     def tensors() -> Tensors:
-        return from_transformers(read_tensors(file))
+        return from_transformers(_read_linked(file))
 
     found = tensors()
     config = infer_config(found)
     processor = folder / "preprocessor_config.json"
     preprocessing = read_json(processor) if processor.is_file() else {}
-    mean, std = preprocessing.get("image_mean"), preprocessing.get("image_std")
+    mean, std = (entry(preprocessing, name, list[float] | None, processor) for name in ("image_mean", "image_std"))
     return Pretrained(
         str(folder),
         config,

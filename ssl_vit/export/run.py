@@ -17,18 +17,24 @@ from ssl_vit.evaluation.finetune import FineTune, FineTuneConfig
 from ssl_vit.evaluation.supervised import export_settings
 from ssl_vit.export.backbone import (
     BACKBONE_FILE,
+    WEIGHTS_HASH,
+    check_sizes,
     describe,
     export_backbone,
     load_backbone,
     load_strictly,
+    place_of,
     read_config,
+    read_normalisation,
 )
+from ssl_vit.export.backbone import CONFIG_FILE as CONFIG_JSON
 from ssl_vit.export.classifier import export_classifier
 from ssl_vit.export.pretrained import load_pretrained, open_pretrained
 from ssl_vit.export.provenance import provenance
+from ssl_vit.manifest import hash_file
 from ssl_vit.models.vit import ViT
 from ssl_vit.objectives.mae import MAE, MAEConfig
-from ssl_vit.reading import read_tensors
+from ssl_vit.reading import entry, read_json, read_tensors, read_yaml, settings_of
 from ssl_vit.run_folder import CONFIG_FILE
 
 AVERAGE = "average-last-"
@@ -50,11 +56,13 @@ class Trained:
     mae: MAE | None = None
     """With its decoder, of a run of MAE."""
 
-    def config_json(self) -> str:
-        """The content of a timm folder's config.json."""
+    def config_json(self, weights: Path | None = None) -> str:
+        """The content of a timm folder's config.json, with the SHA-256 of its weights."""
         described = describe(
             self.encoder, mean=self.mean, std=self.std, provenance=self.provenance, crop_pct=self.crop_pct
         )
+        if weights is not None:
+            described["ssl_vit"][WEIGHTS_HASH] = hash_file(weights)
         return json.dumps(described, indent=2) + "\n"
 
 
@@ -75,38 +83,80 @@ def open_trained(path: str | Path, weights: str | None = None) -> Trained:
     if not (folder / CONFIG_FILE).is_file():
         return _open_exported(path, weights)
     checkpoints, choice = _choose_checkpoints(folder, checkpoint, weights)
-    settings = yaml.safe_load((folder / CONFIG_FILE).read_text())
-    state = json.loads((checkpoints[-1] / STATE_FILE).read_text())
+    settings, state = read_settings(folder), read_state(checkpoints[-1])
     if state["objective"] == "AttentiveProbe":
-        backbone = settings["encoder"]["pretrained"]
+        backbone = settings["encoder"].get("pretrained")
         raise ValueError(f"{folder}: is an attentive probe, which leaves its backbone as it was: {backbone}")
     if state["objective"] == "FineTune":
         raise ValueError(f"{folder}: is a fine-tuned classifier, which leaves as a timm model: --to timm")
     tensors = average([checkpoint / MODEL_FILE for checkpoint in checkpoints])
-    with section("encoder"):
-        encoder = load_encoder_config(folder / CONFIG_FILE).build()
-    prefix = _prefix(state, choice, folder)
+    prefix, file = _prefix(state, choice, folder), checkpoints[-1] / MODEL_FILE
     own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    load_strictly(encoder, own, checkpoints[-1] / MODEL_FILE)
+    with section("encoder"):
+        config = load_encoder_config(folder / CONFIG_FILE)
+        check_sizes(config, {name.removeprefix("vit."): value for name, value in own.items()}, file)
+        encoder = config.build()
+    load_strictly(encoder, own, file)
     mae = None
     if state["objective"] == "MAE":
-        mae = MAE(MAEConfig(**tuples_of(settings["objective"])), encoder)
-        load_strictly(mae, tensors, checkpoints[-1] / MODEL_FILE)
+        with section("objective"):
+            mae = MAE(settings_of(MAEConfig, settings["objective"]), encoder)
+        load_strictly(mae, tensors, file)
         mae.eval()
     known = provenance(settings, state)
     if weights is not None:
         known["weights"] = weights
     if len(checkpoints) > 1:
         known["averaged_steps"] = [int(checkpoint.name.removeprefix("step-")) for checkpoint in checkpoints]
+    data = _data_config(settings)
     return Trained(
         encoder=encoder.eval(),
-        mean=tuple(settings["data"]["mean"]),
-        std=tuple(settings["data"]["std"]),
-        crop_pct=settings["evaluation"]["crop_pct"],
+        mean=data.mean,
+        std=data.std,
+        crop_pct=entry(settings, "evaluation.crop_pct", float, folder / CONFIG_FILE),
         provenance=known,
         folder=folder,
         mae=mae,
     )
+
+
+def read_settings(run: Path) -> dict[str, Any]:
+    """The settings of a run, whose sections are there.
+
+    Raises:
+        ValueError: no config.yaml that a run wrote.
+    """
+    file = run / CONFIG_FILE
+    try:
+        settings = read_yaml(file)
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
+    for name in ("objective", "encoder", "data", "batch", "optim", "evaluation"):
+        entry(settings, name, dict, file)
+    for name, kind in {"batch.size": int, "encoder.arch": str, "seed": int, "data.source": str | dict}.items():
+        entry(settings, name, kind, file)
+    return settings
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The state.json of a checkpoint, with what an export needs of it.
+
+    Raises:
+        ValueError: it is none.
+    """
+    file = checkpoint / STATE_FILE
+    try:
+        state = read_json(file)
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
+    for name, kind in {"objective": str, "backbone": str, "step": int}.items():
+        entry(state, name, kind, file)
+    return state
+
+
+def _data_config(settings: dict[str, Any]) -> DataConfig:
+    with section("data"):
+        return settings_of(DataConfig, settings["data"])
 
 
 def data_settings(trained: Trained, source: str | None = None) -> DataConfig:
@@ -116,24 +166,20 @@ def data_settings(trained: Trained, source: str | None = None) -> DataConfig:
         source: as in `data.source`; a mixture as it is written on the command line.
     """
     settings_file = trained.folder / CONFIG_FILE
-    known = yaml.safe_load(settings_file.read_text())["data"] if settings_file.is_file() else {}
-    if source is None and known:
-        return DataConfig(**tuples_of(known))
+    known = _data_config(read_settings(trained.folder)) if settings_file.is_file() else DataConfig()
+    if source is None and settings_file.is_file():
+        return known
     named = yaml.safe_load(source) if source and source.startswith("{") and source.endswith("}") else source
-    pages = known.get("pages", "first")
-    return DataConfig(
-        named or trained.provenance.get("source") or "",
-        mean=trained.mean,
-        std=trained.std,
-        pages=pages,
-        label_column="none",
-    )
+    named = named or place_of(trained.provenance.get("source"))
+    if named is None:
+        raise ValueError(f"{trained.folder}: does not say where the images lie that it was trained on; name some")
+    return DataConfig(named, mean=trained.mean, std=trained.std, pages=known.pages, label_column="none")
 
 
 def is_fine_tuned(path: Path) -> bool:
     """Whether this is the folder of a fine-tuning, whose classifier is what there is to export."""
     checkpoint = newest_checkpoint(path) if (path / CONFIG_FILE).is_file() else None
-    return checkpoint is not None and json.loads((checkpoint / STATE_FILE).read_text())["objective"] == "FineTune"
+    return checkpoint is not None and read_state(checkpoint)["objective"] == "FineTune"
 
 
 def export_run(path: Path, weights: str | None = None, out: Path | None = None) -> Path:
@@ -166,13 +212,14 @@ def export_fine_tuned(run: Path, folder: Path) -> Path:
     checkpoint = newest_checkpoint(run)
     if checkpoint is None:
         raise ValueError(f"{run}: has no whole checkpoint yet")
-    settings = yaml.safe_load((run / CONFIG_FILE).read_text())
-    state = json.loads((checkpoint / STATE_FILE).read_text())
+    settings, state = read_settings(run), read_state(checkpoint)
+    names = entry(state, "class_names", list[str], checkpoint / STATE_FILE)
     with section("encoder"):
         encoder = load_encoder_config(run / CONFIG_FILE).build()
-    objective = FineTune(FineTuneConfig(**tuples_of(settings["objective"])), encoder)
+    with section("objective"):
+        objective = FineTune(settings_of(FineTuneConfig, settings["objective"]), encoder)
     load_strictly(objective, read_tensors(checkpoint / MODEL_FILE), run)
-    return export_classifier(objective, folder, **export_settings(settings, tuple(state["class_names"]), state["step"]))
+    return export_classifier(objective, folder, **export_settings(settings, tuple(names), state["step"]))
 
 
 def average(files: Sequence[Path]) -> dict[str, Tensor]:
@@ -238,17 +285,9 @@ def _open_exported(path: Path, weights: str | None) -> Trained:
     encoder = load_backbone(file)
     assert isinstance(encoder, ViT)
     described = read_config(file.parent)
-    pretrained = described["pretrained_cfg"]
-    known = {name: value for name, value in described["ssl_vit"].items() if name not in ("encoder", "version", "torch")}
-    known.pop("timm", None)
-    return Trained(
-        encoder,
-        tuple(pretrained["mean"]),
-        tuple(pretrained["std"]),
-        pretrained["crop_pct"],
-        known,
-        file.parent,
-    )
+    own = ("encoder", "version", "torch", "timm", WEIGHTS_HASH)
+    known = {name: value for name, value in described["ssl_vit"].items() if name not in own}
+    return Trained(encoder, *read_normalisation(described, file.parent / CONFIG_JSON), known, file.parent)
 
 
 def _open_published(name: str) -> Trained:
@@ -261,8 +300,3 @@ def _open_published(name: str) -> Trained:
     mean, std = found.mean or usual.mean, found.std or usual.std
     crop_pct = found.crop_pct or EvaluationConfig().crop_pct
     return Trained(encoder.eval(), mean, std, crop_pct, {"pretrained": name}, Path(name))
-
-
-def tuples_of(values: dict[str, Any]) -> dict[str, Any]:
-    """A section of config.yaml as its dataclass takes it, with tuples where YAML has lists."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

@@ -1,6 +1,6 @@
 """Every library that a backbone can be exported to: write, load through it, prove equal, and only then hand over."""
 
-import tempfile
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +21,8 @@ from ssl_vit.export.run import Trained, data_settings
 from ssl_vit.flags import said_of
 from ssl_vit.models.encoder import Features
 from ssl_vit.models.vit import set_fused_attention
+from ssl_vit.privacy import public
+from ssl_vit.writing import UNFINISHED, flush, fresh_folder, naming_full_disk, replace_folder, restore_folder
 
 _NUM_IMAGES = 3
 
@@ -72,12 +74,10 @@ def export_to(
     if missing:
         raise ValueError(f"{', '.join(missing)}: not installed; pip install 'ssl-vit[export]' brings all")
     folder = out / target
-    if folder.exists() and not overwrite:
+    restore_folder(folder)
+    if os.path.lexists(folder) and not overwrite:
         raise ValueError(f"{folder}: is there already; choose another --out, or --overwrite it")
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix="unfinished-") as name:
-        unfinished = Path(name) / target
-        unfinished.mkdir()
+    with naming_full_disk(folder), fresh_folder(out / f"{UNFINISHED}{target}") as unfinished:
         write(trained, unfinished)
         difference = prove(trained, unfinished, proof.images)
         text = write_card(
@@ -91,9 +91,8 @@ def export_to(
         (unfinished / "README.md").write_text(text)
         for file in unfinished.iterdir():  # safetensors lets only its owner read a file
             file.chmod((unfinished / "README.md").stat().st_mode)
-        if folder.exists():
-            folder.rename(Path(name) / "replaced")
-        unfinished.rename(folder)
+            flush(file)
+        replace_folder(unfinished, folder)
     return Exported(folder, difference)
 
 
@@ -168,7 +167,7 @@ def proof_images(trained: Trained, source: str | None = None) -> Proof:
             found = {at: image for image, at in (opened.next_image(row, encoder.in_chans) for row in rows)}
             pictures = list(found.values())
         images = torch.stack([centre_crop(picture, encoder.image_size, trained.crop_pct) for picture in pictures])
-        name = f"{len(images)} images of `{opened.name}`"
+        name = f"{len(images)} images of `{public(opened.name)}`"
     except ValueError as error:
         if source is not None:
             raise

@@ -32,7 +32,7 @@ def write(trained: Trained, folder: Path) -> None:
     encoder = trained.encoder
     tensors = {name: value.detach().cpu().contiguous() for name, value in encoder.vit.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(trained.config_json())
+    (folder / "config.json").write_text(trained.config_json(folder / "model.safetensors"))
 
 
 def load(folder: Path) -> Callable[[Tensor], Features]:

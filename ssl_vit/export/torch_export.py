@@ -1,5 +1,6 @@
 """A backbone as an archive of torch.export, which runs where neither timm nor ssl_vit is, for any number of images."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +28,11 @@ def write(trained: Trained, folder: Path) -> None:
     program = torch.export.export(
         StaticBackbone(trained.encoder), (images,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}
     )
-    torch.export.save(program, folder / "model.pt2")
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # names the folders of whoever exported it
+    archive = io.BytesIO()
+    torch.export.save(program, archive)
+    (folder / "model.pt2").write_bytes(archive.getvalue())  # torch's own writer ends the process on a full disk
     (folder / "config.json").write_text(trained.config_json())
 
 

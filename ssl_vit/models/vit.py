@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import timm
@@ -18,6 +18,14 @@ from torch.nn import functional as F
 from ssl_vit.models.blocks import make_packable, run_blocks, run_packed_blocks
 from ssl_vit.models.encoder import Encoder, Features
 from ssl_vit.models.positions import sincos_positions
+from ssl_vit.reading import settings_of
+
+# What no plain ViT exceeds (the largest published has 22 billion parameters); a file that asks for more is a mistake,
+# or meant to take the machine's memory.
+_MOST = {"image_size": 65_536, "patch_size": 4_096, "in_chans": 4_096, "embed_dim": 65_536, "depth": 1_000}
+_MOST |= {"num_heads": 4_096, "mlp_ratio": 1_000}
+_MOST_PARAMETERS = 25e9
+_WIDEST, _SMALLEST_PATCH = 1_664, 8  # of timm's, for what is left to the architecture
 
 
 @dataclass(frozen=True)
@@ -68,21 +76,33 @@ class ViTConfig:
         for name in ("mlp_ratio", "layer_scale"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be above 0")
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            if value is not None and max(pair(value) if name.endswith("_size") else (value,)) > most:
+                raise ValueError(f"{name}={value!r}: must be at most {most:,}")
+        if (number := self._most_parameters()) > _MOST_PARAMETERS:
+            raise ValueError(
+                f"embed_dim={self.embed_dim}, depth={self.depth}, image_size={self.image_size}: would be up to "
+                f"{number / 1e9:,.0f} billion parameters, and {_MOST_PARAMETERS / 1e9:.0f} billion are the most"
+            )
+
+    def _most_parameters(self) -> float:
+        """Roughly as many as it can have, by arithmetic: known before anything is built."""
+        width = _WIDEST if self.embed_dim is None else self.embed_dim
+        patch = (_SMALLEST_PATCH,) * 2 if self.patch_size is None else pair(self.patch_size)
+        height, across = pair(self.image_size)
+        tokens = height * across / (patch[0] * patch[1])
+        blocks = (self.depth or 0) * (4 + 2 * (4.0 if self.mlp_ratio is None else self.mlp_ratio)) * width**2
+        return blocks + width * (tokens + self.in_chans * patch[0] * patch[1])
 
     @classmethod
     def from_plain(cls, values: dict[str, Any]) -> "ViTConfig":
         """The config whose fields were written as YAML or JSON, where tuples are lists.
 
         Raises:
-            ValueError: a setting that this version does not know.
+            ValueError: a setting that this version does not know, or a value of another type.
         """
-        unknown = sorted(set(values) - {item.name for item in fields(cls)})
-        if unknown:
-            raise ValueError(f"{unknown[0]}: no such setting of an encoder; was it written by a newer ssl_vit?")
-        plain: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-        }
-        return cls(**plain)
+        return settings_of(cls, values)
 
     @property
     def timm_overrides(self) -> dict[str, Any]:

@@ -55,6 +55,11 @@ class MAEConfig(OrientationConfig):
         for name in ("decoder_embed_dim", "decoder_depth", "decoder_num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be at least 1")
+        if self.decoder_depth > 1_000 or self.decoder_depth * 12 * self.decoder_embed_dim**2 > 25e9:
+            raise ValueError(
+                f"decoder_depth={self.decoder_depth}, decoder_embed_dim={self.decoder_embed_dim}: more than 1,000 "
+                "blocks or 25 billion parameters; the paper's are 8 and 512"
+            )
         if self.decoder_embed_dim % self.decoder_num_heads:
             raise ValueError(
                 f"decoder_num_heads={self.decoder_num_heads}: must divide decoder_embed_dim={self.decoder_embed_dim}"

@@ -1,7 +1,6 @@
 """What scripts/visualize.py does with its arguments."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from ssl_vit.visualize.inputs import Pictures, naming, open_pictures
 from ssl_vit.visualize.masks import block_keeps, draw_masks, hidden_keeps, parse_patches, random_keeps
 from ssl_vit.visualize.neighbours import draw_neighbours
 from ssl_vit.visualize.patches import draw_pca, draw_positions, draw_similarity
+from ssl_vit.writing import FAULTS, own_folder, tell_error
 
 WHAT = ("reconstructions", "attention", "patch_attention", "pca", "similarity", "neighbours", "positions")
 
@@ -34,9 +34,8 @@ def visualize(args: argparse.Namespace) -> int:
         for what in args.what or _possible(trained):
             for path in _draw(what, trained, pictures, out, args):
                 print(path)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except FAULTS as error:
+        return tell_error(error)
     return 0
 
 
@@ -45,16 +44,15 @@ def film(args: argparse.Namespace) -> int:
     out = args.out or args.path / PICTURES_FOLDER / "film.gif"
     try:
         number = write_film(args.path, out, seconds=args.seconds, width=args.width)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except FAULTS as error:
+        return tell_error(error)
     print(f"{out}   {number} pictures")
     return 0
 
 
 def _own_folder(path: Path) -> Path:
     if (path / CONFIG_FILE).is_file() or path.is_dir():
-        return path / PICTURES_FOLDER
+        return own_folder(path / PICTURES_FOLDER)
     raise ValueError(f"{path}: name the folder to write to with --out")
 
 

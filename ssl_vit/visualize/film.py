@@ -1,5 +1,6 @@
 """Pictures of a run in their order: as a GIF or WebP film, or as a strip."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -7,7 +8,9 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 
 from ssl_vit.data.outputs import mark
+from ssl_vit.reading import MAX_FIGURE, read_bytes
 from ssl_vit.run_folder import PICTURES_FOLDER
+from ssl_vit.writing import own_folder, replacing
 
 _HOLD = 5  # the last picture stays so many times as long as the others
 _HEADER = 28  # pixels for the number of the step
@@ -21,9 +24,13 @@ class Frame(NamedTuple):
 
 
 def list_frames(run: Path) -> list[Frame]:
-    """Pictures drawn during a run, in their order."""
+    """Pictures drawn during a run, in their order.
+
+    Raises:
+        ValueError: their folder is a link.
+    """
     found = []
-    for path in (run / PICTURES_FOLDER).glob("step-*.webp"):
+    for path in own_folder(run / PICTURES_FOLDER).glob("step-*.webp"):
         number = path.stem.removeprefix("step-")
         if number.isdecimal():
             found.append(Frame(int(number), path))
@@ -61,11 +68,13 @@ def write_film(run: Path, out: Path, *, seconds: float = 0.4, width: int = 900, 
         for picture in pictures:
             strip.paste(picture, (0, top))
             top += picture.height
-        strip.save(out)
+        with replacing(out) as unfinished:
+            strip.save(unfinished)
         return len(pictures)
     durations = [round(1000 * seconds)] * len(pictures)
     durations[-1] *= _HOLD
-    pictures[0].save(out, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    with replacing(out) as unfinished:
+        pictures[0].save(unfinished, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
     return len(pictures)
 
 
@@ -76,8 +85,20 @@ def spread(frames: Sequence[Frame], most: int) -> list[Frame]:
     return [frames[round(place * (len(frames) - 1) / (most - 1))] for place in range(most)]
 
 
+def open_figure(path: Path) -> Image.Image:
+    """A figure that a run drew, and no other image: what is shown of it may be passed on.
+
+    Raises:
+        ValueError: it is a link, no WebP or PNG, or cannot be read.
+    """
+    try:
+        return Image.open(io.BytesIO(read_bytes(path, MAX_FIGURE)), formats=["WEBP", "PNG"])
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or 'is no WebP or PNG'}") from error
+
+
 def _with_step(frame: Frame, width: int) -> Image.Image:
-    with Image.open(frame.path) as picture:
+    with open_figure(frame.path) as picture:
         height = round(picture.height * width / picture.width)
         small = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
     page = Image.new("RGB", (width, height + _HEADER), "white")

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ssl_vit.data.outputs import mark
+from ssl_vit.writing import replacing
 
 _WIDTH_INCHES = 6.5  # text width of a paper, so that the font sizes below are what a reader gets
 _MIN_CELL_PIXELS = 280  # a picture is enlarged by a whole factor to at least this width
@@ -82,9 +83,8 @@ def save_figure(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     webp = path.suffix == ".webp"
     mark(path.parent, path.name)
-    unfinished = path.with_name(f"unfinished-{path.name}")
-    figure.savefig(unfinished, format="webp" if webp else "png", pil_kwargs={"quality": 85} if webp else None)
-    unfinished.replace(path)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, format="webp" if webp else "png", pil_kwargs={"quality": 85} if webp else None)
 
 
 def to_rgb(images: Float[Tensor, "b c h w"], mean: Sequence[float], std: Sequence[float]) -> Float[Tensor, "b h w 3"]:

@@ -12,16 +12,17 @@ import jinja2
 import matplotlib
 import numpy as np
 import yaml
-from PIL import Image
 
 from ssl_vit.config import differences
 from ssl_vit.export.run import open_trained
+from ssl_vit.reading import MAX_FIGURE, read_bytes
 from ssl_vit.visualize.comparison import SCORES, compare
-from ssl_vit.visualize.film import Frame, spread
+from ssl_vit.visualize.film import Frame, open_figure, spread
 from ssl_vit.visualize.inputs import open_pictures
 from ssl_vit.visualize.panel import panel_data
 from ssl_vit.visualize.run_data import RunData, read_run
 from ssl_vit.visualize.verdict import judge
+from ssl_vit.writing import replace_text
 
 MOST_BYTES = 15_000_000
 _PICTURES_BYTES = 4_500_000  # of all runs together, before base64
@@ -72,7 +73,7 @@ def write_report(folders: Sequence[Path], out: Path, *, num_images: int = 3, see
             left -= len(json_for_script(panels[-1]))
     page = render(runs, panels)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
+    replace_text(out, page)
     return [f"no panel: {panel}" for panel in panels if isinstance(panel, str)]
 
 
@@ -188,15 +189,20 @@ def _embed(frames: Sequence[Frame], most_bytes: int) -> list[dict[str, Any]]:
     return [
         {
             "step": item.step,
-            "picture": "data:image/webp;base64," + base64.b64encode(item.path.read_bytes()).decode(),
+            "picture": "data:image/webp;base64," + base64.b64encode(_read_frame(item)).decode(),
         }
         for item in chosen
     ]
 
 
+def _read_frame(frame: Frame) -> bytes:
+    open_figure(frame.path).close()
+    return read_bytes(frame.path, MAX_FIGURE)
+
+
 def _shrink(path: Path) -> str:
     buffer = io.BytesIO()
-    with Image.open(path) as picture:
+    with open_figure(path) as picture:
         small = picture.convert("RGB")
         small.thumbnail((1400, 2800))
         small.save(buffer, "WEBP", quality=80)

@@ -1,15 +1,14 @@
 """What a run folder tells: settings, metrics, scores, pictures, provenance."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ssl_vit.checkpoint import STATE_FILE, newest_checkpoint
 from ssl_vit.export.backbone import CONFIG_FILE as EXPORT_FILE
 from ssl_vit.export.card import found_scores
+from ssl_vit.export.run import read_settings
+from ssl_vit.reading import read_json, read_metrics
 from ssl_vit.run_folder import CONFIG_FILE, METRICS_FILE, RESULTS_FILE
 from ssl_vit.sessions import PROVENANCE_FILE
 from ssl_vit.visualize.film import Frame, list_frames
@@ -72,7 +71,7 @@ def read_run(folder: Path) -> RunData:
     """
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"{folder}: holds no run ({CONFIG_FILE} is missing)")
-    settings = yaml.safe_load((folder / CONFIG_FILE).read_text())
+    settings = read_settings(folder)
     lines = read_metrics(folder / METRICS_FILE)
     pictures = [folder / name for name in ("reconstructions.png", "attention.png", "picture.png")]
     return RunData(
@@ -89,29 +88,18 @@ def read_run(folder: Path) -> RunData:
     )
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; one that a kill cut short is left out."""
-    if not path.is_file():
-        return []
-    found = []
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            found.append(record)
-    return found
-
-
 def _provenance(folder: Path) -> dict[str, Any]:
     """Of an export where there is one, else of the newest checkpoint: flat, without the settings."""
-    known = (_read_json(folder / EXPORT_FILE) or {}).get("ssl_vit", {})
+    known = (_read_json(folder / EXPORT_FILE) or {}).get("ssl_vit")
+    known = known if isinstance(known, dict) else {}
     checkpoint = newest_checkpoint(folder)
     if not known and checkpoint is not None:
         known = _read_json(checkpoint / STATE_FILE) or {}
     wanted = ("objective", "version", "torch", "timm", "hardware", "source", "num_images", "attribution", "pretrained")
-    return {name: known[name] for name in wanted if known.get(name) is not None}
+    found = {name: known[name] for name in wanted if known.get(name) is not None}
+    if not isinstance(found.get("num_images", 0), int):
+        found.pop("num_images")
+    return found
 
 
 def _fingerprint(folder: Path) -> str | None:
@@ -121,7 +109,6 @@ def _fingerprint(folder: Path) -> str | None:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text())
+        return read_json(path)
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None

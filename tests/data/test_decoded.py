@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -264,3 +265,30 @@ def test_a_note_beside_the_pixels_says_what_they_are(photos: Path) -> None:
     about = json.loads((entries(photos)[0] / "about.json").read_text())
     assert (about["source"], about["side"], about["channels"], about["bad"]) == (str(photos), SIDE, 3, 2)
     assert about["max_pixels"] == sources.MAX_PIXELS
+
+
+def overwrite(done: Path) -> None:
+    (done / "pixels.bin").write_bytes(bytes(len((done / "pixels.bin").read_bytes())))
+
+
+def move_rows(done: Path) -> None:
+    table = np.load(done / "table.npy")
+    np.save(done / "table.npy", table[::-1].copy())
+
+
+def other_images(done: Path) -> None:
+    about = json.loads((done / "about.json").read_text())
+    (done / "about.json").write_text(json.dumps(about | {"content": "of something else"}))
+
+
+def no_regular_file(done: Path) -> None:
+    (done / "table.npy").unlink()
+    os.mkfifo(done / "table.npy")
+
+
+@pytest.mark.parametrize("damage", [overwrite, move_rows, other_images, no_regular_file])
+def test_what_is_not_as_it_was_decoded_is_decoded_again(photos: Path, damage: Callable[[Path], None]) -> None:
+    expected = opened(photos).image(7, 3)
+    damage(entries(photos)[0])
+    assert torch.equal(opened(photos).image(7, 3), expected)
+    assert len(entries(photos)) == 1

@@ -6,11 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ssl_vit.data.sources import DataConfig, open_source
 from ssl_vit.evaluation import cache
-from ssl_vit.evaluation.cache import cached_features, feature_key, fingerprint, hash_file
+from ssl_vit.evaluation.cache import cached_features, feature_key, fingerprint
 from ssl_vit.evaluation.features import EvalTransform
+from ssl_vit.manifest import hash_file
 
 TRANSFORM = EvalTransform((32, 32), (0.5,) * 3, (0.5,) * 3)
 
@@ -55,14 +57,14 @@ def test_a_damaged_file_is_written_anew(tmp_path: Path) -> None:
 
 def test_two_scripts_write_the_same_features_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second one begins and ends while the first one writes."""
-    first, second, save = Extract(), Extract(), cache.save_file
+    first, second, save = Extract(), Extract(), cache.save_sealed
 
-    def interrupted(tensors: dict[str, torch.Tensor], file: Path) -> None:
-        save(tensors, file)
-        monkeypatch.setattr(cache, "save_file", save)
+    def interrupted(tensors: dict[str, torch.Tensor], file: Path, key: str) -> None:
+        save(tensors, file, key)
+        monkeypatch.setattr(cache, "save_sealed", save)
         cached_features(tmp_path, "key", 1, second)
 
-    monkeypatch.setattr(cache, "save_file", interrupted)
+    monkeypatch.setattr(cache, "save_sealed", interrupted)
     cached_features(tmp_path, "key", 1, first)
     cached_features(tmp_path, "key", 1, first)
     assert (first.calls, second.calls) == (1, 1)
@@ -117,3 +119,32 @@ def test_pictures_that_change_are_noticed(photo_folder: Path, tmp_path: Path) ->
 def test_the_hash_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"abc")
     assert hash_file(tmp_path / "file").startswith("ba7816bf8f01cfea")
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 4
+    file.write_bytes(content)
+
+
+def foreign(file: Path) -> None:
+    """Features of the same shape, as anybody writes them."""
+    save_file({name: torch.randn_like(value) for name, value in load_file(file).items()}, file)
+
+
+def renamed(file: Path) -> None:
+    """Whole features, of another backbone or source."""
+    cached_features(file.parent, "other", 1, Extract())
+    (file.parent / "other.safetensors").replace(file)
+
+
+@pytest.mark.parametrize("damage", [flip, foreign, renamed, lambda file: file.write_bytes(b"")])
+def test_features_that_are_not_what_was_written_are_extracted_again(tmp_path: Path, damage) -> None:
+    extract = Extract()
+    for calls in (1, 1):
+        cached_features(tmp_path, "key", 1, extract)
+        assert extract.calls == calls
+    damage(tmp_path / "key.safetensors")
+    for _ in range(2):
+        cached_features(tmp_path, "key", 1, extract)
+        assert extract.calls == 2

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ssl_vit.data.sources import DataConfig, open_source
 from ssl_vit.evaluation import command, extract
@@ -177,6 +177,10 @@ def test_ids_do_not_replace_what_is_written_anyway(
     assert load_file(tmp_path / "x.safetensors")["ids"].tolist() == [5, 6, 7]
 
 
+class Killed(BaseException):
+    """Ends an extraction as SIGKILL does; what catches Ctrl-C does not see it."""
+
+
 class Stop:
     """Ends the extraction at a part, as a kill would."""
 
@@ -184,11 +188,11 @@ class Stop:
         self.save, self.number = extract._save_part, number
         monkeypatch.setattr(extract, "_save_part", self)
 
-    def __call__(self, part: Path, tensors: dict[str, torch.Tensor]) -> None:
+    def __call__(self, part: Path, tensors: dict[str, torch.Tensor], key: str) -> None:
         if part.stem.endswith(str(self.number)):
             part.with_suffix(".unfinished").write_bytes(b"half a part")
-            raise KeyboardInterrupt
-        self.save(part, tensors)
+            raise Killed
+        self.save(part, tensors, key)
 
 
 def remember_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -213,7 +217,8 @@ def test_a_fresh_extraction_goes_on_when_it_was_killed(
             encoded = remember_rows(patch)
             if first == 0:  # parts of other settings are of no use, and with the same ones nothing is left over
                 Stop(patch, 2)
-                assert run(backbone, photo_folder, file, *flags, f"--feature={feature}", "--fresh=true") == 130
+                with pytest.raises(Killed):
+                    run(backbone, photo_folder, file, *flags, f"--feature={feature}", "--fresh=true")
             else:
                 assert run(backbone, photo_folder, file, *flags, f"--feature={feature}", "--fresh=true") == 0
             assert encoded == list(range(first, 40))
@@ -226,7 +231,8 @@ def test_a_fresh_extraction_takes_no_part_of_other_settings(
     file, flags = tmp_path / "features.parquet", ["--rows_per_part=7", "--batch_size=4"]
     with monkeypatch.context() as patch:
         Stop(patch, 2)
-        assert run(backbone, photo_folder, file, *flags) == 130
+        with pytest.raises(Killed):
+            run(backbone, photo_folder, file, *flags)
     encoded = remember_rows(monkeypatch)
     assert run(backbone, photo_folder, file, *flags, "--feature=mean", "--fresh=true") == 0
     assert encoded == list(range(40))
@@ -243,7 +249,8 @@ def test_what_was_written_is_known_by_its_content_not_by_how_paths_are_typed(
     file = tmp_path / "features.parquet"
     with monkeypatch.context() as patch:
         Stop(patch, 2)
-        assert run(backbone, photo_folder, file, "--rows_per_part=7", "--batch_size=4") == 130
+        with pytest.raises(Killed):
+            run(backbone, photo_folder, file, "--rows_per_part=7", "--batch_size=4")
     encoded = remember_rows(monkeypatch)
     monkeypatch.chdir(backbone.parent)
     monkeypatch.setattr("ssl_vit.__version__", "9.9.9")
@@ -266,7 +273,8 @@ def test_what_was_done_before_a_crash_is_not_done_again(
     file = tmp_path / f"features.{suffix}"
     with monkeypatch.context() as patch:
         Stop(patch, failing)
-        assert run(backbone, photo_folder, file, *flags) == 130
+        with pytest.raises(Killed):
+            run(backbone, photo_folder, file, *flags)
     assert not file.exists()
     encoded = remember_rows(monkeypatch)
     assert run(backbone, photo_folder, file, *flags) == 0
@@ -400,3 +408,32 @@ def test_a_broken_image_has_no_row_and_what_was_done_stays(
     assert found["rows"].tolist() == good
     torch.testing.assert_close(found["embeddings"], embeddings(file))
     torch.testing.assert_close(found["embeddings"], expected(backbone, photo_folder, "cls")[good], rtol=1e-4, atol=1e-5)
+
+
+def flipped(part: Path, other: Path) -> None:
+    content = bytearray(part.read_bytes())
+    content[-2] ^= 1
+    part.write_bytes(content)
+
+
+def another_part(part: Path, other: Path) -> None:
+    part.write_bytes(other.read_bytes())
+
+
+def unsealed(part: Path, other: Path) -> None:
+    save_file(load_file(part), part)
+
+
+@pytest.mark.parametrize("damage", [flipped, another_part, unsealed])
+def test_a_finished_part_that_has_changed_is_done_again(
+    backbone: Path, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage
+) -> None:
+    file, flags = tmp_path / "x.safetensors", ["--rows_per_part=10", "--batch_size=10", "--num_workers=0"]
+    with monkeypatch.context() as patched:
+        Stop(patched, 3)
+        with pytest.raises(Killed):
+            run(backbone, photo_folder, file, *flags)
+    parts = sorted((tmp_path / "x.safetensors.parts").glob("part-*.safetensors"))
+    damage(parts[1], parts[0])
+    assert run(backbone, photo_folder, file, *flags) == 0
+    torch.testing.assert_close(embeddings(file), expected(backbone, photo_folder, "cls"), rtol=1e-4, atol=1e-5)

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ssl_vit.export import export_backbone, load_backbone
+from ssl_vit.export.pretrained import load_pretrained, open_pretrained
 from ssl_vit.models.vit import ViT, ViTConfig
 from tests.conftest import TINY
 
@@ -145,3 +146,49 @@ def test_a_backbone_that_does_not_come_back_equal_is_not_handed_over(
 def test_whoever_may_read_the_description_may_read_the_weights(tmp_path: Path, tiny_encoder: ViT) -> None:
     file = export_backbone(tiny_encoder, tmp_path, mean=(0.5,) * 3, std=(0.5,) * 3, provenance={})
     assert file.stat().st_mode == (tmp_path / "config.json").stat().st_mode
+
+    @pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.uint8, torch.complex64])
+    def test_weights_of_a_dtype_that_weights_do_not_have(self, file: Path, kind: torch.dtype) -> None:
+        save_file({**load_file(file), "norm.bias": torch.zeros(32).to(kind)}, file)
+        with pytest.raises(ValueError, match=r"of a dtype that weights do not have: norm.bias"):
+            load_backbone(file)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.float64])
+    def test_weights_that_are_not_finite(self, file: Path, value: float, kind: torch.dtype) -> None:
+        spoiled = load_file(file)["blocks.0.attn.qkv.weight"].to(kind)
+        spoiled[3, 4] = value
+        save_file({**load_file(file), "blocks.0.attn.qkv.weight": spoiled}, file)
+        for load in (load_backbone, lambda file: load_pretrained(ViTConfig(image_size=32, **TINY).build(), str(file))):
+            with pytest.raises(ValueError, match=r"blocks.0.attn.qkv.weight holds NaN or infinity"):
+                load(file)
+
+    def test_weights_of_another_export_of_the_same_sizes(self, file: Path, tmp_path: Path) -> None:
+        torch.manual_seed(7)
+        export(ViTConfig(image_size=32, **TINY).build(), tmp_path / "other")
+        (tmp_path / "other" / "backbone.safetensors").replace(file)
+        for load in (load_backbone, lambda file: open_pretrained(str(file)).tensors()):
+            with pytest.raises(ValueError, match=r"holds other weights than .*config.json was written with"):
+                load(file)
+
+    def test_a_flipped_bit(self, file: Path) -> None:
+        content = bytearray(file.read_bytes())
+        content[-9] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="holds other weights than"):
+            load_backbone(file)
+
+    def test_exports_of_versions_before_it_have_no_hash_and_load(self, file: Path) -> None:
+        described = json.loads((file.parent / "config.json").read_text())
+        assert len(described["ssl_vit"].pop("weights_sha256")) == 64
+        (file.parent / "config.json").write_text(json.dumps(described))
+        assert load_backbone(file).embed_dim == 32
+
+    def test_sizes_that_are_not_those_of_the_weights_are_refused_before_they_are_built(
+        self, file: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        described = json.loads((file.parent / "config.json").read_text())
+        described["ssl_vit"]["encoder"] |= {"embed_dim": 16384, "num_heads": 4}
+        (file.parent / "config.json").write_text(json.dumps(described))
+        with pytest.raises(ValueError, match=r"of another shape: "):
+            load_backbone(file)  # 20 GB, were it built

@@ -237,7 +237,7 @@ def test_the_images_of_a_proof_are_the_runs_own_or_the_named_ones(photos: Path) 
     trained = build(ENCODERS["learned positions"])
     assert proof_images(trained).name == "3 generated images"
     own = replace(trained, provenance={"source": str(photos)})
-    assert proof_images(own).name == f"3 images of `{photos}`"
+    assert proof_images(own).name == "3 images of `photos`"
     assert proof_images(own).images.shape == (3, 3, 32, 32)
     with pytest.raises(ValueError, match=r"^--images='nowhere.parquet'"):
         proof_images(own, "nowhere.parquet")

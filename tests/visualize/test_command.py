@@ -65,8 +65,8 @@ def test_files_and_an_exported_backbone(
     files = [photo_folder / "disc" / "00.png", photo_folder / "square" / "00.png"]
     assert draw(capsys, export, *files, "--what", "similarity", "--image_size", 48, 64) == ["similarity.png"]
     assert (export / "pictures" / "similarity.png").exists()
-    error = refused(capsys, export, "--what", "reconstructions")
-    assert "holds no decoder" in error
+    assert "holds no decoder" in refused(capsys, export, *files, "--what", "reconstructions")
+    assert "does not say where the images lie" in refused(capsys, export, "--what", "similarity")
     assert "config.yaml: cannot be shown" in refused(capsys, mae_run, mae_run / "config.yaml", "--what", "pca")
     assert "no such file" in refused(capsys, mae_run, tmp_path / "nothing.png", "--what", "pca")
 
