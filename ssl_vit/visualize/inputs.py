@@ -44,7 +44,7 @@ def open_pictures(
     files = [Path(item) for item in given]
     if len(files) > 1 or (files and files[0].is_file() and files[0].suffix != ".parquet"):
         decoded = []
-        pages = "channels" if data_settings(trained).pages == "channels" else "first"
+        pages = "channels" if data_settings(trained, given[0]).pages == "channels" else "first"
         for path in files:
             try:
                 decoded.append(decode(path, channels, pages=pages))
