@@ -35,6 +35,7 @@ def test_a_run_ends_with_everything_it_promises(
     assert start("--checkpoint.every_steps=4", "--evaluation.every_steps=3", labels=True) == 0
     run, text = tmp_path / "run", capsys.readouterr().out
     assert {path.name for path in run.iterdir()} == {
+        ".ssl_vit",
         "backbone.safetensors",
         "checkpoints",
         "config.json",
@@ -48,7 +49,7 @@ def test_a_run_ends_with_everything_it_promises(
     }
     assert [folder.name for folder in list_checkpoints(run)] == ["step-00000004", "step-00000006"]
     files = [path for path in run.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} == {".json", ".jsonl", ".lock", ".png", ".safetensors", ".yaml"}
+    assert {path.suffix for path in files} == {"", ".json", ".jsonl", ".lock", ".png", ".safetensors", ".yaml"}
     assert [path for path in files if path.read_bytes()[:2] in (b"PK", b"\x80\x02", b"\x80\x04")] == []  # pickles
     assert len(losses(run)) == 6
     backbone, weights = load_backbone(run), last_weights(run)
@@ -216,14 +217,14 @@ def test_labels_that_are_identifiers_do_not_judge_a_run(
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     numbered = datasets.Dataset.from_dict({"image": images, "label": range(20)}, features)
     numbered.to_parquet(str(tmp_path / "numbered.parquet"))
-    flag = f"--data.source={tmp_path / 'numbered.parquet'}"
-    assert start(flag, steps=1, labels=True) == 0
+    trusted = ["--data.allow_outside_paths=true", "--data.label_column=label"]
+    assert start(f"--data.source={tmp_path / 'numbered.parquet'}", *trusted, steps=1, labels=True) == 0
     text = capsys.readouterr().out
     assert "note       no scores at the end: " in text
     assert "each of the 20 labelled pictures has a class of its own" in text
     assert json.loads((tmp_path / "run" / "results.json").read_text())["scores"] is None
-    with pytest.raises(ValueError, match="has a class of its own"):
-        start(f"--evaluation.source={tmp_path / 'numbered.parquet'}", steps=1, labels=True, name="judged")
+    with pytest.raises(ValueError, match="has no labels, .*: no column is known to hold classes; there are label"):
+        start(f"--evaluation.source={tmp_path / 'numbered.parquet'}", trusted[0], steps=1, labels=True, name="judged")
 
 
 def test_a_labelled_source_can_judge_an_unlabelled_one(

@@ -208,4 +208,4 @@ def test_a_killed_run_over_a_mixture_ends_with_the_same_weights_and_goes_on_with
     assert same(weights(whole), weights(run)) == []
     assert losses(whole) == losses(run)
     described = json.loads((run / "config.json").read_text())["ssl_vit"]
-    assert described["source"] == {str(sources[0]): 0.75, str(sources[1]): 0.25}
+    assert described["source"] == {sources[0].name: 0.75, sources[1].name: 0.25}
