@@ -66,8 +66,10 @@ def test_a_table_is_printed_and_written_and_repeats_itself(
     given = ["--source", photo_folder, "--baselines=[pixels,untrained]", *flags]
     assert run(name, backbone, *given) == 0
     text = capsys.readouterr().out
-    assert heading in text.splitlines()[0]
-    assert [line.split()[0] for line in text.splitlines()[2:5]] == ["pixels", "untrained", "backbone"]
+    note, *table = text.splitlines()
+    assert note == "note       classes are the folders disc, square"
+    assert heading in table[0]
+    assert [line.split()[0] for line in table[2:5]] == ["pixels", "untrained", "backbone"]
     result = json.loads((backbone / f"{name}.json").read_text())
     assert (result["num_train"], result["num_test"], result["num_classes"]) == (40, 40, 2)
     assert list((backbone / "features").iterdir())
