@@ -30,6 +30,7 @@ from ssl_vit.reading import MAX_YAML, entry, read_bytes, read_yaml
 from ssl_vit.run_lock import LOCK_FILE
 from ssl_vit.schedules import progress_at
 from ssl_vit.tracking import TrackerName
+from ssl_vit.watch import MAX_WAIT
 from ssl_vit.writing import replace_text
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -121,6 +122,9 @@ class RunConfig:
     """Time so many steps after a warm-up of a few and trace as many: profile.txt, trace.json.gz in the run's folder."""
     max_hours: float | None = None
     """Save and stop with code 75 after so many hours; the same command goes on."""
+    max_wait: float = MAX_WAIT
+    """End with code 1 after so many minutes without a sign of life of another process, which was stopped or whose
+    machine is frozen or cut off. One that is busy gives it."""
     encoder: ViTConfig = field(default_factory=ViTConfig)
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
@@ -148,6 +152,8 @@ class RunConfig:
             raise ValueError(f"profile={self.profile!r}: must be at least 0; 0 traces nothing")
         if self.max_hours is not None and not self.max_hours > 0:
             raise ValueError(f"max_hours={self.max_hours!r}: must be above 0")
+        if not 0 < self.max_wait <= MAX_WAIT:
+            raise ValueError(f"max_wait={self.max_wait!r}: must lie between 0 and {MAX_WAIT:g} minutes")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed!r}: must be at least 0")
 

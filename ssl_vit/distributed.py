@@ -25,6 +25,7 @@ from jaxtyping import Num
 from torch import Tensor
 
 from ssl_vit.data.workers import num_cpus, num_local_processes
+from ssl_vit.watch import MAX_WAIT, Watch
 
 # Windows has no SIGUSR1.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
@@ -33,7 +34,7 @@ OUT_OF_TIME = 100  # stands beside the signals, and above all of them
 EXIT_STOPPED: dict[int, int] = {**{number: 128 + number for number in SIGNALS}, OUT_OF_TIME: 75}
 EXIT_COLLAPSED = 3
 T = TypeVar("T")
-PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=4))
+PATIENCE = InitProcessGroupKwargs(timeout=timedelta(minutes=MAX_WAIT))
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -53,8 +54,16 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "bf16" if has_bf16 else "no"
 
 
-def start_processes() -> PartialState:
+_watch: Watch | None = None
+
+
+def start_processes(max_wait: float | None = None) -> PartialState:
     """Find the other processes of a launch, and give each its share of the CPUs; alone, this one is the main one.
+
+    From then on one that gives no sign of life is named.
+
+    Args:
+        max_wait: minutes after which the others end then; None = as it is.
 
     Raises:
         ValueError: see `check_num_processes`.
@@ -64,7 +73,31 @@ def start_processes() -> PartialState:
     state = PartialState(cpu=not torch.accelerator.is_available(), **PATIENCE.to_kwargs())
     use_all_cpus(cast(torch.device, state.device))
     check_num_processes(state.num_processes)
+    global _watch
+    if _watch is None and dist.is_initialized() and state.num_processes > 1:
+        # A store of its own, since a call of the main thread may wait in its for hours.
+        store = dist.distributed_c10d._get_default_store().clone()
+        _watch = Watch(store, state.process_index, state.num_processes)
+        _watch.start()
+    if _watch is not None and max_wait is not None:
+        _watch.max_wait, _watch.flag = max_wait, "--max_wait"
     return state
+
+
+def end_processes() -> None:
+    """Leave the other processes of a launch."""
+    global _watch
+    if _watch is not None:
+        _watch.close()
+        _watch = None
+    if dist.is_initialized():
+        PartialState().destroy_process_group()
+
+
+def when_others_hang(work: Callable[[], None]) -> None:
+    """What to do before this process ends since another one gave no sign of life for `max_wait`."""
+    if _watch is not None:
+        _watch.at_end = work
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
@@ -271,6 +304,8 @@ class StopSignal:
             self.received = self.received or OUT_OF_TIME
         if self._launcher is not None and os.getppid() != self._launcher:
             self.received = self.received or signal.SIGTERM
+        if _watch is not None:
+            _watch.progress += 1
         if self._group is None:
             return self.received
         flag = torch.tensor(self.received)

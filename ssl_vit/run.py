@@ -127,7 +127,7 @@ def _set_up(config: RunConfig, ending: Ending) -> Run:
     started = time.monotonic()
     check_run_folder(config)
     check_tracker(config.tracking)
-    device = cast(torch.device, start_processes().device)
+    device = cast(torch.device, start_processes(config.max_wait).device)
     precision = resolve_precision(config.precision, device)
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=[PATIENCE, SPARING])
     if device.type == "cuda":

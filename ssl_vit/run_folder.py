@@ -31,6 +31,7 @@ FREE_SETTINGS = (
     "rewind_on_spike",
     "profile",
     "max_hours",
+    "max_wait",
     "batch.per_device",
     "batch.auto",
     "compile",

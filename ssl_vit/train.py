@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from ssl_vit import results, sharding
@@ -21,12 +20,15 @@ from ssl_vit.distributed import (
     EXIT_STOPPED,
     OUT_OF_TIME,
     StopSignal,
+    end_processes,
     lost_process,
     on_main_process,
     seed_step,
+    when_others_hang,
 )
 from ssl_vit.faults import SkippedSteps, SpikeWatch, spread, take_step
 from ssl_vit.front import stoppable
+from ssl_vit.heartbeat import beat
 from ssl_vit.metrics import CollapseAlarm, MetricLog
 from ssl_vit.micro_batch import explain_out_of_memory
 from ssl_vit.optim import clip_gradients, clip_groups, set_schedule
@@ -68,8 +70,7 @@ def main(defaults: RunConfig, quickstart: str | None = None, ending: Ending = re
         print(f"error: another process of this run ended or cannot be reached ({reason}). {GO_ON}", file=sys.stderr)
         return 1
     finally:
-        if torch.distributed.is_initialized():
-            PartialState().destroy_process_group()
+        end_processes()
 
 
 def train(run: Run) -> int:
@@ -84,6 +85,7 @@ def train(run: Run) -> int:
         ValueError: the device's memory does not suffice, or an image cannot be decoded.
     """
     nothing_done = run.step == run.num_steps
+    when_others_hang(lambda: beat(run.folder, "failed", run.step, run.num_steps))
     if run.faults.collapse and run.config.on_collapse == "stop" and not is_done(run):
         heartbeat(run, "stopped")
         run.accelerator.print(

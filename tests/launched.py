@@ -19,7 +19,7 @@ from accelerate.utils import DistributedType
 
 from ssl_vit.benchmarks.step import Step
 from ssl_vit.config import parse_run
-from ssl_vit.distributed import process_index, start_processes
+from ssl_vit.distributed import end_processes, process_index, start_processes
 from ssl_vit.train import set_up, train
 from tests.conftest import OBJECTIVES
 
@@ -101,4 +101,4 @@ if __name__ == "__main__":
     results = [work(job) for job in json.loads(jobs.read_text())]
     if process_index() == 0:
         jobs.with_suffix(".results").write_text(json.dumps(results))
-    dist.destroy_process_group()
+    end_processes()

@@ -23,7 +23,7 @@ from PIL import Image
 from ssl_vit.benchmarks.end_to_end import NoEnding
 from ssl_vit.benchmarks.rounds import turns
 from ssl_vit.config import parse_run
-from ssl_vit.distributed import process_index
+from ssl_vit.distributed import end_processes, process_index
 from ssl_vit.train import set_up, train
 
 WARMUP = 3
@@ -133,5 +133,4 @@ if __name__ == "__main__":
         run_one(Path(sys.argv[1]))
     except ValueError as error:
         sys.exit(f"error: {error}")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    end_processes()

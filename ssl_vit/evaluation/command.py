@@ -14,7 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from ssl_vit.data.config import clamp_rounding
 from ssl_vit.data.sources import DataConfig, Source
 from ssl_vit.data.workers import check_num_workers
-from ssl_vit.distributed import autocast_dtype, process_index, resolve_precision, start_processes
+from ssl_vit.distributed import autocast_dtype, end_processes, process_index, resolve_precision, start_processes
 from ssl_vit.evaluation.features import EvalTransform, fit_size
 from ssl_vit.evaluation.left_out import write_bad
 from ssl_vit.evaluation.untrained import objective_of, untrained_encoder
@@ -261,8 +261,7 @@ def main(
     except FAULTS as error:
         return tell_error(error)
     finally:
-        if torch.distributed.is_initialized():
-            PartialState().destroy_process_group()
+        end_processes()
     return 0
 
 
