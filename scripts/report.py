@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ssl_vit.front import heed_signals, stoppable
+from ssl_vit.text import plain
 
 if __name__ == "__main__":
     heed_signals()
@@ -36,10 +37,10 @@ def main(args: Sequence[str] | None = None) -> int:
     except FAULTS as error:
         return tell_error(error)
     for sentence in compare(runs, distinct([run.name for run in runs])):
-        print(sentence)
+        print(plain(sentence))
     for note in notes:
-        print(f"note: {note}")
-    print(f"{out}   {out.stat().st_size / 1e6:.1f} MB")
+        print(f"note: {plain(note)}")
+    print(f"{plain(out)}   {out.stat().st_size / 1e6:.1f} MB")
     return 0
 
 

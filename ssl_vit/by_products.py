@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from ssl_vit.distributed import world_size
+from ssl_vit.text import plain
 
 
 @contextmanager
@@ -19,5 +20,5 @@ def by_product(what: str, say: Callable[[str], None] = print, *, shared: bool = 
     except Exception as error:
         if shared and world_size() > 1:
             raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        say(f"WARNING: {what} left out: {reason}")
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        say(f"WARNING: {plain(what)} left out: {plain(reason, 300)}")

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 from ssl_vit.distributed import on_main_process
 from ssl_vit.manifest import MANIFEST_FILE, find_difference, write_manifest
 from ssl_vit.reading import check_header, read_json, read_tensors
+from ssl_vit.text import plain
 from ssl_vit.writing import UNFINISHED, error_number, flush, free_space, own_folder, remove
 
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -75,7 +76,7 @@ def newest_checkpoint(run: Path) -> Path | None:
         problem = find_damage(folder)
         if problem is None:
             return folder
-        print(f"Passing over the damaged checkpoint {folder}: {problem}")
+        print(f"Passing over the damaged checkpoint {plain(folder)}: {plain(problem)}")
     return None
 
 
@@ -227,7 +228,7 @@ def prune_checkpoints(run: Path, config: CheckpointConfig) -> None:
                 folder.rename(unfinished)
                 remove(unfinished)
             except OSError as error:
-                print(f"WARNING: {folder}: cannot be deleted: {error.strerror}")
+                print(f"WARNING: {plain(folder)}: cannot be deleted: {error.strerror}")
 
 
 def remove_unfinished(run: Path) -> None:

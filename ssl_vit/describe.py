@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from ssl_vit.data.sources import Source
 from ssl_vit.schedules import warmup_cosine
+from ssl_vit.text import plain
 
 if TYPE_CHECKING:
     from ssl_vit.run import Run
@@ -21,9 +22,9 @@ def describe(run: "Run", precision: str, checkpoint: Path | None) -> None:
     num_samples, drawn = run.source.num_samples, run.num_steps * config.batch.size
     count = "images of unknown number" if num_samples is None else f"{num_samples:,} images"
     accelerator.print(
-        f"data       {run.source.name}: {count}"
+        f"data       {plain(run.source.name)}: {count}"
         + (f", {run.source.num_classes} classes" if run.source.num_classes else ", no labels")
-        + (f"\n           {run.source.attribution}" if run.source.attribution else "")
+        + (f"\n           {plain(run.source.attribution)}" if run.source.attribution else "")
         + f"\nmodel      {config.encoder.arch}, {run.objective.encoder.embed_dim} wide, "
         f"{run.objective.name}, {trainable / 1e6:.1f} M trainable parameters"
         f"\ndevice     {processes} on {accelerator.device.type}, precision {precision}"
@@ -33,13 +34,13 @@ def describe(run: "Run", precision: str, checkpoint: Path | None) -> None:
         f"\nlr         {config.optim.peak_lr(config.batch.size):.2e} = {rule}, base_lr {config.optim.base_lr:g}"
         f"\nlength     {run.num_steps:,} steps = "
         + (f"{drawn:,} images" if num_samples is None else f"{drawn / num_samples:.1f} epochs")
-        + f"\nfolder     {run.folder}"
+        + f"\nfolder     {plain(run.folder)}"
     )
     notes = [*run.source.notes, *(run.feed.notes() if run.feed is not None else ())]
     if accelerator.is_main_process and isinstance(run.source, Source):
         notes += [note for note in (run.source.note_of_dropped(run.objective.encoder.in_chans),) if note]
     for note in notes:
-        accelerator.print(f"note       {note}")
+        accelerator.print(f"note       {plain(note)}")
     if config.extended:
         (step, length), peak = config.extended[-1], config.optim.peak_lr(config.batch.size)
         done = config.progress(step, run.num_steps)
@@ -47,4 +48,4 @@ def describe(run: "Run", precision: str, checkpoint: Path | None) -> None:
         how = "schedules begin anew" if done == 0 else f"schedules are stretched from progress {done:.3g}"
         accelerator.print(f"lengthened at step {step:,} of {length:,}: {how}, lr {lr:.2e}, to step {run.num_steps:,}")
     if checkpoint is not None:
-        accelerator.print(f"Going on from {checkpoint}, step {run.step:,} of {run.num_steps:,}")
+        accelerator.print(f"Going on from {plain(checkpoint)}, step {run.step:,} of {run.num_steps:,}")

@@ -13,6 +13,8 @@ from functools import wraps
 from types import FrameType
 from typing import Any, ParamSpec
 
+from ssl_vit.text import plain, without_orders
+
 P = ParamSpec("P")
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
@@ -54,7 +56,7 @@ def stoppable(hint: str = "") -> Callable[[Callable[P, int]], Callable[P, int]]:
                 received = number
                 raise Stopped(number)
 
-            _show_any_text()
+            shown = _show_any_text()
             before = {number: signal.signal(number, stop) for number in _NUMBERS}
             try:
                 with warning_once():
@@ -66,6 +68,8 @@ def stoppable(hint: str = "") -> Callable[[Callable[P, int]], Callable[P, int]]:
             finally:
                 for number, handler in before.items():
                     signal.signal(number, handler)
+                for stream in shown:
+                    del stream.write
 
         return stopped_in_one_line
 
@@ -82,9 +86,10 @@ def warning_once() -> Iterator[None]:
 
     def show_once(message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: Any) -> None:
         if is_new(category, filename, lineno):
-            show(message, category, filename, lineno, *more)
+            show(plain(message), category, filename, lineno, *more)
 
     def log_once(record: logging.LogRecord) -> bool:
+        record.msg, record.args = plain(record.getMessage()), ()
         return is_new(record.levelno, record.pathname, record.lineno)
 
     handler = logging.lastResort  # which writes what nobody asked for
@@ -99,11 +104,15 @@ def warning_once() -> Iterator[None]:
             handler.removeFilter(log_once)
 
 
-def _show_any_text() -> None:
-    """Print what the terminal's encoding lacks, or what is no text, as escapes rather than stop at it."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+def _show_any_text() -> list[Any]:
+    """Print what the terminal's encoding lacks, or would do more than show, as escapes; returns the streams."""
+    changed = []
+    for stream in {sys.stdout, sys.stderr}:
+        if isinstance(stream, io.TextIOWrapper) and "write" not in vars(stream):
             stream.reconfigure(errors="backslashreplace")
+            stream.write = lambda text, write=stream.write: write(without_orders(text))
+            changed.append(stream)
+    return changed
 
 
 def _end_at_once(number: int, hint: str) -> None:

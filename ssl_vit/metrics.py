@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ssl_vit.by_products import by_product
 from ssl_vit.distributed import mean_over_processes
 from ssl_vit.reading import entry, parse_json, read_lines
+from ssl_vit.text import plain
 from ssl_vit.tracking import Tracker
 from ssl_vit.writing import JsonLines, forget_after
 
@@ -159,7 +160,7 @@ class MetricLog:
         """Print above the progress bar."""
         if self.is_writer:
             with tqdm.external_write_mode():
-                print(text, flush=True)
+                print(plain(text), flush=True)
 
     def pause(self) -> float:
         """The present time, to be given to `go_on`: what lies between is not counted as training."""

@@ -28,6 +28,7 @@ from ssl_vit.metrics import MetricLog
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.objectives.objective import Objective
 from ssl_vit.run_folder import METRICS_FILE, PICTURES_FOLDER, RESULTS_FILE, write_results
+from ssl_vit.text import plain
 
 NUM_PICTURES = 8
 UNTRAINED_SEEDS = 3  # by which the verdict is given; each costs one more encoding of the images that judge
@@ -122,7 +123,7 @@ def finish(
             scores, text = compare(config, accelerator, backbone, judges)
             written.append(f"scores     {folder / RESULTS_FILE}")
     if scores.get("scores", ...) is None:
-        text = f"No scores: {why}. scripts/evaluate_knn.py takes a labelled source."
+        text = f"No scores: {plain(why)}. scripts/evaluate_knn.py takes a labelled source."
     if accelerator.is_main_process:
         write_results(folder, {"step": step, **scores, **({"collapse": collapse} if collapse else {})})
     accelerator.print("\n".join([text, *written]), flush=True)
@@ -270,7 +271,7 @@ def prepare(config: RunConfig, source: Source | Stream) -> tuple[Source | Stream
         if named:
             raise
         if process_index() == 0:
-            print(f"note       no scores at the end: {error}")
+            print(f"note       no scores at the end: {plain(error)}")
         return source, None
     return source, Judges(labelled, test)
 

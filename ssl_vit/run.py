@@ -41,6 +41,7 @@ from ssl_vit.objectives.objective import Objective, Transform
 from ssl_vit.optim import build_optimizer
 from ssl_vit.run_folder import check_run_folder, go_on_as_before, open_run_folder
 from ssl_vit.sessions import note_session
+from ssl_vit.text import plain
 from ssl_vit.tracking import check_tracker
 
 SPARING = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no copy of gradients out of what DDP sends
@@ -208,7 +209,7 @@ def _set_up(config: RunConfig, ending: Ending) -> Run:
             num_micro=run.num_micro,
             precision=precision,
         )
-    accelerator.print("".join(f"auto       {reason}\n" for reason in reasons), end="")
+    accelerator.print("".join(f"auto       {plain(reason)}\n" for reason in reasons), end="")
     return run
 
 
@@ -310,7 +311,7 @@ def save(run: Run, *, is_last: bool) -> Path | None:
         folder = save_checkpoint(run.folder, run.step, run.model, run.optimizer, state)
     except OSError as error:
         if not is_last:
-            accelerator.print(f"WARNING: {error}; the run goes on, and the next save tries again")
+            accelerator.print(f"WARNING: {plain(error)}; the run goes on, and the next save tries again")
             return None
         on_main_process(lambda: prune_checkpoints(run.folder, replace(config, keep=max(1, config.keep - 1))))
         folder = save_checkpoint(run.folder, run.step, run.model, run.optimizer, state)

@@ -13,6 +13,7 @@ from ssl_vit.data.paths import path_to_text
 from ssl_vit.paths import PATHS, is_same
 from ssl_vit.reading import read_json, read_yaml
 from ssl_vit.run_lock import LOCK_FILE, lock_folder
+from ssl_vit.text import plain
 from ssl_vit.writing import UNFINISHED, own_folder, replace_json
 
 CONFIG_FILE, METRICS_FILE, RESULTS_FILE = "config.yaml", "metrics.jsonl", "results.json"
@@ -142,7 +143,7 @@ def open_run_folder(config: RunConfig, lengthened: int | None = None) -> tuple[R
     if config.fresh and folder.exists() and _holds_anything(folder):
         aside = folder.with_name(f"{folder.name}-before-{datetime.now():%Y%m%d-%H%M%S}")
         folder.rename(aside)
-        print(f"Moved the existing run aside: {aside}")
+        print(f"Moved the existing run aside: {plain(aside)}")
     folder.mkdir(parents=True, exist_ok=True)
     lock_folder(folder)
     own_folder(folder / PICTURES_FOLDER)

@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from ssl_vit.reading import open_regular
+from ssl_vit.text import plain
 
 LOCK_FILE = "run.lock"
 
@@ -39,7 +40,8 @@ def lock_folder(folder: Path) -> None:
     except OSError as error:
         holder = os.read(descriptor, 4096).decode(errors="replace")
         if error.errno not in (errno.EAGAIN, errno.EACCES):
-            print(f"note       {path}: this file system has no locks ({error.strerror}); start one run in this folder")
+            why = f"this file system has no locks ({error.strerror}); start one run in this folder"
+            print(f"note       {plain(path)}: {why}")
         os.close(descriptor)
         if error.errno in (errno.EAGAIN, errno.EACCES):
             raise ValueError(

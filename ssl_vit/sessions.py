@@ -26,6 +26,7 @@ from ssl_vit.data.workers import num_cpus
 from ssl_vit.distributed import cpu_name
 from ssl_vit.privacy import without_secrets
 from ssl_vit.reading import entry, read_json
+from ssl_vit.text import plain
 from ssl_vit.writing import free_space, replace_json
 
 PROVENANCE_FILE = "provenance.json"
@@ -73,11 +74,11 @@ def note_session(
             if key.startswith(MATTERS) and old is not None
         ]
         if told:
-            print(f"note       not as when this run was started last: {', '.join(told)}")
+            print(f"note       not as when this run was started last: {plain(', '.join(told))}")
     try:
         replace_json(path, {"sessions": [*sessions, session]})
     except OSError as error:
-        print(f"WARNING: {path}: {error.strerror}, {free_space(folder)}; this start is not noted in it")
+        print(f"WARNING: {plain(path)}: {error.strerror}, {free_space(folder)}; this start is not noted in it")
 
 
 def versions(more: Sequence[str] = ()) -> dict[str, str]:
@@ -175,5 +176,5 @@ def _read_sessions(path: Path) -> list[dict[str, Any]]:
         found = entry(read_json(path), "sessions", list[dict], path)
         return [session for session in found if isinstance(session, dict)]
     except (OSError, ValueError) as error:
-        print(f"WARNING: {path}: cannot be read and begins anew: {error!r}")
+        print(f"WARNING: {plain(path)}: cannot be read and begins anew: {plain(repr(error))}")
         return []

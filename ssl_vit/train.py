@@ -35,7 +35,9 @@ from ssl_vit.optim import clip_gradients, clip_groups, set_schedule
 from ssl_vit.profiling import StepTrace
 from ssl_vit.run import Ending, Run, as_written, build_sampler, heartbeat, open_batches, resume, save, set_up
 from ssl_vit.run_folder import METRICS_FILE, RESULTS_FILE, is_finished
+from ssl_vit.text import plain
 from ssl_vit.tracking import start_tracker
+from ssl_vit.writing import tell_error
 
 GO_ON = "The same command goes on from the newest checkpoint."
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -56,17 +58,16 @@ def main(defaults: RunConfig, quickstart: str | None = None, ending: Ending = re
         try:
             run = set_up(parse_run(defaults, args), ending)
         except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+            return tell_error(error)
         return train(run)
     except (FloatingPointError, OSError, ValueError) as error:
         text = " ".join(str(error).split()).rstrip(".")
-        print(f"error: {text}. The checkpoints before it are whole.", file=sys.stderr)
+        print(f"error: {plain(text)}. The checkpoints before it are whole.", file=sys.stderr)
         return 1
     except RuntimeError as error:
         if not lost_process(error):
             raise
-        reason = " ".join(str(error).split())[:200]
+        reason = plain(" ".join(str(error).split()), 200)
         print(f"error: another process of this run ended or cannot be reached ({reason}). {GO_ON}", file=sys.stderr)
         return 1
     finally:
@@ -89,7 +90,7 @@ def train(run: Run) -> int:
     if run.faults.collapse and run.config.on_collapse == "stop" and not is_done(run):
         heartbeat(run, "stopped")
         run.accelerator.print(
-            f"This run stopped since it collapsed at {run.faults.collapse}\n"
+            f"This run stopped since it collapsed at {plain(run.faults.collapse)}\n"
             "--on_collapse warn goes on with it, --fresh starts it anew."
         )
         return EXIT_COLLAPSED
@@ -302,7 +303,7 @@ def finish(run: Run, nothing_done: bool) -> None:
             judges, collapse = run.judges, run.faults.collapse
             run.ending.finish(config, accelerator, objective, run.source, judges, run.num_steps, collapse)
     if run.faults.collapse:
-        accelerator.print(f"WARNING: the features of this backbone collapsed at {run.faults.collapse}")
+        accelerator.print(f"WARNING: the features of this backbone collapsed at {plain(run.faults.collapse)}")
     heartbeat(run, "finished")
 
 

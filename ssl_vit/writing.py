@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ssl_vit.reading import open_regular, read_lines
+from ssl_vit.text import plain
 
 UNFINISHED = "unfinished-"
 """What the names of files and folders begin with that are not whole yet."""
@@ -178,7 +179,7 @@ def tell_error(error: Exception, *, failed_proof: bool = False) -> int:
         text += "; loader processes need /dev/shm, a larger one where it is full (docker: --shm-size), or num_workers 0"
     elif isinstance(error, RuntimeError) and not failed_proof:
         raise error
-    print(f"error: {text}", file=sys.stderr, flush=True)
+    print(f"error: {plain(text)}", file=sys.stderr, flush=True)
     return code
 
 
@@ -205,7 +206,7 @@ class JsonLines:
         except OSError as error:
             if not late:
                 print(
-                    f"WARNING: {self.path}: {error.strerror}, {free_space(self.path.parent)}; "
+                    f"WARNING: {plain(self.path)}: {error.strerror}, {free_space(self.path.parent)}; "
                     "what is to be logged waits until it can be written",
                     file=sys.stderr,
                     flush=True,

@@ -19,6 +19,7 @@ from ssl_vit.data.streaming import BadSample, Stream
 from ssl_vit.data.workers import leave_signals_to_the_main_process
 from ssl_vit.distributed import process_index, world_size
 from ssl_vit.reading import entry, read_metrics, read_records
+from ssl_vit.text import plain
 from ssl_vit.writing import JsonLines, forget_after
 
 BAD_IMAGES_FILE = "bad_images.jsonl"
@@ -166,7 +167,7 @@ def look_beforehand(source: Source | Stream, config: DataConfig, num_channels: i
             "allow more with --data.max_bad_share"
         )
     if not isinstance(source, DecodedSource):  # which was looked at before it was decoded
-        print(f"note       {found} cannot be decoded; the first: {bad[0]}")
+        print(f"note       {found} cannot be decoded; the first: {plain(bad[0])}")
 
 
 def _by_chance(num_bad: int, num_seen: int, share: float) -> float:

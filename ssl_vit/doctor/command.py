@@ -14,6 +14,7 @@ from ssl_vit.config import RunConfig, as_stored, own_folder, parse_run
 from ssl_vit.data.sources import open_source
 from ssl_vit.doctor.diagnose import Measure, adopt, diagnose
 from ssl_vit.doctor.page import as_text
+from ssl_vit.writing import tell_error
 
 
 def examine(
@@ -46,8 +47,7 @@ def examine(
         text = " ".join(str(error).split())
         if "objective." in text and "no such" in text:
             text += f". Settings were read as {type(defaults.objective).__name__}'s; --objective names another"
-        print(f"error: {text}", file=sys.stderr)
-        return 2
+        return tell_error(ValueError(text))
     facts = diagnose(config, source, sample=sample, step=step, adopts=config_file is not None)
     print(json.dumps(facts, indent=2) if as_json else as_text(facts, step_is_off=step == "false"))
     if config_file is not None and facts["settings"] is None:
@@ -56,8 +56,7 @@ def examine(
         try:
             write_settings(defaults, adopt(config, facts["settings"]), config_file)
         except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+            return tell_error(error)
         print(f"written to {config_file}", file=sys.stderr)
     return 1 if facts["problems"] else 0
 

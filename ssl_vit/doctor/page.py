@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from ssl_vit.data.copies import INSTALL
+from ssl_vit.text import plain
 
 _LABEL = 14  # width of the left column
 _WIDTH = 110
@@ -83,7 +84,7 @@ def _settings(facts: dict[str, Any]) -> list[str]:
     what = f"mean and deviation of {facts['pixels']['count']:,} pixels"
     if facts["pretrained"] is not None:
         what = f"normalisation of {facts['pretrained']}"
-    lines = [f"{what}, to be pasted into a config:"]
+    lines = [f"{plain(what)}, to be pasted into a config:"]
     return [*lines, *(f"  {line}" for line in text.splitlines()), ""]
 
 
@@ -150,7 +151,7 @@ def _memory(run: dict[str, Any]) -> list[str]:
 
 def _line(label: str, text: str) -> str:
     return textwrap.fill(
-        text,
+        plain(text),
         _WIDTH,
         initial_indent=f"{label:{_LABEL}}",
         subsequent_indent=" " * _LABEL,
@@ -160,7 +161,7 @@ def _line(label: str, text: str) -> str:
 
 
 def _item(text: str) -> str:
-    return textwrap.fill(text, _WIDTH, initial_indent="  - ", subsequent_indent="    ", break_on_hyphens=False)
+    return textwrap.fill(plain(text), _WIDTH, initial_indent="  - ", subsequent_indent="    ", break_on_hyphens=False)
 
 
 def _counts(counts: dict[str, int], verb: str = "") -> str:

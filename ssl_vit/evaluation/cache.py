@@ -20,6 +20,7 @@ from ssl_vit.data.sources import Source
 from ssl_vit.distributed import process_index
 from ssl_vit.evaluation.features import EvalTransform
 from ssl_vit.manifest import read_sealed, save_sealed
+from ssl_vit.text import plain
 from ssl_vit.writing import UNFINISHED, own_folder
 
 _FORMAT = 2  # raised when features are computed otherwise
@@ -58,7 +59,7 @@ def cached_features(
                 save_sealed(features, Path(unfinished) / file.name, key)
                 (Path(unfinished) / file.name).replace(file)
         except (SafetensorError, OSError) as error:
-            print(f"Features are not kept for the next time: {error}")
+            print(f"Features are not kept for the next time: {plain(error)}")
     return features
 
 

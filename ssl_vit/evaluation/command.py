@@ -30,6 +30,7 @@ from ssl_vit.export.backbone import (
 from ssl_vit.flags import as_flags, in_one_line, said_of
 from ssl_vit.front import stoppable
 from ssl_vit.models.encoder import Encoder
+from ssl_vit.text import plain
 from ssl_vit.writing import FAULTS, replace_text, tell_error
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -284,7 +285,7 @@ def write_result(
     except OSError as error:
         reason = error.strerror or error
         raise ValueError(f"{file}: the result cannot be written ({reason}); name another file with --output") from error
-    print(f"written to {file}")
+    print(f"written to {plain(file)}")
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

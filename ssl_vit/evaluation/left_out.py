@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ssl_vit.data.bad_images import BAD_IMAGES_FILE, describe_bad
 from ssl_vit.data.sources import Source
+from ssl_vit.text import plain
 from ssl_vit.writing import replace_text
 
 
@@ -67,4 +68,4 @@ def write_bad(output: Path, bad: Sequence[Mapping[str, Any]]) -> None:
         return
     replace_text(file, "".join(json.dumps(item) + "\n" for item in bad))
     number = "1 image" if len(bad) == 1 else f"{len(bad):,} images"
-    print(f"note: left out, since it cannot be decoded: {number}; {file} says which and why")
+    print(f"note: left out, since it cannot be decoded: {number}; {plain(file)} says which and why")

@@ -7,7 +7,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
+from ssl_vit.text import plain
+
 _Z95 = 1.959963984540054  # half the width of a central 95 % interval, in standard deviations
+_WIDEST = 80  # characters of a cell of a table
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +124,7 @@ def _interval(score: Score) -> str:
 
 def lay_out(lines: Sequence[Sequence[str]]) -> str:
     """A table as text: the first line is its heading, the first column is set left and the others right."""
+    lines = [[plain(entry, _WIDEST) for entry in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [
         "   ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])

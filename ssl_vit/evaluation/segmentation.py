@@ -37,6 +37,7 @@ from ssl_vit.evaluation.masks import MaskedSource, centre_pair, open_masked, ran
 from ssl_vit.evaluation.scores import lay_out
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.schedules import warmup_cosine
+from ssl_vit.text import plain
 
 TEST_FOLDS = 5  # without a test source one part in so many of the pictures is tested
 PICK_FOLDS = 10  # one part in so many of what remains picks among the heads
@@ -294,7 +295,7 @@ def evaluate_segmentation(path: Path, config: SegmentationConfig) -> None:
     for name, item in rows.items():
         shown = f"{100 * item.miou:.1f} [{100 * item.low:.1f}, {100 * item.high:.1f}]"
         lines.append([name, shown, f"{100 * item.pixel_accuracy:.1f}", str(len(test))])
-    print(f"tested on {test_name}\n{lay_out(lines)}\n")
+    print(f"tested on {plain(test_name)}\n{lay_out(lines)}\n")
     print(lay_out([["class", "IoU, %"], *([str(k), f"{100 * v:.1f}"] for k, v in rows["backbone"].iou.items())]))
     result = {"backbone": str(backbone.file), "test": test_name, "num_classes": num_classes, "num_train": len(train)}
     result |= {"num_test": len(test), "num_bad": len(bad), "crop_pct": backbone.transform.crop_pct}

@@ -21,6 +21,7 @@ from ssl_vit.export.classifier import export_classifier
 from ssl_vit.metrics import MetricLog
 from ssl_vit.results import open_test_source
 from ssl_vit.run_folder import METRICS_FILE, RESULTS_FILE, write_results
+from ssl_vit.text import plain
 
 TEST_FOLDS = 5  # without a test source one part in so many of the pictures is tested
 PICK_FOLDS = 10  # one part in so many of what remains picks among several heads
@@ -115,7 +116,7 @@ def finish(
         classes = per_class(scores[best], source.class_names)
         kind = "fine-tuned" if isinstance(objective, FineTune) else "attentive"
         rows = {kind: {"test": scores[best]}}
-        print(f"tested on {judges.test_name}\n{format_table(rows)}")
+        print(f"tested on {plain(judges.test_name)}\n{format_table(rows)}")
         if picked:
             shown = ", ".join(f"{name} {score.accuracy:.1%}" for name, score in picked.items())
             print(f"{best} was picked on {len(judges.pick or ())} held-out training pictures: {shown}")

@@ -13,6 +13,7 @@ from ssl_vit.export.run import Trained
 from ssl_vit.privacy import public
 from ssl_vit.reading import read_json, read_metrics
 from ssl_vit.run_folder import METRICS_FILE, RESULTS_FILE
+from ssl_vit.text import cell, code, plain
 
 _PAPERS = {
     "MAE": "masked autoencoder (He et al. 2022, arXiv:2111.06377)",
@@ -27,32 +28,34 @@ def write_card(
 ) -> str:
     """The text of the card, Markdown with the header that the Hugging Face hub reads.
 
+    What files and settings say stands in it as text: `cell` and `code`, and YAML that is dumped.
+
     Args:
         library: the hub's name of the library that loads it.
         loading_code: Python that loads it from its own folder.
         difference: largest difference between the library's features and the trained ones.
-        proved_on: the images on which it was found.
+        proved_on: the images on which it was found, as Markdown.
         license: an identifier of the hub's; "unknown" where the user named none.
     """
     encoder, known = trained.encoder, public(trained.provenance)
-    objective = known.get("objective")
-    name = f"{encoder.config.arch}" + (f", pre-trained by {objective}" if objective else "")
+    objective = str(known["objective"]) if known.get("objective") else None
+    name = encoder.config.arch + (f", pre-trained by {objective}" if objective else "")
     tags = ["image-feature-extraction", "self-supervised-learning", "vision-transformer", "ssl_vit"]
     header = ModelCardData(
         license=license,
         library_name=library,
         pipeline_tag="image-feature-extraction",
-        tags=[*tags, *([objective.lower()] if objective else [])],
+        tags=[*tags, *([plain(objective.lower(), 60)] if objective else [])],
     )
-    licence = f"`{license}`" if license != "unknown" else "not stated; `--license` of the export names it"
+    licence = code(license) if license != "unknown" else "not stated; `--license` of the export names it"
     if known.get("attribution"):
-        licence += f". Of the images: {known['attribution']}"
+        licence += f". Of the images: {cell(known['attribution'])}"
     rows = [*_describe(trained), ("licence", licence)]
     table = "\n".join(f"| {key} | {value} |" for key, value in rows if value is not None)
     scores = list(_scores(trained.folder))
     text = [
         f"---\n{header.to_yaml()}\n---",
-        f"# {name}",
+        f"# {cell(name)}",
         ("A Vision Transformer pre-trained without labels" if objective else "A Vision Transformer, converted")
         + f" by [ssl_vit](https://pypi.org/project/ssl-vit) {ssl_vit.__version__}.",
         f"```python\n{loading_code.rstrip()}\n```",
@@ -75,26 +78,29 @@ def _describe(trained: Trained) -> Iterator[tuple[str, Any]]:
     yield "parameters", f"{sum(value.numel() for value in encoder.parameters()) / 1e6:.1f} M"
     objective = known.get("objective")
     if known.get("pretrained"):
-        yield "weights of" if objective is None else "started from", f"`{known['pretrained']}`"
+        yield "weights of" if objective is None else "started from", code(known["pretrained"])
     if objective is None:
         return
-    yield "objective", _PAPERS.get(objective, objective)
+    yield "objective", _PAPERS.get(str(objective)) or cell(objective)
     if known.get("collapse"):
-        yield "warning", f"its features collapsed at {known['collapse']}"
+        yield "warning", f"its features collapsed at {cell(known['collapse'])}"
     if known.get("weights"):
-        yield "weights", known["weights"]
-    images = f", {known['num_images']:,} images" if known.get("num_images") else ""
+        yield "weights", cell(known["weights"])
+    images = f", {_number(known['num_images'])} images" if known.get("num_images") else ""
     source = known.get("source")
-    yield "data", f"`{as_text(source) if isinstance(source, dict) else source}`{images}"
+    yield "data", code(as_text(source) if isinstance(source, dict) else source) + images
     if known.get("steps"):
-        batch = known.get("batch_size")
-        yield "training", f"{known['steps']:,} steps of {batch} images"
+        yield "training", f"{_number(known['steps'])} steps of {_number(known.get('batch_size'))} images"
     hours = training_hours(trained.folder / METRICS_FILE, known.get("batch_size"))
     if known.get("hardware"):
-        yield "hardware", known["hardware"] + (f", {hours:.2g} hours" if hours is not None else "")
+        yield "hardware", cell(known["hardware"]) + (f", {hours:.2g} hours" if hours is not None else "")
     for title, key in (("recipe", "objective_config"), ("optimizer", "optim")):
-        if known.get(key):
-            yield title, ", ".join(f"{name} {value}" for name, value in known[key].items())
+        if isinstance(known.get(key), dict):
+            yield title, cell(", ".join(f"{name} {value}" for name, value in known[key].items()))
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else cell(value)
 
 
 def training_hours(metrics: Path, batch_size: int | None) -> float | None:
@@ -117,11 +123,11 @@ def _scores(folder: Path) -> Iterator[str]:
             yield heading
             heading = ""
         data = measured_on(public(read_json(folder / name)))
-        yield f"| {name} | {row} | {column} | {100 * value:.1f} % | {interval} | {data} |"
+        yield f"| {name} | {cell(row)} | {cell(column)} | {100 * value:.1f} % | {cell(interval)} | {data} |"
 
 
 def measured_on(result: dict[str, Any]) -> str:
-    """In words, which images a result was measured on and what was learned from; of older files, what they tell."""
+    """In words as Markdown, which images a result was measured on and what was learned from; of older files, what they tell."""
     told: dict[str, Any] = {}
     for part in (result.get("settings"), result, result.get("judged_on")):
         told |= part if isinstance(part, dict) else {}
@@ -129,7 +135,7 @@ def measured_on(result: dict[str, Any]) -> str:
     if not isinstance(source, str) and test is None:
         return "not recorded"
     tested = _data(str(test or source), told.get("test_split") or told.get("split"), told.get("num_test"))
-    tested += f" of {told['num_classes']} classes" if told.get("num_classes") else ""
+    tested += f" of {_number(told['num_classes'])} classes" if told.get("num_classes") else ""
     if test is None:
         return f"{tested}, each by what was learned from others"
     learned = _data(source, told.get("split"), told.get("num_train")) if isinstance(source, str) else ""
@@ -140,8 +146,8 @@ def _data(name: str, split: str | None, number: int | None) -> str:
     """A source without the folders it lies in."""
     held_out, _, rest = name.rpartition(" of ") if name.startswith("a held-out") else ("", "", name)
     short = re.sub(r"[^\s,{]*/", "", rest) if rest.startswith("{") else rest.rstrip("/").rpartition("/")[2]
-    text = f"{held_out} of `{short}`" if held_out else f"`{short}`"
-    return text + (f" ({split})" if split else "") + (f", {number:,} images" if isinstance(number, int) else "")
+    text = f"{cell(held_out)} of {code(short)}" if held_out else code(short)
+    return text + (f" ({cell(split)})" if split else "") + (f", {number:,} images" if isinstance(number, int) else "")
 
 
 def found_scores(folder: Path) -> Iterator[tuple[str, str, str, float, str]]:

@@ -1,11 +1,11 @@
 """What scripts/export.py does with its arguments."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from ssl_vit.export.run import export_fine_tuned, export_run, is_fine_tuned, open_trained
 from ssl_vit.export.targets import TARGETS, export_to, proof_images, push
+from ssl_vit.text import plain
 from ssl_vit.writing import FAULTS, tell_error
 
 
@@ -46,16 +46,15 @@ def _export(args: argparse.Namespace) -> int:
         targets.append("transformers_mae")
     proof = proof_images(trained, args.images)
     reason = f", since none of its own can be read: {proof.why}; name others with --images" if proof.why else ""
-    print(f"Comparing on {proof.name}{reason}.")
+    print(f"Comparing on {plain(proof.name + reason)}.")
     code = 0
     for target in dict.fromkeys(targets):
         try:
             found = export_to(trained, target, out, proof, license=args.license, overwrite=args.overwrite)
         except ValueError as error:  # the other libraries may take it
-            print(f"error: --to {target}: {error}", file=sys.stderr)
-            code = 2
+            code = tell_error(ValueError(f"--to {target}: {error}"))
             continue
-        print(f"{target:<17}{found.folder}   largest difference {found.difference:.1e}")
+        print(f"{target:<17}{plain(found.folder)}   largest difference {found.difference:.1e}")
         if args.push_to_hub:
             print(f"Uploaded to {push(found.folder, args.push_to_hub, private=args.private)}")
     return code

@@ -22,6 +22,7 @@ from ssl_vit.flags import said_of
 from ssl_vit.models.encoder import Features
 from ssl_vit.models.vit import set_fused_attention
 from ssl_vit.privacy import public
+from ssl_vit.text import code
 from ssl_vit.writing import UNFINISHED, flush, fresh_folder, naming_full_disk, replace_folder, restore_folder
 
 _NUM_IMAGES = 3
@@ -167,7 +168,7 @@ def proof_images(trained: Trained, source: str | None = None) -> Proof:
             found = {at: image for image, at in (opened.next_image(row, encoder.in_chans) for row in rows)}
             pictures = list(found.values())
         images = torch.stack([centre_crop(picture, encoder.image_size, trained.crop_pct) for picture in pictures])
-        name = f"{len(images)} images of `{public(opened.name)}`"
+        name = f"{len(images)} images of {code(public(opened.name))}"
     except ValueError as error:
         if source is not None:
             raise

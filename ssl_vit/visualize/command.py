@@ -9,6 +9,7 @@ import torch
 from ssl_vit.data.sources import open_source
 from ssl_vit.export.run import Trained, data_settings, open_trained
 from ssl_vit.run_folder import CONFIG_FILE, PICTURES_FOLDER
+from ssl_vit.text import plain
 from ssl_vit.visualize.attention import attention_from, draw_attention, has_plain_attention, shows_attention
 from ssl_vit.visualize.film import write_film
 from ssl_vit.visualize.inputs import Pictures, naming, open_pictures
@@ -33,7 +34,7 @@ def visualize(args: argparse.Namespace) -> int:
         pictures = open_pictures(trained, args.images, number=args.num_images, seed=args.seed, image_size=size)
         for what in args.what or _possible(trained):
             for path in _draw(what, trained, pictures, out, args):
-                print(path)
+                print(plain(path))
     except FAULTS as error:
         return tell_error(error)
     return 0
@@ -46,7 +47,7 @@ def film(args: argparse.Namespace) -> int:
         number = write_film(args.path, out, seconds=args.seconds, width=args.width)
     except FAULTS as error:
         return tell_error(error)
-    print(f"{out}   {number} pictures")
+    print(f"{plain(out)}   {number} pictures")
     return 0
 
 

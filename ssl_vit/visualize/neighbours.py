@@ -14,6 +14,7 @@ from ssl_vit.data.sources import Source
 from ssl_vit.evaluation.features import EvalTransform, centre_crop, extract_features, select_feature
 from ssl_vit.evaluation.scores import class_name
 from ssl_vit.export.run import Trained
+from ssl_vit.text import plain
 from ssl_vit.visualize.grid import draw_grid, to_rgb
 from ssl_vit.visualize.inputs import Pictures
 
@@ -90,7 +91,7 @@ def draw_neighbours(
         ["query", *(f"nearest {place + 1}" for place in range(k))],
         path,
         title="Nearest neighbours",
-        caption=f"Cosine similarity of {what}, among {len(rows):,} images of {gallery.name}.",
+        caption=f"Cosine similarity of {what}, among {len(rows):,} images of {plain(gallery.name, 200)}.",
         cells=cells,
     )
 
@@ -102,4 +103,5 @@ def _label(source: Source, row: int) -> str:
 
 
 def _short(text: str, most: int = 19) -> str:
+    text = plain(text)
     return text if len(text) <= most else text[: most - 1] + "…"
