@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssl_vit.front import heed_signals, stoppable
+from ssl_vit.front import add_open_source, heed_signals, stoppable
 
 if __name__ == "__main__":
     heed_signals()
@@ -27,7 +27,8 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--weights", help="teacher (default) or student of DINO and DINOv2; average-last-K of the last K checkpoints"
     )
-    parser.add_argument("--images", help="a source of images to compare on [what it was trained on]")
+    parser.add_argument("--images", "--data.source", metavar="SOURCE", help="images to compare on [generated ones]")
+    add_open_source(parser)
     parser.add_argument("--license", default="unknown", help="the weights' licence for the model card, as apache-2.0")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in the folders of OUT")
     parser.add_argument("--push_to_hub", metavar="NAMESPACE/NAME", help="upload the one library's folder to the hub")

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssl_vit.front import heed_signals, stoppable
+from ssl_vit.front import add_open_source, heed_signals, stoppable
 from ssl_vit.text import plain
 
 if __name__ == "__main__":
@@ -29,10 +29,14 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, finished or not")
     parser.add_argument("--out", type=Path, help="the file to write [report.html in the first run's folder]")
     parser.add_argument("--panel_images", type=int, default=3, help="pictures of the panel; 0 leaves it out [3]")
+    parser.add_argument("--data.source", dest="source", metavar="SOURCE", help="whose images the panels show")
+    add_open_source(parser)
     given = parser.parse_args(args)
     out = given.out or given.runs[0] / "report.html"
     try:
-        notes = write_report(given.runs, out, num_images=given.panel_images)
+        notes = write_report(
+            given.runs, out, num_images=given.panel_images, source=given.source, asked=given.open_source
+        )
         runs = [read_run(folder) for folder in given.runs]
     except FAULTS as error:
         return tell_error(error)

@@ -1,6 +1,6 @@
 """Draw what a backbone has learned about any pictures, at any time.
 
-python scripts/visualize.py RUN                                      all it can show, about what it was trained on
+python scripts/visualize.py RUN --open_source true                   all it can show, about what it was trained on
 python scripts/visualize.py RUN a.jpg b.jpg --what attention pca     about your own pictures, or about a source
 python scripts/visualize.py RUN --what reconstructions --mask_ratios 0.5 0.75 0.9 --mask random block
 python scripts/visualize.py RUN --what neighbours --gallery my_images
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssl_vit.front import heed_signals, stoppable
+from ssl_vit.front import add_open_source, heed_signals, stoppable
 
 if __name__ == "__main__":
     heed_signals()
@@ -34,7 +34,9 @@ def main(args: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="folder of a run, of a checkpoint or an export; or published weights")
-    parser.add_argument("images", nargs="*", help="image files, or one source [what it was trained on]")
+    parser.add_argument("images", nargs="*", help="image files, or one source")
+    parser.add_argument("--data.source", dest="source", metavar="SOURCE", help="one source")
+    add_open_source(parser)
     parser.add_argument("--what", nargs="+", choices=WHAT, help="what to draw [all but neighbours]")
     parser.add_argument("--out", type=Path, help="folder for the pictures [PATH/pictures]")
     parser.add_argument("--format", choices=("png", "webp"), default="png", help="[png]")
@@ -51,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--hide", nargs="+", metavar="P", help="patches to remove, such as 3 or 16-31, instead of these"
     )
-    parser.add_argument("--gallery", help="source in which neighbours are looked for [what it was trained on]")
+    parser.add_argument("--gallery", help="source in which neighbours are looked for")
     parser.add_argument("--gallery_size", type=_positive, default=2000, help="most pictures of the gallery [2000]")
     return parser
 

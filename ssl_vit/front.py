@@ -1,5 +1,6 @@
 """What every script does around its work: a signal ends it in one line, and libraries' warnings come once."""
 
+import argparse
 import io
 import logging
 import os
@@ -74,6 +75,20 @@ def stoppable(hint: str = "") -> Callable[[Callable[P, int]], Callable[P, int]]:
         return stopped_in_one_line
 
     return decorate
+
+
+def add_open_source(parser: argparse.ArgumentParser) -> None:
+    """The flag that lets a script open what a run's folder names, as `--open_source` or `--open_source true`."""
+    parser.add_argument(
+        "--open_source",
+        nargs="?",
+        const=True,
+        default=False,
+        type={"true": True, "false": False}.get,
+        choices=(True, False),
+        metavar="true",
+        help="open the images that the run's folder says it was trained on; a stranger may have written it [false]",
+    )
 
 
 @contextmanager

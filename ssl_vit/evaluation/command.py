@@ -44,7 +44,9 @@ class PicturesConfig:
 
     source: str | dict[str, float] | None = None
     """Pictures, as in pre-training's data.source but no stream; labelled, where they are learned from; `null` = the
-    run's."""
+    run's, where open_source says so."""
+    open_source: bool = False
+    """Open the pictures that the run was trained on, which its folder names: a stranger may have written it."""
     split: str = "train"
     """Split of the source."""
     image_column: str | None = None
@@ -182,9 +184,9 @@ def data_config(backbone: Backbone, config: PicturesConfig, label_column: str | 
     """The pictures that a script names.
 
     Raises:
-        ValueError: none are named, and the backbone does not say what it was trained on.
+        ValueError: none are named, and the backbone does not say what it was trained on, or it is not to be opened.
     """
-    source = config.source or own_source(backbone.folder)
+    source = config.source or own_source(backbone.folder, asked=config.open_source)
     if source is None:
         raise ValueError("--source: name the pictures")
     mean, std = backbone.transform.mean, backbone.transform.std
@@ -213,7 +215,7 @@ def tell_notes(*sources: Source | None) -> None:
     """Print what the user should know of the images, once for each note."""
     notes = dict.fromkeys(note for source in sources if source is not None for note in source.notes)
     if process_index() == 0:
-        print("".join(f"note       {note}\n" for note in notes), end="")
+        print("".join(f"note       {plain(note)}\n" for note in notes), end="")
 
 
 @stoppable()

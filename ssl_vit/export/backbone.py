@@ -233,12 +233,31 @@ def read_normalisation(config: dict[str, Any], file: Path) -> tuple[tuple[float,
     return mean, std, entry(cfg, "crop_pct", float, file)
 
 
-def own_source(folder: Path) -> str | dict[str, float] | None:
-    """What a backbone was trained on, as its run's settings beside it say, or else its export; see `place_of`."""
+def own_source(folder: Path, *, asked: bool) -> str | dict[str, float] | None:
+    """What a backbone was trained on, as its run's settings beside it say, or else its export; see `place_of`.
+
+    Raises:
+        ValueError: see `check_asked`.
+    """
     settings = folder / "config.yaml"
     if os.path.lexists(settings):
-        return entry(read_yaml(settings), "data.source", str | dict[str, float], settings)
-    return place_of(read_config(folder)["ssl_vit"].get("source"))
+        source = entry(read_yaml(settings), "data.source", str | dict[str, float], settings)
+    else:
+        source = place_of(read_config(folder)["ssl_vit"].get("source"))
+    if source is not None:
+        check_asked(source, folder, asked=asked)
+    return source
+
+
+def check_asked(source: str | dict[str, float], folder: Path, *, asked: bool) -> None:
+    """Let what a folder names be opened where the user asked for it; a stranger may have written its settings.
+
+    Raises:
+        ValueError: the user did not, and it is not what comes with this package.
+    """
+    if not asked and source != "openmoji":
+        what = f"{folder} names it, and a stranger's settings open nothing unasked; --open_source true opens it"
+        raise ValueError(f"data.source={source!r}: {what}")
 
 
 def place_of(source: Any) -> str | dict[str, float] | None:

@@ -127,7 +127,7 @@ def _scores(folder: Path) -> Iterator[str]:
 
 
 def measured_on(result: dict[str, Any]) -> str:
-    """In words as Markdown, which images a result was measured on and what was learned from; of older files, what they tell."""
+    """As Markdown, which images a result was measured on and what was learned from, as far as it tells."""
     told: dict[str, Any] = {}
     for part in (result.get("settings"), result, result.get("judged_on")):
         told |= part if isinstance(part, dict) else {}

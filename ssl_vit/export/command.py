@@ -44,7 +44,7 @@ def _export(args: argparse.Namespace) -> int:
     has_plain_decoder = trained.mae is not None and trained.mae.config.decoder == "self"
     if "transformers" in targets and has_plain_decoder and not args.push_to_hub:
         targets.append("transformers_mae")
-    proof = proof_images(trained, args.images)
+    proof = proof_images(trained, args.images, asked=args.open_source)
     reason = f", since none of its own can be read: {proof.why}; name others with --images" if proof.why else ""
     print(f"Comparing on {plain(proof.name + reason)}.")
     code = 0

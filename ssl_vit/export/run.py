@@ -18,6 +18,7 @@ from ssl_vit.evaluation.supervised import export_settings
 from ssl_vit.export.backbone import (
     BACKBONE_FILE,
     WEIGHTS_HASH,
+    check_asked,
     check_sizes,
     describe,
     export_backbone,
@@ -159,18 +160,26 @@ def _data_config(settings: dict[str, Any]) -> DataConfig:
         return settings_of(DataConfig, settings["data"])
 
 
-def data_settings(trained: Trained, source: str | None = None) -> DataConfig:
+def data_settings(trained: Trained, source: str | None = None, *, asked: bool = False) -> DataConfig:
     """How the pictures of `source` are read, or those that a backbone was trained on, as far as that is known.
 
     Args:
         source: as in `data.source`; a mixture as it is written on the command line.
+        asked: whether the user wants opened what the backbone was trained on; see `check_asked`.
+
+    Raises:
+        ValueError: no source is named, and that of the backbone is not known or was not asked for.
     """
     settings_file = trained.folder / CONFIG_FILE
     known = _data_config(read_settings(trained.folder)) if settings_file.is_file() else DataConfig()
     if source is None and settings_file.is_file():
+        check_asked(known.source, trained.folder, asked=asked)
         return known
     named = yaml.safe_load(source) if source and source.startswith("{") and source.endswith("}") else source
-    named = named or place_of(trained.provenance.get("source"))
+    own = None if named else place_of(trained.provenance.get("source"))
+    if own is not None:
+        check_asked(own, trained.folder, asked=asked)
+        named = own
     if named is None:
         raise ValueError(f"{trained.folder}: does not say where the images lie that it was trained on; name some")
     return DataConfig(named, mean=trained.mean, std=trained.std, pages=known.pages, label_column="none")

@@ -150,8 +150,11 @@ def _difference(expected: Tensor, found: Tensor) -> float:
     return difference
 
 
-def proof_images(trained: Trained, source: str | None = None) -> Proof:
+def proof_images(trained: Trained, source: str | None = None, *, asked: bool = False) -> Proof:
     """A few images of `source`, or of what the backbone was trained on; generated ones where that cannot be opened.
+
+    Args:
+        asked: see `check_asked`.
 
     Raises:
         ValueError: `source` is named and cannot be opened.
@@ -159,7 +162,7 @@ def proof_images(trained: Trained, source: str | None = None) -> Proof:
     encoder, why = trained.encoder, ""
     try:
         with said_of({"data.source": "--images"} if source is not None else {}):
-            opened = open_images(data_settings(trained, source))
+            opened = open_images(data_settings(trained, source, asked=asked))
         if isinstance(opened, Stream):
             pictures = opened.first_images(_NUM_IMAGES, encoder.in_chans)
         else:

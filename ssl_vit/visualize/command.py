@@ -31,7 +31,9 @@ def visualize(args: argparse.Namespace) -> int:
         trained = open_trained(args.path, args.weights)
         out = args.out or _own_folder(args.path)
         size = None if args.image_size is None else (args.image_size[0], args.image_size[-1])
-        pictures = open_pictures(trained, args.images, number=args.num_images, seed=args.seed, image_size=size)
+        named = args.images or [args.source] if args.source else args.images
+        settings = {"seed": args.seed, "image_size": size, "asked": args.open_source}
+        pictures = open_pictures(trained, named, number=args.num_images, **settings)
         for what in args.what or _possible(trained):
             for path in _draw(what, trained, pictures, out, args):
                 print(plain(path))
@@ -101,7 +103,7 @@ def _draw(what: str, trained: Trained, pictures: Pictures, out: Path, args: argp
         return [path]
     if what == "neighbours":
         with naming("--gallery", args.gallery):
-            gallery = open_source(data_settings(trained, args.gallery))
+            gallery = open_source(data_settings(trained, args.gallery, asked=args.open_source))
         draw_neighbours(trained, pictures, gallery, path, most=args.gallery_size, seed=args.seed)
         return [path]
     with torch.inference_mode():

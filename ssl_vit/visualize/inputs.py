@@ -28,7 +28,13 @@ class Pictures(NamedTuple):
 
 
 def open_pictures(
-    trained: Trained, given: Sequence[str], *, number: int, seed: int, image_size: tuple[int, int] | None = None
+    trained: Trained,
+    given: Sequence[str],
+    *,
+    number: int,
+    seed: int,
+    image_size: tuple[int, int] | None = None,
+    asked: bool = False,
 ) -> Pictures:
     """Decode, resize and crop pictures as the evaluation does.
 
@@ -36,6 +42,7 @@ def open_pictures(
         given: image files; or one source, of which `number` rows are drawn by `seed`; nothing = what `trained` was
             trained on.
         image_size: height and width; None = the encoder's own.
+        asked: see `check_asked`.
 
     Raises:
         ValueError: nothing there, or a picture that cannot be decoded.
@@ -53,7 +60,7 @@ def open_pictures(
         source, rows, names = None, (), tuple(path.name for path in files)
     else:
         with naming("IMAGES", given):
-            source = open_source(data_settings(trained, given[0] if given else None))
+            source = open_source(data_settings(trained, given[0] if given else None, asked=asked))
             rng = np.random.default_rng(seed)
             rows = tuple(rng.choice(len(source), min(number, len(source)), replace=False).tolist())
             # The next good one in place of a bad one may be there already.

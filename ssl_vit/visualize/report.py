@@ -3,7 +3,8 @@
 import base64
 import io
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ import numpy as np
 import yaml
 
 from ssl_vit.config import differences
-from ssl_vit.export.run import open_trained
+from ssl_vit.export.run import Trained, open_trained
 from ssl_vit.reading import MAX_FIGURE, read_bytes
 from ssl_vit.visualize.comparison import SCORES, compare
 from ssl_vit.visualize.film import Frame, open_figure, spread
-from ssl_vit.visualize.inputs import open_pictures
+from ssl_vit.visualize.inputs import Pictures, open_pictures
 from ssl_vit.visualize.panel import panel_data
 from ssl_vit.visualize.run_data import RunData, read_run
 from ssl_vit.visualize.verdict import judge
@@ -52,11 +53,21 @@ _CURVES = {
 }
 
 
-def write_report(folders: Sequence[Path], out: Path, *, num_images: int = 3, seed: int = 0) -> list[str]:
+def write_report(
+    folders: Sequence[Path],
+    out: Path,
+    *,
+    num_images: int = 3,
+    seed: int = 0,
+    source: str | None = None,
+    asked: bool = False,
+) -> list[str]:
     """Write the report of runs.
 
     Args:
         num_images: of each run's panel, fewer where they do not fit into `MOST_BYTES`; 0 leaves the panels out.
+        source: whose images the panels show; None = each run's own.
+        asked: whether the user wants those opened, see `check_asked`; a run whose images are not has no panel.
 
     Returns:
         A line for each thing that had to be left out.
@@ -69,7 +80,10 @@ def write_report(folders: Sequence[Path], out: Path, *, num_images: int = 3, see
     if num_images:
         left = MOST_BYTES - len(render(runs).encode()) - _FRAME_BYTES
         for place, folder in enumerate(folders):
-            panels.append(_panel(folder, num_images, seed, min(_PANEL_BYTES, left // (len(folders) - place))))
+            pictures = partial(
+                open_pictures, given=[source] if source else [], number=num_images, seed=seed, asked=asked
+            )
+            panels.append(_panel(folder, pictures, min(_PANEL_BYTES, left // (len(folders) - place))))
             left -= len(json_for_script(panels[-1]))
     page = render(runs, panels)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -77,11 +91,11 @@ def write_report(folders: Sequence[Path], out: Path, *, num_images: int = 3, see
     return [f"no panel: {panel}" for panel in panels if isinstance(panel, str)]
 
 
-def _panel(folder: Path, num_images: int, seed: int, most_bytes: int) -> dict[str, Any] | str:
+def _panel(folder: Path, open_them: Callable[[Trained], Pictures], most_bytes: int) -> dict[str, Any] | str:
     """What the panel shows of a run, of as many pictures as fit; or why there is none."""
     try:
         trained = open_trained(folder)
-        pictures = open_pictures(trained, [], number=num_images, seed=seed)
+        pictures = open_them(trained)
     except ValueError as error:
         return str(error)
     reason = ""
