@@ -13,7 +13,7 @@ _UNSEEN = re.compile(
 # What a terminal takes for an order, but for colours, and but for ends of lines and the moves of a progress bar.
 _ORDERS = re.compile("(?!\x1b\\[[0-9;]*m)[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|(?<!^)\r(?!\n|$)")
 _BAR_MOVES = re.compile("\n*(?:\x1b\\[A)+")
-_SIGNS = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])")
+_SIGNS = re.compile(r"[\\`*|~$]|\](?=\()|(?<![^\W_])_|_(?![^\W_])")
 
 
 def plain(text: object, most: int = MOST) -> str:
@@ -35,7 +35,7 @@ def cell(text: object) -> str:
 def code(text: object) -> str:
     """As `cell`, set as code where that needs no escapes."""
     shown = plain(text)
-    return f"`{shown}`" if shown.strip() == shown != "" and not re.search(r"[`|\\<>&]", shown) else cell(shown)
+    return f"`{shown}`" if shown.strip() == shown != "" and not re.search(r"[`|\\<>&]", shown) else cell(text)
 
 
 def without_orders(text: str) -> str:

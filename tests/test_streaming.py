@@ -17,6 +17,7 @@ from ssl_vit.export.targets import proof_images
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.optim import OptimConfig
 from ssl_vit.run_folder import check_run_folder
+from ssl_vit.text import code
 from tests.data.shards import write_parquet, write_tars
 from tests.test_resume import command, finish, kill_at, losses, same, weights
 
@@ -105,8 +106,8 @@ def test_a_streamed_run_over_tars_is_judged_by_a_source_of_its_own_and_exported(
     assert "trained" in text
     assert json.loads((run / "results.json").read_text())["scores"]["trained"]["knn"]["n"] == 10
     described = json.loads((run / "config.json").read_text())["ssl_vit"]
-    assert (described["source"], described["num_images"]) == ("*.tar", 12)
-    assert proof_images(open_trained(run)).name == "3 images of `*.tar`"
+    assert (described["source"], described["num_images"]) == (Path(shards).name, 12)
+    assert proof_images(open_trained(run), asked=True).name == f"3 images of {code(Path(shards).name)}"
 
 
 def test_epochs_of_unknown_length_are_refused() -> None:

@@ -237,8 +237,8 @@ def test_the_images_of_a_proof_are_the_runs_own_or_the_named_ones(photos: Path) 
     trained = build(ENCODERS["learned positions"])
     assert proof_images(trained).name == "3 generated images"
     own = replace(trained, provenance={"source": str(photos)})
-    assert proof_images(own).name == "3 images of `photos`"
-    assert proof_images(own).images.shape == (3, 3, 32, 32)
+    assert proof_images(own, asked=True).name == "3 images of `photos`"
+    assert proof_images(own, asked=True).images.shape == (3, 3, 32, 32)
     with pytest.raises(ValueError, match=r"^--images='nowhere.parquet'"):
         proof_images(own, "nowhere.parquet")
 
@@ -249,12 +249,12 @@ def test_a_proof_takes_the_next_good_images_and_says_why_it_has_none(photos: Pat
     for number in range(4):
         (folder / f"{number}.png").write_bytes(next(photos.rglob("*.png")).read_bytes() if number != 0 else b"broken")
     own = replace(build(ENCODERS["learned positions"]), provenance={"source": str(folder)})
-    assert proof_images(own).name == f"2 images of `{folder}`"  # of rows 0, 1 and 3 the first is bad
-    assert proof_images(own).why == ""
+    assert proof_images(own, asked=True).name == "2 images of `bad`"  # of rows 0, 1 and 3 the first is bad
+    assert proof_images(own, asked=True).why == ""
     for file in folder.iterdir():
         file.write_bytes(b"broken")
-    assert proof_images(own).name == "3 generated images"
-    assert "nor can any of the next" in proof_images(own).why
+    assert proof_images(own, asked=True).name == "3 generated images"
+    assert "nor can any of the next" in proof_images(own, asked=True).why
 
 
 def test_pushing_says_what_the_hub_said_and_keeps_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

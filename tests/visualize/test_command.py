@@ -28,7 +28,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 
 
 def test_all_that_an_mae_can_show(mae_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = draw(capsys, mae_run, "--out", tmp_path, "--num_images", 2, "--mask", "random", "block")
+    files = draw(capsys, mae_run, "--open_source", "--out", tmp_path, "--num_images", 2, "--mask", "random", "block")
     assert files == [
         "reconstructions_random.png",
         "reconstructions_block.png",
@@ -46,7 +46,8 @@ def test_all_that_an_mae_can_show(mae_run: Path, tmp_path: Path, capsys: pytest.
 def test_all_that_dino_can_show_as_webp(dino_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     what = ["attention", "patch_attention", "pca", "neighbours"]
     files = draw(
-        capsys, dino_run, "--out", tmp_path, "--num_images", 2, "--format", "webp", "--patches", 0, 15, "--foreground",
+        capsys, dino_run, "--open_source=true", "--out", tmp_path, "--num_images", 2, "--format", "webp", "--patches", 0, 15,
+        "--foreground",
         "--what", *what,
     )  # fmt: skip
     names = ["attention", "attention_60", "patch_attention_0", "patch_attention_15", "pca", "neighbours"]
@@ -74,7 +75,7 @@ def test_files_and_an_exported_backbone(
 def test_a_mask_given_by_hand_hides_these_patches(
     mae_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    hide = ["--what", "reconstructions", "--num_images", 1, "--out", tmp_path, "--hide"]
+    hide = ["--open_source", "true", "--what", "reconstructions", "--num_images", 1, "--out", tmp_path, "--hide"]
     assert draw(capsys, mae_run, *hide, "0-7") == ["reconstructions_hidden.png"]
     with Image.open(tmp_path / "reconstructions_hidden.png") as picture:
         grey = (np.asarray(picture.convert("RGB")) == 217).all(axis=-1)
@@ -86,7 +87,7 @@ def test_a_mask_given_by_hand_hides_these_patches(
 
 def test_the_same_seed_shows_the_same_pictures(mae_run: Path, photo_folder: Path) -> None:
     trained = open_trained(mae_run)
-    first, again, other = (open_pictures(trained, [], number=4, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (open_pictures(trained, [], number=4, seed=seed, asked=True) for seed in (1, 1, 2))
     assert first.rows == again.rows != other.rows
     assert torch.equal(first.images, again.images)
     assert open_pictures(trained, [str(photo_folder)], number=4, seed=1).rows == first.rows

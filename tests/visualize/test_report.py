@@ -28,7 +28,7 @@ BROWSER = next((path for path in map(shutil.which, ("chromium", "chromium-browse
 @pytest.fixture(scope="module")
 def page(mae_run: Path, dino_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report") / "report.html"
-    assert write_report([mae_run, dino_run], out, num_images=2) == []
+    assert write_report([mae_run, dino_run], out, num_images=2, asked=True) == []
     return out
 
 
@@ -80,7 +80,7 @@ def test_text_of_others_is_escaped(mae_run: Path, tmp_path: Path) -> None:
 
 def test_the_panel_holds_the_attention_and_the_similarity_of_the_model(mae_run: Path) -> None:
     trained = open_trained(mae_run)
-    pictures = open_pictures(trained, [], number=2, seed=0)
+    pictures = open_pictures(trained, [], number=2, seed=0, asked=True)
     data = panel_data(trained, pictures)
     assert (data["grid"], data["layers"], data["heads"], data["has_cls"]) == ([4, 4], [0, 1], 2, True)
 
@@ -114,7 +114,7 @@ def test_what_does_not_fit_into_the_panel_is_left_out_evenly() -> None:
 
 def test_the_panel_keeps_to_its_size(mae_run: Path) -> None:
     trained = open_trained(mae_run)
-    pictures = open_pictures(trained, [], number=2, seed=0)
+    pictures = open_pictures(trained, [], number=2, seed=0, asked=True)
     whole = panel_data(trained, pictures)
     assert whole["layers"] == [0, 1]
     found = []
@@ -139,7 +139,7 @@ def test_panels_that_do_not_fit_are_left_out_and_the_page_says_so(
     write_report([mae_run, dino_run], out, num_images=0)
     size = out.stat().st_size
     monkeypatch.setattr(report, "MOST_BYTES", size + report._FRAME_BYTES + 1000)
-    notes = write_report([mae_run, dino_run], out)
+    notes = write_report([mae_run, dino_run], out, asked=True)
     assert [note.split(": ")[1] for note in notes] == [str(mae_run), str(dino_run)]
     assert out.stat().st_size < report.MOST_BYTES
     assert embedded(out)["panels"] == [None, None]
@@ -149,7 +149,7 @@ def test_panels_that_do_not_fit_are_left_out_and_the_page_says_so(
     assert 'id="panel-run"' not in text
     # With room for fewer pictures than were asked for, there are fewer.
     monkeypatch.setattr(report, "MOST_BYTES", size + report._FRAME_BYTES + 40_000)
-    assert write_report([mae_run, dino_run], out) == []
+    assert write_report([mae_run, dino_run], out, asked=True) == []
     assert out.stat().st_size < report.MOST_BYTES
     numbers = [len(panel["images"]) for panel in embedded(out)["panels"]]
     assert 0 < numbers[0] < 3
