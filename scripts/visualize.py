@@ -2,8 +2,8 @@
 
 python scripts/visualize.py RUN --open_source true                   all it can show, about what it was trained on
 python scripts/visualize.py RUN a.jpg b.jpg --what attention pca     about your own pictures, or about a source
-python scripts/visualize.py RUN --what reconstructions --mask_ratios 0.5 0.75 0.9 --mask random block
-python scripts/visualize.py RUN --what neighbours --gallery my_images
+python scripts/visualize.py RUN my_images --what reconstructions --mask_ratios 0.5 0.75 0.9 --mask random block
+python scripts/visualize.py RUN my_images --what neighbours --gallery my_images
 python scripts/visualize.py film RUN                                 pictures/film.gif of those drawn in training
 
 RUN may be an export, a checkpoint or published weights too. Attention and similarity start from the patch in the

@@ -46,8 +46,8 @@ def test_all_that_an_mae_can_show(mae_run: Path, tmp_path: Path, capsys: pytest.
 def test_all_that_dino_can_show_as_webp(dino_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     what = ["attention", "patch_attention", "pca", "neighbours"]
     files = draw(
-        capsys, dino_run, "--open_source=true", "--out", tmp_path, "--num_images", 2, "--format", "webp", "--patches", 0, 15,
-        "--foreground",
+        capsys, dino_run, "--open_source=true", "--out", tmp_path, "--num_images", 2, "--format", "webp",
+        "--patches", 0, 15, "--foreground",
         "--what", *what,
     )  # fmt: skip
     names = ["attention", "attention_60", "patch_attention_0", "patch_attention_15", "pca", "neighbours"]
