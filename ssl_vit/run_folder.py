@@ -8,6 +8,7 @@ from typing import Any
 
 from ssl_vit.checkpoint import STATE_FILE, newest_checkpoint, remove_unfinished
 from ssl_vit.config import RunConfig, as_plain, differences, write_config
+from ssl_vit.data.config import bytes_of_pixels
 from ssl_vit.data.outputs import MARKER, mark
 from ssl_vit.data.paths import path_to_text
 from ssl_vit.paths import PATHS, is_same
@@ -193,4 +194,7 @@ def _read_config(path: Path, config: RunConfig) -> dict[str, Any]:
         own = getattr(config, item.name)
         if is_dataclass(own) and isinstance(saved.get(item.name), dict):
             saved[item.name] = as_plain(type(own)()) | saved[item.name]
+    data = saved.get("data")
+    if isinstance(data, dict) and isinstance(data.get("max_pixels"), int):
+        data |= {"max_pixels": None, "max_image_bytes": bytes_of_pixels(data["max_pixels"])}
     return saved

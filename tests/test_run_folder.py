@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from ssl_vit.config import RunConfig
+from ssl_vit.data.bounds import MAX_IMAGE_BYTES
+from ssl_vit.data.config import DataConfig
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.run_folder import check_run_folder, open_run_folder
 from ssl_vit.writing import UNFINISHED
@@ -78,3 +80,18 @@ def test_settings_are_only_written_where_they_changed(tmp_path: Path) -> None:
     open_run_folder(config(run, log_every=7))
     assert (run / "config.yaml").stat().st_ino != before.st_ino
     assert "pid" in json.loads((run / "run.lock").read_text())
+
+
+def test_a_run_with_a_limit_of_pixels_goes_on_with_one_of_bytes(tmp_path: Path) -> None:
+    """As older versions wrote it, whose default is what is now the default."""
+    run = tmp_path / "run"
+    open_run_folder(config(run))
+    text = (run / "config.yaml").read_text()
+    new = f"  max_image_bytes: {MAX_IMAGE_BYTES}\n  max_pixels: null\n"
+    assert new in text
+    (run / "config.yaml").write_text(text.replace(new, "  max_pixels: 178956970\n"))
+    check_run_folder(config(run))
+    (run / "config.yaml").write_text(text.replace(new, "  max_pixels: 1000\n"))
+    with pytest.raises(ValueError, match=r"data.max_image_bytes 3002 -> 536870912"):
+        check_run_folder(config(run))
+    check_run_folder(config(run, data=DataConfig(max_pixels=1000)))

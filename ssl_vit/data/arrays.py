@@ -1,6 +1,7 @@
 """Images that are arrays of numbers: .npy files, and TIFF files that Pillow does not read whole."""
 
 import io
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import numpy as np
@@ -8,7 +9,8 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from ssl_vit.data.headers import TIFFPage, check_size
+from ssl_vit.data.bounds import check_before_opening, check_size
+from ssl_vit.data.headers import TIFFPage, read_jpeg
 
 try:
     import tifffile
@@ -16,6 +18,7 @@ except ImportError:
     tifffile = None
 
 NPY_SIGNATURE = b"\x93NUMPY"
+_STRIP = 2**22  # numbers that are converted at once
 ROUNDING = 1e-3
 """By how much floats may lie outside [0, 1] and be clamped: what resizing, half precision and rounding leave."""
 
@@ -35,18 +38,31 @@ def to_8_bits(values: np.ndarray, bits: int | None = None) -> np.ndarray:
         return values.astype(np.uint8) * 255
     if values.dtype in (np.uint8, np.uint16):
         white = 2 ** (bits or 8 * values.dtype.itemsize) - 1
-        return values if white == 255 else ((values.astype(np.int32) * 255 + white // 2) // white).astype(np.uint8)
+        return (
+            values
+            if white == 255
+            else _by_strips(lambda part: (part.astype(np.int32) * 255 + white // 2) // white, values)
+        )
     if values.dtype.kind != "f":
         span = f" from {values.min()} to {values.max()}" if values.dtype.kind in "iu" and values.size else ""
         raise ValueError(
             f"pixels of type {values.dtype}{span}; store them as uint8, as uint16, or as floats within [0, 1]"
         )
-    if not np.isfinite(values).all():
+    low, high = float(values.min()), float(values.max())  # NaN where there is one
+    if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError("floating-point pixels that are NaN or infinite; replace them")
-    low, high = float(values.min()), float(values.max())
     if low < -ROUNDING or high > 1 + ROUNDING:
         raise ValueError(f"floating-point pixels from {low:g} to {high:g}; scale them to [0, 1]")
-    return np.rint(np.clip(values.astype(np.float32), 0, 1) * 255).astype(np.uint8)
+    return _by_strips(lambda part: np.rint(np.clip(part.astype(np.float32), 0, 1) * 255), values)
+
+
+def _by_strips(function: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> np.ndarray:
+    """What a function gives for each number, as uint8, for some lines at a time: others would fill the memory."""
+    out = np.empty_like(values, dtype=np.uint8)
+    lines = max(1, _STRIP * len(values) // max(1, values.size))
+    for top in range(0, len(values), lines):
+        out[top : top + lines] = function(values[top : top + lines])
+    return out
 
 
 def read_npy(file: Any, num_channels: int | None = None) -> tuple[list[int], np.dtype, bool]:
@@ -65,15 +81,21 @@ def read_npy(file: Any, num_channels: int | None = None) -> tuple[list[int], np.
     except Exception as error:  # a damaged header is evaluated as Python's literals are: SyntaxError, TypeError ...
         raise ValueError("not a readable .npy file: its header is damaged or cut off") from error
     shape, dtype = list(header[0]), header[2]
+    if not all(type(length) is int and length >= 0 for length in shape):  # True and -3 pass for numpy
+        raise ValueError(f"an array of shape {str(shape)[:80]}, which no array has")
     if dtype.hasobject:
         raise ValueError("an array of Python objects, which are not loaded; store the pixels as numbers")
     if len(shape) not in (2, 3):
         raise ValueError(f"an array of shape {shape}; store images as [h, w], [h, w, c] or [c, h, w]")
+    if dtype.kind not in "biufc" or dtype.itemsize > 16 or dtype.subdtype is not None:
+        raise ValueError(
+            f"pixels of type {str(dtype)[:80]}; store them as uint8, as uint16, or as floats within [0, 1]"
+        )
     last = len(shape) == 2 or shape[2] == num_channels or (shape[0] != num_channels and shape[2] <= shape[0])
     return shape, dtype, last
 
 
-def decode_npy(data: bytes, num_channels: int, max_pixels: int) -> UInt8[Tensor, "c h w"]:
+def decode_npy(data: bytes, num_channels: int, max_image_bytes: int) -> UInt8[Tensor, "c h w"]:
     """Decode an array of [h, w], [h, w, c] or [c, h, w], see `read_npy`.
 
     Raises:
@@ -82,10 +104,12 @@ def decode_npy(data: bytes, num_channels: int, max_pixels: int) -> UInt8[Tensor,
     stream = io.BytesIO(data)
     shape, dtype, last = read_npy(stream, num_channels)
     height, width = (shape[0], shape[1]) if last else (shape[1], shape[2])
-    check_size(height, width, max_pixels)
+    count = int(np.prod(shape, dtype=object))
+    check_size(height, width, count // max(1, height * width) * dtype.itemsize, max_image_bytes)
     stored = len(data) - stream.tell()
-    if stored < int(np.prod(shape, dtype=object)) * dtype.itemsize:
-        raise ValueError(f"the .npy file is cut off: {stored} bytes are too few for shape {shape} of {dtype}")
+    if count == 0 or stored < count * dtype.itemsize:
+        problem = f"the .npy file is cut off: {stored} bytes are too few" if count else "the image is empty"
+        raise ValueError(f"{problem}: shape {shape} of {dtype}")
     stream.seek(0)
     array = np.load(stream, allow_pickle=False)
     array = array.reshape(height, width, -1) if last else array.transpose(1, 2, 0)
@@ -144,7 +168,9 @@ def pillow_reads(page: TIFFPage, num_channels: int) -> bool:
     return page.photometric == 2 and num_channels in (1, 3) and page.samples == 4
 
 
-def read_tiff_page(data: bytes, number: int, page: TIFFPage, num_channels: int) -> UInt8[Tensor, "c h w"]:
+def read_tiff_page(
+    data: bytes, number: int, page: TIFFPage, num_channels: int, max_image_bytes: int
+) -> UInt8[Tensor, "c h w"]:
     """Decode a page of grey or RGB, of any number of channels and type of numbers that `to_8_bits` takes.
 
     All samples of a page of `num_channels`; else the colours, and the transparency if there is one.
@@ -169,7 +195,8 @@ def read_tiff_page(data: bytes, number: int, page: TIFFPage, num_channels: int) 
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             stored: Any = file.pages[number]
-            array = stored.asarray()
+            _check_stored(data, stored, page, max_image_bytes)
+            array = stored.asarray(maxworkers=1)
             array = np.moveaxis(array, 0, -1) if stored.axes[0] == "S" else array
             array = array.reshape(page.height, page.width, page.samples)
             orientation = stored.tags.get(274)
@@ -181,6 +208,30 @@ def read_tiff_page(data: bytes, number: int, page: TIFFPage, num_channels: int) 
     if page.photometric == 0:
         pixels = np.concatenate([255 - pixels[..., :1], pixels[..., 1:]], axis=-1)
     return as_tensor(_turn(pixels, int(orientation.value) if orientation else 1))
+
+
+# How pixels may be stored: by decoders that write no more than they are asked for, or as a file of their own kind in
+# each tile or strip, whose header says how much that is.
+_PLAIN, _JPEG, _FILES = (1, 5, 8, 32773, 32946, 34925, 50000), (7,), (33003, 33005, 34712, 50001)
+
+
+def _check_stored(data: bytes, stored: Any, page: TIFFPage, max_image_bytes: int) -> None:
+    """Refuse what tifffile would take more memory for than was told, as of a tag that stands in the file twice."""
+    tile = (stored.tilelength, stored.tilewidth) if stored.is_tiled else (0, 0)
+    if stored.size != page.height * page.width * page.samples or stored.tiledepth > 1 or tile != page.tile:
+        raise ValueError("its tags contradict each other")
+    if stored.compression not in _PLAIN + _JPEG + _FILES:
+        raise ValueError(f"compression {int(stored.compression)} is not read; store it with deflate, LZW or zstd")
+    if stored.compression in _PLAIN:
+        return
+    for start, count in zip(stored.dataoffsets, stored.databytecounts, strict=False):
+        part = data[start : start + count]
+        if stored.compression in _FILES:
+            check_before_opening(part, max_image_bytes)
+        elif part and (header := read_jpeg(part)) is not None:
+            check_size(header.height, header.width, header.bytes_a_pixel, max_image_bytes)
+        elif part:
+            raise ValueError("a tile or strip is no JPEG file")
 
 
 def _divide_by_alpha(array: np.ndarray, colours: int, alpha: int, white: int) -> np.ndarray:

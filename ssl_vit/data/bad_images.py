@@ -12,8 +12,9 @@ from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ssl_vit.data.bounds import check_size
 from ssl_vit.data.decoded import DecodedSource
-from ssl_vit.data.headers import JPEG_SIGNATURE, PNG_SIGNATURE, check_size, read_jpeg, read_png
+from ssl_vit.data.headers import JPEG_SIGNATURE, PNG_SIGNATURE, read_jpeg, read_png
 from ssl_vit.data.sources import MAX_TRIES, DataConfig, Source
 from ssl_vit.data.streaming import BadSample, Stream
 from ssl_vit.data.workers import leave_signals_to_the_main_process
@@ -182,10 +183,10 @@ def _find_problem(source: Source, row: int, num_channels: int) -> str | None:
         if num_channels in (1, 3, 4):  # which any image is converted to
             if data.startswith(PNG_SIGNATURE):
                 png = read_png(data)
-                return check_size(png.height, png.width, source.max_pixels)
+                return check_size(png.height, png.width, png.bytes_a_pixel, source.max_image_bytes)
             if data.startswith(JPEG_SIGNATURE) and (jpeg := read_jpeg(data)) is not None:
-                return check_size(jpeg.height, jpeg.width, source.max_pixels)
-    except (ValueError, OSError):
+                return check_size(jpeg.height, jpeg.width, jpeg.bytes_a_pixel, source.max_image_bytes)
+    except Exception:
         pass  # said in full below
     try:
         source.image(row, num_channels)

@@ -11,6 +11,8 @@ from PIL import Image, ImageCms
 from torch import Tensor
 
 _SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK", "LAB": "Lab"}
+_STRIP = 2**22  # pixels that are converted at once
+_LARGEST = 2**22  # bytes of a profile, of which a few are kept; those of printers have up to three million
 _ROUNDING = 2  # levels of 255: profiles of sRGB differ by 1
 
 
@@ -24,8 +26,13 @@ def to_srgb(pixels: UInt8[Tensor, "c h w"], profile: bytes) -> UInt8[Tensor, "c 
     if transform is None:
         return pixels
     array = pixels[:colours].permute(1, 2, 0).contiguous().numpy()
-    image = Image.fromarray(array[..., 0] if colours == 1 else array)
-    applied = torch.from_numpy(np.array(ImageCms.applyTransform(image, transform))[..., :colours]).permute(2, 0, 1)
+    out = np.empty_like(array)
+    lines = max(1, _STRIP // array.shape[1])
+    for top in range(0, len(array), lines):  # each takes several times its memory
+        part = array[top : top + lines]
+        image = Image.fromarray(part[..., 0] if colours == 1 else part)
+        out[top : top + lines] = np.array(ImageCms.applyTransform(image, transform))[..., :colours]
+    applied = torch.from_numpy(out).permute(2, 0, 1)
     return torch.cat([applied, pixels[colours:]]) if len(pixels) > len(applied) else applied
 
 
@@ -39,9 +46,11 @@ def inks_to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     return image.convert("RGB") if applied is None else applied
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=8)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """From pixels of this mode to RGB; None where there is nothing to do, or no way to tell what."""
+    if len(profile) > _LARGEST:
+        return None
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         described: Any = opened.profile

@@ -4,7 +4,7 @@ import difflib
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ssl_vit.data.headers import MAX_PIXELS
+from ssl_vit.data.bounds import MAX_IMAGE_BYTES
 from ssl_vit.data.mixture import as_text, check_weights
 from ssl_vit.data.paths import as_path
 from ssl_vit.data.workers import check_num_workers
@@ -40,8 +40,11 @@ class DataConfig:
     drop_duplicates: bool = False
     """Leave images out of training that repeat one before them, byte for byte or nearly (saved again, other size). All
     images are read before the first step, once as long as they stay the same; rows are counted without copies."""
-    max_pixels: int = MAX_PIXELS
-    """Most pixels, height times width, of a picture; larger ones are refused before memory is taken for them."""
+    max_image_bytes: int = MAX_IMAGE_BYTES
+    """Most bytes of an image, of its file and decoded: height x width x channels x bytes of a sample, and what its
+    decoder takes beside that. Larger ones are refused by their headers, before memory is taken for them."""
+    max_pixels: int | None = None
+    """Former name, in pixels of three bytes; becomes max_image_bytes."""
     pages: Literal["first", "channels", "images"] = "first"
     """Of files of several pages or frames (TIFF, GIF, WebP, PNG, MPO): the first; all of a TIFF's as channels of one
     image; or each as an image of its own, for which every file is opened at the start."""
@@ -92,8 +95,11 @@ class DataConfig:
             raise ValueError(f"std={self.std!r}: give one number in (0, 1] per channel; divide 0-255 by 255")
         if len(self.std) != len(self.mean):
             raise ValueError(f"std={self.std!r}: give as many numbers as in mean={self.mean!r}")
-        if self.max_pixels < 1:
-            raise ValueError(f"max_pixels={self.max_pixels!r}: must be at least 1")
+        if self.max_pixels is not None:  # of settings written before
+            object.__setattr__(self, "max_image_bytes", bytes_of_pixels(self.max_pixels))
+            object.__setattr__(self, "max_pixels", None)
+        if self.max_image_bytes < 1:
+            raise ValueError(f"max_image_bytes={self.max_image_bytes!r}: must be at least 1")
         if self.pages not in ("first", "channels", "images"):
             raise ValueError(f"pages={self.pages!r}: choose 'first', 'channels' or 'images'")
         if self.pages == "images" and self.streaming:
@@ -109,6 +115,11 @@ class DataConfig:
             raise ValueError("drop_duplicates=True: a stream is not read beforehand; leave out this or streaming")
         if self.cache_side != "auto" and self.cache_side < 1:
             raise ValueError(f"cache_side={self.cache_side!r}: must be at least 1 pixel, or auto")
+
+
+def bytes_of_pixels(max_pixels: int) -> int:
+    """`max_image_bytes` for what was `max_pixels`: the default of the one becomes that of the other."""
+    return 3 * max_pixels + 2
 
 
 def clamp_rounding(settings: object, *names: str) -> None:

@@ -124,7 +124,7 @@ def leave_out_copies(source: Source, config: DataConfig) -> Source:
     """
     if imagehash is None:
         raise setting_error(config, "drop_duplicates", f"near-duplicates are found by ImageHash: {INSTALL}")
-    about = [fingerprint(source, np.arange(len(source))), len(config.mean), source.max_pixels, _FORMAT]
+    about = [fingerprint(source, np.arange(len(source))), len(config.mean), source.max_image_bytes, _FORMAT]
     file = cache_folder(config) / f"copies-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]}.json"
     try:
         found = {kind: entry(read_json(file), kind, list[int], file) for kind in ("exact", "near")}

@@ -1,7 +1,7 @@
 """Image files into uint8 tensors, the same pixels whichever library reads them."""
 
-import io
 import warnings
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -22,15 +22,14 @@ from ssl_vit.data.arrays import (
     refuse_channels,
     to_8_bits,
 )
+from ssl_vit.data.bounds import MAX_IMAGE_BYTES, check_opened, check_size, read_file
 from ssl_vit.data.colour import inks_to_srgb, to_srgb
 from ssl_vit.data.formats import open_image, page_numbers
 from ssl_vit.data.headers import (
     JPEG_SIGNATURE,
-    MAX_PIXELS,
     PNG_SIGNATURE,
     TIFF_SIGNATURES,
     TIFFPage,
-    check_size,
     full_pages,
     is_sound_png16,
     read_jpeg,
@@ -40,6 +39,8 @@ from ssl_vit.data.headers import (
 Pages = Literal["first", "channels"] | int
 """What of a file of several pages or frames is decoded: the first, all as channels, or the one of this number."""
 
+_STRIP = 2**22  # pixels that are converted at once
+
 try:
     from torchvision.io import decode_image
 except ImportError:  # torchvision >= 0.29 announces that its decoders will move to another package
@@ -47,7 +48,7 @@ except ImportError:  # torchvision >= 0.29 announces that its decoders will move
 
 
 def decode(
-    data: bytes | str | Path, num_channels: int, max_pixels: int = MAX_PIXELS, pages: Pages = "first"
+    data: bytes | str | Path, num_channels: int, max_image_bytes: int = MAX_IMAGE_BYTES, pages: Pages = "first"
 ) -> UInt8[Tensor, "{num_channels} h w"]:
     """Decode an image, turned upright as its orientation tag says, in the colours of sRGB.
 
@@ -68,69 +69,88 @@ def decode(
         data: the encoded file, or its path.
         num_channels: 1 gives greyscale, 3 RGB and 4 RGBA, whatever the file holds; transparent pixels are
             laid on white for 1 and 3. Any other count is given only by a file of exactly that many channels.
-        max_pixels: larger images, height times width, are refused before memory is taken for them.
+        max_image_bytes: of the file, and of what its header says of its pixels: height x width x samples x bytes of a
+            sample, with what its decoder takes beside them. More is refused before memory is taken for it. For moments
+            a few times as much is in use, while pixels are converted.
         pages: see `Pages`. Channels may be on several pages of a TIFF alone, all of one size.
 
     Returns:
         Pixels in [0, 255], the channels of a pixel side by side in memory.
 
     Raises:
-        ValueError: no whole image can be read from the data, or not with `num_channels` channels. The text is the
-            reason only: the caller knows where the data came from.
-        OSError: the path cannot be read.
+        ValueError: no whole image can be read from the data, or not with `num_channels` channels, whatever a library
+            raised. The text is the reason only: the caller knows where the data came from.
+        OSError: the path cannot be read, or is no regular file.
     """
-    if not isinstance(data, bytes):
-        data = Path(data).read_bytes()
+    try:
+        if not isinstance(data, bytes):
+            data = read_file(Path(data), max_image_bytes)
+        return _decode(data, num_channels, max_image_bytes, pages)
+    except (ValueError, OSError):
+        raise
+    except MemoryError as error:
+        raise ValueError("too little memory is free to decode it") from error
+    except Exception as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def _decode(data: bytes, num_channels: int, max_image_bytes: int, pages: Pages) -> UInt8[Tensor, "{num_channels} h w"]:
     if not data:
         raise ValueError("the file is empty")
+    if len(data) > max_image_bytes:
+        raise ValueError(f"the file holds {len(data):,} bytes, more than data.max_image_bytes={max_image_bytes}")
     number = pages if isinstance(pages, int) else 0
     if data.startswith(TIFF_SIGNATURES):
-        pixels = _decode_tiff(data, num_channels, max_pixels, pages)
+        pixels = _decode_tiff(data, num_channels, max_image_bytes, pages)
     elif pages == "channels" and not data.startswith(JPEG_SIGNATURE) and len(page_numbers(data)) > 1:
         raise ValueError("several frames, and data.pages='channels': only a TIFF's pages are channels; take 'first'")
     elif data.startswith(NPY_SIGNATURE):
-        pixels = decode_npy(data, num_channels, max_pixels)
+        pixels = decode_npy(data, num_channels, max_image_bytes)
     elif data.startswith(JPEG_SIGNATURE) and number == 0:
-        pixels = _decode_jpeg(data, max_pixels)
+        pixels = _decode_jpeg(data, max_image_bytes)
     elif data.startswith(PNG_SIGNATURE):
-        pixels = _decode_png(data, max_pixels, number)
+        pixels = _decode_png(data, max_image_bytes, number)
     else:
-        pixels = _decode_with_pillow(data, max_pixels, number)
+        pixels = _decode_with_pillow(data, max_image_bytes, number)
     # Pixel by pixel in memory, as decoders write them: crops are then resized more than twice as fast.
+    check_size(pixels.shape[1], pixels.shape[2], num_channels, max_image_bytes)
     return _to_channels(pixels, num_channels).permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
-def _decode_jpeg(data: bytes, max_pixels: int) -> UInt8[Tensor, "c h w"]:
+def _decode_jpeg(data: bytes, max_image_bytes: int) -> UInt8[Tensor, "c h w"]:
     header = read_jpeg(data)
     if header is not None:
-        check_size(header.height, header.width, max_pixels)
+        check_size(header.height, header.width, header.bytes_a_pixel, max_image_bytes)
         pixels = None if header.turned_by_xmp else _decode_with_torchvision(data)
         if pixels is not None and pixels.shape[0] != 4:  # the four channels of a JPEG are CMYK inks, not RGBA
             return to_srgb(pixels, header.profile) if header.profile else pixels
-    return _decode_with_pillow(data, max_pixels)
+        del pixels
+    return _decode_with_pillow(data, max_image_bytes)
 
 
-def _decode_png(data: bytes, max_pixels: int, number: int) -> UInt8[Tensor, "c h w"]:
+def _decode_png(data: bytes, max_image_bytes: int, number: int) -> UInt8[Tensor, "c h w"]:
     """By Pillow, which is as fast; torchvision crashes on damaged ones, but keeps all 16 bits of colours."""
     png = read_png(data)
-    check_size(png.height, png.width, max_pixels)
+    check_size(png.height, png.width, png.bytes_a_pixel, max_image_bytes)
     pixels = _decode_with_torchvision(data) if number == 0 and is_sound_png16(png) else None
     if pixels is None:
-        return _decode_with_pillow(data, max_pixels, number)
+        return _decode_with_pillow(data, max_image_bytes, number)
     values = pixels.permute(1, 2, 0).numpy()
     return to_srgb(as_tensor(_with_alpha(values, 16, png.transparent)), png.profile)
 
 
-def _decode_tiff(data: bytes, num_channels: int, max_pixels: int, pages: Pages) -> UInt8[Tensor, "c h w"]:
+def _decode_tiff(data: bytes, num_channels: int, max_image_bytes: int, pages: Pages) -> UInt8[Tensor, "c h w"]:
     def read(number: int, page: TIFFPage, num_channels: int) -> UInt8[Tensor, "c h w"]:
-        check_size(page.height, page.width, max_pixels)
+        check_size(page.height, page.width, page.bytes_a_pixel, max_image_bytes)
+        if page.tile != (0, 0):
+            check_size(page.tile[0], page.tile[1], page.bytes_a_pixel, max_image_bytes)
         check_tiff(page)
         if not pillow_reads(page, num_channels):
-            pixels = read_tiff_page(data, number, page, num_channels)
+            pixels = read_tiff_page(data, number, page, num_channels, max_image_bytes)
             return to_srgb(pixels, page.profile) if page.profile else pixels
-        return _decode_with_pillow(data, max_pixels, number, (page, num_channels))
+        return _decode_with_pillow(data, max_image_bytes, number, (page, num_channels))
 
-    found = full_pages(io.BytesIO(data))
+    found = full_pages(data)
     if isinstance(pages, int):
         chosen = [item for item in found if item[0] == pages]
     else:
@@ -153,6 +173,7 @@ def _decode_tiff(data: bytes, num_channels: int, max_pixels: int, pages: Pages) 
         )
     if any((page.height, page.width, page.photometric > 2) != (first.height, first.width, False) for _, page in chosen):
         raise ValueError("its pages differ in size or are no plain numbers, so they are no channels of one image")
+    check_size(first.height, first.width, sum(page.bytes_a_pixel for _, page in chosen), max_image_bytes)
     return torch.cat([read(number, page, page.samples) for number, page in chosen])
 
 
@@ -171,14 +192,14 @@ def _decode_with_torchvision(data: bytes) -> Tensor | None:
 
 
 def _decode_with_pillow(
-    data: bytes, max_pixels: int, number: int = 0, tiff: tuple[TIFFPage, int] | None = None
+    data: bytes, max_image_bytes: int, number: int = 0, tiff: tuple[TIFFPage, int] | None = None
 ) -> UInt8[Tensor, "c h w"]:
     """A page or frame; of a TIFF, how it is stored and the number of channels wanted."""
     try:
-        with open_image(io.BytesIO(data)) as image:
-            if number:
-                image.seek(number)
-            check_size(image.height, image.width, max_pixels)
+        with open_image(data, max_image_bytes) as image:
+            for frame in range(image.tell() + 1 if image.format == "GIF" else number, number + 1 if number else 0):
+                image.seek(frame)  # of a GIF one by one, since each may be larger
+                check_opened(image, max_image_bytes)
             profile = image.info.get("icc_profile") or b""
             is_tga = image.format == "TGA"
             array = _to_array(_upright(image), profile, data)
@@ -186,11 +207,13 @@ def _decode_with_pillow(
                 array = array[..., :3]  # a fourth byte that is not said to be transparency, and is empty
     except (Image.UnidentifiedImageError, SyntaxError) as error:
         if tiff is not None:
-            pixels = read_tiff_page(data, number, *tiff)
+            pixels = read_tiff_page(data, number, *tiff, max_image_bytes)
             return to_srgb(pixels, tiff[0].profile) if tiff[0].profile else pixels
         if isinstance(error, SyntaxError):
             raise ValueError(str(error) or "SyntaxError") from error
         raise ValueError("not an image file, or one of a format that is not read") from None
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged file raises anything: OSError, struct.error ...
         raise ValueError(str(error) or type(error).__name__) from error
     pixels = as_tensor(array)
@@ -211,10 +234,10 @@ def _to_array(image: Image.Image, profile: bytes, data: bytes) -> UInt8[np.ndarr
     if image.mode == "F":
         return to_8_bits(np.array(image))
     if image.mode.startswith("I"):
-        wide = np.array(image).astype(np.int32)
+        wide = np.array(image)
         if wide.min() < 0 or wide.max() > 65535:
             raise ValueError(f"integer pixels from {wide.min()} to {wide.max()} do not fit in 16 bits")
-        return _with_alpha(wide.astype(np.uint16), 16, image.info.get("transparency"))
+        return _with_alpha(wide.astype(np.uint16, copy=False), 16, image.info.get("transparency"))
     if image.mode in ("CMYK", "LAB"):
         return np.array(inks_to_srgb(image, profile))
     if image.mode in ("L", "RGB", "1") and data.startswith(PNG_SIGNATURE):
@@ -254,10 +277,24 @@ def _to_channels(pixels: UInt8[Tensor, "c h w"], num_channels: int) -> UInt8[Ten
     if num_channels == 4:
         return torch.cat([colour.expand(3, -1, -1), alpha])
     if has_alpha:
-        colour = _on_white(colour, alpha)
+        colour = _by_strips(_on_white, colour, alpha)
     if num_channels == 1 and colour.shape[0] == 3:
-        return _to_grey(colour)
+        return _by_strips(_to_grey, colour)
     return colour.expand(num_channels, -1, -1)
+
+
+def _by_strips(function: Callable[..., Tensor], *images: UInt8[Tensor, "_ h w"]) -> UInt8[Tensor, "_ h w"]:
+    """What a function of pixels gives, some lines at a time: its intermediate numbers take several times the memory."""
+    height, width = images[0].shape[1:]
+    lines = max(1, _STRIP // width)
+    if height <= lines:
+        return function(*images)
+    first = function(*(image[:, :lines] for image in images))
+    out = torch.empty((height, width, len(first)), dtype=torch.uint8).permute(2, 0, 1)
+    out[:, :lines] = first
+    for top in range(lines, height, lines):
+        out[:, top : top + lines] = function(*(image[:, top : top + lines] for image in images))
+    return out
 
 
 def _on_white(colour: UInt8[Tensor, "c h w"], alpha: UInt8[Tensor, "1 h w"]) -> UInt8[Tensor, "c h w"]:

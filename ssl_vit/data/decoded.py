@@ -191,7 +191,7 @@ def _find_or_build(source: Source, config: DataConfig, num_channels: int, side: 
         "content": fingerprint(source, np.arange(len(source))),
         "channels": num_channels,
         "side": side,
-        "max_pixels": source.max_pixels,
+        "max_image_bytes": source.max_image_bytes,
         # Decoders differ in their last bit from version to version.
         "libraries": {"torch": torch.__version__, "torchvision": torchvision.__version__, "Pillow": PIL.__version__},
     }

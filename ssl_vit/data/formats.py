@@ -11,7 +11,21 @@ from typing import NamedTuple
 from PIL import Image
 
 from ssl_vit.data.arrays import NPY_SIGNATURE, read_npy
-from ssl_vit.data.headers import PNG_SIGNATURE, TIFF_SIGNATURES, BinaryFile, full_pages
+from ssl_vit.data.bounds import (
+    MAX_IMAGE_BYTES,
+    MAX_PAGES,
+    check_before_opening,
+    check_opened,
+    check_size,
+    read_file,
+)
+from ssl_vit.data.headers import (
+    JPEG_SIGNATURE,
+    PNG_SIGNATURE,
+    TIFF_SIGNATURES,
+    full_pages,
+    read_jpeg,
+)
 
 try:
     import pillow_heif
@@ -107,18 +121,28 @@ def hint_for(suffix: str) -> str:
 
 
 @contextmanager
-def open_image(file: BinaryFile) -> Iterator[Image.Image]:
+def open_image(data: bytes, max_image_bytes: int = MAX_IMAGE_BYTES) -> Iterator[Image.Image]:
     """Open an image with Pillow: in one of `PILLOW_FORMATS` alone, and without a word on odd metadata.
 
-    Pillow's own limit of pixels does not hold, see `check_size`.
+    Raises:
+        ValueError: it would take more memory than it may, by its header; see `check_opened`.
     """
+    check_before_opening(data, max_image_bytes)
+    if data.startswith(JPEG_SIGNATURE) and (header := read_jpeg(data)) is not None:
+        check_size(header.height, header.width, header.bytes_a_pixel, max_image_bytes)
     limit = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = None
+    Image.MAX_IMAGE_PIXELS = max_image_bytes
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(file, formats=PILLOW_FORMATS) as image:
+            with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
+                check_opened(image, max_image_bytes)
+                # Pillow refuses twice as many: later frames may be larger, and take 4 bytes a pixel.
+                Image.MAX_IMAGE_PIXELS = max(max_image_bytes // 8, image.width * image.height)
                 yield image
+    except Image.DecompressionBombError as error:
+        what = str(error).partition(" exceeds")[0]
+        raise ValueError(f"{what}: more than data.max_image_bytes={max_image_bytes} allows") from error
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 
@@ -141,36 +165,35 @@ def file_format(data: bytes | None) -> str:
 
 
 def contents(data: bytes | str | Path) -> Contents:
-    """What a file holds, told from its header: nothing is decoded, and of a path little is read.
+    """What a file holds, told from its header: nothing is decoded.
 
     Raises:
         OSError: the path cannot be read.
+        ValueError: the file is larger than any image.
     """
-    with io.BytesIO(data) if isinstance(data, bytes) else Path(data).open("rb") as file:
-        start = file.read(4096)
-        file.seek(0)
-        kind = file_format(start)
-        try:
-            if kind == "npy":
-                return _contents_of_npy(file)
-            if kind == "TIFF":
-                return _contents_of_tiff(file)
-            with open_image(file) as image:
-                return _contents_of(image, start, image.format or kind if kind == "unknown" else kind)
-        except Exception:  # a damaged header raises anything
-            return Contents(kind)
+    data = data if isinstance(data, bytes) else read_file(Path(data), MAX_IMAGE_BYTES)
+    kind = file_format(data[:4096])
+    try:
+        if kind == "npy":
+            return _contents_of_npy(data)
+        if kind == "TIFF":
+            return _contents_of_tiff(data)
+        with open_image(data) as image:
+            return _contents_of(image, data[:4096], image.format or kind if kind == "unknown" else kind)
+    except Exception:  # a damaged header raises anything
+        return Contents(kind)
 
 
-def _contents_of_npy(file: BinaryFile) -> Contents:
-    shape, dtype, last = read_npy(file)
+def _contents_of_npy(data: bytes) -> Contents:
+    shape, dtype, last = read_npy(io.BytesIO(data))
     channels = 1 if len(shape) == 2 else shape[2 if last else 0]
     bits = 1 if dtype.kind == "b" else 8 * dtype.itemsize
     colours = {1: "greyscale", 3: "RGB"}.get(channels, f"{channels} channels")
     return Contents("npy", channels, bits, colours=colours)
 
 
-def _contents_of_tiff(file: BinaryFile) -> Contents:
-    pages = [page for _, page in full_pages(file)]
+def _contents_of_tiff(data: bytes) -> Contents:
+    pages = [page for _, page in full_pages(data)]
     first = pages[0]
     has_alpha = first.photometric != 5 and (1 in first.extra or 2 in first.extra)
     others = len(first.extra) - has_alpha
@@ -201,13 +224,12 @@ def _contents_of(image: Image.Image, start: bytes, name: str) -> Contents:
 def page_numbers(data: bytes | str | Path) -> list[int]:
     """The numbers, from 0, of a file's pages or frames that are images of their own; [0] of what cannot be read."""
     try:
-        with io.BytesIO(data) if isinstance(data, bytes) else Path(data).open("rb") as file:
-            is_tiff = file.read(4) in TIFF_SIGNATURES
-            file.seek(0)
-            if is_tiff:
-                return [number for number, _ in full_pages(file)] or [0]
-            with open_image(file) as image:
-                return list(range(getattr(image, "n_frames", 1)))
+        data = data if isinstance(data, bytes) else read_file(Path(data), MAX_IMAGE_BYTES)
+        if data.startswith(TIFF_SIGNATURES):
+            return [number for number, _ in full_pages(data)] or [0]
+        with open_image(data) as image:
+            count = getattr(image, "n_frames", 1)
+            return list(range(count if count <= min(MAX_PAGES, len(data)) else 1))  # more are none
     except Exception:  # damaged, gone, no image of Pillow's: told when it is decoded
         return [0]
 
@@ -219,7 +241,7 @@ def note_of_dropped(files: Iterable[bytes | str | Path], num_channels: int, page
         looked_at += 1
         try:
             found.update(contents(file).dropped(num_channels, pages))
-        except OSError:
+        except (OSError, ValueError):
             continue
     if not found:
         return None

@@ -1,6 +1,8 @@
 """What an image's file says of itself, read without decoding: its size, how it is stored, and whether it is whole."""
 
 import io
+import math
+import re
 import struct
 import warnings
 import zlib
@@ -10,34 +12,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
+from ssl_vit.data.bounds import MAX_PAGES, MAX_SCANS, check_tags
+
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-BinaryFile = io.BytesIO | io.BufferedReader
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG_SIGNATURE = b"\xff\xd8\xff"
-
-MAX_PIXELS = 178_956_970
-"""Twice what Pillow warns of; three channels of them take half a gigabyte."""
 
 # Start-of-frame markers: all of C0 to CF but the tables and an extension.
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _PASSES = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))  # Adam7
+_CHUNKS = frozenset((b"IHDR", b"PLTE", b"tRNS", b"iCCP", b"acTL", b"IDAT", b"IEND"))
 _LARGEST_PROFILE = 2**24
-_WITHOUT_LENGTH = frozenset(range(0xD0, 0xDA)) | {0x01}
-
-
-def check_size(height: int, width: int, max_pixels: int) -> None:
-    """Refuse a picture that would take more memory than it is worth, or none.
-
-    Raises:
-        ValueError: no pixels, or more than `max_pixels`.
-    """
-    if height * width < 1:
-        raise ValueError(f"{height} x {width} pixels: the picture is empty")
-    if height * width > max_pixels:
-        raise ValueError(
-            f"{height} x {width} pixels are more than data.max_pixels={max_pixels}; "
-            "make the picture smaller, or raise the limit where memory allows"
-        )
+_WITHOUT_LENGTH = frozenset(range(0xD0, 0xDA)) | {0x00, 0x01}
+_MARKER_IN_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 
 class JPEGHeader(NamedTuple):
@@ -49,30 +36,45 @@ class JPEGHeader(NamedTuple):
     """Its ICC profile; empty where there is none."""
     turned_by_xmp: bool
     """Whether its orientation stands in XMP data alone, which torchvision does not read."""
+    bytes_a_pixel: int
+    """That a decoder takes: its samples, and its coefficients where they come in several scans."""
 
 
 def read_jpeg(data: bytes) -> JPEGHeader | None:
-    """None where the markers cannot be followed.
+    """None where there are no pixels.
 
     Raises:
-        ValueError: the file ends before the picture does. Decoders fill up the rest with grey.
+        ValueError: the file ends before the image does, which decoders fill up with grey; or it has too many scans.
     """
-    size, position, profile, xmp, exif = None, 2, {}, False, False
-    while position + 9 <= len(data) and data[position] == 0xFF:
+    frame, position, profile, xmp, exif = None, 2, {}, False, False
+    while position + 10 <= len(data):
         marker = data[position + 1]
-        if marker == 0xFF:  # a fill byte
+        if data[position] != 0xFF:  # decoders pass over what is between markers
+            position = data.find(b"\xff", position)
+            if position < 0:
+                break
+        elif marker == 0xFF:  # a fill byte
             position += 1
         elif marker in _WITHOUT_LENGTH:
             position += 2
         elif marker == 0xDA:  # the pixels, in which 0xFF is always followed by 0 or by a marker of theirs
             if data.rfind(b"\xff\xd9", position) < 0:
                 raise ValueError("the JPEG file is cut off: its end marker is missing")
+            if frame is None:
+                return None
             parts = b"".join(profile[number] for number in sorted(profile))
-            return None if size is None else JPEGHeader(*size, parts, xmp and not exif)
+            height, width, channels, is_progressive, coefficients = frame
+            if is_progressive or data[position + 4] < channels:
+                _check_scans(data, position)
+                channels += coefficients
+            return JPEGHeader(height, width, parts, xmp and not exif, channels)
         else:
             start, end = position + 4, position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
             if marker in _START_OF_FRAME:
-                size = struct.unpack_from(">HH", data, position + 5)
+                height, width, channels = struct.unpack_from(">HHB", data, position + 5)
+                factors = [(byte >> 4) * (byte & 15) for byte in data[position + 11 : end : 3][:channels]]
+                share = sum(factors) / max(1, max(factors, default=1))  # of the pixels, over all channels
+                frame = height, width, channels, marker & 3 == 2, 2 * math.ceil(share)
             elif marker == 0xE2 and data.startswith(b"ICC_PROFILE\0", start):
                 profile[data[start + 12]] = data[start + 14 : end]
             elif marker == 0xE1 and data.startswith(b"Exif\0", start):
@@ -81,6 +83,19 @@ def read_jpeg(data: bytes) -> JPEGHeader | None:
                 xmp = data.find(b"tiff:Orientation", start, end) >= 0
             position = end
     return None
+
+
+def _check_scans(data: bytes, position: int) -> None:
+    """Refuse a JPEG that goes over its pixels more often than any encoder lets it."""
+    count = data.count(b"\xff\xda", position)
+    if count <= MAX_SCANS:
+        return
+    count = 0  # of those that are markers
+    while (found := _MARKER_IN_SCAN.search(data, position)) is not None and data[found.start() + 1] != 0xD9:
+        count += data[found.start() + 1] == 0xDA
+        position = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+        if count > MAX_SCANS:
+            raise ValueError(f"the JPEG file has more than {MAX_SCANS} scans; store it anew")
 
 
 class PNGHeader(NamedTuple):
@@ -97,6 +112,11 @@ class PNGHeader(NamedTuple):
     profile: bytes
     """Its ICC profile; empty where there is none."""
     compressed: bytes
+    """Of 16-bit pixels alone."""
+
+    @property
+    def bytes_a_pixel(self) -> int:
+        return {0: 1, 2: 3, 4: 2, 6: 4}.get(self.colour_type, 1) * (2 if self.bit_depth == 16 else 1)
 
 
 def read_png(data: bytes) -> PNGHeader:
@@ -106,7 +126,7 @@ def read_png(data: bytes) -> PNGHeader:
         ValueError: the file is cut off or damaged.
     """
     chunks: dict[bytes, list[bytes]] = {}
-    position = len(PNG_SIGNATURE)
+    position, is_16_bit = len(PNG_SIGNATURE), False
     while b"IEND" not in chunks:
         length, name = struct.unpack_from(">I4s", data, position) if position + 8 <= len(data) else (0, b"")
         end = position + 8 + length
@@ -115,7 +135,10 @@ def read_png(data: bytes) -> PNGHeader:
         is_critical = not name[0] & 32
         if is_critical and zlib.crc32(data[position + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
             raise ValueError(f"the PNG file is damaged: wrong checksum of {name.decode('latin-1')!r}")
-        chunks.setdefault(name, []).append(data[position + 8 : end])
+        if name in _CHUNKS:
+            content = b"" if name == b"IDAT" and not is_16_bit else data[position + 8 : end]
+            chunks.setdefault(name, []).append(content)
+            is_16_bit = is_16_bit or (name == b"IHDR" and content[8:9] == b"\x10")
         position = end + 4
     header = chunks.get(b"IHDR", [b""])[0]
     if len(header) != 13 or b"IDAT" not in chunks:
@@ -148,19 +171,23 @@ def is_sound_png16(png: PNGHeader) -> bool:
     channels = {2: 3, 4: 2, 6: 4}.get(png.colour_type)
     if channels is None or png.bit_depth != 16:
         return False
-    lines: list[int] = []  # bytes of each
+    passes = []  # lines, and bytes of each
     for top, left, step_down, step_right in _PASSES if png.interlaced else ((0, 0, 1, 1),):
         width, height = len(range(left, png.width, step_right)), len(range(top, png.height, step_down))
-        lines += [1 + width * channels * 2] * height if width else []
-    starts = np.cumsum([0, *lines])
+        passes += [(height, 1 + width * channels * 2)] if width else []
+    size = sum(height * line for height, line in passes)
     inflater = zlib.decompressobj()
     try:
-        pixels = inflater.decompress(png.compressed, int(starts[-1]) + 1)
+        pixels = np.frombuffer(inflater.decompress(png.compressed, size + 1), np.uint8)
     except zlib.error as error:
         raise ValueError(f"the PNG file is damaged: {error}") from error
-    if not inflater.eof or len(pixels) != starts[-1]:
+    if not inflater.eof or len(pixels) != size:
         return False
-    return int(np.frombuffer(pixels, np.uint8)[starts[:-1]].max()) <= 4  # filters
+    for height, line in passes:
+        if height and pixels[: height * line : line].max() > 4:  # filters
+            return False
+        pixels = pixels[height * line :]
+    return True
 
 
 class TIFFPage(NamedTuple):
@@ -184,27 +211,38 @@ class TIFFPage(NamedTuple):
     """Layers of a volume."""
     profile: bytes
     """Its ICC profile; empty where there is none."""
+    tile: tuple[int, int] = (0, 0)
+    """Height and width of its tiles; zeros where there are none."""
 
     @property
     def colours(self) -> int:
         """Samples before those of `extra`."""
         return self.samples - len(self.extra)
 
+    @property
+    def bytes_a_pixel(self) -> int:
+        return self.samples * -(-max(self.bits, 8) // 8) * max(1, self.depth)
 
-def read_tiff(file: BinaryFile) -> Iterator[TIFFPage]:
+
+def read_tiff(data: bytes) -> Iterator[TIFFPage]:
     """The pages of a TIFF file, without their pixels.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: it is damaged, or its tags take many times the file.
     """
+    file = io.BytesIO(data)
+    order, is_big, taken = ">" if data.startswith(b"M") else "<", b"+" in data[2:4], 0
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             header = file.read(8)
-            tags = ImageFileDirectory_v2(header + (file.read(8) if b"+" in header[2:4] else b""))
+            tags = ImageFileDirectory_v2(header + (file.read(8) if is_big else b""))
             seen: set[int] = set()
             while tags.next and tags.next not in seen:
                 seen.add(tags.next)
+                taken += check_tags(data, tags.next, order, is_big)
+                if len(seen) > MAX_PAGES or taken > 4 * len(data):
+                    raise ValueError(f"a TIFF of more than {MAX_PAGES:,} pages, or of tags that share their bytes")
                 file.seek(tags.next)
                 tags.load(file)
                 yield _read_page(tags)
@@ -238,14 +276,15 @@ def _read_page(tags: ImageFileDirectory_v2) -> TIFFPage:
         is_copy=bool(values(254, 0)[0] & 5),
         depth=values(32997, 1)[0],
         profile=profile if isinstance(profile, bytes) else b"",
+        tile=(values(323, 0)[0], values(322, 0)[0]),
     )
 
 
-def full_pages(file: BinaryFile) -> Iterator[tuple[int, TIFFPage]]:
+def full_pages(data: bytes) -> Iterator[tuple[int, TIFFPage]]:
     """The pages that are images of their own, and their numbers: neither smaller copies nor masks of others."""
     copies = []
     found = False
-    for number, page in enumerate(read_tiff(file)):
+    for number, page in enumerate(read_tiff(data)):
         if page.is_copy:
             copies.append((number, page))
         else:

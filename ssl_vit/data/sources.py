@@ -14,12 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssl_vit.data import openmoji
+from ssl_vit.data.bounds import MAX_IMAGE_BYTES, read_file
 from ssl_vit.data.columns import find_image_column, find_label_column, notes_on_other_columns
 from ssl_vit.data.config import KINDS, DataConfig, setting_error
 from ssl_vit.data.decode import decode
 from ssl_vit.data.folders import find_images
 from ssl_vit.data.formats import note_of_dropped, page_numbers
-from ssl_vit.data.headers import MAX_PIXELS
 from ssl_vit.data.labels import integers, read_labels
 from ssl_vit.data.mixture import Mixture, as_text
 from ssl_vit.data.paths import as_path, path_to_text
@@ -50,8 +50,8 @@ class Source:
     """The other columns of the same rows; None where there are none."""
     attribution: str | None = None
     """Text that the pictures' licence asks to be shown with them."""
-    max_pixels: int = MAX_PIXELS
-    """Larger pictures are refused."""
+    max_image_bytes: int = MAX_IMAGE_BYTES
+    """Images that take more are refused."""
     pages: Literal["first", "channels"] | Int64[np.ndarray, " n"] = "first"
     """What of an image of several pages is decoded; numbers are those of each row's page."""
     mixture: Mixture | None = None
@@ -108,7 +108,7 @@ class Source:
     def encoded(self, index: int) -> bytes:
         """The encoded image of a row, read where it lies in a file of its own."""
         found = self.file(index)
-        return found if isinstance(found, bytes) else found.read_bytes()
+        return found if isinstance(found, bytes) else read_file(found, self.max_image_bytes)
 
     def part(self, index: int) -> int:
         """Which source of the mixture a row is of; 0 where there is only one."""
@@ -117,7 +117,7 @@ class Source:
     def decode(self, index: int, data: bytes | Path, num_channels: int) -> UInt8[Tensor, "{num_channels} h w"]:
         """Decode the file of a row by the source's settings; raises the reason alone."""
         pages = self.pages if isinstance(self.pages, str) else int(self.pages[index])
-        return decode(data, num_channels, self.max_pixels, pages)
+        return decode(data, num_channels, self.max_image_bytes, pages)
 
     def note_of_dropped(self, num_channels: int) -> str | None:
         """A sentence on what is not used of a few images of the source, by their headers; None where all is."""
@@ -189,7 +189,7 @@ def open_source(config: DataConfig) -> Source:
         opened = _with_row_for_each_page(opened)
     elif config.pages == "channels":
         opened = replace(opened, pages="channels")
-    return replace(opened, max_pixels=config.max_pixels)
+    return replace(opened, max_image_bytes=config.max_image_bytes)
 
 
 def _with_row_for_each_page(source: Source) -> Source:

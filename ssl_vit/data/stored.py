@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import fsspec
 
+from ssl_vit.data.bounds import MAX_IMAGE_BYTES
 from ssl_vit.data.paths import path_from_text
 
 _HUB = "hf://"
@@ -15,27 +16,29 @@ Roots = tuple[str, ...] | None
 found by walking a folder, and all are opened. None: rows open no files."""
 
 
-def find_stored(stored: Mapping[str, Any] | None, roots: Roots) -> bytes | Path:
+def find_stored(stored: Mapping[str, Any] | None, roots: Roots, max_image_bytes: int = MAX_IMAGE_BYTES) -> bytes | Path:
     """The encoded image of a row, or the file that it lies in.
 
     A path in a row is data, and data opens nothing but what belongs to its own source: no address of any kind, no
     device, no file outside `roots`.
 
     Args:
-        stored: `{"bytes": ..., "path": ...}`; a path counts where there are no bytes.
+        stored: `{"bytes": ..., "path": ...}`; a path counts where there are no bytes. `{"problem": ...}` says why there
+            is no image.
+        max_image_bytes: of a file of the hub.
 
     Raises:
-        ValueError: the row holds no image, or names what may not be opened. The text is the reason only.
-        OSError: a file of the hub cannot be read.
+        ValueError: the row holds no image, names what may not be opened, or a file of the hub that cannot be read. The
+            text is the reason only.
     """
     stored = stored or {}
     data, path = stored.get("bytes"), stored.get("path")
     if data is not None:
         return data
     if path is None or roots is None:
-        raise ValueError("the row holds no image")
+        raise ValueError(stored.get("problem", "the row holds no image"))
     if roots and roots[0].startswith(_HUB):
-        return _read_from_hub(path, roots[0])
+        return _read_from_hub(path, roots[0], max_image_bytes)
     file = Path(locate(path, roots))
     if roots and not file.is_file() and ("://" in path or "::" in path):
         raise ValueError("the row names an address, and addresses in rows are not opened; keep the bytes in the rows")
@@ -46,7 +49,7 @@ def find_stored(stored: Mapping[str, Any] | None, roots: Roots) -> bytes | Path:
             f"lies outside {roots[0]}, and rows open no files outside the folder of their source; "
             "allow_outside_paths=True (--data.allow_outside_paths true) lets them"
         )
-    if file.exists() and not file.is_file():
+    if file.exists() and not file.is_file():  # nor is it read where it becomes one, see `read_file`
         raise ValueError("is not a regular file")
     return file
 
@@ -56,13 +59,21 @@ def locate(path: str, roots: Roots) -> str:
     return os.path.join(roots[0], path) if roots else path_from_text(path)  # noqa: PTH118  # a Path for each of millions is slow
 
 
-def _read_from_hub(path: str, repository: str) -> bytes:
-    """A file of the streamed repository itself, as `datasets` names those of a folder of images."""
+def is_of_hub(path: str, repository: str) -> bool:
+    """Whether an address is that of a file of a repository, `hf://datasets/OWNER/NAME`, and of nothing beside it."""
     inside = path.startswith((f"{repository}@", f"{repository}/")) and ".." not in path.split("/")
-    if not inside or "::" in path:
+    return inside and "::" not in path
+
+
+def _read_from_hub(path: str, repository: str, max_image_bytes: int) -> bytes:
+    """A file of the streamed repository itself, as `datasets` names those of a folder of images."""
+    if not is_of_hub(path, repository):
         raise ValueError(
             f"the row names a file that is none of {repository}, and no other is opened; leave data.streaming out "
             "where the images lie in archives"
         )
-    with fsspec.open(path, "rb") as file:
-        return cast(Any, file).read()
+    try:
+        with fsspec.open(path, "rb") as file:
+            return cast(Any, file).read(max_image_bytes + 1)
+    except Exception as error:  # each kind of network has its own
+        raise ValueError(f"cannot be read from the hub: {type(error).__name__}: {error}") from error

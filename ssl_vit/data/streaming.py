@@ -13,16 +13,16 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+from ssl_vit.data.bounds import MAX_IMAGE_BYTES
 from ssl_vit.data.columns import find_image_column, find_label_column
 from ssl_vit.data.config import KINDS, DataConfig, near_match, setting_error
 from ssl_vit.data.copies import leave_out_copies
 from ssl_vit.data.decode import Pages, decode
-from ssl_vit.data.headers import MAX_PIXELS
 from ssl_vit.data.paths import as_path
 from ssl_vit.data.sampler import SampleKey, epoch_order
 from ssl_vit.data.sources import MAX_TRIES, Source, open_source
 from ssl_vit.data.stored import Roots, find_stored
-from ssl_vit.data.tables import check_hub, find_files, folder_of, hub_error, read_footers, read_parquet
+from ssl_vit.data.tables import check_hub, check_own_files, find_files, folder_of, hub_error, read_footers, read_parquet
 from ssl_vit.data.tars import count_samples, read_tar, wanted_kinds
 
 _READ_ROWS = 32  # taken from a shard at once
@@ -44,8 +44,8 @@ class Stream:
     """Rows of each shard; None where they are not known."""
     num_samples: int | None = None
     """Images of an epoch; None where that is not known."""
-    max_pixels: int = MAX_PIXELS
-    """Larger pictures are refused."""
+    max_image_bytes: int = MAX_IMAGE_BYTES
+    """Images that take more are refused."""
     pages: Pages = "first"
     """What of an image of several pages is decoded."""
     class_names: tuple[str, ...] = ()
@@ -81,7 +81,8 @@ class Stream:
         """
         path = stored.get("path")
         try:
-            return decode(find_stored(stored, self.roots), num_channels, self.max_pixels, self.pages)
+            data = find_stored(stored, self.roots, self.max_image_bytes)
+            return decode(data, num_channels, self.max_image_bytes, self.pages)
         except (ValueError, OSError) as error:
             where = f"row {row}" + (f" ({path})" if path else "")
             raise ValueError(f"data.source={self.name!r}: {self.shards[shard]}, {where}: {error}") from error
@@ -139,13 +140,14 @@ def _open_files(config: DataConfig) -> Stream:
     files = find_files(config)
     if any(file.lower().endswith(".tar") for file in files):
         counts, notes = count_samples(files, config)
-        images, roots = partial(read_tar, tuple(files), wanted_kinds(config)), None
+        images, roots = partial(read_tar, tuple(files), wanted_kinds(config), config.max_image_bytes), None
     else:
         features, counts = read_footers(files, config)
         if config.num_samples not in (None, sum(counts)):
             raise setting_error(config, "num_samples", f"the files hold {sum(counts)} rows; leave this setting out")
         find_label_column(features, config)  # finds a mistyped setting
-        images, notes = partial(read_parquet, tuple(files), find_image_column(features, config)), ()
+        images = partial(read_parquet, tuple(files), find_image_column(features, config), config.max_image_bytes)
+        notes = ()
         roots = folder_of(files, config)
     return Stream(
         name=cast(str, config.source),
@@ -154,7 +156,7 @@ def _open_files(config: DataConfig) -> Stream:
         roots=roots,
         counts=None if counts is None else np.asarray(counts, dtype=np.int64),
         num_samples=config.num_samples if counts is None else sum(counts),
-        max_pixels=config.max_pixels,
+        max_image_bytes=config.max_image_bytes,
         pages=cast(Pages, config.pages),
         notes=notes,
     )
@@ -164,6 +166,7 @@ def _open_hub(config: DataConfig) -> Stream:
     name, rows = check_hub(config), None
     try:
         builder = datasets.load_dataset_builder(name)
+        check_own_files(name, builder.config.data_files)
         if not isinstance(builder, WebDataset):
             rows = cast(datasets.IterableDataset, builder.as_streaming_dataset(split=config.split))
     except Exception as error:  # not found, offline, unknown split, a format that needs code, samples that differ ...
@@ -184,7 +187,7 @@ def _open_hub(config: DataConfig) -> Stream:
         shards=tuple(f"shard {number}" for number in range(num_shards)),
         roots=(f"hf://datasets/{name}",),
         num_samples=config.num_samples or (known.num_examples if known else None) or None,
-        max_pixels=config.max_pixels,
+        max_image_bytes=config.max_image_bytes,
         pages=cast(Pages, config.pages),
     )
 
@@ -198,10 +201,10 @@ def _open_hub_tars(config: DataConfig, found: Mapping[Any, Sequence[str]]) -> St
         raise setting_error(config, "split", f"no such split; {near}there are: {', '.join(names)}")
     return Stream(
         name=cast(str, config.source),
-        images=partial(read_tar, files, wanted_kinds(config)),
+        images=partial(read_tar, files, wanted_kinds(config), config.max_image_bytes),
         shards=files,
         num_samples=config.num_samples,
-        max_pixels=config.max_pixels,
+        max_image_bytes=config.max_image_bytes,
         pages=cast(Pages, config.pages),
     )
 

@@ -4,7 +4,7 @@ import difflib
 import glob
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -22,9 +22,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from ssl_vit.data.config import KINDS, DataConfig, near_match, setting_error
 from ssl_vit.data.formats import IMAGE_SUFFIXES
 from ssl_vit.data.labels import type_name
-from ssl_vit.data.parquet_builder import ParquetFiles
+from ssl_vit.data.parquet_builder import ParquetFiles, read_batches
 from ssl_vit.data.paths import as_path
-from ssl_vit.data.stored import Roots
+from ssl_vit.data.stored import Roots, is_of_hub
 from ssl_vit.reading import read_json
 
 _READ_ROWS = 32  # taken from a streamed file at once
@@ -60,6 +60,9 @@ def find_files(config: DataConfig) -> list[str]:
     files = [str(path)] if path.exists() else sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207
     if not files:
         raise setting_error(config, "source", "no file matches this pattern")
+    for file in files:
+        if not os.path.isfile(file):  # noqa: PTH113  # of which reading may never end
+            raise setting_error(config, "source", f"{file} is not a regular file")
     return [os.path.abspath(file) for file in files]  # noqa: PTH100  # links stay as they are
 
 
@@ -148,19 +151,15 @@ def load_parquet(config: DataConfig) -> tuple[datasets.Dataset, Roots]:
     return cast(datasets.Dataset, rows), folder_of(files, config)
 
 
-def read_parquet(files: tuple[str, ...], column: str, shard: int, start: int) -> Iterator[dict[str, Any] | None]:
+def read_parquet(
+    files: tuple[str, ...], column: str, max_image_bytes: int, shard: int, start: int
+) -> Iterator[dict[str, Any] | None]:
     """Undecoded images of a parquet file from its row `start` on."""
     # A buffer of its own, or each open file would hold all of a row group.
     with pq.ParquetFile(files[shard], buffer_size=2**20) as file:
-        for group in range(file.num_row_groups):
-            size = file.metadata.row_group(group).num_rows
-            if start < size:
-                for batch in file.iter_batches(_READ_ROWS, row_groups=[group], columns=[column], use_threads=False):
-                    for value in batch.column(column)[start:].to_pylist():
-                        yield {"bytes": value, "path": None} if isinstance(value, bytes) else value
-                    start = max(0, start - len(batch))
-            else:
-                start -= size
+        for batch in read_batches(file, _READ_ROWS, max_image_bytes, start, [column]):
+            for value in batch.column(column).to_pylist():
+                yield {"bytes": value, "path": None} if isinstance(value, bytes) else value
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -191,10 +190,15 @@ def load_saved(folder: Path, config: DataConfig) -> tuple[datasets.Dataset, Root
 def _read_saved(folder: Path) -> tuple[datasets.Dataset, str | None]:
     """A saved table and the name of its split. `load_from_disk` would take '::' in a path for an address."""
     state = read_json(folder / "state.json", links=True)
-    info = datasets.DatasetInfo.from_dict(read_json(folder / "dataset_info.json", links=True))
-    files = [str(folder / item["filename"]) for item in state["_data_files"]]
-    rows = datasets.concatenate_datasets([datasets.Dataset.from_file(file, info=info.copy()) for file in files])
-    return rows, state.get("_split")
+    info, tables = datasets.DatasetInfo.from_dict(read_json(folder / "dataset_info.json", links=True)), []
+    for name in [item["filename"] for item in state["_data_files"]]:
+        file = folder / name
+        if file.name != name or not file.is_file():
+            raise ValueError(f"state.json names {name!r}, which is no file of this folder")
+        rows = datasets.Dataset.from_file(str(file), info=info.copy())
+        rows.data.table.validate(full=True)  # or places outside the file would be read
+        tables.append(rows)
+    return datasets.concatenate_datasets(tables), state.get("_split")
 
 
 def hub_id(config: DataConfig) -> str:
@@ -249,6 +253,17 @@ def check_hub(config: DataConfig) -> str:
     return name
 
 
+def check_own_files(name: str, files: Mapping[Any, Sequence[str]] | None) -> None:
+    """Refuse a data set whose description names files that are none of its own: addresses, or paths of this machine.
+
+    Raises:
+        ValueError: such a file.
+    """
+    for file in (file for split in (files or {}).values() for file in split):
+        if not is_of_hub(file, f"hf://datasets/{name}"):
+            raise ValueError(f"it names {file}, which is none of its own files, and no others are opened")
+
+
 def hub_error(config: DataConfig, what: str) -> ValueError:
     text = f"no such file or folder here, and {what}. data.source may be {KINDS}"
     return setting_error(config, "source", " ".join(text.split()))
@@ -259,13 +274,21 @@ def load_from_hub(config: DataConfig) -> tuple[datasets.Dataset, Roots]:
     name = check_hub(config)
     check_cache()
     try:
-        rows = cast(datasets.Dataset, datasets.load_dataset(name, split=config.split))
+        rows = load_split(name, split=config.split)
     except Exception as error:  # not allowed, offline, unknown split, a format that needs code ...
         what = f"loading split {config.split!r} of the data set of this name from the Hugging Face hub failed: {error}"
         raise hub_error(config, what) from error
     repository = Path(huggingface_hub.constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
     downloads = os.path.realpath(datasets.config.DOWNLOADED_DATASETS_PATH)
     return rows, allowed(os.path.realpath(repository), config, downloads)
+
+
+def load_split(name: str, split: str) -> datasets.Dataset:
+    """What `datasets.load_dataset` gives, out of files of the repository itself alone."""
+    builder = datasets.load_dataset_builder(name)
+    check_own_files(name, builder.config.data_files)
+    builder.download_and_prepare()
+    return cast(datasets.Dataset, builder.as_dataset(split=cast(Any, split)))
 
 
 def check_cache() -> None:

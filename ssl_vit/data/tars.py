@@ -1,20 +1,71 @@
 """WebDataset tars: which member of a sample is its image, and no other is read."""
 
+import bz2
+import gzip
+import lzma
+import os
 import re
 import tarfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import fsspec
 
 from ssl_vit.data.config import DataConfig, near_match, setting_error
 from ssl_vit.data.formats import IMAGE_SUFFIXES
+from ssl_vit.reading import open_regular
 
 _MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # the members of a sample share what is before the first dot
 _NAMED = 20  # kinds of members that an error names
+_LONGEST_NAME, _LONGEST_HEADER = 4096, 2**20  # bytes
+_MOST_INFLATED = 100  # bytes that a byte of a compressed tar may become; images are compressed already
+_COMPRESSED = {b"\x1f\x8b": gzip.GzipFile, b"BZh": bz2.BZ2File, b"\xfd7zXZ\0": lzma.LZMAFile}
+
+
+class _Archive:
+    """The bytes of a tar, inflated: neither a header nor all of them together may be more than they are worth."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.end = file, float("inf")
+        start = file.read(6)
+        unpack = next((kind for signature, kind in _COMPRESSED.items() if start.startswith(signature)), None)
+        if unpack is not None:
+            self.end = _MOST_INFLATED * file.seek(0, os.SEEK_END) + _LONGEST_HEADER
+            self.file = unpack(fileobj=file) if unpack is gzip.GzipFile else unpack(file)
+        file.seek(0)
+
+    def read(self, size: int, most: int = _LONGEST_HEADER) -> bytes:
+        if not 0 <= size <= most:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return self.file.read(size)
+
+    def seek(self, position: int) -> None:
+        if not 0 <= position <= self.end:
+            raise tarfile.ReadError(f"inflates to more than {_MOST_INFLATED} times its size; unpack it yourself")
+        self.file.seek(position)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def member(self, member: tarfile.TarInfo, most: int) -> bytes:
+        """The content of a member.
+
+        Raises:
+            ValueError: it is sparse, or of more than `most` bytes.
+            tarfile.TarError: the archive is cut off.
+        """
+        if member.issparse():
+            raise ValueError("a sparse member of a tar, which is not read; write the tar without --sparse")
+        if member.size > most:
+            raise ValueError(f"holds {member.size:,} bytes, more than data.max_image_bytes={most}")
+        self.seek(member.offset_data)
+        data = self.read(member.size, most)
+        if len(data) < member.size:
+            raise tarfile.ReadError("unexpected end of data")
+        return data
 
 
 @dataclass
@@ -32,20 +83,24 @@ class Samples:
     num_further: int = 0
     """Members that were met and would have been their sample's image had there been none before them."""
 
-    def of(self, file: Any) -> Iterator[tuple[str, IO[bytes] | None]]:
-        """Each sample's image by its name, or the sample's key and None. Read it before the next is asked for.
+    def of(self, file: Any) -> Iterator[tuple[str, Callable[[int], bytes] | None]]:
+        """Each sample's image, its name and what reads it (see `_Archive.member`), or the sample's key and None.
 
         Args:
             file: the archive, opened to read bytes, compressed or not.
 
         Raises:
-            tarfile.TarError: the archive is cut off or damaged.
+            tarfile.TarError: the archive is cut off or damaged, or inflates without end.
         """
-        tar = tarfile.open(fileobj=file, mode="r:*")  # noqa: SIM115  # closes nothing but a file of its own
-        key, is_told = "", True
+        archive = _Archive(file)
+        tar = tarfile.open(fileobj=cast(Any, archive), mode="r:")  # noqa: SIM115  # closes nothing
+        key, is_told, end = "", True, -1
         while (member := tar.next()) is not None:
             cast(Any, tar).members = []  # or all of them would be kept
-            match = _MEMBER.fullmatch(member.name)
+            if tar.offset <= end or member.size < 0:
+                raise tarfile.ReadError("a header leads back")
+            end = tar.offset
+            match = _MEMBER.fullmatch(member.name) if len(member.name) <= _LONGEST_NAME else None
             if not member.isreg() or match is None or member.name.rpartition("/")[2].startswith((".", "__")):
                 continue
             if match[1] != key:
@@ -59,10 +114,10 @@ class Samples:
                 self.num_further += is_told
                 if not is_told:
                     is_told = True
-                    yield member.name, tar.extractfile(member)
+                    yield member.name, partial(archive.member, member)
         if not is_told:
             yield key, None
-        if tar.fileobj is file:  # Python ends at a damaged header as it does at the end of the archive
+        if archive.file is file:  # Python ends at a damaged header as it does at the end of the archive
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
                 raise tarfile.ReadError(f"the header at byte {tar.offset:,} is damaged")
@@ -84,13 +139,13 @@ def count_samples(files: list[str], config: DataConfig) -> tuple[list[int] | Non
     for file in files:
         count = 0
         try:
-            with Path(file).open("rb") as opened:
+            with os.fdopen(open_regular(Path(file), links=True), "rb") as opened:
                 for _, image in samples.of(opened):
                     count += 1
                     num_images += image is not None
                     if num_images and config.num_samples is not None:
                         break
-        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        except Exception as error:  # a damaged header raises anything
             what = f"{file} is not a tar file, or is empty or damaged: {str(error).partition(chr(10))[0]}"
             raise setting_error(config, "source", what) from error
         counts.append(count)
@@ -121,10 +176,17 @@ def _check_kinds(samples: Samples, num_images: int, config: DataConfig) -> None:
         raise setting_error(config, "label_column", f"the tars have no members of this kind; {near}{listed}")
 
 
-def read_tar(files: tuple[str, ...], wanted: tuple[str, ...], shard: int, start: int) -> Iterator[dict[str, Any]]:
+def read_tar(
+    files: tuple[str, ...], wanted: tuple[str, ...], max_image_bytes: int, shard: int, start: int
+) -> Iterator[dict[str, Any]]:
     """Undecoded images of a tar, here or on the hub, from its sample `start` on; without bytes where it has none."""
     name = files[shard]
-    with fsspec.open(name, "rb") if "://" in name else Path(name).open("rb") as file:
-        for number, (path, image) in enumerate(Samples(wanted).of(file)):
+    with fsspec.open(name, "rb") if "://" in name else os.fdopen(open_regular(Path(name), links=True), "rb") as file:
+        for number, (path, read) in enumerate(Samples(wanted).of(file)):
             if number >= start:
-                yield {"bytes": None if image is None else image.read(), "path": path}
+                stored: dict[str, Any] = {"bytes": None, "path": path}
+                try:
+                    stored["bytes"] = None if read is None else read(max_image_bytes)
+                except ValueError as error:
+                    stored["problem"] = str(error)
+                yield stored

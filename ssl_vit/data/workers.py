@@ -137,7 +137,7 @@ def naming_killed_workers(rows: CurrentRows, where: Callable[[int], str]) -> Ite
         if name == signal.strsignal(signal.SIGKILL):
             advice = (
                 "the system does so where memory runs out: set fewer --data.num_workers or a smaller "
-                "--data.max_pixels, or remove the picture if it is this one each time"
+                "--data.max_image_bytes, or remove the image if it is this one each time"
             )
         raise ValueError(f"{begin} was killed ({name}); {advice}") from error
 

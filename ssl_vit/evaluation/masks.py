@@ -1,6 +1,5 @@
 """Pictures with a class for every pixel."""
 
-import io
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from PIL import ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
+from ssl_vit.data.bounds import MAX_IMAGE_BYTES, check_size
 from ssl_vit.data.config import DataConfig, near_match
 from ssl_vit.data.formats import open_image
 from ssl_vit.data.sources import Source, open_source
@@ -57,7 +57,7 @@ class MaskedSource:
     def mask(self, index: int) -> Int64[Tensor, "h w"]:
         """The mask of a row, -1 where a pixel belongs to no class."""
         try:
-            values = read_mask(self.masks.encoded(index))
+            values = read_mask(self.masks.encoded(index), self.masks.max_image_bytes)
         except (ValueError, OSError) as error:
             raise ValueError(f"{self._name(index)}: {error}") from error
         mask = values.long()
@@ -71,14 +71,15 @@ class MaskedSource:
         return f"mask of row {index} of {self.masks.name!r}" + (f" ({path})" if path else "")
 
 
-def read_mask(data: bytes) -> Int64[Tensor, "h w"]:
+def read_mask(data: bytes, max_image_bytes: int = MAX_IMAGE_BYTES) -> Int64[Tensor, "h w"]:
     """The numbers that a mask's file stores for its pixels: palette indices as they are, 16 bits undivided.
 
     Raises:
         ValueError: no picture, or one of several channels.
     """
     try:
-        with open_image(io.BytesIO(data)) as opened:
+        with open_image(data, max_image_bytes) as opened:
+            check_size(opened.height, opened.width, 8, max_image_bytes)
             if opened.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
                 raise ValueError(f"is a {opened.mode} picture; a mask has one channel, whose values are classes")
             return torch.from_numpy(np.array(ImageOps.exif_transpose(opened)).astype(np.int64))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ssl_vit.data import decode, sources
 from ssl_vit.data.bad_images import LOOKED_AT, BadImages, leave_out_bad, look_beforehand
 from ssl_vit.data.decoded import open_decoded
 from ssl_vit.data.loader import Batches, TransformedSource
@@ -149,14 +150,15 @@ def test_rows_that_cannot_be_decoded_are_left_out(tmp_path: Path, capsys: pytest
 def test_a_file_that_may_not_be_read_is_replaced_and_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "photos").mkdir()
     source = folder_of(tmp_path / "photos", 4)
-    locked, read = tmp_path / "photos" / "002.png", Path.read_bytes
+    locked, read = tmp_path / "photos" / "002.png", sources.read_file
 
-    def refuse(path: Path) -> bytes:  # to root, who may run this, the system refuses nothing
+    def refuse(path: Path, most: int) -> bytes:  # to root, who may run this, the system refuses nothing
         if path == locked:
             raise PermissionError(13, "Permission denied", str(path))
-        return read(path)
+        return read(path, most)
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    for module in (decode, sources):
+        monkeypatch.setattr(module, "read_file", refuse)
     bad = bad_images(source, tmp_path)
     sampler = StepSampler(num_samples=4, batch_size=4, num_steps=1, seed=0)
     list(Batches(source, transform(), sampler, num_channels=3, num_workers=0, device=CPU, note_bad=bad.note))

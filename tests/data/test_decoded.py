@@ -264,7 +264,7 @@ def test_a_note_beside_the_pixels_says_what_they_are(photos: Path) -> None:
     opened(photos)
     about = json.loads((entries(photos)[0] / "about.json").read_text())
     assert (about["source"], about["side"], about["channels"], about["bad"]) == (str(photos), SIDE, 3, 2)
-    assert about["max_pixels"] == sources.MAX_PIXELS
+    assert about["max_image_bytes"] == sources.MAX_IMAGE_BYTES
 
 
 def overwrite(done: Path) -> None:

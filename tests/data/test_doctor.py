@@ -136,10 +136,10 @@ def test_what_files_hold_is_counted_whatever_of_it_is_read(tmp_path: Path) -> No
     pages = [Image.fromarray(noise(16, 16, dtype=np.uint16)) for _ in range(5)]
     for number in range(3):
         pages[0].save(tmp_path / f"{number}.tif", save_all=True, append_images=pages[1:])
-    settings = DataConfig(source=str(tmp_path), mean=(0.5,) * 5, std=(0.2,) * 5, pages="channels", max_pixels=16 * 16)
+    settings = DataConfig(source=str(tmp_path), mean=(0.5,) * 5, std=(0.2,) * 5, pages="channels", max_image_bytes=5000)
     found = read(open_source(settings), num_channels=5)
     assert (found.num_readable, len(found.mean)) == (3, 5)
     assert found.contents == {Contents("TIFF", 1, 16, pages=5, colours="greyscale"): 3}
     assert not found.is_grey
-    limited = read(open_source(DataConfig(source=str(tmp_path), max_pixels=100)), num_channels=1)
-    assert "data.max_pixels=100" in limited.unreadable[0].reason
+    limited = read(open_source(DataConfig(source=str(tmp_path), max_image_bytes=100)), num_channels=1)
+    assert "data.max_image_bytes=100" in limited.unreadable[0].reason

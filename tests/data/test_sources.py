@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ssl_vit.data import sources
+from ssl_vit.data import sources, tables
 from ssl_vit.data.sources import DataConfig, open_source
 
 
@@ -65,7 +65,7 @@ def _parquet(path: Path, **columns: object) -> str:
         ({"mean": (0.5,)}, r"std=\(0\.229, 0\.224, 0\.225\): .*mean=\(0\.5,\)"),
         ({"num_workers": -2}, r"num_workers=-2: .*auto"),
         ({"cache_side": 0}, r"cache_side=0: .*auto"),
-        ({"max_pixels": 0}, r"max_pixels=0: "),
+        ({"max_image_bytes": 0}, r"max_image_bytes=0: "),
         ({"max_bad_share": 1.5}, r"max_bad_share=1\.5: "),
         ({"max_bad_share": float("nan")}, r"max_bad_share=nan: "),
     ],
@@ -92,14 +92,15 @@ def test_folder_without_classes(tmp_path):
     assert source.rows[1] == {"image": {"bytes": None, "path": str(tmp_path / "b/c/d.jpeg")}}
 
 
-def test_arrays_are_found_in_folders_and_the_limit_of_pixels_holds(tmp_path):
+def test_arrays_are_found_in_folders_and_the_limit_of_bytes_holds(tmp_path):
     _write(tmp_path / "a.png", tmp_path / "c.tif")
     np.save(tmp_path / "b.npy", np.full((3, 6, 8), 1 / 255, dtype=np.float32))
     assert _reds(_open(tmp_path)) == [0, 1, 1]
     np.save(tmp_path / "b.npy", np.zeros((7, 8), dtype=np.uint8))
-    limited = _open(tmp_path, max_pixels=48).subset(np.arange(2))
+    np.save(tmp_path / "b.npy", np.zeros((70, 80), dtype=np.uint8))
+    limited = _open(tmp_path, max_image_bytes=5599).subset(np.arange(2))
     assert limited.image(0, 3).shape == (3, 6, 8)
-    with pytest.raises(ValueError, match=r"row 1 \(.*b.npy\): 7 x 8 pixels are more than data.max_pixels=48"):
+    with pytest.raises(ValueError, match=r"row 1 \(.*b.npy\): the file holds 5,728 bytes, more than data.max_"):
         limited.image(1, 3)
 
 
@@ -419,7 +420,7 @@ def test_empty_and_damaged_saved_datasets(tmp_path):
     ["/no/such", "./photos", "~/no_such_folder", "data/photos/train", "photos.zip", "train.parquet", "a\\b"],
 )
 def test_absent_paths_are_not_tried_on_the_hub(source: str, monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: pytest.fail("tried on the hub"))
+    monkeypatch.setattr(tables, "load_split", lambda *args, **kwargs: pytest.fail("tried on the hub"))
     with pytest.raises(ValueError, match=r"^data\.source='.*': no such file or folder$") as error:
         _open(source)
     assert repr(source) in str(error.value)
@@ -432,13 +433,13 @@ def test_hub_data_set(monkeypatch):
         asked.append((name, settings))
         return _table(label=[0, 1, 2, 1])
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(tables, "load_split", load)
     source = _open("someone/flowers", split="test[:4]")
     assert asked == [("someone/flowers", {"split": "test[:4]"})]  # and no code from the hub is trusted
     assert source.labels is not None
     assert source.labels.tolist() == [0, 1, 2, 1]
 
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: _table(range(0)))
+    monkeypatch.setattr(tables, "load_split", lambda name, split: _table(range(0)))
     with pytest.raises(ValueError, match=r"^data\.source='someone/flowers': split 'val' holds no rows$"):
         _open("someone/flowers", split="val")
 
@@ -447,7 +448,7 @@ def test_hub_failure_says_what_was_tried(monkeypatch):
     def fail(name: str, **settings: object) -> datasets.Dataset:
         raise ConnectionError(f"Couldn't reach {name!r} on the Hub")
 
-    monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.setattr(tables, "load_split", fail)
     with pytest.raises(
         ValueError,
         match=r"^data\.source='flowers': no such file or folder here, and loading split 'train' .*"

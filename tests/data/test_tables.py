@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub.errors import RepositoryNotFoundError
 
+from ssl_vit.data import tables
 from ssl_vit.data.config import DataConfig
 from ssl_vit.data.sources import open_source
 from ssl_vit.data.streaming import open_images, open_stream
@@ -150,7 +151,7 @@ def test_the_hub_is_asked_once(asked: list[str], streaming: bool, monkeypatch: p
 def test_a_copy_of_a_hub_data_set_is_found_without_a_network(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     (Path(datasets.config.HF_DATASETS_CACHE) / "someone___many_flowers").mkdir()
     rows = datasets.Dataset.from_dict({"image": [{"bytes": picture(1), "path": None}]})
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
+    monkeypatch.setattr(tables, "load_split", lambda name, split: rows)
     assert len(open_source(DataConfig(source="someone/ManyFlowers"))) == 1
 
 
@@ -164,7 +165,7 @@ def test_rows_of_the_hub_open_what_was_downloaded_alone(tmp_path: Path, monkeypa
     link.symlink_to(blob)
     other.write_bytes(picture(4))
     rows = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": str(path)} for path in (link, other)]})
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
+    monkeypatch.setattr(tables, "load_split", lambda name, split: rows)
     source = open_source(DataConfig(source="me/mine"))
     assert number_of(source.image(0, 3)) == 3
     with pytest.raises(ValueError, match=r"lies outside .*datasets--me--mine, .*allow_outside_paths"):

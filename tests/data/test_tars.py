@@ -135,16 +135,28 @@ def test_a_compressed_tar_says_what_to_do(tmp_path: Path) -> None:
 
 def test_tars_of_the_hub_are_read_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tar_of(tmp_path / "x.tar", MIXED)
-    load = datasets.load_dataset_builder
+    load, opened_by = datasets.load_dataset_builder, fsspec.open
+    address = "hf://datasets/someone/pictures@1/x.tar"
+
+    def stand_in(name: str) -> datasets.DatasetBuilder:
+        builder = load("webdataset", data_files=str(tmp_path / "x.tar"))
+        builder.config.data_files = {"train": [address]}
+        return builder
+
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
+    monkeypatch.setattr(datasets, "load_dataset_builder", stand_in)
     monkeypatch.setattr(
-        datasets, "load_dataset_builder", lambda name: load("webdataset", data_files=str(tmp_path / "x.tar"))
+        fsspec, "open", lambda name, mode: opened_by(str(tmp_path / "x.tar") if name == address else name, mode)
     )
     opened = stream("someone/pictures")
     assert seen(opened) == [0, None, 2, None, 4]
-    assert (opened.shards, opened.counts) == ((str(tmp_path / "x.tar"),), None)
+    assert (opened.shards, opened.counts) == ((address,), None)
     with pytest.raises(ValueError, match=r"^data.split='val': no such split; there are: train$"):
         stream("someone/pictures", split="val")
     with fsspec.open("memory://x.tar", "wb") as file:
         file.write((tmp_path / "x.tar").read_bytes())
-    assert [stored["path"] for stored in read_tar(("memory://x.tar",), (), 0, 2)] == ["a/2.jpeg", "b/2.webp", "a/2.tif"]
+    assert [stored["path"] for stored in read_tar(("memory://x.tar",), (), 2**20, 0, 2)] == [
+        "a/2.jpeg",
+        "b/2.webp",
+        "a/2.tif",
+    ]
