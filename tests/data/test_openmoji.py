@@ -163,7 +163,9 @@ def test_labels_can_be_ignored(rows):
     ("setting", "value"), [("split", "test"), ("image_column", "picture"), ("label_column", "group")]
 )
 def test_settings_without_effect_are_refused(setting: str, value: str):
-    with pytest.raises(ValueError, match=rf"^data\.{setting}='{value}': the built-in source has no (splits|columns); leave"):
+    with pytest.raises(
+        ValueError, match=rf"^data\.{setting}='{value}': the built-in source has no (splits|columns); leave"
+    ):
         open_source(DataConfig(**{"source": "openmoji", setting: value}))
 
 
