@@ -21,6 +21,8 @@ _SPLITS = {
     **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
+# `train2017`, `test_set`: what may follow.
+_SPLIT_NAME = re.compile(r"([a-z]+?)(?:[ _-]?(?:set|split|data|images?))?(?:[ _-]?(?:19|20)\d\d)?")
 _ALL, _NONE = "all", "none"  # values of data.split: every split together; folders named as splits are none
 # What operating systems and storage devices put beside files; names that begin with a dot are left out anyway.
 _SYSTEM = {
@@ -91,7 +93,7 @@ def find_images(folder: Path, config: DataConfig, *, split_may_be_missing: bool 
         below = [name.partition(os.sep)[2] for name in images] if splits else images
         labelled, unlabelled, note = _label(below, root)
         notes += note
-        if config.split != _NONE and (named := [name for name in labelled[1] if name.lower() in _SPLITS]):
+        if config.split != _NONE and (named := [name for name in labelled[1] if _split_of(name)]):
             notes += [f"{named[0]!r} is taken for a class, since the folders beside it are no splits"]
     notes += _left_aside(others, walked.lost_links) + left_out
     paths = [prefix + name for name in images]
@@ -143,10 +145,16 @@ def _walk(prefix: str) -> _Walked:
     return walked
 
 
+def _split_of(folder: str) -> str | None:
+    """Which split a folder of this name holds; None where it is not named as one."""
+    found = _SPLIT_NAME.fullmatch(folder.lower())
+    return _SPLITS.get(found[1]) if found else None
+
+
 def _find_splits(images: Sequence[str]) -> list[str]:
     """First-level folders where all are named as splits, or two different splits stand among others, which are more."""
     counts = Counter(image.partition(os.sep)[0] if os.sep in image else "" for image in images)
-    kinds = {_SPLITS.get(name.lower()) for name in counts}
+    kinds = {_split_of(name) for name in counts}
     are_splits = None not in kinds or len(kinds - {None}) > 1
     return sorted(name for name in counts if name) if are_splits else []
 
@@ -161,12 +169,12 @@ def _choose_split(
             what = "this folder has no splits, which are first-level folders such as train and val; leave this out"
             raise setting_error(config, "split", what)
         return [], []
-    kind = _SPLITS.get(wanted.lower())
+    kind = _split_of(wanted)
     chosen = (
         (splits if wanted == _ALL else [])
         or [name for name in splits if name == wanted]
         or [name for name in splits if name.lower() == wanted.lower()]
-        or [name for name in splits if kind and _SPLITS.get(name.lower()) == kind]  # `train` names `training`, too
+        or [name for name in splits if kind and _split_of(name) == kind]  # `train` names `training`, too
     )
     listed = ", ".join(map(path_to_text, splits))
     if not chosen or (len(chosen) > 1 and wanted != _ALL):
@@ -174,9 +182,7 @@ def _choose_split(
         near = "" if chosen else near_match(wanted, splits)
         what = f"{problem}; {near}there are: {listed}; {_ALL!r} takes them together, {_NONE!r} makes them classes"
         raise setting_error(config, "split", what)
-    tests = [
-        path_to_text(name) for name in splits if name not in chosen and _SPLITS.get(name.lower(), "train") != "train"
-    ]
+    tests = [path_to_text(name) for name in splits if name not in chosen and _split_of(name) not in (None, "train")]
     used = " and ".join(map(path_to_text, chosen))
     note = f"splits are the folders {listed}; images of {used} are used. --data.split names another, "
     note += f"{_ALL} takes them together, {_NONE} makes them classes"

@@ -162,6 +162,22 @@ def test_a_split_that_is_not_there_is_refused_with_those_that_are(tmp_path):
         _open(tmp_path, split="validation")
 
 
+@pytest.mark.parametrize(
+    ("names", "are_splits"),
+    [
+        (("train2017", "val2017"), True),
+        (("Train_Images", "test-set"), True),
+        (("training data", "VALIDATION"), True),
+        (("tested", "trains"), False),
+        (("train1", "train2"), False),
+        (("devices", "evaluators"), False),
+    ],
+)
+def test_splits_by_other_names(tmp_path, names, are_splits):
+    _write(*(tmp_path / name / kind / "0.png" for name in names for kind in ("cat", "dog")))
+    assert _open(tmp_path).class_names == (("cat", "dog") if are_splits else names)
+
+
 def test_folders_beside_splits_are_splits_and_a_class_named_as_one_is_a_class(tmp_path):
     _write(tmp_path / "a/train/0.png", tmp_path / "a/test/0.png", tmp_path / "a/unlabelled/0.png", tmp_path / "a/x.png")
     source = _open(tmp_path / "a")
