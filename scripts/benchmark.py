@@ -39,6 +39,7 @@ from ssl_vit.benchmarks.step import compare_attention, compare_steps
 from ssl_vit.config import RunConfig, parse_run
 from ssl_vit.privacy import without_secrets
 from ssl_vit.sessions import git_revision, hardware, versions
+from ssl_vit.text import plain
 
 AXES = ("image_size", "local_crops", "batch", "processes", "data")
 PLOTS = (".png", ".webp", ".svg", ".pdf")
@@ -58,10 +59,10 @@ def main() -> int:
     try:
         result = _measure(args, settings)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plain(error)}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plain(error)}", file=sys.stderr)
         return 1
     result |= {
         "measured": datetime.now(timezone.utc).isoformat(timespec="seconds"),

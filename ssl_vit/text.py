@@ -38,6 +38,11 @@ def code(text: object) -> str:
     return f"`{shown}`" if shown.strip() == shown != "" and not re.search(r"[`|\\<>&]", shown) else cell(text)
 
 
+def visible(text: str) -> str:
+    """As `plain`, of several lines and whole, for a page of HTML, which can hold no half of a character either."""
+    return "\n".join(_UNSEEN.sub(_escape, line) for line in text.split("\n"))
+
+
 def without_orders(text: str) -> str:
     """What is printed, of one line or several, with what would move a terminal's cursor or more as escapes."""
     return text if _BAR_MOVES.fullmatch(text) else _ORDERS.sub(_escape, text)

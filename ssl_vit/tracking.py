@@ -16,6 +16,7 @@ from PIL import Image
 
 from ssl_vit.by_products import by_product
 from ssl_vit.reading import open_regular, read_json
+from ssl_vit.text import plain
 from ssl_vit.writing import own_folder, replace_json
 
 TrackerName = Literal["none", "tensorboard", "wandb", "mlflow", "trackio"]
@@ -97,7 +98,7 @@ def _arguments(name: str, folder: Path, start_step: int) -> dict[str, Any]:
     if name == "wandb":
         mode = os.environ.get("WANDB_MODE", "offline")
         resumed = {"id": known, "resume": "allow"} if known else {}
-        return {"run_name": _PROJECT, "dir": str(folder), "name": folder.resolve().name, "mode": mode, **resumed}
+        return {"run_name": _PROJECT, "dir": str(folder), "name": plain(folder.resolve().name), "mode": mode, **resumed}
     if name == "mlflow":
         place = own_folder(folder.resolve() / "mlflow")
         place.mkdir(exist_ok=True)
@@ -109,9 +110,9 @@ def _arguments(name: str, folder: Path, start_step: int) -> dict[str, Any]:
         local = os.environ["MLFLOW_TRACKING_URI"].startswith("sqlite:")
         # A server keeps files where it wants to.
         where = {"logging_dir": (place / "files").as_uri()} if local else {}
-        return {"experiment_name": _PROJECT, "run_name": folder.resolve().name, "run_id": known, **where}
+        return {"experiment_name": _PROJECT, "run_name": plain(folder.resolve().name), "run_id": known, **where}
     os.environ.setdefault("TRACKIO_DIR", str(folder.resolve() / "trackio"))
-    return {"run_name": _PROJECT, "name": folder.resolve().name, "resume": "allow" if start_step else "never"}
+    return {"run_name": _PROJECT, "name": plain(folder.resolve().name), "resume": "allow" if start_step else "never"}
 
 
 def _note_id(name: str, folder: Path, started: Any) -> None:

@@ -242,6 +242,7 @@ def test_the_report(text: str, tmp_path: Path) -> None:
     seen = []
     for page in pages:
         seen.append(Tags())
+        assert all(map(is_plain, page.encode().decode().split("\n")))
         seen[-1].feed(page)
         seen[-1].close()
     assert seen[0].found == seen[1].found  # not one tag more or less

@@ -81,7 +81,7 @@ def test_the_untrained_row_is_the_backbone_of_step_0(start: Callable[..., int], 
 def test_the_scripts_give_the_scores_that_the_run_gave(start: Callable[..., int], tmp_path: Path) -> None:
     start("--evaluation.crop_pct=1.0", "--evaluation.feature=cls", "--evaluation.k=5", "--seed=4", labels=True)
     scores = json.loads((tmp_path / "run" / "results.json").read_text())["scores"]
-    flags = ["--ks=[5]", "--precision=no", "--baselines=[pixels,untrained]"]
+    flags = ["--open_source=true", "--ks=[5]", "--precision=no", "--baselines=[pixels,untrained]"]
     assert command.main(evaluate_knn, {"": KNNConfig()}, None, [str(tmp_path / "run"), *flags]) == 0
     found = json.loads((tmp_path / "run" / "knn.json").read_text())
     for ours, theirs in (("raw pixels", "pixels"), ("untrained", "untrained"), ("trained", "backbone")):

@@ -17,6 +17,7 @@ import yaml
 from ssl_vit.config import differences
 from ssl_vit.export.run import Trained, open_trained
 from ssl_vit.reading import MAX_FIGURE, read_bytes
+from ssl_vit.text import visible
 from ssl_vit.visualize.comparison import SCORES, compare
 from ssl_vit.visualize.film import Frame, open_figure, spread
 from ssl_vit.visualize.inputs import Pictures, open_pictures
@@ -127,7 +128,12 @@ def render(runs: Sequence[RunData], panels: Sequence[dict[str, Any] | str] = ())
         "inferno": _map_table("inferno"),
     }
     templates = files("ssl_vit.visualize") / "templates"
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
+    )
     return environment.from_string((templates / "report.html").read_text(encoding="utf-8")).render(
         runs=told,
         comparison=compare(runs, names),
