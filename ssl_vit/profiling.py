@@ -143,7 +143,8 @@ class StepTrace:
                     profiler.export_chrome_trace(str(unfinished))
             replace_text(self.folder / SUMMARY_FILE, "".join(f"{line}\n" for line in lines))
         if not self.log.quiet:
-            self.log.say("\n".join(lines))
+            for line in lines:
+                self.log.say(line)
 
 
 def summarize(spent: dict[str, float], total: float, num_steps: int) -> list[str]:

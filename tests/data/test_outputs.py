@@ -29,7 +29,12 @@ def test_runs_and_what_is_made_of_them_are_no_images_whatever_is_deleted(start, 
     assert start(f"--output_dir={run}", "--evaluation.pictures_every_steps=2", steps=2) == 0
     assert export([str(run), "--to", "timm", "--out", str(images / "exported")]) == 0
     assert export([str(run), "--out", str(images / "bare")]) == 0
-    assert visualize([str(run), "--what", "pca", "--num_images", "2", "--out", str(images / "disc")]) == 0
+    assert (
+        visualize(
+            [str(run), "--what", "pca", "--num_images", "2", "--open_source", "true", "--out", str(images / "disc")]
+        )
+        == 0
+    )
     assert {path.name for path in images.rglob("*.png")} >= {"reconstructions.png", "pca.png"}
     assert _is_untouched(images)
     written = "left out, since ssl_vit wrote it: bare, disc/pca.png, exported/timm and 1 more"

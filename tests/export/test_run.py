@@ -127,7 +127,17 @@ def test_the_script_writes_every_library_with_a_card(
         json.dumps({"backbone": {"k=20": {"accuracy": 0.5, "low": 0.25, "high": 0.75, "n": 40}}})
     )
     code, text = call(
-        capsys, mae_run, "--to", "timm", "transformers", "torchvision", "--out", tmp_path, "--license", "apache-2.0"
+        capsys,
+        mae_run,
+        "--to",
+        "timm",
+        "transformers",
+        "torchvision",
+        "--out",
+        tmp_path,
+        "--license",
+        "apache-2.0",
+        "--open_source",
     )
     assert code == 0
     folders = ["timm", "torchvision", "transformers", "transformers_mae"]
