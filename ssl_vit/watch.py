@@ -19,6 +19,8 @@ SILENT = 60.0
 """Seconds without one after which the others say so, and then again."""
 MAX_WAIT = 240.0
 """Minutes without one after which the others end."""
+_WATCHED = 32
+"""Others that a process looks after, so that the store of thousands of them is not busy with it."""
 _GONE = 2**40  # added to the count of a process that has ended well
 
 
@@ -34,7 +36,8 @@ class Watch:
     """
 
     def __init__(self, store: Any, index: int, number: int) -> None:
-        self.index, self.number = index, number
+        self.index = index
+        self._watched = {0, *((index + step) % number for step in range(1, _WATCHED + 1))} - {index}
         self.max_wait, self.flag = MAX_WAIT, ""
         """Minutes; the flag is named where there is one."""
         self.progress = 0
@@ -72,8 +75,11 @@ class Watch:
     def hear(self) -> None:
         """Give a sign of life, and look for those of the others."""
         self._store.add(f"watch/{self.index}", 1)
-        self._signs = [self._store.add(f"watch/{other}", 0) for other in range(self.number)]
-        for other in set(range(self.number)) - set(self._places):
+        signs = list(self._signs)
+        for other in self._watched:
+            signs[other] = self._store.add(f"watch/{other}", 0)
+        self._signs = signs
+        for other in {*self._watched, self.index} - set(self._places):
             if self._store.check([f"watch/place/{other}"]):
                 host, _, pid = self._store.get(f"watch/place/{other}").decode().partition("\n")
                 self._places[other] = (host, pid)
@@ -84,8 +90,8 @@ class Watch:
         rounds, progress, signs = self._rounds, self.progress, self._signs
         old_rounds, old_progress, old_signs = self._before
         self._before = (rounds, progress, signs)
-        for other in range(self.number):
-            if signs[other] >= _GONE or other == self.index or progress != old_progress:
+        for other in self._watched:
+            if signs[other] >= _GONE or progress != old_progress:
                 self._turns[other] = 0
             elif rounds == old_rounds:
                 self._turns[other] += other == 0  # the store is with it: of the others nothing can be heard
