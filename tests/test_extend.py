@@ -55,7 +55,8 @@ def values(run: Path, name: str) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("objective", "at", "streamed"), [("mae", 4, False), ("mae", 2, True), ("mae", 4, True), ("dino", 3, False)]
+    ("objective", "at", "streamed"),
+    [("mae", 4, False), ("mae", 2, True), pytest.param("mae", 4, True, marks=pytest.mark.slow), ("dino", 3, False)],
 )
 def test_a_lengthened_run_is_killed_goes_on_and_is_repeated_by_its_config(
     start: Start, tmp_path: Path, monkeypatch: Patch, capsys: Capture, objective: str, at: int, streamed: bool
