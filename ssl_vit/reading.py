@@ -66,11 +66,15 @@ def read_bytes(file: Path, most: int, *, links: bool = False) -> bytes:
         ValueError: it holds more.
         OSError: it cannot be read; see `open_regular`.
     """
-    with os.fdopen(open_regular(file, links=links), "rb") as opened:
-        content = opened.read(most + 1)
-    if len(content) > most:
+    with os.fdopen(open_regular(file, links=links), "rb", buffering=0) as opened:
+        # In parts: a read of `most` bytes would take memory for them, however short the file is.
+        parts, room, size = [], most + 1, os.fstat(opened.fileno()).st_size
+        while room and (part := opened.read(min(room, max(size, 2**16)))):
+            parts.append(part)
+            room -= len(part)
+    if not room:
         raise ValueError(f"{file}: holds more than {most:,} bytes, the most that is read")
-    return content
+    return b"".join(parts)
 
 
 def check_header(file: Path, *, links: bool = False) -> None:

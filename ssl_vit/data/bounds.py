@@ -1,6 +1,5 @@
 """How much memory an image would take, told from its header before any decoder sees it."""
 
-import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ssl_vit.reading import open_regular
+from ssl_vit.reading import read_bytes
 
 MAX_IMAGE_BYTES = 2**29
 """As large an RGB image of 8 bits has 178,956,970 pixels, twice what Pillow warns of."""
@@ -30,14 +29,10 @@ def read_file(path: Path, most: int) -> bytes:
         ValueError: it holds more; the text is the reason only.
         OSError: it is no regular file, or cannot be read.
     """
-    with os.fdopen(open_regular(path, links=True), "rb", buffering=0) as file:
-        parts, room, size = [], most + 1, os.fstat(file.fileno()).st_size
-        while room and (part := file.read(min(room, max(size, 2**16)))):
-            parts.append(part)
-            room -= len(part)
-    if not room:
-        raise ValueError(f"the file holds {max(size, most + 1):,} bytes, more than data.max_image_bytes={most}")
-    return b"".join(parts)
+    try:
+        return read_bytes(path, most, links=True)
+    except ValueError as error:
+        raise ValueError(f"the file holds more than data.max_image_bytes={most}") from error
 
 
 def check_size(height: int, width: int, bytes_a_pixel: int, most: int) -> None:

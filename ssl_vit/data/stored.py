@@ -17,7 +17,7 @@ found by walking a folder, and all are opened. None: rows open no files."""
 
 
 def find_stored(stored: Mapping[str, Any] | None, roots: Roots, max_image_bytes: int = MAX_IMAGE_BYTES) -> bytes | Path:
-    """The encoded image of a row, or the file that it lies in.
+    """The encoded image of a row, or the file that it lies in, which `read_file` opens if it is a regular one.
 
     A path in a row is data, and data opens nothing but what belongs to its own source: no address of any kind, no
     device, no file outside `roots`.
@@ -40,7 +40,7 @@ def find_stored(stored: Mapping[str, Any] | None, roots: Roots, max_image_bytes:
     if roots and roots[0].startswith(_HUB):
         return _read_from_hub(path, roots[0], max_image_bytes)
     file = Path(locate(path, roots))
-    if roots and not file.is_file() and ("://" in path or "::" in path):
+    if roots and ("://" in path or "::" in path) and not file.is_file():
         raise ValueError("the row names an address, and addresses in rows are not opened; keep the bytes in the rows")
     if roots:
         file = Path(os.path.realpath(file))
@@ -49,8 +49,6 @@ def find_stored(stored: Mapping[str, Any] | None, roots: Roots, max_image_bytes:
             f"lies outside {roots[0]}, and rows open no files outside the folder of their source; "
             "allow_outside_paths=True (--data.allow_outside_paths true) lets them"
         )
-    if file.exists() and not file.is_file():  # nor is it read where it becomes one, see `read_file`
-        raise ValueError("is not a regular file")
     return file
 
 

@@ -113,7 +113,7 @@ def test_a_file_that_becomes_another_is_not_waited_for(tmp_path: Path) -> None:
 def test_a_file_is_read_up_to_a_bound_whatever_its_size_is_said_to_be(tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "a").write_bytes(bytes(300_000))
     assert len(read_file(tmp_path / "a", 300_000)) == 300_000
-    with pytest.raises(ValueError, match=r"the file holds 300,000 bytes, more than data\.max_image_bytes=299999"):
+    with pytest.raises(ValueError, match=r"the file holds more than data\.max_image_bytes=299999"):
         read_file(tmp_path / "a", 299_999)
     assert read_file(Path("/proc/self/status"), 10**6).startswith(b"Name:")  # of size 0
     with pytest.raises(ValueError, match=r"more than data.max_image_bytes=10$"):
