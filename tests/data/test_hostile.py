@@ -121,7 +121,7 @@ def test_a_file_is_read_up_to_a_bound_whatever_its_size_is_said_to_be(tmp_path: 
     with (tmp_path / "hole.png").open("wb") as file:
         file.truncate(2**40)
     start = time.perf_counter()
-    with pytest.raises(ValueError, match=r"1,099,511,627,776 bytes"):
+    with pytest.raises(ValueError, match=r"more than data.max_image_bytes=1048576$"):
         decode.decode(tmp_path / "hole.png", 3, max_image_bytes=2**20)
     assert time.perf_counter() - start < 5
 
