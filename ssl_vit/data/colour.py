@@ -1,4 +1,4 @@
-"""Colour profiles that images carry, applied: what is learned from is sRGB, as screens and other images have it."""
+"""Colour profiles of images: an image that carries one is converted to sRGB, the colours of screens and of other images."""
 
 import io
 from functools import lru_cache

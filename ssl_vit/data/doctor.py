@@ -37,7 +37,7 @@ class Unreadable(NamedTuple):
 
 
 class Repeat(NamedTuple):
-    """A picture that is the same as one before it."""
+    """An image that is the same as one before it."""
 
     place: Place
     first: Place

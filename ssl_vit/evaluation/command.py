@@ -150,7 +150,7 @@ class Backbone:
 
     @property
     def feature(self) -> str:
-        """What stands for a picture unless another feature is named: what its run was judged by; else the mean of the
+        """What stands for an image unless another feature is named: what its run was judged by; else the mean of the
         patches of an MAE, and the class token of others."""
         return self.provenance.get("feature") or ("mean" if self.provenance.get("objective") == "MAE" else "cls")
 

@@ -28,18 +28,22 @@ def check_bad_share(
     Raises:
         ValueError: more than `max_bad_share` of them are bad, or all. Says why of the first.
     """
-    if len(bad):
+    if _too_many(len(bad), num_images, max_bad_share):  # asked for each batch: the reason is found where it is needed
         found = describe_bad(source, int(bad[0]), num_channels)
         refuse(len(bad), num_images, max_bad_share, f"{source.where(int(bad[0]))}: {found['reason']}")
 
 
 def refuse(num_bad: int, num_images: int, max_bad_share: float, first: str) -> None:
     """As `check_bad_share`, with what is wrong with the first one in words."""
-    if num_bad > max_bad_share * num_images or num_bad == num_images:
+    if _too_many(num_bad, num_images, max_bad_share):
         raise ValueError(
             f"max_bad_share={max_bad_share}: {num_bad:,} or more of the {num_images:,} images cannot be used; the "
             f"first: {first}; repair or remove them, or allow more of them"
         )
+
+
+def _too_many(num_bad: int, num_images: int, max_bad_share: float) -> bool:
+    return num_bad > max_bad_share * num_images or 0 < num_bad == num_images
 
 
 def without_bad(

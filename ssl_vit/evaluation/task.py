@@ -45,7 +45,7 @@ class Task:
 
     @classmethod
     def open(cls, path: Path, config: LabelledConfig) -> "Task":
-        """Load and open everything, and find what is wrong with it before the first picture is decoded."""
+        """Load and open everything, and find what is wrong with it before the first image is decoded."""
         backbone = Backbone.load(path, config)
         data = data_config(backbone, config, label_column=config.label_column)
         # Other processes wait until the first one has filled the caches.
