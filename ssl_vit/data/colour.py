@@ -1,4 +1,4 @@
-"""Colour profiles of images: an image that carries one is converted to sRGB, the colours of screens and of other images."""
+"""Colour profiles of images: an image that carries one is converted to sRGB."""
 
 import io
 from functools import lru_cache
