@@ -19,7 +19,7 @@ from ssl_vit.data.paths import path_to_text
 from ssl_vit.data.sources import DataConfig
 from ssl_vit.evaluation.evaluate import EvaluationConfig
 from ssl_vit.export.pretrained import load_pretrained, open_pretrained
-from ssl_vit.flags import check_file, in_one_line, split_config_files
+from ssl_vit.flags import check_file, in_one_line, section, split_config_files
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.vit import ViTConfig
 from ssl_vit.objectives.objective import Objective, ObjectiveConfig, RunSize, Transform
@@ -236,15 +236,6 @@ def _naming_pretrained(path: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"encoder.pretrained={path!r}: {error}") from error
-
-
-@contextmanager
-def section(name: str) -> Iterator[None]:
-    """Put a section's name in front of the key that a component's ValueError begins with."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{name}.{error}") from error
 
 
 def parse_run(defaults: RunConfig, args: Sequence[str] | None = None) -> RunConfig:

@@ -77,18 +77,26 @@ def in_one_line(message: str, keys: dict[str, Any]) -> str:
 
 
 @contextmanager
-def said_of(names: Mapping[str, str], at_start: bool = False) -> Iterator[None]:
+def section(name: str) -> Iterator[None]:
+    """Put a section's name in front of the key that a component's ValueError begins with."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}.{error}") from error
+
+
+@contextmanager
+def said_of(names: Mapping[str, str]) -> Iterator[None]:
     """Put other names of settings into a ValueError: of the setting it is about, where shared code knows another.
 
     Args:
         names: from the name that is known there to the one that was given.
-        at_start: replace a name that the text begins with alone.
     """
     try:
         yield
     except ValueError as error:
         known = "|".join(map(re.escape, names)) or "(?!)"
-        pattern = rf"^({known})(?==)" if at_start else rf"(?<![\w.])({known})(?!\w)"
+        pattern = rf"(?<![\w.])({known})(?!\w)"
         raise ValueError(re.sub(pattern, lambda found: names[found[1]], str(error))) from error
 
 

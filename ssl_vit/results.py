@@ -17,8 +17,8 @@ from ssl_vit.data.sources import DataConfig, Source, open_source
 from ssl_vit.data.streaming import Stream
 from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.distributed import autocast_dtype, process_index
+from ssl_vit.evaluation.crops import centre_crop
 from ssl_vit.evaluation.evaluate import evaluate_encoder, evaluate_pixels, split_sources, why_unlabelled
-from ssl_vit.evaluation.features import centre_crop
 from ssl_vit.evaluation.scores import Score, format_table, paired_interval, scores_to_json
 from ssl_vit.evaluation.untrained import untrained_encoder
 from ssl_vit.export.backbone import BACKBONE_FILE, export_backbone

@@ -14,7 +14,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from ssl_vit import results, sharding
 from ssl_vit.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint, step_of
 from ssl_vit.compiling import compile_blocks, resolve_compile
-from ssl_vit.config import RunConfig, section
+from ssl_vit.config import RunConfig
 from ssl_vit.cuda_graphs import BlockGraphs, resolve_cuda_graphs
 from ssl_vit.data.bad_images import look_beforehand
 from ssl_vit.data.decoded import open_decoded
@@ -33,6 +33,7 @@ from ssl_vit.distributed import (
 )
 from ssl_vit.export.provenance import facts
 from ssl_vit.faults import Faults
+from ssl_vit.flags import section
 from ssl_vit.heartbeat import State, beat, end_of_start
 from ssl_vit.metrics import MetricLog
 from ssl_vit.micro_batch import choose_micro_batch

@@ -28,8 +28,3 @@ def test_another_setting_may_be_at_fault() -> None:
         said_of({"data.source": "data.test_source"}),
     ):
         raise ValueError("data.source='b': as data.source_of")
-    with (
-        pytest.raises(ValueError, match=r"^probe.epochs=0: epochs"),
-        said_of({"epochs": "probe.epochs"}, at_start=True),
-    ):
-        raise ValueError("epochs=0: epochs")

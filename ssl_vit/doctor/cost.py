@@ -13,10 +13,11 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from ssl_vit.benchmarks.step import Step, prepare_step
-from ssl_vit.config import RunConfig, section
+from ssl_vit.config import RunConfig
 from ssl_vit.data.sources import Source
 from ssl_vit.data.workers import choose_num_workers, num_cpus
 from ssl_vit.distributed import resolve_precision
+from ssl_vit.flags import section
 from ssl_vit.models.vit import choose_attention
 from ssl_vit.objectives.objective import Objective, Transform
 

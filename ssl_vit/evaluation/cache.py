@@ -18,7 +18,7 @@ from torch import Tensor
 from ssl_vit.data.fingerprint import fingerprint
 from ssl_vit.data.sources import Source
 from ssl_vit.distributed import process_index
-from ssl_vit.evaluation.features import EvalTransform
+from ssl_vit.evaluation.crops import EvalTransform
 from ssl_vit.manifest import read_sealed, save_sealed
 from ssl_vit.text import plain
 from ssl_vit.writing import UNFINISHED, own_folder

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -15,7 +15,7 @@ from ssl_vit.data.config import clamp_rounding
 from ssl_vit.data.sources import DataConfig, Source
 from ssl_vit.data.workers import check_num_workers
 from ssl_vit.distributed import autocast_dtype, end_processes, process_index, resolve_precision, start_processes
-from ssl_vit.evaluation.features import EvalTransform, fit_size
+from ssl_vit.evaluation.crops import EvalTransform, fit_size
 from ssl_vit.evaluation.left_out import write_bad
 from ssl_vit.evaluation.untrained import objective_of, untrained_encoder
 from ssl_vit.export.backbone import (
@@ -27,7 +27,7 @@ from ssl_vit.export.backbone import (
     read_encoder_config,
     read_normalisation,
 )
-from ssl_vit.flags import as_flags, in_one_line, said_of
+from ssl_vit.flags import as_flags, in_one_line, said_of, section
 from ssl_vit.front import stoppable
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.text import plain
@@ -254,7 +254,7 @@ def main(
         settings = {}
         for name, kind in kinds.items():
             values = vars(given[name]) if name else {item.name: given[item.name] for item in fields(kind)}
-            with said_of({key: f"{name}.{key}" for key in values} if name else {}, at_start=True):
+            with section(name) if name else nullcontext():
                 settings[name or "config"] = kind(**values)
         start_processes()
         evaluate(Path(given.backbone), **settings)

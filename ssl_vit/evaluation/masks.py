@@ -12,6 +12,7 @@ import torchvision.transforms.v2.functional as TF
 from jaxtyping import Int64, UInt8
 from PIL import ImageOps
 from torch import Tensor
+from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode
 
 from ssl_vit.data.bounds import MAX_IMAGE_BYTES, check_size
@@ -19,7 +20,7 @@ from ssl_vit.data.config import DataConfig, near_match
 from ssl_vit.data.formats import open_image
 from ssl_vit.data.sources import Source, open_source
 from ssl_vit.data.transforms import draw_crop
-from ssl_vit.evaluation.features import cover, middle
+from ssl_vit.evaluation.crops import cover, middle
 from ssl_vit.flags import said_of
 
 _MAX_CLASSES = 10_000  # more are no classes: a mask of instances, or a picture
@@ -87,6 +88,23 @@ def read_mask(data: bytes, max_image_bytes: int = MAX_IMAGE_BYTES) -> Int64[Tens
         raise
     except Exception as error:  # a damaged file raises anything: OSError, SyntaxError, struct.error ...
         raise ValueError(f"cannot be read: {error}") from error
+
+
+class Problems(Dataset):
+    """Why a pair of an image and its mask cannot be used; None where it can."""
+
+    def __init__(self, source: MaskedSource, num_channels: int) -> None:
+        self.source, self.num_channels = source, num_channels
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, row: int) -> str | None:
+        try:
+            self.source.pair(row, self.num_channels)
+        except ValueError as error:
+            return str(error)
+        return None
 
 
 def open_masked(

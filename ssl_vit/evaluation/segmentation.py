@@ -31,9 +31,9 @@ from ssl_vit.evaluation.command import (
     tell_notes,
     write_result,
 )
-from ssl_vit.evaluation.features import EvalTransform
+from ssl_vit.evaluation.crops import EvalTransform
 from ssl_vit.evaluation.left_out import refuse
-from ssl_vit.evaluation.masks import MaskedSource, centre_pair, open_masked, random_pair
+from ssl_vit.evaluation.masks import MaskedSource, Problems, centre_pair, open_masked, random_pair
 from ssl_vit.evaluation.scores import lay_out
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.schedules import warmup_cosine
@@ -357,7 +357,7 @@ def _readable(
     tell_notes(source.images, source.masks)
     if config.on_bad_image == "raise":
         return source
-    loader = _loader(_Reasons(source, backbone.encoder.in_chans), config, backbone.device)
+    loader = _loader(Problems(source, backbone.encoder.in_chans), config, backbone.device)
     loader.collate_fn = list
     reasons: list[str | None] = [reason for batch in loader for reason in batch]
     rows = [row for row, reason in enumerate(reasons) if reason is not None]
@@ -365,23 +365,6 @@ def _readable(
         refuse(len(rows), len(source), config.max_bad_share, str(reasons[rows[0]]))
     bad += [{"source": source.images.name, "row": row, "reason": reasons[row]} for row in rows]
     return source.subset(np.setdiff1d(np.arange(len(source)), rows)) if rows else source
-
-
-class _Reasons(Dataset):
-    """Why a pair cannot be used; None where it can."""
-
-    def __init__(self, source: MaskedSource, num_channels: int) -> None:
-        self.source, self.num_channels = source, num_channels
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, row: int) -> str | None:
-        try:
-            self.source.pair(row, self.num_channels)
-        except ValueError as error:
-            return str(error)
-        return None
 
 
 def _hold_out(source: MaskedSource, folds: int, seed: int) -> tuple[MaskedSource, MaskedSource]:

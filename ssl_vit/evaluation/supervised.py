@@ -12,8 +12,9 @@ from ssl_vit.data.sources import Source
 from ssl_vit.data.streaming import Stream
 from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.distributed import autocast_dtype, process_index
+from ssl_vit.evaluation.crops import EvalTransform
 from ssl_vit.evaluation.evaluate import align_classes, independent_rows, split_sources
-from ssl_vit.evaluation.features import EvalTransform, stream
+from ssl_vit.evaluation.features import stream
 from ssl_vit.evaluation.finetune import FineTune, Supervised
 from ssl_vit.evaluation.logistic import stratified_folds
 from ssl_vit.evaluation.scores import Score, format_classes, format_table, per_class, scores_to_json

@@ -10,7 +10,7 @@ import yaml
 from torch import Tensor
 
 from ssl_vit.checkpoint import MODEL_FILE, STATE_FILE, find_damage, list_checkpoints, newest_checkpoint
-from ssl_vit.config import load_encoder_config, section
+from ssl_vit.config import load_encoder_config
 from ssl_vit.data.sources import DataConfig
 from ssl_vit.evaluation.evaluate import EvaluationConfig
 from ssl_vit.evaluation.finetune import FineTune, FineTuneConfig
@@ -32,6 +32,7 @@ from ssl_vit.export.backbone import CONFIG_FILE as CONFIG_JSON
 from ssl_vit.export.classifier import export_classifier
 from ssl_vit.export.pretrained import load_pretrained, open_pretrained
 from ssl_vit.export.provenance import provenance
+from ssl_vit.flags import section
 from ssl_vit.manifest import hash_file
 from ssl_vit.models.vit import ViT
 from ssl_vit.objectives.mae import MAE, MAEConfig

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ssl_vit.data.device_transforms import normalize
 from ssl_vit.data.streaming import Stream, open_images
-from ssl_vit.evaluation.features import centre_crop
+from ssl_vit.evaluation.crops import centre_crop
 from ssl_vit.export import onnx, timm, torch_export, torchvision, transformers
 from ssl_vit.export.backbone import TOLERANCE
 from ssl_vit.export.card import write_card

@@ -13,7 +13,7 @@ from torch import Tensor
 from ssl_vit.data.decode import decode
 from ssl_vit.data.device_transforms import normalize
 from ssl_vit.data.sources import Source, open_source
-from ssl_vit.evaluation.features import centre_crop
+from ssl_vit.evaluation.crops import centre_crop
 from ssl_vit.export.run import Trained, data_settings
 from ssl_vit.flags import said_of
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from ssl_vit.data.device_transforms import normalize
 from ssl_vit.data.sources import Source
-from ssl_vit.evaluation.features import EvalTransform, centre_crop, extract_features, select_feature
+from ssl_vit.evaluation.crops import EvalTransform, centre_crop
+from ssl_vit.evaluation.features import extract_features, select_feature
 from ssl_vit.evaluation.scores import class_name
 from ssl_vit.export.run import Trained
 from ssl_vit.text import plain

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from ssl_vit.data.sources import DataConfig, open_source
 from ssl_vit.evaluation import cache
 from ssl_vit.evaluation.cache import cached_features, feature_key, fingerprint
-from ssl_vit.evaluation.features import EvalTransform
+from ssl_vit.evaluation.crops import EvalTransform
 from ssl_vit.manifest import hash_file
 
 TRANSFORM = EvalTransform((32, 32), (0.5,) * 3, (0.5,) * 3)

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from ssl_vit.data.sources import DataConfig, open_source
 from ssl_vit.evaluation import command, extract
+from ssl_vit.evaluation.crops import EvalTransform
 from ssl_vit.evaluation.extract import ExtractConfig
 from ssl_vit.evaluation.feature_files import read_description
-from ssl_vit.evaluation.features import EvalTransform, extract_features, select_feature
+from ssl_vit.evaluation.features import extract_features, select_feature
 from ssl_vit.export import export_backbone, load_backbone
 from ssl_vit.models.vit import ViTConfig
 from tests.conftest import ROOT, TINY

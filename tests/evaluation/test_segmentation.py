@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, jaccard_score
 
 from ssl_vit.evaluation import command
-from ssl_vit.evaluation.features import EvalTransform
+from ssl_vit.evaluation.crops import EvalTransform
 from ssl_vit.evaluation.segmentation import (
     SegmentationConfig,
     _enlarge,

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ssl_vit.data.decode import decode
 from ssl_vit.data.device_transforms import normalize
-from ssl_vit.evaluation.features import centre_crop
+from ssl_vit.evaluation.crops import centre_crop
 from ssl_vit.export import targets
 from ssl_vit.export.run import Trained
 from ssl_vit.export.targets import TARGETS, Proof, export_to, proof_images
