@@ -161,7 +161,7 @@ def load_backbone(path: str | Path) -> Encoder:
     load_strictly(encoder.vit, tensors, file)
     _check_pair(file)
     # What timm.data.resolve_model_data_config reads of a model: size, normalisation and crop.
-    encoder.pretrained_cfg = read_config(file.parent)["pretrained_cfg"]
+    encoder.pretrained_cfg = read_config(file.parent).get("pretrained_cfg", {})
     return encoder.eval()
 
 

@@ -65,6 +65,10 @@ def test_timm_reads_how_images_are_prepared_from_a_loaded_encoder(tmp_path: Path
     found = timm.data.resolve_model_data_config(load_backbone(tmp_path))
     assert (tuple(found["input_size"]), found["crop_pct"]) == ((2, 16, 24), 0.9)
     assert (tuple(found["mean"]), tuple(found["std"])) == ((0.1, 0.2), (0.3, 0.4))
+    described = json.loads((tmp_path / "config.json").read_text())
+    del described["pretrained_cfg"]
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    assert load_backbone(tmp_path).pretrained_cfg == {}
 
 
 def test_a_standard_architecture_needs_no_arguments(tmp_path: Path) -> None:
