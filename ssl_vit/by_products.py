@@ -1,4 +1,4 @@
-"""What a run makes beside its weights, and can end without."""
+"""Figures, scores, traces and the like: a run makes them beside its weights and can end without them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

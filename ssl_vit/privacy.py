@@ -1,4 +1,4 @@
-"""What does not leave a machine with a result: paths of its users, passwords and keys."""
+"""Paths of users, passwords and keys, which must not leave a machine with a result."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -17,7 +17,7 @@ _SIGNS = re.compile(r"[\\`*|~$]|\](?=\()|(?<![^\W_])_|_(?![^\W_])")
 
 
 def plain(text: object, most: int = MOST) -> str:
-    """A text from outside as one line of a terminal: what is no visible character is shown as its escape.
+    """A text from outside as one line for a terminal. Characters that cannot be seen are shown as escapes.
 
     Of more than `most` characters, those in the middle are left out.
     """
@@ -39,12 +39,12 @@ def code(text: object) -> str:
 
 
 def visible(text: str) -> str:
-    """As `plain`, of several lines and whole, for a page of HTML, which can hold no half of a character either."""
+    """As `plain`, but with its line ends and at full length, for a page of HTML. Lone surrogates become escapes, too."""
     return "\n".join(_UNSEEN.sub(_escape, line) for line in text.split("\n"))
 
 
 def without_orders(text: str) -> str:
-    """What is printed, of one line or several, with what would move a terminal's cursor or more as escapes."""
+    """Printed text, of one line or several. Commands to the terminal, such as a move of its cursor, become escapes."""
     return text if _BAR_MOVES.fullmatch(text) else _ORDERS.sub(_escape, text)
 
 
