@@ -39,7 +39,7 @@ def code(text: object) -> str:
 
 
 def visible(text: str) -> str:
-    """As `plain`, but with its line ends and at full length, for a page of HTML. Lone surrogates become escapes, too."""
+    """As `plain`, but with its line ends and at full length, for a page of HTML, without lone surrogates."""
     return "\n".join(_UNSEEN.sub(_escape, line) for line in text.split("\n"))
 
 
