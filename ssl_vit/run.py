@@ -154,6 +154,7 @@ def _set_up(config: RunConfig, ending: Ending) -> Run:
     on_main_process(lambda: look_beforehand(source, config.data, num_channels))
     if isinstance(source, Source):
         pictures = open_decoded(source, config.data, num_channels)
+    if pictures is not source:  # decoded beforehand, so that all of its bad images are known
         on_main_process(lambda: look_beforehand(pictures, config.data, num_channels))
 
     accelerator.wait_for_everyone()  # so that nobody checks a folder that is being made

@@ -38,6 +38,7 @@ def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "whole"
     text = finish([sys.executable, *command(photos, run)])
     assert text.count("WARNING: pictures that cannot be decoded are passed over") == 1
+    assert text.count("note       2 of the source's 40 images cannot be decoded; the first: ") == 1
     return run
 
 
