@@ -36,6 +36,10 @@ from ssl_vit.writing import replace_text
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
+OF_ONE_CALL = ("fresh", "extend", "quiet")
+"""Settings of a call, not of its run: no file keeps them."""
+
+
 @dataclass(frozen=True)
 class BatchConfig:
     """How many images make a step."""
@@ -305,7 +309,7 @@ def load_encoder_config(path: Path) -> ViTConfig:
 def write_config(config: RunConfig, path: Path) -> None:
     """Write the resolved settings as YAML, in the form that `--config` reads, from whatever folder."""
     values = as_stored(config)
-    for name in ("fresh", "extend", "quiet"):  # belong to one call, not to the run
+    for name in OF_ONE_CALL:
         values.pop(name)
     text = yaml.safe_dump(values, sort_keys=False)
     try:

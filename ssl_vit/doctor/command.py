@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ssl_vit.config import RunConfig, as_stored, own_folder, parse_run
+from ssl_vit.config import OF_ONE_CALL, RunConfig, as_stored, own_folder, parse_run
 from ssl_vit.data.sources import open_source
 from ssl_vit.doctor.diagnose import Measure, adopt, diagnose
 from ssl_vit.doctor.page import as_text
@@ -76,7 +76,7 @@ def write_settings(defaults: RunConfig, config: RunConfig, file: Path) -> None:
             value = {key: entry for key, entry in value.items() if entry != usual[name].get(key, ...)}
             if value:
                 changed[name] = value
-        elif value != usual[name] and name not in ("fresh", "quiet"):  # these belong to one call
+        elif value != usual[name] and name not in OF_ONE_CALL:
             changed[name] = value
     script = f"scripts/pretrain_{type(config.objective).__name__.removesuffix('Config').lower()}.py"
     text = f"# accelerate launch {script} --config {shlex.quote(str(file))}\n" + yaml.safe_dump(
