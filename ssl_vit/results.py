@@ -18,7 +18,7 @@ from ssl_vit.data.streaming import Stream
 from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.distributed import autocast_dtype, process_index
 from ssl_vit.evaluation.crops import centre_crop
-from ssl_vit.evaluation.evaluate import evaluate_encoder, evaluate_pixels, split_sources, why_unlabelled
+from ssl_vit.evaluation.evaluate import evaluate_encoder, evaluate_pixels, split_sources
 from ssl_vit.evaluation.scores import Score, format_table, paired_interval, scores_to_json
 from ssl_vit.evaluation.untrained import untrained_encoder
 from ssl_vit.export.backbone import BACKBONE_FILE, export_backbone
@@ -218,8 +218,7 @@ def compare(
 def _why_none(config: RunConfig, source: Source) -> str:
     if source.labels is not None:
         return "the labels cannot judge; the note at the start says why"
-    set_aside = "data.label_column is none" if config.data.label_column == "none" else why_unlabelled(source)
-    return f"the source has no labels to judge by: {set_aside}"
+    return f"the source has no labels to judge by: {source.unlabelled}"
 
 
 def _seeds(shares: list[float]) -> str:

@@ -30,6 +30,8 @@ _SYSTEM = {
     *("$recycle.bin", "recycler", "recycled", "system volume information", "lost+found", "found.000"),
     *("__macosx", "network trash folder", "temporary items", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"),
 }
+UNASKED = "data.label_column is 'none'"
+"""Why there are no labels where nobody wants them."""
 _MOST_CLASSES, _MOST_SUFFIXES, _MOST_NAMES = 10, 10, 3  # that are named
 
 
@@ -88,10 +90,11 @@ def find_images(folder: Path, config: DataConfig, *, split_may_be_missing: bool 
         images, others = ([name for name in names if name.startswith(within)] for names in (images, others))
         root = prefix + within[0] if len(within) == 1 else prefix
     labelled: Labels = (None, ())
-    unlabelled = "data.label_column is 'none'"
+    unlabelled = UNASKED
     if config.label_column != "none":
         below = [name.partition(os.sep)[2] for name in images] if splits else images
         labelled, unlabelled, note = _label(below, root)
+        unlabelled += "; classes are folders, one for each: source/cat/1.jpg, source/dog/2.jpg" if unlabelled else ""
         notes += note
         if config.split != _NONE and (named := [name for name in labelled[1] if _split_of(name)]):
             notes += [f"{named[0]!r} is taken for a class, since the folders beside it are no splits"]

@@ -18,7 +18,7 @@ from ssl_vit.data.bounds import MAX_IMAGE_BYTES, read_file
 from ssl_vit.data.columns import find_image_column, find_label_column, notes_on_other_columns
 from ssl_vit.data.config import KINDS, DataConfig, setting_error
 from ssl_vit.data.decode import decode
-from ssl_vit.data.folders import find_images
+from ssl_vit.data.folders import UNASKED, find_images
 from ssl_vit.data.formats import note_of_dropped, page_numbers
 from ssl_vit.data.labels import integers, read_labels
 from ssl_vit.data.mixture import Mixture, as_text
@@ -61,7 +61,7 @@ class Source:
     notes: tuple[str, ...] = ()
     """What the user should know before the first step, a sentence each: files left aside, classes found."""
     unlabelled: str = ""
-    """Why there are no labels, where that is known."""
+    """Why there are no labels, and what to do; "" where there are."""
     root: str | None = None
     """Folder of images, or of its split, below which their paths tell them apart; None for other sources."""
 
@@ -229,6 +229,7 @@ def _open_mixture(config: DataConfig) -> Source:
         groups=_join_groups(parts),
         attribution=" ".join(attributions) or None,
         mixture=mixture,
+        unlabelled="" if class_names else "none of the sources that are mixed has any; name a labelled one",
         roots=tuple(part.roots[0] for part in parts),
         notes=tuple(f"{name}: {note}" for name, part in zip(weights, parts, strict=True) for note in part.notes),
     )
@@ -307,6 +308,7 @@ def _open_openmoji(config: DataConfig) -> Source:
         image_column="image",
         labels=integers(rows, "label") if keep_labels else None,
         class_names=openmoji.GROUP_NAMES if keep_labels else (),
+        unlabelled="" if keep_labels else UNASKED,
         groups=integers(rows, "group"),
         attribution=openmoji.ATTRIBUTION,
         notes=("these are the built-in images; the folder of this name here is ./openmoji",)
@@ -345,6 +347,8 @@ def _open_rows(rows: datasets.Dataset, config: DataConfig, roots: Roots) -> Sour
         notes = notes_on_other_columns(rows.features)
     images = rows.with_format(None).select_columns([image_column])
     others = [name for name in rows.column_names if name != image_column]
+    known = f"there are {', '.join(others)}: name one in data.label_column" if others else "name a labelled source"
+    unlabelled = UNASKED if config.label_column == "none" else f"no column is known to hold classes; {known}"
     return Source(
         name=path_to_text(cast(str, config.source)),
         rows=images.cast_column(image_column, datasets.Image(decode=False)),
@@ -352,6 +356,7 @@ def _open_rows(rows: datasets.Dataset, config: DataConfig, roots: Roots) -> Sour
         labels=labels,
         class_names=class_names,
         columns=rows.with_format(None).select_columns(others) if others else None,
+        unlabelled=unlabelled if labels is None else "",
         roots=(roots,),
         notes=notes,
     )

@@ -342,23 +342,10 @@ def _subset(source: Source, labels: np.ndarray, max_images: int | None, seed: in
 def _labels(source: Source, setting: str) -> np.ndarray:
     if source.labels is None or not (source.labels >= 0).any():
         raise ValueError(
-            f"{setting}={source.name!r}: has no labels, and evaluating needs them: {why_unlabelled(source)}"
+            f"{setting}={source.name!r}: has no labels, and evaluating needs them: "
+            f"{source.unlabelled or 'name a labelled source'}"
         )
     return source.labels
-
-
-def why_unlabelled(source: Source) -> str:
-    """Why no image of a source has a label, and what to do."""
-    if source.mixture is not None:
-        return "none of the sources that are mixed has any; name a labelled one"
-    if source.columns is not None:
-        return (
-            f"no column is known to hold classes; there are {', '.join(source.columns.column_names)}: name one in "
-            "data.label_column"
-        )
-    if not source.unlabelled:
-        return f"it has no column but {source.image_column!r}; name a labelled source"
-    return f"{source.unlabelled}; classes are folders, one for each: source/cat/1.jpg, source/dog/2.jpg"
 
 
 def _check_classes(labels: np.ndarray, source: Source, setting: str) -> None:

@@ -257,7 +257,7 @@ def test_sources_that_cannot_be_evaluated_are_refused_before_anything_is_decoded
     monkeypatch.setattr(Stripes, "image", None)
     good, config = source([0, 1, 2] * 4), EvaluationConfig()
     cases = [
-        (source(None), None, "^evaluation.source='stripes': has no labels.*it has no column but"),
+        (source(None), None, "^evaluation.source='stripes': has no labels.*: name a labelled source"),
         (source([-1] * 5), None, "^evaluation.source='stripes': has no labels"),
         (good, source(None, name="t"), "^evaluation.test_source='t': has no labels"),
         (source([1] * 5), None, "class 'b': .*at least two classes"),
