@@ -30,6 +30,10 @@ GOLDEN = Path(__file__).parent / "golden"
 TINY = {"arch": "vit_small_patch16_224", "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-golden", action="store_true", help="write tests/golden/losses.json anew")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whole runs first, which take longest: so that no core waits for the other at the end."""
     items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
@@ -126,6 +130,16 @@ def start(photo_folder: Path, tmp_path: Path, _fresh_state: None) -> Callable[..
 def losses(run: Path) -> list[float]:
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [record["loss"] for record in records if "loss" in record]
+
+
+def machine() -> dict[str, str]:
+    """What the last bits of a loss depend on."""
+    return {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
+
+
+def loss_tolerance() -> float:
+    """How far losses may lie, relatively, from those in golden/: other processors sum in another order."""
+    return 1e-6 if json.loads((GOLDEN / "losses.json").read_text())["machine"] == machine() else 1e-4
 
 
 def last_weights(run: Path) -> dict[str, torch.Tensor]:
