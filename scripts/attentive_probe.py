@@ -10,17 +10,17 @@ Saves and resumes as pre-training does; `--help` lists all settings.
 
 import sys
 
-from ssl_vit.front import heed_signals
+from ssl_vit.core.front import heed_signals
 
 if __name__ == "__main__":
     heed_signals()
 
-from ssl_vit.config import BatchConfig, RunConfig
-from ssl_vit.evaluation import supervised
 from ssl_vit.evaluation.evaluate import EvaluationConfig
-from ssl_vit.evaluation.finetune import AttentiveConfig
-from ssl_vit.optim import OptimConfig
-from ssl_vit.train import main
+from ssl_vit.objectives.finetune import AttentiveConfig
+from ssl_vit.training import supervised
+from ssl_vit.training.config import BatchConfig, RunConfig
+from ssl_vit.training.loop import main
+from ssl_vit.training.optim import OptimConfig
 
 DEFAULTS = RunConfig(
     objective=AttentiveConfig(),

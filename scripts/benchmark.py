@@ -24,7 +24,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ssl_vit.front import heed_signals, stoppable
+from ssl_vit.core.front import heed_signals, stoppable
 
 if __name__ == "__main__":
     heed_signals()
@@ -36,10 +36,10 @@ from ssl_vit.benchmarks import end_to_end, scaling, step_memory
 from ssl_vit.benchmarks.loader import compare_loader
 from ssl_vit.benchmarks.memory import compare_memory
 from ssl_vit.benchmarks.step import compare_attention, compare_steps
-from ssl_vit.config import RunConfig, parse_run
-from ssl_vit.privacy import without_secrets
-from ssl_vit.sessions import git_revision, hardware, versions
-from ssl_vit.text import plain
+from ssl_vit.core.privacy import without_secrets
+from ssl_vit.core.text import plain
+from ssl_vit.runs.provenance import git_revision, hardware, versions
+from ssl_vit.training.config import RunConfig, parse_run
 
 AXES = ("image_size", "local_crops", "batch", "processes", "data")
 PLOTS = (".png", ".webp", ".svg", ".pdf")

@@ -7,7 +7,7 @@ Without a test source each picture is classified by all others (leave-one-out).
 
 import sys
 
-from ssl_vit.front import heed_signals
+from ssl_vit.core.front import heed_signals
 
 if __name__ == "__main__":
     heed_signals()

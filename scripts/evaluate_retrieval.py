@@ -7,7 +7,7 @@ Without queries each picture of the gallery looks for the others of its class.
 
 import sys
 
-from ssl_vit.front import heed_signals
+from ssl_vit.core.front import heed_signals
 
 if __name__ == "__main__":
     heed_signals()

@@ -8,7 +8,7 @@ A mask has one channel whose values are classes; 255 belongs to none. Without a 
 
 import sys
 
-from ssl_vit.front import heed_signals
+from ssl_vit.core.front import heed_signals
 
 if __name__ == "__main__":
     heed_signals()

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssl_vit.front import add_open_source, heed_signals, stoppable
+from ssl_vit.core.front import add_open_source, heed_signals, stoppable
 
 if __name__ == "__main__":
     heed_signals()

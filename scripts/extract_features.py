@@ -9,7 +9,7 @@ start it with `accelerate launch`. Read the file with `pandas.read_parquet`, `da
 
 import sys
 
-from ssl_vit.front import heed_signals
+from ssl_vit.core.front import heed_signals
 
 if __name__ == "__main__":
     heed_signals()

@@ -9,18 +9,18 @@ Without a test source a fifth of the pictures is held out. Ends with a timm clas
 
 import sys
 
-from ssl_vit.front import heed_signals
+from ssl_vit.core.front import heed_signals
 
 if __name__ == "__main__":
     heed_signals()
 
-from ssl_vit.config import BatchConfig, RunConfig
-from ssl_vit.evaluation import supervised
 from ssl_vit.evaluation.evaluate import EvaluationConfig
-from ssl_vit.evaluation.finetune import FineTuneConfig
 from ssl_vit.models.vit import ViTConfig
-from ssl_vit.optim import OptimConfig
-from ssl_vit.train import main
+from ssl_vit.objectives.finetune import FineTuneConfig
+from ssl_vit.training import supervised
+from ssl_vit.training.config import BatchConfig, RunConfig
+from ssl_vit.training.loop import main
+from ssl_vit.training.optim import OptimConfig
 
 # The paper's setting for ViT-B/16 on ImageNet-1k.
 DEFAULTS = RunConfig(

@@ -10,7 +10,7 @@ LARS). Without a test source the accuracy is cross-validated.
 import argparse
 import sys
 
-from ssl_vit.front import heed_signals
+from ssl_vit.core.front import heed_signals
 
 if __name__ == "__main__":
     heed_signals()

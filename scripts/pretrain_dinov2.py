@@ -7,17 +7,17 @@
 
 import sys
 
-from ssl_vit.front import heed_signals
+from ssl_vit.core.front import heed_signals
 
 if __name__ == "__main__":
     heed_signals()
 
-from ssl_vit.config import BatchConfig, RunConfig
 from ssl_vit.evaluation.evaluate import EvaluationConfig
 from ssl_vit.models.vit import ViTConfig
 from ssl_vit.objectives.dinov2 import DINOv2Config
-from ssl_vit.optim import OptimConfig
-from ssl_vit.train import main
+from ssl_vit.training.config import BatchConfig, RunConfig
+from ssl_vit.training.loop import main
+from ssl_vit.training.optim import OptimConfig
 
 # The setting of the paper's code for ImageNet-1k, on ViT-S/16, but for what follows from your data: `auto`.
 DEFAULTS = RunConfig(

@@ -7,16 +7,16 @@
 
 import sys
 
-from ssl_vit.front import heed_signals
+from ssl_vit.core.front import heed_signals
 
 if __name__ == "__main__":
     heed_signals()
 
-from ssl_vit.config import RunConfig
 from ssl_vit.models.vit import ViTConfig
 from ssl_vit.objectives.mae import MAEConfig
-from ssl_vit.optim import OptimConfig
-from ssl_vit.train import main
+from ssl_vit.training.config import RunConfig
+from ssl_vit.training.loop import main
+from ssl_vit.training.optim import OptimConfig
 
 # The paper's setting for ViT-B/16; the batch and the length are yours to set.
 DEFAULTS = RunConfig(

@@ -11,16 +11,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssl_vit.front import add_open_source, heed_signals, stoppable
+from ssl_vit.core.front import add_open_source, heed_signals, stoppable
 
 if __name__ == "__main__":
     heed_signals()
 
-from ssl_vit.text import plain
+from ssl_vit.core.text import plain
+from ssl_vit.core.writing import FAULTS, tell_error
+from ssl_vit.runs.record import read_run
 from ssl_vit.visualize.comparison import compare
 from ssl_vit.visualize.report import distinct, write_report
-from ssl_vit.visualize.run_data import read_run
-from ssl_vit.writing import FAULTS, tell_error
 
 
 @stoppable()

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_vit.compiling import compile_blocks
-from ssl_vit.cuda_graphs import BlockGraphs
 from ssl_vit.models.vit import ViTConfig
 from ssl_vit.objectives.dino import DINOConfig
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.objectives.objective import Objective
+from ssl_vit.training.device.compile import compile_blocks
+from ssl_vit.training.device.cuda_graphs import BlockGraphs
 
 TINY = {"arch": "vit_small_patch16_224", "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
 

@@ -13,11 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from scripts import pretrain_dino, pretrain_dinov2, pretrain_mae
-from ssl_vit import cuda_graphs
-from ssl_vit.checkpoint import list_checkpoints
-from ssl_vit.config import parse_run
 from ssl_vit.models.vit import ViT, ViTConfig
-from ssl_vit.train import set_up, train
+from ssl_vit.runs.checkpoint import list_checkpoints
+from ssl_vit.training.config import parse_run
+from ssl_vit.training.device import cuda_graphs
+from ssl_vit.training.loop import set_up, train
 from tests.reruns import FakeCapture, Rerun
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # test processes share the cores, and so do those that they start

@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ssl_vit.checkpoint import save_checkpoint
-from ssl_vit.config import RunConfig, write_config
-from ssl_vit.data.sources import DataConfig
-from ssl_vit.export.backbone import export_backbone
+from ssl_vit.core.writing import replace_json
+from ssl_vit.data.sources.source import DataConfig
 from ssl_vit.models.vit import ViTConfig
+from ssl_vit.models.weights.backbone import export_backbone
 from ssl_vit.objectives.mae import MAEConfig
-from ssl_vit.writing import replace_json
+from ssl_vit.runs.checkpoint import save_checkpoint
+from ssl_vit.training.config import RunConfig, write_config
 from tests.conftest import TINY
 
 SECRET = b"user: alice\npassword: swordfish-0000\n"

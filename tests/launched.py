@@ -18,9 +18,9 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 from ssl_vit.benchmarks.step import Step
-from ssl_vit.config import parse_run
-from ssl_vit.distributed import end_processes, process_index, start_processes
-from ssl_vit.train import set_up, train
+from ssl_vit.core.distributed import end_processes, process_index, start_processes
+from ssl_vit.training.config import parse_run
+from ssl_vit.training.loop import set_up, train
 from tests.conftest import OBJECTIVES
 
 
@@ -83,10 +83,12 @@ def work(job: dict) -> int | str:
         if "plant" in job:
             kind = type(config.resolve(40)[0].build_objective())
             stack.enter_context(plant(kind, *job["plant"], num_steps=config.num_steps(40)))
-        stack.enter_context(mock.patch("ssl_vit.faults.LEAST", 2))
+        stack.enter_context(mock.patch("ssl_vit.training.faults.LEAST", 2))
         if "fits" in job:
-            stack.enter_context(mock.patch("ssl_vit.micro_batch.has_limit", return_value=True))
-            stack.enter_context(mock.patch("ssl_vit.micro_batch.prepare_step", out_of_memory_above(*job["fits"])))
+            stack.enter_context(mock.patch("ssl_vit.training.device.micro_batch.has_limit", return_value=True))
+            stack.enter_context(
+                mock.patch("ssl_vit.training.device.micro_batch.prepare_step", out_of_memory_above(*job["fits"]))
+            )
         try:
             run = set_up(config)
             assert run.accelerator.num_processes == 2

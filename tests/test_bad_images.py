@@ -12,11 +12,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 
-import ssl_vit.run as run_module
+import ssl_vit.training.setup as run_module
 from scripts.finetune import DEFAULTS as FINETUNE
 from scripts.pretrain_mae import DEFAULTS
-from ssl_vit.evaluation import supervised
-from ssl_vit.train import main
+from ssl_vit.training import supervised
+from ssl_vit.training.loop import main
 from tests.conftest import SMALL_ENCODER, SMALL_RUN
 from tests.test_resume import STEPS, command, finish, kill_at, losses, same, weights
 

@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from ssl_vit.export import load_backbone
-from ssl_vit.train import main
+from ssl_vit.training.loop import main
 from tests.conftest import SMALL_DINO, SMALL_RUN
 
 tifffile = pytest.importorskip("tifffile")

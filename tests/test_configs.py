@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from scripts import attentive_probe, finetune, pretrain_dino, pretrain_dinov2, pretrain_mae
-from ssl_vit.config import RunConfig, parse_run
 from ssl_vit.evaluation import command
 from ssl_vit.evaluation.linear_probe import PRESETS
 from ssl_vit.evaluation.probes import KNNConfig, LinearConfig
+from ssl_vit.training.config import RunConfig, parse_run
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 DEFAULTS = {

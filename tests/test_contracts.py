@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssl_vit.evaluation.finetune import FineTuneConfig
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.vit import ViTConfig
 from ssl_vit.objectives.dino import DINOConfig
 from ssl_vit.objectives.dinov2 import DINOv2Config
+from ssl_vit.objectives.finetune import FineTuneConfig
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.objectives.objective import Objective, ObjectiveConfig
 from tests.conftest import TINY

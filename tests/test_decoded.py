@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from scripts.pretrain_mae import DEFAULTS
-from ssl_vit.config import RunConfig, as_plain, parse_run
-from ssl_vit.run_folder import check_run_folder, write_config
+from ssl_vit.runs.folder import check_run_folder, write_config
+from ssl_vit.training.config import RunConfig, as_plain, parse_run
 from tests.test_resume import STEPS, command, finish, kill_at, losses, same, weights
 
 BAD = ("disc/07.png", "square/19.png")

@@ -11,13 +11,13 @@ from PIL import Image, ImageFilter
 from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
-from ssl_vit.data.device_transforms import JITTER_ORDERS, color_jitter, gaussian_blur, to_unit
-from ssl_vit.data.masking import draw_block_mask
-from ssl_vit.data.transforms import draw_crop
+from ssl_vit.core.schedules import warmup_cosine
+from ssl_vit.data.augment.crops import draw_crop
+from ssl_vit.data.augment.device import JITTER_ORDERS, color_jitter, gaussian_blur, to_unit
+from ssl_vit.data.augment.masking import draw_block_mask
 from ssl_vit.models.positions import sincos_positions
 from ssl_vit.models.vit import ViTConfig
 from ssl_vit.objectives.dino import DINO, DINOConfig
-from ssl_vit.schedules import warmup_cosine
 from tests.conftest import ROOT
 
 SIDE = 96  # of the image that pixels are compared on

@@ -18,14 +18,15 @@ from accelerate.state import AcceleratorState, PartialState
 
 import scripts.pretrain_dino
 import scripts.pretrain_mae
-from ssl_vit import checkpoint, writing
-from ssl_vit.checkpoint import find_damage, list_checkpoints
-from ssl_vit.data.sources import Source
-from ssl_vit.train import main
+from ssl_vit.core import writing
+from ssl_vit.data.sources.source import Source
+from ssl_vit.runs import checkpoint
+from ssl_vit.runs.checkpoint import find_damage, list_checkpoints
+from ssl_vit.training.loop import main
 from tests.conftest import ROOT
-from tests.test_checkpoint import flip_a_byte, truncate
+from tests.core.test_writing import FullDisk
+from tests.runs.test_checkpoint import flip_a_byte, truncate
 from tests.test_resume import command, losses, same, weights
-from tests.test_writing import FullDisk
 
 Start, Whole = Callable[..., int], Callable[..., Path]
 Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
@@ -270,8 +271,8 @@ FULL_IN_ONE_PROCESS = """
 import errno, os, sys
 sys.path.insert(0, {root!r})
 from scripts.pretrain_{objective} import DEFAULTS
-from ssl_vit import checkpoint
-from ssl_vit.train import main
+from ssl_vit.runs import checkpoint
+from ssl_vit.training.loop import main
 
 save_file, names = checkpoint.save_file, []
 

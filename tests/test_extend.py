@@ -9,10 +9,10 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 
-from ssl_vit.config import parse_run
-from ssl_vit.distributed import StopSignal
-from ssl_vit.schedules import progress_at
-from ssl_vit.train import set_up, train
+from ssl_vit.core.distributed import StopSignal
+from ssl_vit.core.schedules import progress_at
+from ssl_vit.training.config import parse_run
+from ssl_vit.training.loop import set_up, train
 from tests.conftest import OBJECTIVES, last_weights, losses
 from tests.data.shards import write_parquet
 
@@ -101,7 +101,7 @@ def test_a_run_lengthened_again_before_it_took_a_step_has_a_new_end_alone(
 ) -> None:
     start(steps=2)
     with monkeypatch.context() as patched:
-        patched.setattr("ssl_vit.run.build_optimizer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr("ssl_vit.training.setup.build_optimizer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             start("--extend=true", steps=3)
     capsys.readouterr()

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ssl_vit.config import parse_run
-from ssl_vit.evaluation import supervised
 from ssl_vit.export import load_backbone
-from ssl_vit.export.run import open_trained
-from ssl_vit.train import set_up, train
+from ssl_vit.runs.trained import open_trained
+from ssl_vit.training import supervised
+from ssl_vit.training.config import parse_run
+from ssl_vit.training.loop import set_up, train
 from tests.conftest import GOLDEN, last_weights, loss_tolerance, losses
 
 RUNS = GOLDEN / "former"

@@ -13,8 +13,13 @@ import yaml
 from matplotlib.figure import Figure
 
 from scripts import export, report, visualize
-from ssl_vit import tracking
-from ssl_vit.checkpoint import (
+from ssl_vit.core.writing import JsonLines, forget_after, replace_json
+from ssl_vit.data.bad_images import BAD_IMAGES_FILE
+from ssl_vit.evaluation.cache import cached_features
+from ssl_vit.models.vit import ViTConfig
+from ssl_vit.models.weights.backbone import export_backbone, load_backbone
+from ssl_vit.models.weights.pretrained import open_pretrained
+from ssl_vit.runs.checkpoint import (
     CheckpointConfig,
     list_checkpoints,
     newest_checkpoint,
@@ -22,26 +27,21 @@ from ssl_vit.checkpoint import (
     remove_unfinished,
     save_checkpoint,
 )
-from ssl_vit.config import write_config
-from ssl_vit.data.bad_images import BAD_IMAGES_FILE
-from ssl_vit.evaluation.cache import cached_features
-from ssl_vit.export.backbone import export_backbone, load_backbone
-from ssl_vit.export.pretrained import open_pretrained
-from ssl_vit.export.run import open_trained
-from ssl_vit.heartbeat import beat
-from ssl_vit.metrics import last_value
-from ssl_vit.models.vit import ViTConfig
-from ssl_vit.run_folder import check_run_folder, is_finished, open_run_folder, write_results
-from ssl_vit.run_lock import lock_folder
+from ssl_vit.runs.folder import check_run_folder, is_finished, open_run_folder, write_results
+from ssl_vit.runs.heartbeat import beat
+from ssl_vit.runs.lock import lock_folder
+from ssl_vit.runs.record import read_run
+from ssl_vit.runs.trained import open_trained
+from ssl_vit.training.config import write_config
+from ssl_vit.training.observe import tracking
+from ssl_vit.training.observe.metrics import last_value
 from ssl_vit.visualize.film import list_frames, write_film
 from ssl_vit.visualize.grid import save_figure
 from ssl_vit.visualize.report import write_report
-from ssl_vit.visualize.run_data import read_run
-from ssl_vit.writing import JsonLines, forget_after, replace_json
 from tests import hostile
 from tests.conftest import TINY
 from tests.hostile import PLANTED, SECRET, guarded, plant, small_run
-from tests.test_run_folder import config
+from tests.runs.test_folder import config
 
 Plants = Callable[[Path, Path], None]
 

@@ -22,12 +22,12 @@ import torch
 
 import scripts.pretrain_dino
 import scripts.pretrain_mae
-from ssl_vit import writing
-from ssl_vit.checkpoint import find_damage, list_checkpoints
+from ssl_vit.core import writing
 from ssl_vit.evaluation import command, extract
 from ssl_vit.export import export_backbone, load_backbone
 from ssl_vit.models.vit import ViT, ViTConfig
-from ssl_vit.train import main
+from ssl_vit.runs.checkpoint import find_damage, list_checkpoints
+from ssl_vit.training.loop import main
 from tests.conftest import SMALL_DINO, SMALL_RUN, TINY
 from tests.test_resume import losses
 

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from scripts import export, report, visualize
-from ssl_vit import writing
+from ssl_vit.core import writing
+from ssl_vit.core.writing import tell_error
 from ssl_vit.evaluation import command, extract
-from ssl_vit.writing import tell_error
 from tests.hostile import small_run
 
 pytestmark = pytest.mark.filterwarnings("default")  # the libraries' own, about files that they could not write

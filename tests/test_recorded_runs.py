@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from ssl_vit.checkpoint import list_checkpoints
+from ssl_vit.runs.checkpoint import list_checkpoints
 from tests.conftest import OBJECTIVES, losses
 from tests.reruns import FakeCapture, Rerun
-from tests.test_faults import EVERY_STEP, same, state_at
+from tests.training.test_faults import EVERY_STEP, same, state_at
 
 
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
@@ -27,7 +27,7 @@ def test_a_recorded_run_learns_what_blocks_as_written_learn(
     flags = (*flags, "--encoder.drop_path_rate=0.2")
     start(*flags, steps=4, labels=True, name="plain", objective=objective)
     assert not reruns
-    monkeypatch.setattr("ssl_vit.run.resolve_cuda_graphs", lambda *given, **runs: True)
+    monkeypatch.setattr("ssl_vit.training.setup.resolve_cuda_graphs", lambda *given, **runs: True)
     start(*flags, steps=4, labels=True, objective=objective)
     # Encoder and decoder forward and backward, or teacher forward, student forward and backward; anew after step 2.
     assert [graph.replays for graph in reruns] == [4] * (8 if objective == "mae" else 6)
@@ -41,7 +41,7 @@ def test_a_second_recording_that_fails_leaves_the_first_ones_backward_pass_alone
 ) -> None:
     """The encoder is recorded and replayed; then the decoder, in the same forward pass, cannot be."""
     start(*EVERY_STEP, steps=3, name="plain")
-    monkeypatch.setattr("ssl_vit.run.resolve_cuda_graphs", lambda *given, **runs: True)
+    monkeypatch.setattr("ssl_vit.training.setup.resolve_cuda_graphs", lambda *given, **runs: True)
     capture = FakeCapture.__call__
 
     def twice(self: FakeCapture, work: Callable[[], Any], after: Rerun | None = None) -> tuple[Rerun, Any]:
@@ -59,7 +59,7 @@ def test_a_second_recording_that_fails_leaves_the_first_ones_backward_pass_alone
 def test_a_recorded_run_that_goes_on_ends_with_the_same_weights(
     start: Callable[..., int], tmp_path: Path, reruns: list[Rerun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ssl_vit.run.resolve_cuda_graphs", lambda *given, **runs: True)
+    monkeypatch.setattr("ssl_vit.training.setup.resolve_cuda_graphs", lambda *given, **runs: True)
     flags = ("--encoder.drop_path_rate=0.2", *EVERY_STEP)
     start(*flags, steps=5, objective="dino")
     shutil.copytree(tmp_path / "run", tmp_path / "again")

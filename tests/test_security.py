@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ssl_vit.data.sources import DataConfig, open_source
-from ssl_vit.export.pretrained import load_pretrained
+from ssl_vit.data.sources.source import DataConfig, open_source
 from ssl_vit.models.vit import ViTConfig
+from ssl_vit.models.weights.pretrained import load_pretrained
 from tests.conftest import ROOT
 
 FILES = sorted([*(ROOT / "ssl_vit").rglob("*.py"), *(ROOT / "scripts").glob("*.py")])

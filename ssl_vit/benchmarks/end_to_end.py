@@ -15,13 +15,13 @@ import torch
 
 from ssl_vit.benchmarks.rounds import alternate, machine
 from ssl_vit.benchmarks.step import prepare_step
-from ssl_vit.checkpoint import CheckpointConfig
-from ssl_vit.config import RunConfig, as_plain
 from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.evaluation.evaluate import EvaluationConfig
-from ssl_vit.run import set_up
-from ssl_vit.run_folder import METRICS_FILE
-from ssl_vit.train import train
+from ssl_vit.runs.checkpoint import CheckpointConfig
+from ssl_vit.runs.folder import METRICS_FILE
+from ssl_vit.training.config import RunConfig, as_plain
+from ssl_vit.training.loop import train
+from ssl_vit.training.setup import set_up
 
 MOST_WAIT = 0.1  # share of the time that waiting for data may take
 

@@ -11,9 +11,9 @@ from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
 from ssl_vit.benchmarks.rounds import alternate, machine, ratios
+from ssl_vit.data.augment.multicrop import MultiCropConfig
 from ssl_vit.data.decoded import open_decoded
-from ssl_vit.data.multicrop import MultiCropConfig
-from ssl_vit.data.sources import DataConfig, Source, open_source
+from ssl_vit.data.sources.source import DataConfig, Source, open_source
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.objectives.objective import Transform
 

@@ -22,9 +22,9 @@ from PIL import Image
 
 from ssl_vit.benchmarks.end_to_end import NoEnding
 from ssl_vit.benchmarks.rounds import turns
-from ssl_vit.config import parse_run
-from ssl_vit.distributed import end_processes, process_index
-from ssl_vit.train import set_up, train
+from ssl_vit.core.distributed import end_processes, process_index
+from ssl_vit.training.config import parse_run
+from ssl_vit.training.loop import set_up, train
 
 WARMUP = 3
 ROOT = Path(__file__).parents[2]

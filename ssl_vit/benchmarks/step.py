@@ -15,17 +15,17 @@ from ssl_vit.benchmarks.memory import peak_of
 from ssl_vit.benchmarks.peers import PEERS, kind_of
 from ssl_vit.benchmarks.peers import Step as PeerStep
 from ssl_vit.benchmarks.rounds import alternate, machine, ratios
-from ssl_vit.compiling import LEAST_STEPS, compile_blocks, resolve_compile
-from ssl_vit.config import RunConfig, as_plain
-from ssl_vit.cuda_graphs import BlockGraphs, resolve_cuda_graphs
-from ssl_vit.data.masking import num_kept
-from ssl_vit.distributed import autocast_dtype, resolve_precision
-from ssl_vit.faults import step_if_finite
+from ssl_vit.core.distributed import autocast_dtype, resolve_precision
+from ssl_vit.data.augment.masking import num_kept
 from ssl_vit.models.vit import choose_attention, pair, set_fused_attention
 from ssl_vit.objectives.dino import DINOConfig
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.objectives.objective import Objective
-from ssl_vit.optim import build_optimizer, clip_gradients, clip_groups, set_schedule
+from ssl_vit.training.config import RunConfig, as_plain
+from ssl_vit.training.device.compile import LEAST_STEPS, compile_blocks, resolve_compile
+from ssl_vit.training.device.cuda_graphs import BlockGraphs, resolve_cuda_graphs
+from ssl_vit.training.faults import step_if_finite
+from ssl_vit.training.optim import build_optimizer, clip_gradients, clip_groups, set_schedule
 
 
 class Step(NamedTuple):

@@ -12,16 +12,16 @@ from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ssl_vit.data.bounds import check_size
+from ssl_vit.core.distributed import process_index, world_size
+from ssl_vit.core.reading import entry, read_metrics, read_records
+from ssl_vit.core.text import plain
+from ssl_vit.core.writing import JsonLines, forget_after
+from ssl_vit.data.decode.bounds import check_size
+from ssl_vit.data.decode.headers import JPEG_SIGNATURE, PNG_SIGNATURE, read_jpeg, read_png
 from ssl_vit.data.decoded import DecodedSource
-from ssl_vit.data.headers import JPEG_SIGNATURE, PNG_SIGNATURE, read_jpeg, read_png
-from ssl_vit.data.sources import MAX_TRIES, DataConfig, Source
-from ssl_vit.data.streaming import BadSample, Stream
+from ssl_vit.data.sources.source import MAX_TRIES, DataConfig, Source
+from ssl_vit.data.sources.stream import BadSample, Stream
 from ssl_vit.data.workers import leave_signals_to_the_main_process
-from ssl_vit.distributed import process_index, world_size
-from ssl_vit.reading import entry, read_metrics, read_records
-from ssl_vit.text import plain
-from ssl_vit.writing import JsonLines, forget_after
 
 BAD_IMAGES_FILE = "bad_images.jsonl"
 JUDGED_FROM = 100  # samples; the share among fewer is chance

@@ -4,9 +4,9 @@ import difflib
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ssl_vit.data.bounds import MAX_IMAGE_BYTES
+from ssl_vit.core.paths import as_path
+from ssl_vit.data.decode.bounds import MAX_IMAGE_BYTES
 from ssl_vit.data.mixture import as_text, check_weights
-from ssl_vit.data.paths import as_path
 from ssl_vit.data.workers import check_num_workers
 
 KINDS = (

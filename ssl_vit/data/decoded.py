@@ -33,10 +33,14 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
-from ssl_vit.data.fingerprint import fingerprint
+from ssl_vit.core.distributed import process_index
+from ssl_vit.core.manifest import hash_file
+from ssl_vit.core.paths import as_path
+from ssl_vit.core.reading import open_regular, read_json
+from ssl_vit.core.writing import flush, replace_json
 from ssl_vit.data.outputs import mark
-from ssl_vit.data.paths import as_path
-from ssl_vit.data.sources import DataConfig, Source
+from ssl_vit.data.sources.fingerprint import fingerprint
+from ssl_vit.data.sources.source import DataConfig, Source
 from ssl_vit.data.workers import (
     CurrentRows,
     leave_signals_to_the_main_process,
@@ -45,10 +49,6 @@ from ssl_vit.data.workers import (
     num_local_processes,
     shut_down,
 )
-from ssl_vit.distributed import process_index
-from ssl_vit.manifest import hash_file
-from ssl_vit.reading import open_regular, read_json
-from ssl_vit.writing import flush, replace_json
 
 _FORMAT = 2  # raised when pictures are kept otherwise
 _PIXELS, _TABLE, _ABOUT = "pixels.bin", "table.npy", "about.json"

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate, get_w
 from ssl_vit.data.config import DataConfig
 from ssl_vit.data.loader import read_batches
 from ssl_vit.data.sampler import sample_rng
-from ssl_vit.data.sources import MAX_TRIES
-from ssl_vit.data.streaming import BadSample, Place, Sample, Stream, Walk, choose_num_readers
+from ssl_vit.data.sources.source import MAX_TRIES
+from ssl_vit.data.sources.stream import BadSample, Place, Sample, Stream, Walk, choose_num_readers
 from ssl_vit.data.workers import leave_signals_to_the_main_process
 from ssl_vit.objectives.objective import Transform
 

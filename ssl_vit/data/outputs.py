@@ -5,8 +5,8 @@ from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
-from ssl_vit.reading import MAX_JSON, open_regular, read_bytes
-from ssl_vit.writing import UNFINISHED
+from ssl_vit.core.reading import MAX_JSON, open_regular, read_bytes
+from ssl_vit.core.writing import UNFINISHED
 
 MARKER = ".ssl_vit"
 """File in which names of files of the same folder stand that this package wrote, or a dot for the whole folder."""

@@ -10,11 +10,11 @@ from typing import Any
 
 import yaml
 
-from ssl_vit.config import OF_ONE_CALL, RunConfig, as_stored, own_folder, parse_run
-from ssl_vit.data.sources import open_source
+from ssl_vit.core.writing import tell_error
+from ssl_vit.data.sources.source import open_source
 from ssl_vit.doctor.diagnose import Measure, adopt, diagnose
 from ssl_vit.doctor.page import as_text
-from ssl_vit.writing import tell_error
+from ssl_vit.training.config import OF_ONE_CALL, RunConfig, as_stored, own_folder, parse_run
 
 
 def examine(

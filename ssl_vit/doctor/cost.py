@@ -13,13 +13,13 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from ssl_vit.benchmarks.step import Step, prepare_step
-from ssl_vit.config import RunConfig
-from ssl_vit.data.sources import Source
+from ssl_vit.core.distributed import resolve_precision
+from ssl_vit.core.settings import section
+from ssl_vit.data.sources.source import Source
 from ssl_vit.data.workers import choose_num_workers, num_cpus
-from ssl_vit.distributed import resolve_precision
-from ssl_vit.flags import section
 from ssl_vit.models.vit import choose_attention
 from ssl_vit.objectives.objective import Objective, Transform
+from ssl_vit.training.config import RunConfig
 
 _MIB = 2**20
 _CPU_WORK = 20_000_000_000  # parameters x patches x images that are measured at once on a CPU

@@ -10,12 +10,10 @@ import numpy as np
 import psutil
 import torch
 
-from ssl_vit.config import RunConfig
-from ssl_vit.data.doctor import Pictures, Repeats, choose_rows, count_labels, read_pictures
-from ssl_vit.data.formats import Contents
-from ssl_vit.data.sources import Source
+from ssl_vit.core.distributed import use_all_cpus
+from ssl_vit.data.decode.formats import Contents
+from ssl_vit.data.sources.source import Source
 from ssl_vit.data.workers import num_cpus
-from ssl_vit.distributed import use_all_cpus
 from ssl_vit.doctor.cost import build_on_meta, measure_crops, measure_step, model_memory, pace
 from ssl_vit.doctor.findings import (
     channels_to_read,
@@ -27,8 +25,10 @@ from ssl_vit.doctor.findings import (
     warnings_of_pictures,
     warnings_of_run,
 )
+from ssl_vit.doctor.images import Pictures, Repeats, choose_rows, count_labels, read_pictures
 from ssl_vit.evaluation.scores import wilson_interval
-from ssl_vit.export.provenance import device_name
+from ssl_vit.runs.facts import device_name
+from ssl_vit.training.config import RunConfig
 
 Measure = Literal["auto", "true", "false"]
 _CROPPED = 64  # pictures whose crops are timed

@@ -3,12 +3,12 @@
 import numpy as np
 from jaxtyping import Int64
 
-from ssl_vit.config import RunConfig
-from ssl_vit.data.doctor import LabelCounts, Pictures, held_channels
-from ssl_vit.data.multicrop import MultiCropConfig
-from ssl_vit.data.sources import Source
+from ssl_vit.data.augment.multicrop import MultiCropConfig
+from ssl_vit.data.sources.source import Source
+from ssl_vit.doctor.images import LabelCounts, Pictures, held_channels
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.objectives.recipes import choose_num_prototypes
+from ssl_vit.training.config import RunConfig
 
 MOST_UNREADABLE = 0.01  # share of the pictures
 _MANY_DUPLICATES = 0.01

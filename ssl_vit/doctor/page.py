@@ -5,8 +5,8 @@ from typing import Any
 
 import yaml
 
+from ssl_vit.core.text import plain
 from ssl_vit.data.copies import INSTALL
-from ssl_vit.text import plain
 
 _LABEL = 14  # width of the left column
 _WIDTH = 110

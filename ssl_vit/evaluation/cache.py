@@ -15,13 +15,13 @@ from jaxtyping import Int
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ssl_vit.data.fingerprint import fingerprint
-from ssl_vit.data.sources import Source
-from ssl_vit.distributed import process_index
-from ssl_vit.evaluation.crops import EvalTransform
-from ssl_vit.manifest import read_sealed, save_sealed
-from ssl_vit.text import plain
-from ssl_vit.writing import UNFINISHED, own_folder
+from ssl_vit.core.distributed import process_index
+from ssl_vit.core.manifest import read_sealed, save_sealed
+from ssl_vit.core.text import plain
+from ssl_vit.core.writing import UNFINISHED, own_folder
+from ssl_vit.data.augment.evaluation import EvalTransform
+from ssl_vit.data.sources.fingerprint import fingerprint
+from ssl_vit.data.sources.source import Source
 
 _FORMAT = 2  # raised when features are computed otherwise
 

@@ -11,14 +11,19 @@ import torch
 from accelerate import PartialState
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
+from ssl_vit.core.distributed import autocast_dtype, end_processes, process_index, resolve_precision, start_processes
+from ssl_vit.core.front import stoppable
+from ssl_vit.core.settings import as_flags, in_one_line, said_of, section
+from ssl_vit.core.text import plain
+from ssl_vit.core.writing import FAULTS, replace_text, tell_error
+from ssl_vit.data.augment.evaluation import EvalTransform, fit_size
 from ssl_vit.data.config import clamp_rounding
-from ssl_vit.data.sources import DataConfig, Source
+from ssl_vit.data.sources.source import DataConfig, Source
 from ssl_vit.data.workers import check_num_workers
-from ssl_vit.distributed import autocast_dtype, end_processes, process_index, resolve_precision, start_processes
-from ssl_vit.evaluation.crops import EvalTransform, fit_size
 from ssl_vit.evaluation.left_out import write_bad
 from ssl_vit.evaluation.untrained import objective_of, untrained_encoder
-from ssl_vit.export.backbone import (
+from ssl_vit.models.encoder import Encoder
+from ssl_vit.models.weights.backbone import (
     BACKBONE_FILE,
     CONFIG_FILE,
     load_backbone,
@@ -27,11 +32,6 @@ from ssl_vit.export.backbone import (
     read_encoder_config,
     read_normalisation,
 )
-from ssl_vit.flags import as_flags, in_one_line, said_of, section
-from ssl_vit.front import stoppable
-from ssl_vit.models.encoder import Encoder
-from ssl_vit.text import plain
-from ssl_vit.writing import FAULTS, replace_text, tell_error
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -137,7 +137,7 @@ class Backbone:
     device: torch.device
     autocast_dtype: torch.dtype | None
     provenance: dict[str, Any]
-    """What it is known to come from; see `ssl_vit.export.provenance`."""
+    """What it is known to come from; see `ssl_vit.runs.facts`."""
 
     @property
     def folder(self) -> Path:

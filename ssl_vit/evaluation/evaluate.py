@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ssl_vit.core.distributed import process_index
+from ssl_vit.data.augment.evaluation import EvalTransform
 from ssl_vit.data.config import clamp_rounding
-from ssl_vit.data.sources import Source
-from ssl_vit.distributed import process_index
-from ssl_vit.evaluation.crops import EvalTransform
+from ssl_vit.data.sources.source import Source
 from ssl_vit.evaluation.features import extract_features, pixel_features, select_feature
 from ssl_vit.evaluation.knn import knn_predict
 from ssl_vit.evaluation.logistic import logistic_predict, stratified_folds

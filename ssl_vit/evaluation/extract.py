@@ -16,21 +16,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ssl_vit
+from ssl_vit.core.distributed import process_index
+from ssl_vit.core.manifest import hash_file, read_sealed, save_sealed
+from ssl_vit.core.paths import path_to_text
+from ssl_vit.core.reading import read_json
+from ssl_vit.core.writing import own_folder, remove, replace_json, replacing
 from ssl_vit.data.bad_images import describe_bad
 from ssl_vit.data.config import near_match
-from ssl_vit.data.paths import path_to_text
-from ssl_vit.data.sources import Source, open_source
+from ssl_vit.data.sources.source import Source, open_source
 from ssl_vit.data.workers import choose_num_workers
-from ssl_vit.distributed import process_index
 from ssl_vit.evaluation.cache import feature_key
 from ssl_vit.evaluation.command import Backbone, PicturesConfig, data_config, naming_own, tell_notes
 from ssl_vit.evaluation.evaluate import check_finite
 from ssl_vit.evaluation.feature_files import read_description, write_parquet, write_safetensors
 from ssl_vit.evaluation.features import FEATURES, num_layers_for, select_feature, stream_features
 from ssl_vit.evaluation.left_out import check_bad_share, write_bad
-from ssl_vit.manifest import hash_file, read_sealed, save_sealed
-from ssl_vit.reading import read_json
-from ssl_vit.writing import own_folder, remove, replace_json, replacing
 
 _SETTINGS_FILE = "settings.json"
 # Where features come from in words; what they follow from is told by the hash of the weights and by the key.

@@ -14,8 +14,8 @@ from jaxtyping import Int64, Num
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ssl_vit.data.sources import Source
-from ssl_vit.reading import open_regular, read_tensors
+from ssl_vit.core.reading import open_regular, read_tensors
+from ssl_vit.data.sources.source import Source
 
 
 def _columns(source: Source, ids: str | None) -> Callable[[Int64[Tensor, " r"]], dict[str, pa.Array]]:

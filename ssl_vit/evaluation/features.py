@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ssl_vit.core.distributed import gather_with_gradient, process_index, world_size
+from ssl_vit.data.augment.evaluation import EvalTransform
 from ssl_vit.data.loader import read_batches
-from ssl_vit.data.sources import Source
+from ssl_vit.data.sources.source import Source
 from ssl_vit.data.workers import leave_signals_to_the_main_process
-from ssl_vit.distributed import gather_with_gradient, process_index, world_size
-from ssl_vit.evaluation.crops import EvalTransform
 from ssl_vit.evaluation.left_out import without_bad
 from ssl_vit.models.encoder import Encoder
 

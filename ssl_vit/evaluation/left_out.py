@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from ssl_vit.core.text import plain
+from ssl_vit.core.writing import replace_text
 from ssl_vit.data.bad_images import BAD_IMAGES_FILE, describe_bad
-from ssl_vit.data.sources import Source
-from ssl_vit.text import plain
-from ssl_vit.writing import replace_text
+from ssl_vit.data.sources.source import Source
 
 
 def check_bad_share(

@@ -16,9 +16,9 @@ from jaxtyping import Int
 from timm.optim.lars import Lars
 from torch import Tensor, nn
 
+from ssl_vit.core.schedules import warmup_cosine
 from ssl_vit.evaluation.features import FEATURES, select_feature
 from ssl_vit.evaluation.logistic import stratified_folds
-from ssl_vit.schedules import warmup_cosine
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode
 
-from ssl_vit.data.bounds import MAX_IMAGE_BYTES, check_size
+from ssl_vit.core.settings import said_of
+from ssl_vit.data.augment.crops import draw_crop
+from ssl_vit.data.augment.evaluation import cover, middle
 from ssl_vit.data.config import DataConfig, near_match
-from ssl_vit.data.formats import open_image
-from ssl_vit.data.sources import Source, open_source
-from ssl_vit.data.transforms import draw_crop
-from ssl_vit.evaluation.crops import cover, middle
-from ssl_vit.flags import said_of
+from ssl_vit.data.decode.bounds import MAX_IMAGE_BYTES, check_size
+from ssl_vit.data.decode.formats import open_image
+from ssl_vit.data.sources.source import Source, open_source
 
 _MAX_CLASSES = 10_000  # more are no classes: a mask of instances, or a picture
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ssl_vit.distributed import process_index
+from ssl_vit.core.distributed import process_index
 from ssl_vit.evaluation import linear_probe
 from ssl_vit.evaluation.command import LabelledConfig
 from ssl_vit.evaluation.evaluate import cross_validate

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from ssl_vit.text import plain
+from ssl_vit.core.text import plain
 
 _Z95 = 1.959963984540054  # half the width of a central 95 % interval, in standard deviations
 _WIDEST = 80  # characters of a cell of a table

@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ssl_vit.core.distributed import process_index
+from ssl_vit.core.schedules import warmup_cosine
+from ssl_vit.core.text import plain
+from ssl_vit.data.augment.evaluation import EvalTransform
 from ssl_vit.data.loader import read_batches
 from ssl_vit.data.sampler import SampleKey, StepSampler, sample_rng
 from ssl_vit.data.workers import choose_num_workers, leave_signals_to_the_main_process
-from ssl_vit.distributed import process_index
 from ssl_vit.evaluation.command import (
     Backbone,
     PicturesConfig,
@@ -31,13 +34,10 @@ from ssl_vit.evaluation.command import (
     tell_notes,
     write_result,
 )
-from ssl_vit.evaluation.crops import EvalTransform
 from ssl_vit.evaluation.left_out import refuse
 from ssl_vit.evaluation.masks import MaskedSource, Problems, centre_pair, open_masked, random_pair
 from ssl_vit.evaluation.scores import lay_out
 from ssl_vit.models.encoder import Encoder
-from ssl_vit.schedules import warmup_cosine
-from ssl_vit.text import plain
 
 TEST_FOLDS = 5  # without a test source one part in so many of the pictures is tested
 PICK_FOLDS = 10  # one part in so many of what remains picks among the heads

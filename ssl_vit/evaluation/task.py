@@ -11,10 +11,11 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
+from ssl_vit.core.distributed import process_index
+from ssl_vit.core.manifest import hash_file
 from ssl_vit.data.bad_images import describe_bad
-from ssl_vit.data.sources import Source, open_source
+from ssl_vit.data.sources.source import Source, open_source
 from ssl_vit.data.workers import choose_num_workers
-from ssl_vit.distributed import process_index
 from ssl_vit.evaluation.cache import cached_features, feature_key
 from ssl_vit.evaluation.command import (
     Backbone,
@@ -28,7 +29,6 @@ from ssl_vit.evaluation.command import (
 from ssl_vit.evaluation.evaluate import Split, check_finite, split_sources
 from ssl_vit.evaluation.features import extract_features, pixel_features
 from ssl_vit.evaluation.left_out import check_bad_share
-from ssl_vit.manifest import hash_file
 
 
 @dataclass

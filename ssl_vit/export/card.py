@@ -8,12 +8,12 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 import ssl_vit
+from ssl_vit.core.privacy import public
+from ssl_vit.core.reading import read_json, read_metrics
+from ssl_vit.core.text import cell, code, plain
 from ssl_vit.data.mixture import as_text
-from ssl_vit.export.run import Trained
-from ssl_vit.privacy import public
-from ssl_vit.reading import read_json, read_metrics
-from ssl_vit.run_folder import METRICS_FILE, RESULTS_FILE
-from ssl_vit.text import cell, code, plain
+from ssl_vit.runs.folder import METRICS_FILE, RESULTS_FILE
+from ssl_vit.runs.trained import Trained
 
 _PAPERS = {
     "MAE": "masked autoencoder (He et al. 2022, arXiv:2111.06377)",

@@ -7,9 +7,9 @@ from typing import Any
 import timm
 import torch
 
-from ssl_vit.evaluation.finetune import FineTune
-from ssl_vit.export.backbone import TOLERANCE, describe, write_pair
 from ssl_vit.models.vit import ViT, set_fused_attention
+from ssl_vit.models.weights.backbone import TOLERANCE, describe, write_pair
+from ssl_vit.objectives.finetune import FineTune
 
 MODEL_FILE = "model.safetensors"
 

@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
-from ssl_vit.export.run import export_fine_tuned, export_run, is_fine_tuned, open_trained
+from ssl_vit.core.text import plain
+from ssl_vit.core.writing import FAULTS, tell_error
 from ssl_vit.export.targets import TARGETS, export_to, proof_images, push
-from ssl_vit.text import plain
-from ssl_vit.writing import FAULTS, tell_error
+from ssl_vit.runs.trained import export_fine_tuned, export_run, is_fine_tuned, open_trained
 
 
 def export(args: argparse.Namespace) -> int:

@@ -13,14 +13,14 @@ from jaxtyping import Float
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
-from ssl_vit.export.backbone import load_strictly
-from ssl_vit.export.layouts import merge_class_position, rename_dinov2
+from ssl_vit.core.reading import open_regular, read_tensors
 from ssl_vit.models.encoder import Encoder
+from ssl_vit.models.weights.backbone import load_strictly
+from ssl_vit.models.weights.layouts import merge_class_position, rename_dinov2
 from ssl_vit.objectives.dino import DINO
 from ssl_vit.objectives.dinov2 import DINOv2
 from ssl_vit.objectives.mae import MAE
 from ssl_vit.objectives.objective import Objective
-from ssl_vit.reading import open_regular, read_tensors
 
 
 def load_reference(objective: Objective, path: str | Path) -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ssl_vit.export.graph import StaticBackbone
-from ssl_vit.export.run import Trained
 from ssl_vit.models.encoder import Features
+from ssl_vit.runs.trained import Trained
 
 LIBRARY = "onnx"
 LOADING_CODE = """\

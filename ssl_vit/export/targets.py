@@ -11,19 +11,19 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_vit.data.device_transforms import normalize
-from ssl_vit.data.streaming import Stream, open_images
-from ssl_vit.evaluation.crops import centre_crop
+from ssl_vit.core.privacy import public
+from ssl_vit.core.settings import said_of
+from ssl_vit.core.text import code
+from ssl_vit.core.writing import UNFINISHED, flush, fresh_folder, naming_full_disk, replace_folder, restore_folder
+from ssl_vit.data.augment.device import normalize
+from ssl_vit.data.augment.evaluation import centre_crop
+from ssl_vit.data.sources.stream import Stream, open_images
 from ssl_vit.export import onnx, timm, torch_export, torchvision, transformers
-from ssl_vit.export.backbone import TOLERANCE
 from ssl_vit.export.card import write_card
-from ssl_vit.export.run import Trained, data_settings
-from ssl_vit.flags import said_of
 from ssl_vit.models.encoder import Features
 from ssl_vit.models.vit import set_fused_attention
-from ssl_vit.privacy import public
-from ssl_vit.text import code
-from ssl_vit.writing import UNFINISHED, flush, fresh_folder, naming_full_disk, replace_folder, restore_folder
+from ssl_vit.models.weights.backbone import TOLERANCE
+from ssl_vit.runs.trained import Trained, data_settings
 
 _NUM_IMAGES = 3
 

@@ -8,9 +8,9 @@ import timm
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ssl_vit.export.run import Trained
 from ssl_vit.models.encoder import Features
 from ssl_vit.models.vit import set_fused_attention
+from ssl_vit.runs.trained import Trained
 
 LIBRARY = "timm"
 LOADING_CODE = """\

@@ -10,9 +10,9 @@ import torchvision
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ssl_vit.export.layouts import fold_layer_scale, plain_shape, plain_tensors, to_torchvision
-from ssl_vit.export.run import Trained
 from ssl_vit.models.encoder import Features
+from ssl_vit.models.weights.layouts import fold_layer_scale, plain_shape, plain_tensors, to_torchvision
+from ssl_vit.runs.trained import Trained
 
 LIBRARY = "torchvision"
 # Width, blocks, heads, MLP width and patch size of those that torchvision has a name for.

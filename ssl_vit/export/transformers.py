@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ssl_vit.export.layouts import (
+from ssl_vit.models.encoder import Features
+from ssl_vit.models.vit import ViT
+from ssl_vit.models.weights.layouts import (
     Shape,
     Tensors,
     decoder_to_transformers,
@@ -18,9 +20,7 @@ from ssl_vit.export.layouts import (
     plain_tensors,
     to_transformers,
 )
-from ssl_vit.export.run import Trained
-from ssl_vit.models.encoder import Features
-from ssl_vit.models.vit import ViT
+from ssl_vit.runs.trained import Trained
 
 LIBRARY = "transformers"
 LOADING_CODE = """\

@@ -15,10 +15,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssl_vit.core.reading import settings_of
 from ssl_vit.models.blocks import make_packable, run_blocks, run_packed_blocks
 from ssl_vit.models.encoder import Encoder, Features
 from ssl_vit.models.positions import sincos_positions
-from ssl_vit.reading import settings_of
 
 # What no plain ViT exceeds (the largest published has 22 billion parameters); a file that asks for more is a mistake,
 # or meant to take the machine's memory.

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_vit.distributed import max_over_processes, world_size
+from ssl_vit.core.distributed import max_over_processes, world_size
 from ssl_vit.objectives.recipes import choose_num_prototypes
 
 RECIPE_LR = {"linear": 5e-4, "sqrt": 4e-3}

@@ -13,16 +13,16 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ssl_vit.data.multicrop import MultiCropConfig
-from ssl_vit.distributed import mean_over_processes, sum_over_processes
-from ssl_vit.ema import MovingAverage
+from ssl_vit.core.distributed import mean_over_processes, sum_over_processes
+from ssl_vit.core.schedules import cosine, warmup_linear
+from ssl_vit.data.augment.multicrop import MultiCropConfig
 from ssl_vit.models.encoder import Encoder, Features
 from ssl_vit.objectives.collapse import PrototypeUse, diagnose, feature_std, rankme
 from ssl_vit.objectives.heads import DINOHead
 from ssl_vit.objectives.objective import Objective, ParamGroup, Resolved, RunSize, Taken
 from ssl_vit.objectives.prototype_loss import cross_entropy, dino_prototype_loss, num_terms
 from ssl_vit.objectives.recipes import resolve_distillation
-from ssl_vit.schedules import cosine, warmup_linear
+from ssl_vit.objectives.teacher import MovingAverage
 
 Auto = Literal["auto"]
 

@@ -12,16 +12,16 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_vit.data.config import clamp_rounding
-from ssl_vit.data.masking import draw_block_mask
-from ssl_vit.data.multicrop import MultiCropTransform
-from ssl_vit.distributed import (
+from ssl_vit.core.distributed import (
     gather_with_gradient,
     max_over_processes,
     process_index,
     sum_over_processes,
     world_size,
 )
+from ssl_vit.data.augment.masking import draw_block_mask
+from ssl_vit.data.augment.multicrop import MultiCropTransform
+from ssl_vit.data.config import clamp_rounding
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.objectives.dino import DINO, DINOConfig, RunningMean, freeze
 from ssl_vit.objectives.objective import ParamGroup, Taken

@@ -14,10 +14,10 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from ssl_vit.data.augment.crops import OrientationConfig, random_view
+from ssl_vit.data.augment.device import flip_horizontally, normalize
+from ssl_vit.data.augment.masking import draw_keep, draw_predicted, num_kept
 from ssl_vit.data.config import clamp_rounding
-from ssl_vit.data.device_transforms import flip_horizontally, normalize
-from ssl_vit.data.masking import draw_keep, draw_predicted, num_kept
-from ssl_vit.data.transforms import OrientationConfig, random_view
 from ssl_vit.models.blocks import run_blocks, run_in_turn
 from ssl_vit.models.cross_attention import CrossBlock
 from ssl_vit.models.encoder import Encoder, Features

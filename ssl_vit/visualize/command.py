@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 
-from ssl_vit.data.sources import open_source
-from ssl_vit.export.run import Trained, data_settings, open_trained
-from ssl_vit.run_folder import CONFIG_FILE, PICTURES_FOLDER
-from ssl_vit.text import plain
+from ssl_vit.core.text import plain
+from ssl_vit.core.writing import FAULTS, own_folder, tell_error
+from ssl_vit.data.sources.source import open_source
+from ssl_vit.runs.folder import CONFIG_FILE, PICTURES_FOLDER
+from ssl_vit.runs.trained import Trained, data_settings, open_trained
 from ssl_vit.visualize.attention import attention_from, draw_attention, has_plain_attention, shows_attention
 from ssl_vit.visualize.film import write_film
 from ssl_vit.visualize.inputs import Pictures, naming, open_pictures
 from ssl_vit.visualize.masks import block_keeps, draw_masks, hidden_keeps, parse_patches, random_keeps
 from ssl_vit.visualize.neighbours import draw_neighbours
 from ssl_vit.visualize.patches import draw_pca, draw_positions, draw_similarity
-from ssl_vit.writing import FAULTS, own_folder, tell_error
 
 WHAT = ("reconstructions", "attention", "patch_attention", "pca", "similarity", "neighbours", "positions")
 

@@ -5,7 +5,7 @@ from itertools import combinations
 from typing import Any
 
 from ssl_vit.evaluation.scores import newcombe_interval
-from ssl_vit.visualize.run_data import RunData
+from ssl_vit.runs.record import RunData
 
 SCORES = {"knn": "k-NN", "linear": "linear probe"}
 _LEARNED = ("trained", "fine-tuned", "attentive")  # rows of results.json that score what a run has learned

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ssl_vit.core.reading import MAX_FIGURE, read_bytes
+from ssl_vit.core.writing import own_folder, replacing
 from ssl_vit.data.outputs import mark
-from ssl_vit.reading import MAX_FIGURE, read_bytes
-from ssl_vit.run_folder import PICTURES_FOLDER
-from ssl_vit.writing import own_folder, replacing
+from ssl_vit.runs.folder import PICTURES_FOLDER
 
 _HOLD = 5  # the last picture stays so many times as long as the others
 _HEADER = 28  # pixels for the number of the step

@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ssl_vit.data.decode import decode
-from ssl_vit.data.device_transforms import normalize
-from ssl_vit.data.sources import Source, open_source
-from ssl_vit.evaluation.crops import centre_crop
-from ssl_vit.export.run import Trained, data_settings
-from ssl_vit.flags import said_of
+from ssl_vit.core.settings import said_of
+from ssl_vit.data.augment.device import normalize
+from ssl_vit.data.augment.evaluation import centre_crop
+from ssl_vit.data.decode.decode import decode
+from ssl_vit.data.sources.source import Source, open_source
+from ssl_vit.runs.trained import Trained, data_settings
 
 
 class Pictures(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ssl_vit.data.masking import draw_block_mask, draw_keep, num_kept
+from ssl_vit.data.augment.masking import draw_block_mask, draw_keep, num_kept
 from ssl_vit.objectives.mae import MAE
 from ssl_vit.visualize.grid import draw_grid
 from ssl_vit.visualize.reconstructions import caption_of, reconstruction_panels

@@ -9,13 +9,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_vit.data.device_transforms import normalize
-from ssl_vit.data.sources import Source
-from ssl_vit.evaluation.crops import EvalTransform, centre_crop
+from ssl_vit.core.text import plain
+from ssl_vit.data.augment.device import normalize
+from ssl_vit.data.augment.evaluation import EvalTransform, centre_crop
+from ssl_vit.data.sources.source import Source
 from ssl_vit.evaluation.features import extract_features, select_feature
 from ssl_vit.evaluation.scores import class_name
-from ssl_vit.export.run import Trained
-from ssl_vit.text import plain
+from ssl_vit.runs.trained import Trained
 from ssl_vit.visualize.grid import draw_grid, to_rgb
 from ssl_vit.visualize.inputs import Pictures
 

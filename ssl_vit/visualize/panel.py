@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_vit.data.masking import draw_keep
-from ssl_vit.export.run import Trained
+from ssl_vit.data.augment.masking import draw_keep
 from ssl_vit.objectives.mae import MAE
+from ssl_vit.runs.trained import Trained
 from ssl_vit.visualize.attention import attention_weights, has_plain_attention
 from ssl_vit.visualize.grid import to_rgb
 from ssl_vit.visualize.inputs import Pictures

@@ -14,17 +14,17 @@ import matplotlib
 import numpy as np
 import yaml
 
-from ssl_vit.config import differences
-from ssl_vit.export.run import Trained, open_trained
-from ssl_vit.reading import MAX_FIGURE, read_bytes
-from ssl_vit.text import visible
+from ssl_vit.core.reading import MAX_FIGURE, read_bytes
+from ssl_vit.core.text import visible
+from ssl_vit.core.writing import replace_text
+from ssl_vit.runs.record import RunData, read_run
+from ssl_vit.runs.trained import Trained, open_trained
+from ssl_vit.training.config import differences
 from ssl_vit.visualize.comparison import SCORES, compare
 from ssl_vit.visualize.film import Frame, open_figure, spread
 from ssl_vit.visualize.inputs import Pictures, open_pictures
 from ssl_vit.visualize.panel import panel_data
-from ssl_vit.visualize.run_data import RunData, read_run
 from ssl_vit.visualize.verdict import judge
-from ssl_vit.writing import replace_text
 
 MOST_BYTES = 15_000_000
 _PICTURES_BYTES = 4_500_000  # of all runs together, before base64

@@ -6,7 +6,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from ssl_vit.objectives.collapse import diagnose
-from ssl_vit.visualize.run_data import RunData
+from ssl_vit.runs.record import RunData
 
 MIN_RECORDS = 5  # log intervals after the warm-up
 STARVED = 0.4  # share of a step in which it waits for its batch

@@ -15,8 +15,8 @@ from ssl_vit.benchmarks.loader import compare_loader, pillow_mae, pillow_views
 from ssl_vit.benchmarks.memory import head_and_loss, pairwise_loss, peak_of
 from ssl_vit.benchmarks.rounds import alternate, ratios
 from ssl_vit.benchmarks.step import compare_attention
-from ssl_vit.config import parse_run
 from ssl_vit.objectives.dino import dino_loss
+from ssl_vit.training.config import parse_run
 from tests.conftest import ROOT, SMALL_DINO
 
 

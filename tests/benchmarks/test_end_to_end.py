@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ssl_vit.benchmarks.end_to_end import as_lines, compare_end_to_end
-from ssl_vit.config import parse_run
+from ssl_vit.training.config import parse_run
 from tests.conftest import OBJECTIVES, ROOT, SMALL_RUN
 
 

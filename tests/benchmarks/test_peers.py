@@ -9,8 +9,8 @@ from torch import nn
 
 from ssl_vit.benchmarks.peers import PEERS, lightly_dino
 from ssl_vit.benchmarks.step import compare_steps, count_flops, own_step
-from ssl_vit.config import RunConfig, parse_run
 from ssl_vit.models.vit import ViT
+from ssl_vit.training.config import RunConfig, parse_run
 from tests.conftest import OBJECTIVES
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ssl_vit.benchmarks.step_memory import _peak, as_lines, measure_step_memory, memory_table
-from ssl_vit.config import RunConfig, parse_run
+from ssl_vit.training.config import RunConfig, parse_run
 from tests.conftest import OBJECTIVES, ROOT
 
 CPU = torch.device("cpu")

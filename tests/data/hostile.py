@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-import ssl_vit.data.formats  # noqa: F401  # which lets Pillow know of HEIC
+import ssl_vit.data.decode.formats  # noqa: F401  # which lets Pillow know of HEIC
 from tests.data.broken import encoded, noise, png, png_chunk
 
 LARGE = 40_000  # pixels of a side: 1.6 billion pixels
@@ -263,8 +263,8 @@ def many_pages(count: int) -> bytes:
 
 def measure(path: Path) -> None:
     """Decode the files of a folder, one after another; print of each how it went, seconds and MiB at the most."""
-    from ssl_vit.data.decode import decode
-    from ssl_vit.data.formats import contents, page_numbers
+    from ssl_vit.data.decode.decode import decode
+    from ssl_vit.data.decode.formats import contents, page_numbers
 
     found, noted = {}, json.loads((path / "files.json").read_text())
     for name, calls in _calls(path, noted, decode, page_numbers, contents):

@@ -2,9 +2,9 @@ import math
 
 import pytest
 
+from ssl_vit.data.augment.multicrop import MultiCropConfig
+from ssl_vit.data.augment.supervised import AugmentConfig
 from ssl_vit.data.config import DataConfig
-from ssl_vit.data.multicrop import MultiCropConfig
-from ssl_vit.evaluation.augment import AugmentConfig
 from ssl_vit.evaluation.evaluate import EvaluationConfig
 from ssl_vit.objectives.dinov2 import DINOv2Config
 from ssl_vit.objectives.mae import MAEConfig

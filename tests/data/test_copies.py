@@ -12,8 +12,8 @@ from PIL import Image, ImageFilter
 from ssl_vit.data import copies
 from ssl_vit.data.config import DataConfig
 from ssl_vit.data.copies import Copies, Copy, leave_out_copies, take_print
-from ssl_vit.data.sources import Source, open_source
-from ssl_vit.data.streaming import open_images
+from ssl_vit.data.sources.source import Source, open_source
+from ssl_vit.data.sources.stream import open_images
 
 
 def scene(seed: int, size: tuple[int, int] = (96, 80)) -> Image.Image:

@@ -16,10 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ssl_vit.data import decoded, sources
-from ssl_vit.data.decode import decode
+from ssl_vit.data import decoded
+from ssl_vit.data.decode.decode import decode
 from ssl_vit.data.decoded import DecodedSource, open_decoded, shrink
-from ssl_vit.data.sources import DataConfig, Source, open_source
+from ssl_vit.data.sources import source as sources
+from ssl_vit.data.sources.source import DataConfig, Source, open_source
 from tests.data.broken import broken_files
 
 SIDE = 24

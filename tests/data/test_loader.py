@@ -5,7 +5,7 @@ import torch
 
 from ssl_vit.data.loader import Batches
 from ssl_vit.data.sampler import StepSampler
-from ssl_vit.data.sources import DataConfig, open_source
+from ssl_vit.data.sources.source import DataConfig, open_source
 from ssl_vit.objectives.mae import MAEConfig
 
 CPU = torch.device("cpu")

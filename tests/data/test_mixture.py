@@ -11,13 +11,13 @@ import yaml
 from PIL import Image
 
 from scripts.pretrain_mae import DEFAULTS
-from ssl_vit.config import parse_run
-from ssl_vit.data import openmoji
 from ssl_vit.data.loader import Batches
 from ssl_vit.data.mixture import Mixture, check_weights
 from ssl_vit.data.sampler import StepSampler, epoch_order
-from ssl_vit.data.sources import DataConfig, Source, open_source
+from ssl_vit.data.sources import openmoji
+from ssl_vit.data.sources.source import DataConfig, Source, open_source
 from ssl_vit.objectives.mae import MAEConfig
+from ssl_vit.training.config import parse_run
 from tests.conftest import SMALL_RUN
 from tests.test_resume import finish, kill_at, losses, same, weights
 

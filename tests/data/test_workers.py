@@ -15,13 +15,13 @@ import torch.multiprocessing
 from torch import Tensor
 
 from scripts.pretrain_mae import DEFAULTS
-from ssl_vit.config import parse_run
 from ssl_vit.data.loader import Batches
 from ssl_vit.data.sampler import StepSampler
-from ssl_vit.data.sources import DataConfig, Source, open_source
+from ssl_vit.data.sources.source import DataConfig, Source, open_source
 from ssl_vit.data.workers import check_num_workers, choose_num_workers
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.objectives.objective import Transform
+from ssl_vit.training.config import parse_run
 from tests.conftest import ROOT
 from tests.data.broken import noise
 
@@ -155,8 +155,8 @@ def test_a_run_whose_worker_is_killed_ends_in_one_line_and_code_1(photo_folder: 
     code = f"""
 import os, signal, sys
 from scripts.pretrain_mae import DEFAULTS
-from ssl_vit.data import sources
-from ssl_vit.train import main
+from ssl_vit.data.sources import source as sources
+from ssl_vit.training.loop import main
 from tests.conftest import SMALL_RUN
 
 decode = sources.decode

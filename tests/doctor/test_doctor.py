@@ -15,13 +15,13 @@ from PIL import Image
 from scripts.doctor import main
 from scripts.pretrain_dino import DEFAULTS as DINO_DEFAULTS
 from scripts.pretrain_mae import DEFAULTS as MAE_DEFAULTS
-from ssl_vit.config import parse_run
-from ssl_vit.data.doctor import count_labels, read_pictures
-from ssl_vit.data.sources import DataConfig, open_source
+from ssl_vit.data.sources.source import DataConfig, open_source
 from ssl_vit.doctor.cost import build_on_meta, measure_step, model_memory, pace
 from ssl_vit.doctor.diagnose import adopt, diagnose, suggest_settings
 from ssl_vit.doctor.findings import warnings_of_pictures
+from ssl_vit.doctor.images import count_labels, read_pictures
 from ssl_vit.doctor.page import as_text
+from ssl_vit.training.config import parse_run
 from tests.conftest import ROOT, SMALL_DINO, SMALL_RUN
 
 QUICK = [*SMALL_RUN, "--step=false"]

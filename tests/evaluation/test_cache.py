@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ssl_vit.data.sources import DataConfig, open_source
+from ssl_vit.core.manifest import hash_file
+from ssl_vit.data.augment.evaluation import EvalTransform
+from ssl_vit.data.sources.source import DataConfig, open_source
 from ssl_vit.evaluation import cache
 from ssl_vit.evaluation.cache import cached_features, feature_key, fingerprint
-from ssl_vit.evaluation.crops import EvalTransform
-from ssl_vit.manifest import hash_file
 
 TRANSFORM = EvalTransform((32, 32), (0.5,) * 3, (0.5,) * 3)
 

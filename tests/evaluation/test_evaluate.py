@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ssl_vit.data.sources import DataConfig, Source, open_source
+from ssl_vit.data.sources.source import DataConfig, Source, open_source
 from ssl_vit.evaluation import evaluate
 from ssl_vit.evaluation.evaluate import (
     EvaluationConfig,

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ssl_vit.data.sources import DataConfig, open_source
+from ssl_vit.data.augment.evaluation import EvalTransform
+from ssl_vit.data.sources.source import DataConfig, open_source
 from ssl_vit.evaluation import command, extract
-from ssl_vit.evaluation.crops import EvalTransform
 from ssl_vit.evaluation.extract import ExtractConfig
 from ssl_vit.evaluation.feature_files import read_description
 from ssl_vit.evaluation.features import extract_features, select_feature

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ssl_vit.data.sources import Source
-from ssl_vit.evaluation.crops import EvalTransform, fit_size
+from ssl_vit.data.augment.evaluation import EvalTransform, fit_size
+from ssl_vit.data.sources.source import Source
 from ssl_vit.evaluation.features import extract_features, pixel_features, select_feature, stream_features
 from ssl_vit.models.encoder import Encoder, Features
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ssl_vit.data.sources import DataConfig
+from ssl_vit.data.sources.source import DataConfig
 from ssl_vit.evaluation.masks import MaskedSource, centre_pair, open_masked, random_pair, read_mask
 
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 from sklearn.metrics import accuracy_score, jaccard_score
 
+from ssl_vit.data.augment.evaluation import EvalTransform
 from ssl_vit.evaluation import command
-from ssl_vit.evaluation.crops import EvalTransform
 from ssl_vit.evaluation.segmentation import (
     SegmentationConfig,
     _enlarge,

@@ -7,9 +7,9 @@ import pytest
 import timm
 import torch
 
-from ssl_vit.evaluation.finetune import FineTuneConfig
 from ssl_vit.export.classifier import export_classifier
 from ssl_vit.models.vit import ViTConfig
+from ssl_vit.objectives.finetune import FineTuneConfig
 from tests.conftest import TINY
 
 SETTINGS = {"class_names": ("a", "b", "c"), "mean": (0.1,) * 3, "std": (0.2,) * 3, "crop_pct": 0.9, "provenance": {}}

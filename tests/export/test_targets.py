@@ -13,14 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-from ssl_vit.data.decode import decode
-from ssl_vit.data.device_transforms import normalize
-from ssl_vit.evaluation.crops import centre_crop
+from ssl_vit.data.augment.device import normalize
+from ssl_vit.data.augment.evaluation import centre_crop
+from ssl_vit.data.decode.decode import decode
 from ssl_vit.export import targets
-from ssl_vit.export.run import Trained
 from ssl_vit.export.targets import TARGETS, Proof, export_to, proof_images
 from ssl_vit.models.vit import ViTConfig
 from ssl_vit.objectives.mae import MAEConfig
+from ssl_vit.runs.trained import Trained
 from tests.conftest import TINY
 
 pytestmark = pytest.mark.filterwarnings("default")  # the libraries' own

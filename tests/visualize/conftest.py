@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from scripts import pretrain_dino, pretrain_mae
-from ssl_vit.config import RunConfig
-from ssl_vit.train import main
+from ssl_vit.training.config import RunConfig
+from ssl_vit.training.loop import main
 from tests.conftest import SMALL_DINO, SMALL_RUN
 
 LONG = [

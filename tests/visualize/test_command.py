@@ -11,7 +11,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scripts.visualize import main
-from ssl_vit.export.run import open_trained
+from ssl_vit.runs.trained import open_trained
 from ssl_vit.visualize.film import list_frames
 from ssl_vit.visualize.inputs import open_pictures
 from ssl_vit.visualize.neighbours import nearest

@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from scripts.report import main
+from ssl_vit.core.writing import replace_json
 from ssl_vit.evaluation.scores import newcombe_interval
+from ssl_vit.runs.record import RunData
 from ssl_vit.visualize.comparison import compare
-from ssl_vit.visualize.run_data import RunData
-from ssl_vit.writing import replace_json
 
 
 def run(knn: float | None, linear: float = 0.5, n: int = 1000, **changes: Any) -> RunData:

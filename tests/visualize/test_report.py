@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from scripts.report import main
-from ssl_vit.export.run import open_trained
-from ssl_vit.reading import read_metrics
+from ssl_vit.core.reading import read_metrics
+from ssl_vit.runs.record import read_run
+from ssl_vit.runs.trained import open_trained
 from ssl_vit.visualize import report
 from ssl_vit.visualize.attention import attention_from
 from ssl_vit.visualize.inputs import open_pictures
 from ssl_vit.visualize.panel import choose_layers, panel_data
 from ssl_vit.visualize.patches import patch_similarity
 from ssl_vit.visualize.report import MOST_BYTES, json_for_script, write_report
-from ssl_vit.visualize.run_data import read_run
 
 BROWSER = next((path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if path), None)
 

@@ -14,7 +14,8 @@ import yaml
 from scripts import evaluate_knn, export, extract_features, report, visualize
 from ssl_vit.evaluation import command, extract, task
 from ssl_vit.evaluation.probes import KNNConfig
-from ssl_vit.export import run, targets
+from ssl_vit.export import targets
+from ssl_vit.runs import trained
 from ssl_vit.visualize import command as visualize_command
 from ssl_vit.visualize import inputs
 
@@ -121,7 +122,7 @@ def test_what_comes_with_the_package_needs_no_asking(mae_run: Path, tmp_path: Pa
     folder = strange_run(mae_run, tmp_path / "strange", "openmoji")
     assert report.main([str(folder), f"--out={tmp_path / 'r.html'}"]) == 0
     assert [config.source for _, (config,) in opened] == ["openmoji"]
-    assert run.data_settings(run.open_trained(folder)).source == "openmoji"
+    assert trained.data_settings(trained.open_trained(folder)).source == "openmoji"
 
 
 def test_other_words_are_refused(mae_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ssl_vit.visualize.run_data import RunData
+from ssl_vit.runs.record import RunData
 from ssl_vit.visualize.verdict import judge
 
 HEALTHY = {"teacher_entropy": 3.0, "kl": 0.5, "feature_std": 0.7, "prototypes_used": 0.8, "rankme": 20.0}

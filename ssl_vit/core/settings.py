@@ -1,0 +1,115 @@
+"""Flags and YAML files of settings: checked before they are parsed, and errors of the parser in one line."""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ssl_vit.core.reading import read_yaml
+
+
+def split_config_files(args: list[str], keys: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Separate `--config` files from other flags, and refuse flags that no setting has."""
+    files: list[str] = []
+    flags: list[str] = []
+    position = 0
+    while position < len(args):
+        arg = args[position]
+        name, equals, value = arg.removeprefix("--").partition("=")
+        if arg.startswith("--") and name == "config":
+            if not equals:
+                position += 1
+                if position == len(args):
+                    raise ValueError("--config: needs the path of a YAML file")
+                value = args[position]
+            files.append(value)
+        else:
+            sections = {key.split(".")[0] for key in keys if "." in key}
+            if arg.startswith("--") and name not in keys and name not in {"help", "print_config"} | sections:
+                raise ValueError(f"--{name}: no such flag{_near(name, keys, '--')}")
+            flags.append(arg)
+        position += 1
+    return files, flags
+
+
+def check_file(path: str, keys: dict[str, Any]) -> None:
+    """Refuse a file that cannot be read, is no YAML mapping or has keys that no setting has."""
+    try:
+        values = read_yaml(Path(path), links=True)
+    except OSError as error:
+        raise ValueError(f"--config={path}: cannot be read: {error.strerror}") from error
+    for name in ("fresh", "extend"):
+        if values.get(name):
+            raise ValueError(f"{path}: {name}={values[name]!r}: changes a run that is there; only a flag may, --{name}")
+    sections = {key.rsplit(".", 1)[0] for key in keys if "." in key}
+    for name, value in values.items():
+        if name in sections:
+            if not isinstance(value, dict):
+                raise ValueError(f"{path}: {name}={value!r}: must hold the settings of that section")
+            for key in value:
+                if f"{name}.{key}" not in keys:
+                    raise ValueError(f"{path}: {name}.{key}: no such setting{_near(f'{name}.{key}', keys)}")
+        elif name not in keys:
+            raise ValueError(f"{path}: {name}: no such setting{_near(str(name), keys)}")
+
+
+def _near(name: str, keys: dict[str, Any], prefix: str = "") -> str:
+    """A hint at the setting that was probably meant: a near spelling, with its section or without."""
+    by_leaf = {key.rsplit(".", 1)[-1]: key for key in keys}
+    near = difflib.get_close_matches(name, keys, n=1, cutoff=0.75)
+    near = near or [by_leaf[leaf] for leaf in difflib.get_close_matches(name.rsplit(".", 1)[-1], by_leaf, n=1)]
+    return f"; did you mean {prefix}{near[0]}?" if near else "; --help lists them all"
+
+
+def in_one_line(message: str, keys: dict[str, Any]) -> str:
+    """Turn jsonargparse's message about a wrong type into one line with key, value and what is expected."""
+    key = re.search(r'[Kk]ey "([\w.]+)"', message)
+    value = re.search(r"(?:Got value|Given value): (.*)", message)
+    if key and value:
+        expected = re.findall(r"Expected an? (.*?)(?:\.? Got value.*)?$", message, flags=re.MULTILINE)
+        words = [re.sub(r"<class '(\w+)'>", r"\1", kind).replace("typing.", "").rstrip(".") for kind in expected]
+        words = ["null" if word == "NoneType" else word for word in words]
+        given = value.group(1).strip()
+        return f"{key.group(1)}={given}: expected {' or '.join(dict.fromkeys(words)) or 'another type'}"
+    return " ".join(message.split())
+
+
+@contextmanager
+def section(name: str) -> Iterator[None]:
+    """Put a section's name in front of the key that a component's ValueError begins with."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}.{error}") from error
+
+
+@contextmanager
+def said_of(names: Mapping[str, str]) -> Iterator[None]:
+    """Put other names of settings into a ValueError: of the setting it is about, where shared code knows another.
+
+    Args:
+        names: from the name that is known there to the one that was given.
+    """
+    try:
+        yield
+    except ValueError as error:
+        known = "|".join(map(re.escape, names)) or "(?!)"
+        pattern = rf"(?<![\w.])({known})(?!\w)"
+        raise ValueError(re.sub(pattern, lambda found: names[found[1]], str(error))) from error
+
+
+def as_flags(text: str, keys: Mapping[str, Any]) -> str:
+    """An error of shared code in one line, with the flags of a front that knows no sections: `--source`.
+
+    Args:
+        keys: settings of the front.
+    """
+
+    def flag(found: re.Match[str]) -> str:
+        return f"--{found[1]}" if found[1] in keys else found[0]
+
+    text = re.sub(r"(?:--|(?<![\w./-]))(?:data|evaluation)\.(\w+)", flag, " ".join(text.split()))
+    text = re.sub(r"^([\w.]+)(?==)", flag, text)
+    return f"{text} (not here: streams are for training)" if "data.streaming" in text else text

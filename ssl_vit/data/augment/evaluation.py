@@ -1,0 +1,122 @@
+"""How an image is brought to the size of an encoder: cropped, resized and padded, the same each time."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.v2.functional as TF
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+
+from ssl_vit.data.augment.crops import random_resized_crop
+from ssl_vit.data.augment.device import normalize
+
+_ELONGATED = 8  # how much longer than its crop an image is resized
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """How a picture is brought to an encoder's size, without any randomness.
+
+    The picture is resized (bicubic, antialiased, aspect ratio kept) until it just covers `size / crop_pct`, and the
+    centre of that size is cut out. 224 pixels at .875 is the usual "resize 256, centre crop 224".
+    """
+
+    size: tuple[int, int]
+    """Height and width of what is cut out, in pixels."""
+    mean: tuple[float, ...]
+    """Of each channel, for pixel values in [0, 1]."""
+    std: tuple[float, ...]
+    """Of each channel, for pixel values in [0, 1]."""
+    crop_pct: float = 0.875
+    """Share of the covered height and width that is kept, in (0, 1]."""
+    padding: tuple[int, int] = (0, 0)
+    """Rows put below and columns put to the right, in pixels, of the channels' mean."""
+    view: int | None = None
+    """None = the centre; a number = that one of a series of random crops and flips (area .08-1), as the papers'
+    linear probes are trained on; the crops of a row follow from `view` and the row alone."""
+
+    def __call__(self, image: UInt8[Tensor, "c h w"], row: int) -> UInt8[Tensor, "c height width"]:
+        """One picture, from row `row` of its source."""
+        if self.view is None:
+            return centre_crop(image, self.size, self.crop_pct)
+        rng = np.random.default_rng((self.view, row))
+        image = random_resized_crop(image, self.size, rng, (0.08, 1.0))
+        return image.flip(-1) if rng.random() < 0.5 else image
+
+    def on_device(self, images: UInt8[Tensor, "b c h w"], device: torch.device) -> Float[Tensor, "b c height width"]:
+        """A batch, normalised and padded, on the device."""
+        images = normalize(images.to(device, non_blocking=True), self.mean, self.std)
+        return F.pad(images, (0, self.padding[1], 0, self.padding[0])) if any(self.padding) else images
+
+
+def centre_crop(
+    image: UInt8[Tensor, "c h w"], size: tuple[int, int], crop_pct: float
+) -> UInt8[Tensor, "c height width"]:
+    """Resize and centre-crop a picture, see `EvalTransform`."""
+    image = TF.center_crop_image(image, middle((image.shape[1], image.shape[2]), size))
+    resized = cover((image.shape[1], image.shape[2]), size, crop_pct)
+    image = TF.resize_image(image, resized, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return TF.center_crop_image(image, list(size))
+
+
+def middle(shape: tuple[int, int], size: tuple[int, int]) -> list[int]:
+    """Height and width of the middle of an image that is all that its centre crop of `size` is cut from.
+
+    All of it but where its longer side is more than `_ELONGATED` times what the crop takes of it: 1 x 100,000 pixels
+    would else be resized to 224 x 22,400,000.
+    """
+    height, width = shape
+    # An even number of pixels is left out, so that the middle stays where it was.
+    longest_height = _ELONGATED * -(-width * size[0] // size[1])
+    longest_width = _ELONGATED * -(-height * size[1] // size[0])
+    return [
+        side - 2 * max(0, (side - longest) // 2) for side, longest in ((height, longest_height), (width, longest_width))
+    ]
+
+
+def cover(shape: tuple[int, int], size: tuple[int, int], crop_pct: float) -> list[int]:
+    """Height and width to which a picture is resized so that it just covers `size / crop_pct`."""
+    height, width = shape
+    box_height, box_width = (int(side / crop_pct) for side in size)
+    # In whole numbers: rounding must never leave the picture a pixel smaller than what is cut out of it.
+    if box_height * width >= box_width * height:
+        return [box_height, width * box_height // height]
+    return [height * box_width // width, box_width]
+
+
+def fit_size(
+    size: tuple[int, int], patch_size: tuple[int, int], indivisible: Literal["refuse", "resize", "pad"] = "refuse"
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What to do with an image size that the patch size does not divide.
+
+    Args:
+        size, patch_size: height and width in pixels.
+        indivisible: refuse it; resize pictures to the nearest size that is divisible; or pad them up to the next.
+
+    Returns:
+        the size that pictures are cut to, and the rows and columns to pad: see `EvalTransform`.
+
+    Raises:
+        ValueError: it is to be refused; names the nearest sizes.
+    """
+    padding = tuple(-side % patch for side, patch in zip(size, patch_size, strict=True))
+    if not any(padding):
+        return size, (0, 0)
+    if indivisible == "pad":
+        return size, (padding[0], padding[1])
+    below = [max(side // patch, 1) * patch for side, patch in zip(size, patch_size, strict=True)]
+    above = [-(-side // patch) * patch for side, patch in zip(size, patch_size, strict=True)]
+    if indivisible == "resize":
+        nearest = [
+            low if side - low < high - side else high for side, low, high in zip(size, below, above, strict=True)
+        ]
+        return (nearest[0], nearest[1]), (0, 0)
+    shown = [" x ".join(map(str, sides)) for sides in (below, above)]
+    raise ValueError(
+        f"image_size={size!r}: not divisible by the patch size {patch_size[0]} x {patch_size[1]}; the nearest are: "
+        f"{' and '.join(dict.fromkeys(shown))}. indivisible='resize' takes the nearer one, 'pad' fills up to the next"
+    )

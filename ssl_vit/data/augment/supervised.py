@@ -1,0 +1,145 @@
+"""Pictures for supervised training: timm's RandAugment, random erasing and Mixup/CutMix, drawn per sample."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
+from timm.data.mixup import Mixup, mixup_target
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+from ssl_vit.data.augment.crops import OrientationConfig, random_view
+from ssl_vit.data.augment.device import flip_horizontally, normalize
+from ssl_vit.data.config import clamp_rounding
+
+
+@dataclass(frozen=True)
+class AugmentConfig(OrientationConfig):
+    """What happens to pictures and labels in supervised training."""
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Share of the picture's area that a crop has: smallest and largest."""
+    rand_augment: str | None = "rand-m9-mstd0.5-inc1"
+    """timm's name of a RandAugment (arXiv:1909.13719); three channels only; null = none.
+    Geometric operations are bicubic, as in MAE's fine-tuning."""
+    random_erasing: float = 0.25
+    """How often a box is replaced by noise (arXiv:1708.04896)."""
+    mixup: float = 0.8
+    """Alpha of Mixup (arXiv:1710.09412); 0 = none."""
+    cutmix: float = 1.0
+    """Alpha of CutMix (arXiv:1905.04899); 0 = none. With both, each batch has the one or the other."""
+    label_smoothing: float = 0.1
+    """Share of a label that is spread over all classes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        clamp_rounding(self, "crop_scale", "random_erasing")
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale={self.crop_scale!r}: needs 0 < smallest <= largest <= 1")
+        if not 0 <= self.random_erasing <= 1:
+            raise ValueError(f"random_erasing={self.random_erasing!r}: must lie in [0, 1]")
+        for name in ("mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be at least 0")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing={self.label_smoothing!r}: must lie in [0, 1)")
+        if self.rand_augment is not None and not self.rand_augment.startswith("rand-"):
+            raise ValueError(f"rand_augment={self.rand_augment!r}: timm's names begin with 'rand-', as rand-m9-mstd0.5")
+
+
+class SupervisedTransform:
+    """One crop and one label for each picture: `images [b c h w]` and `targets [b classes]`, which sum to one.
+
+    Everything is drawn from the sample's own generator, but for Mixup, which looks at what a device takes at once: it
+    is seeded by the first of these samples.
+    """
+
+    def __init__(
+        self,
+        config: AugmentConfig,
+        num_classes: int,
+        image_size: tuple[int, int],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> None:
+        self.config, self.num_classes, self.image_size, self.mean, self.std = config, num_classes, image_size, mean, std
+        self.augment = None
+        if config.rand_augment is not None:
+            if len(mean) != 3:
+                raise ValueError(f"rand_augment={config.rand_augment!r}: needs 3 channels, not {len(mean)}; set null")
+            fill = tuple(min(255, round(255 * value)) for value in mean)
+            self.augment = rand_augment_transform(
+                config.rand_augment,
+                {
+                    "translate_const": int(min(image_size) * 0.45),
+                    "img_mean": fill,
+                    "interpolation": Image.Resampling.BICUBIC,  # else bilinear or bicubic, at random
+                },
+            )
+            for operation in self.augment.ops:
+                if operation.name.startswith("Posterize"):
+                    operation.level_fn = partial(_keep_a_bit, operation.level_fn)
+
+    def __call__(self, image: UInt8[Tensor, "c h w"], rng: np.random.Generator) -> dict[str, Tensor]:
+        crop = random_view(image, self.image_size, rng, self.config.crop_scale, self.config)
+        flip = torch.tensor(rng.random() < self.config.flip_prob)
+        # A seed for each: whether one image is erased must not follow from how it was augmented, nor what is mixed.
+        augment_seed, erase_seed, mix_seed = rng.integers(2**31, size=3).tolist()
+        if self.augment is not None:
+            with _seeded(augment_seed):
+                crop = TF.pil_to_tensor(self.augment(TF.to_pil_image(crop)))
+        seeds = {"erase_seed": torch.tensor(erase_seed), "mix_seed": torch.tensor(mix_seed)}
+        return {"images": crop, "flip": flip, **seeds}
+
+    def on_device(self, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        config = self.config
+        images = flip_horizontally(batch["images"].to(device, non_blocking=True), batch["flip"])
+        images = normalize(images, self.mean, self.std)
+        if config.random_erasing:
+            erase = RandomErasing(config.random_erasing, mode="pixel", device=str(device))
+            for image, seed in zip(images, batch["erase_seed"].tolist(), strict=True):
+                with _seeded(seed):
+                    erase(image)  # in place
+        labels = batch["label"].to(device, non_blocking=True)
+        targets = mixup_target(labels, self.num_classes, smoothing=config.label_smoothing)
+        # In pairs from both ends, so of an odd number one picture stays as it is.
+        even = len(images) // 2 * 2
+        if even and (config.mixup or config.cutmix):
+            mix = Mixup(
+                config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=self.num_classes
+            )
+            with _seeded(int(batch["mix_seed"][0])):
+                images[:even], targets[:even] = mix(images[:even], labels[:even])
+        return {"images": images, "targets": targets}
+
+
+def _keep_a_bit(level_fn: Callable[..., tuple[int]], level: float, hparams: dict[str, Any]) -> tuple[int]:
+    """timm's strongest posterisation keeps no bit of a pixel, which newer versions of Pillow refuse."""
+    return (max(1, level_fn(level, hparams)[0]),)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators that timm draws from, and put back those whose state others rely on."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    # A seed for each: with the same one numpy and torch draw the same numbers.
+    of_python, of_numpy, of_torch = np.random.SeedSequence(seed).generate_state(3).tolist()
+    random.seed(of_python)
+    np.random.seed(of_numpy)  # noqa: NPY002
+    torch.manual_seed(of_torch)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])

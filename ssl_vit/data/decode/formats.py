@@ -1,0 +1,249 @@
+"""Which files are taken for images, and what they hold by their headers."""
+
+import io
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from ssl_vit.data.decode.arrays import NPY_SIGNATURE, read_npy
+from ssl_vit.data.decode.bounds import (
+    MAX_IMAGE_BYTES,
+    MAX_PAGES,
+    check_before_opening,
+    check_opened,
+    check_size,
+    read_file,
+)
+from ssl_vit.data.decode.headers import (
+    JPEG_SIGNATURE,
+    PNG_SIGNATURE,
+    TIFF_SIGNATURES,
+    full_pages,
+    read_jpeg,
+)
+
+try:
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+except ImportError:
+    pillow_heif = None
+
+# Of Pillow's formats those of photographs and of science whose pixels it gives with their meaning. Others start
+# programs (EPS), are drawings or videos (WMF, MPEG), projects of an editor (PSD), textures and icons (DDS, ICO), lose
+# bits (SGI), or ignore what makes numbers brightness (FITS).
+_WANTED = (
+    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "AVIF", "HEIF", "PPM", "PCX", "QOI", "SUN"),
+    "TGA",  # known by no signature: the last that is tried
+)
+_BY_SUFFIX = Image.registered_extensions()  # also loads Pillow's formats
+PILLOW_FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
+"""Names of the formats that `open_image` opens."""
+IMAGE_SUFFIXES = (
+    *(suffix[1:] for name in (*PILLOW_FORMATS, "MPO") for suffix, its in _BY_SUFFIX.items() if its == name),
+    *("jif", "jfi", "tf8", "btf"),  # JPEG and BigTIFF, which Pillow does not list
+    "npy",
+)
+"""In lower case, without the dot: what `decode` reads."""
+
+_HINTS = {
+    **dict.fromkeys(("heic", "heif", "hif", "heics", "heifs"), "pip install 'ssl-vit[heic]' to read them"),
+    **dict.fromkeys(("avif", "avifs"), "pip install 'pillow>=11.3' to read them"),
+    **dict.fromkeys(("npz", "mat", "h5", "fits", "fit", "dcm", "nii"), "store the arrays as .npy or TIFF"),
+    **dict.fromkeys(("dng", "cr2", "cr3", "nef", "arw", "raf", "orf", "rw2"), "a camera's raw files: convert them"),
+    **dict.fromkeys(("jxl", "psd", "svg", "pdf", "eps", "ico", "dds", "sgi"), "convert them to PNG"),
+}
+
+# What files begin with. RIFF and ISO containers say their kind a little later.
+_SIGNATURES = {
+    b"\xff\xd8\xff": "JPEG",
+    PNG_SIGNATURE: "PNG",
+    b"GIF8": "GIF",
+    b"BM": "BMP",
+    **dict.fromkeys(TIFF_SIGNATURES, "TIFF"),
+    b"\0\0\0\x0cjP  ": "JPEG 2000",
+    b"\xff\x4f\xff\x51": "JPEG 2000",
+    b"qoif": "QOI",
+    NPY_SIGNATURE: "npy",
+    b"%PDF": "PDF",
+    b"PK\x03\x04": "zip",
+    b"\x1f\x8b": "gzip",
+}
+_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF", b"msf1": "HEIF"}
+
+
+class Contents(NamedTuple):
+    """What a file holds, whatever of it is used."""
+
+    format: str
+    """JPEG, PNG, TIFF, npy, ...; HTML, zip, ... of what is no image; missing, empty, unknown."""
+    channels: int = 0
+    """Of a page, transparency included; 0 where the header cannot be read."""
+    bits: int = 0
+    """Of a channel."""
+    pages: int = 1
+    """Pages, frames or pictures; smaller copies of a page do not count."""
+    has_alpha: bool = False
+    colours: str = "unknown"
+    """greyscale, RGB, or neither: `12 channels`."""
+
+    @property
+    def kind(self) -> str:
+        """In words: RGB, RGBA, greyscale with alpha, 12 channels, 12 pages of greyscale."""
+        with_alpha = {"RGB": "RGBA", "greyscale": "greyscale with alpha"}.get(self.colours, self.colours)
+        kind = with_alpha if self.has_alpha else self.colours
+        return kind if self.pages == 1 else f"{self.pages} pages of {kind}"
+
+    def dropped(self, num_channels: int, pages: str) -> list[str]:
+        """What of it is not used where `num_channels` are asked for and `pages` is `data.pages`."""
+        found = []
+        if self.pages > 1 and pages == "first":
+            found.append(f"{self.pages} pages or frames, of which the first is used (see --data.pages)")
+        if self.has_alpha and num_channels in (1, 3):
+            found.append("transparency, which is laid on white")
+        if self.colours == "RGB" and num_channels == 1:
+            found.append("colours, which become grey")
+        elif self.colours == "RGB" and num_channels == 3 and self.channels - self.has_alpha > 3:
+            found.append(f"{self.channels} channels, of which red, green and blue are used")
+        if self.bits > 8:
+            found.append(f"{self.bits} bits a channel, which are rounded to 8")
+        return found
+
+
+def hint_for(suffix: str) -> str:
+    """What to do with files of a suffix (lower case, no dot) that is none of `IMAGE_SUFFIXES`; "" for most."""
+    return "" if suffix in IMAGE_SUFFIXES else _HINTS.get(suffix, "")
+
+
+@contextmanager
+def open_image(data: bytes, max_image_bytes: int = MAX_IMAGE_BYTES) -> Iterator[Image.Image]:
+    """Open an image with Pillow: in one of `PILLOW_FORMATS` alone, and without a word on odd metadata.
+
+    Raises:
+        ValueError: it would take more memory than it may, by its header; see `check_opened`.
+    """
+    check_before_opening(data, max_image_bytes)
+    if data.startswith(JPEG_SIGNATURE) and (header := read_jpeg(data)) is not None:
+        check_size(header.height, header.width, header.bytes_a_pixel, max_image_bytes)
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = max_image_bytes
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
+                check_opened(image, max_image_bytes)
+                # Pillow refuses twice as many: later frames may be larger, and take 4 bytes a pixel.
+                Image.MAX_IMAGE_PIXELS = max(max_image_bytes // 8, image.width * image.height)
+                yield image
+    except Image.DecompressionBombError as error:
+        what = str(error).partition(" exceeds")[0]
+        raise ValueError(f"{what}: more than data.max_image_bytes={max_image_bytes} allows") from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def file_format(data: bytes | None) -> str:
+    """What kind of file this is, by its first bytes; None is a file that could not be had."""
+    if not data:
+        return "missing" if data is None else "empty"
+    for signature, name in _SIGNATURES.items():
+        if data.startswith(signature):
+            return name
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "WebP"
+    if data[4:8] == b"ftyp":
+        return _BRANDS.get(data[8:12], "video")
+    text = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype html", b"<html")):
+        return "HTML"
+    return "SVG" if b"<svg" in text else "unknown"
+
+
+def contents(data: bytes | str | Path) -> Contents:
+    """What a file holds, told from its header: nothing is decoded.
+
+    Raises:
+        OSError: the path cannot be read.
+        ValueError: the file is larger than any image.
+    """
+    data = data if isinstance(data, bytes) else read_file(Path(data), MAX_IMAGE_BYTES)
+    kind = file_format(data[:4096])
+    try:
+        if kind == "npy":
+            return _contents_of_npy(data)
+        if kind == "TIFF":
+            return _contents_of_tiff(data)
+        with open_image(data) as image:
+            return _contents_of(image, data[:4096], image.format or kind if kind == "unknown" else kind)
+    except Exception:  # a damaged header raises anything
+        return Contents(kind)
+
+
+def _contents_of_npy(data: bytes) -> Contents:
+    shape, dtype, last = read_npy(io.BytesIO(data))
+    channels = 1 if len(shape) == 2 else shape[2 if last else 0]
+    bits = 1 if dtype.kind == "b" else 8 * dtype.itemsize
+    colours = {1: "greyscale", 3: "RGB"}.get(channels, f"{channels} channels")
+    return Contents("npy", channels, bits, colours=colours)
+
+
+def _contents_of_tiff(data: bytes) -> Contents:
+    pages = [page for _, page in full_pages(data)]
+    first = pages[0]
+    has_alpha = first.photometric != 5 and (1 in first.extra or 2 in first.extra)
+    others = len(first.extra) - has_alpha
+    name = {0: "greyscale", 1: "greyscale", 4: "mask"}.get(first.photometric, "RGB")
+    if others and name == "greyscale":
+        name = f"{first.samples} channels"
+    channels = 3 if first.photometric in (3, 5) else first.samples  # what they are decoded to
+    return Contents("TIFF", channels, first.bits, len(pages), has_alpha, name)
+
+
+def _contents_of(image: Image.Image, start: bytes, name: str) -> Contents:
+    is_grey = image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
+    has_alpha = image.has_transparency_data
+    bits = {"1": 1, "F": 32}.get(image.mode, 16 if image.mode.startswith("I") else 8)
+    if name == "PNG":
+        bits = start[24]
+    elif name == "AVIF" and (place := start.find(b"av1C")) > 0:
+        flags = start[place + 6]
+        bits = (12 if flags & 32 else 10) if flags & 64 else 8
+    elif name == "JPEG 2000" and (place := start.find(b"\xff\x4f\xff\x51")) >= 0:
+        bits = (start[place + 42] & 127) + 1
+    elif "bit_depth" in image.info:  # HEIF
+        bits = image.info["bit_depth"]
+    pages = getattr(image, "n_frames", 1)
+    return Contents(name, (1 if is_grey else 3) + has_alpha, bits, pages, has_alpha, "greyscale" if is_grey else "RGB")
+
+
+def page_numbers(data: bytes | str | Path) -> list[int]:
+    """The numbers, from 0, of a file's pages or frames that are images of their own; [0] of what cannot be read."""
+    try:
+        data = data if isinstance(data, bytes) else read_file(Path(data), MAX_IMAGE_BYTES)
+        if data.startswith(TIFF_SIGNATURES):
+            return [number for number, _ in full_pages(data)] or [0]
+        with open_image(data) as image:
+            count = getattr(image, "n_frames", 1)
+            return list(range(count if count <= min(MAX_PAGES, len(data)) else 1))  # more are none
+    except Exception:  # damaged, gone, no image of Pillow's: told when it is decoded
+        return [0]
+
+
+def note_of_dropped(files: Iterable[bytes | str | Path], num_channels: int, pages: str) -> str | None:
+    """A sentence on what a run leaves unused of what these files hold; None where it uses all."""
+    found, looked_at = Counter(), 0
+    for file in files:
+        looked_at += 1
+        try:
+            found.update(contents(file).dropped(num_channels, pages))
+        except (OSError, ValueError):
+            continue
+    if not found:
+        return None
+    listed = "; ".join(f"{count} hold {what}" for what, count in found.most_common(4))
+    return f"of {looked_at} image{'s' if looked_at > 1 else ''} looked at, {listed}"

@@ -1,0 +1,351 @@
+"""The result of a run: a safetensors backbone with timm's key names, and what is needed to use it."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import ssl_vit
+from ssl_vit.core import reading
+from ssl_vit.core.manifest import hash_file
+from ssl_vit.core.privacy import public
+from ssl_vit.core.reading import entry, read_tensors, read_yaml
+from ssl_vit.core.writing import UNFINISHED, flush, fresh_folder, naming_full_disk, replace_folder
+from ssl_vit.data.config import DataConfig
+from ssl_vit.models.encoder import Encoder
+from ssl_vit.models.vit import ViT, ViTConfig, set_fused_attention
+
+BACKBONE_FILE, CONFIG_FILE = "backbone.safetensors", "config.json"
+WEIGHTS_HASH = "weights_sha256"
+"""Of config.json's part "ssl_vit": SHA-256 of the file of weights beside it."""
+TOLERANCE = 1e-4
+"""Largest difference of a feature, as a share of the largest feature where that is above 1; fp32. A convolution and the
+product that it is differ in their last bits, and so does what follows."""
+
+
+def export_backbone(
+    encoder: Encoder,
+    folder: Path,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    provenance: dict[str, Any],
+    crop_pct: float = 0.875,
+) -> Path:
+    """Write `backbone.safetensors` and `config.json`, and prove that they load as what was trained.
+
+    The tensors carry timm's key names, so `timm.create_model(arch, num_classes=0, checkpoint_path=...)` reads them.
+    config.json follows timm's layout; our own settings stand under "ssl_vit". See `write_pair`.
+
+    Raises:
+        RuntimeError: what was written does not give the encoder's features.
+    """
+    if not isinstance(encoder, ViT):
+        raise ValueError(f"cannot export a {type(encoder).__name__}: only Vision Transformers of timm so far")
+    described = describe(encoder, mean=mean, std=std, provenance=provenance, crop_pct=crop_pct)
+    return write_pair(
+        folder, BACKBONE_FILE, encoder.vit.state_dict(), described, lambda written: _prove_equal(encoder, written)
+    )
+
+
+def write_pair(
+    folder: Path, name: str, tensors: dict[str, Tensor], described: dict[str, Any], prove: Callable[[Path], None]
+) -> Path:
+    """Write weights and the config.json that carries their SHA-256; returns the file of weights.
+
+    Both are written and proven where nobody looks for them yet. A new folder appears at once. In one that is there, a
+    run's for instance, config.json goes first: a kill before the weights leaves what `read_weights` refuses, and what
+    the next export mends.
+
+    Args:
+        prove: called with the folder that both lie in.
+
+    Raises:
+        OSError: they could not be written; names the file. What was there is as it was.
+    """
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    is_new = not os.path.lexists(folder)
+    place = folder.with_name(f"{UNFINISHED}{folder.name}") if is_new else folder / f"{UNFINISHED}export"
+    with naming_full_disk(folder / name), fresh_folder(place) as unfinished:
+        file, config_file = unfinished / name, unfinished / CONFIG_FILE
+        save_file(tensors, file, metadata={"format": "pt"})
+        described["ssl_vit"][WEIGHTS_HASH] = hash_file(file)
+        config_file.write_text(json.dumps(described, indent=2) + "\n")
+        # safetensors lets only its owner read a file; a result is for whom the folder is for.
+        file.chmod(config_file.stat().st_mode)
+        prove(unfinished)
+        for written in (config_file, file):
+            flush(written)
+        if is_new:
+            replace_folder(unfinished, folder)
+        else:
+            for written in (config_file, file):
+                written.replace(folder / written.name)
+            flush(folder)
+    return folder / name
+
+
+def describe(
+    encoder: ViT,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    provenance: dict[str, Any],
+    crop_pct: float = 0.875,
+) -> dict[str, Any]:
+    """The content of config.json: timm's layout, and our own settings under "ssl_vit"."""
+    config = encoder.config
+    # Nothing trains the class token of an MAE, so the mean of its patch tokens stands for an image.
+    pooling = "token" if encoder.has_cls_token and provenance.get("objective") != "MAE" else "avg"
+    return {
+        "architecture": config.arch.split(".")[0],
+        "num_classes": 0,
+        "num_features": encoder.embed_dim,
+        "global_pool": pooling,
+        "model_args": {
+            **config.timm_overrides,
+            "global_pool": pooling,
+            "img_size": list(encoder.image_size),
+            "patch_size": encoder.patch_size[0] if len(set(encoder.patch_size)) == 1 else list(encoder.patch_size),
+            "in_chans": encoder.in_chans,
+            "fc_norm": False,
+            "dynamic_img_size": True,
+        },
+        "pretrained_cfg": {
+            "input_size": [encoder.in_chans, *encoder.image_size],
+            "fixed_input_size": False,
+            "interpolation": "bicubic",
+            "crop_pct": crop_pct,
+            "crop_mode": "center",
+            "mean": list(mean),
+            "std": list(std),
+            "num_classes": 0,
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+        "ssl_vit": {
+            "version": ssl_vit.__version__,
+            "encoder": {key: public(value) for key, value in asdict(config).items() if key != "grad_checkpointing"},
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            **public(provenance),
+        },
+    }
+
+
+def load_backbone(path: str | Path) -> Encoder:
+    """Build the encoder that a run exported and fill it, strictly.
+
+    Args:
+        path: a run folder, a folder with backbone.safetensors and config.json, or the safetensors file in it.
+
+    Returns:
+        the encoder in eval mode, with the `pretrained_cfg` that timm's own models have.
+
+    Raises:
+        ValueError: a file is missing or unreadable, or its tensors are not exactly those of the architecture.
+    """
+    file = backbone_file(path)
+    config, tensors = read_encoder_config(file.parent), read_tensors(file, links=True)
+    check_sizes(config, tensors, file)
+    encoder = config.build()
+    assert isinstance(encoder, ViT)
+    load_strictly(encoder.vit, tensors, file)
+    _check_pair(file)
+    # What timm.data.resolve_model_data_config reads of a model: size, normalisation and crop.
+    encoder.pretrained_cfg = read_config(file.parent).get("pretrained_cfg", {})
+    return encoder.eval()
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of an export.
+
+    Raises:
+        ValueError: they are damaged, or not those that its config.json was written with.
+    """
+    tensors = read_tensors(file, links=True)
+    _check_finite(tensors, file)
+    _check_pair(file)
+    return tensors
+
+
+def _check_pair(file: Path) -> None:
+    """Compare weights with the SHA-256 in the config.json beside them; older exports have none."""
+    noted = read_config(file.parent)["ssl_vit"].get(WEIGHTS_HASH)
+    if noted is not None and noted != hash_file(file, links=True):
+        raise ValueError(
+            f"{file}: holds other weights than {file.parent / CONFIG_FILE} was written with (its SHA-256 differs): an "
+            "export was cut short or a file has changed; export again"
+        )
+
+
+def check_sizes(config: ViTConfig, tensors: dict[str, Tensor], file: Path) -> None:
+    """Refuse weights that are not those of a config, before memory is taken for what it asks for."""
+    with torch.device("meta"):
+        _check_fit(config.build().vit, tensors, file)
+
+
+def backbone_file(path: str | Path) -> Path:
+    """The safetensors file of a backbone, or of the folder it lies in.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(path)
+    file = path / BACKBONE_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(
+            f"{file}: no such file; a finished run has one, and `python scripts/export.py RUN` writes it at any time"
+        )
+    return file
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json next to a backbone.
+
+    Raises:
+        ValueError: it is missing, no JSON, or not from ssl_vit.
+    """
+    file = folder / CONFIG_FILE
+    config = read_json(file)
+    own = config.get("ssl_vit")
+    if not isinstance(own, dict) or not isinstance(own.get("encoder"), dict):
+        raise ValueError(f"{file}: has no ssl_vit.encoder section; it was not written by ssl_vit's export")
+    return config
+
+
+def read_normalisation(config: dict[str, Any], file: Path) -> tuple[tuple[float, ...], tuple[float, ...], float]:
+    """Mean, deviation and share of a crop, of the config.json beside a backbone."""
+    cfg = {"crop_pct": 0.875, **entry({"pretrained_cfg": config, **config}, "pretrained_cfg", dict, file)}
+    mean, std = (tuple(entry(cfg, name, list[float], file)) for name in ("mean", "std"))
+    try:
+        DataConfig(mean=mean, std=std)
+    except ValueError as error:
+        raise ValueError(f"{file}: pretrained_cfg.{error}") from error
+    return mean, std, entry(cfg, "crop_pct", float, file)
+
+
+def own_source(folder: Path, *, asked: bool) -> str | dict[str, float] | None:
+    """What a backbone was trained on, as its run's settings beside it say, or else its export; see `place_of`.
+
+    Raises:
+        ValueError: see `check_asked`.
+    """
+    settings = folder / "config.yaml"
+    if os.path.lexists(settings):
+        source = entry(read_yaml(settings), "data.source", str | dict[str, float], settings)
+    else:
+        source = place_of(read_config(folder)["ssl_vit"].get("source"))
+    if source is not None:
+        check_asked(source, folder, asked=asked)
+    return source
+
+
+def check_asked(source: str | dict[str, float], folder: Path, *, asked: bool) -> None:
+    """Let what a folder names be opened where the user asked for it; a stranger may have written its settings.
+
+    Raises:
+        ValueError: the user did not, and it is not what comes with this package.
+    """
+    if not asked and source != "openmoji":
+        what = f"{folder} names it, and a stranger's settings open nothing unasked; --open_source true opens it"
+        raise ValueError(f"data.source={source!r}: {what}")
+
+
+def place_of(source: Any) -> str | dict[str, float] | None:
+    """A source that an export names, if it can be opened by that: of local folders it has the last part alone."""
+    names = source if isinstance(source, dict) else [source]
+    is_told = all(isinstance(name, str) and ("/" in name or name == "openmoji") for name in names)
+    return source if is_told else None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file beside a backbone.
+
+    Raises:
+        ValueError: it is missing, or no JSON object.
+    """
+    try:
+        return reading.read_json(file, links=True)
+    except OSError as error:
+        raise ValueError(
+            f"{file}: cannot be read ({error.strerror}); a backbone needs its {file.name} beside it"
+        ) from error
+
+
+def read_encoder_config(folder: Path) -> ViTConfig:
+    """Architecture and sizes from the config.json next to a backbone."""
+    described = read_config(folder)["ssl_vit"]["encoder"]
+    try:
+        return ViTConfig.from_plain(described)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG_FILE}: ssl_vit.encoder.{error}") from error
+
+
+def load_strictly(module: torch.nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
+    """Fill a module with exactly the tensors it has, or refuse with what is missing, unknown and of another kind.
+
+    Raises:
+        ValueError: names, shapes or dtypes are not the module's, or a value is not finite.
+    """
+    _check_fit(module, tensors, file)
+    _check_finite(tensors, file)
+    module.load_state_dict(tensors)
+
+
+def _check_finite(tensors: dict[str, Tensor], file: Path) -> None:
+    for name, value in tensors.items():
+        if value.is_floating_point() and not value.float().isfinite().all():
+            raise ValueError(f"{file}: {name} holds NaN or infinity; weights of an earlier checkpoint may be whole")
+
+
+def _check_fit(module: torch.nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
+    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    missing, unexpected = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
+    shapes = [
+        f"{name} {tuple(tensors[name].shape)} instead of {wanted[name]}"
+        for name in sorted(set(wanted) & set(tensors))
+        if tuple(tensors[name].shape) != wanted[name]
+    ]
+    kinds = [
+        f"{name} {str(tensors[name].dtype).removeprefix('torch.')}"
+        for name, value in module.state_dict().items()
+        if name in tensors and tensors[name].is_floating_point() != value.is_floating_point()
+    ]
+    if missing or unexpected or shapes or kinds:
+        parts = [
+            f"{len(found)} {what}: {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}"
+            for what, found in (
+                ("missing", missing),
+                ("unexpected", unexpected),
+                ("of another shape", shapes),
+                ("of a dtype that weights do not have", kinds),
+            )
+            if found
+        ]
+        raise ValueError(f"{file}: does not fit {type(module).__name__}: {'; '.join(parts)}")
+
+
+def _prove_equal(encoder: ViT, folder: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    device = next(encoder.parameters()).device
+    images = torch.randn(2, encoder.in_chans, *encoder.image_size, generator=generator).to(device)
+    training = encoder.training
+    encoder.eval()
+    with torch.inference_mode():
+        loaded = load_backbone(folder).to(device)
+        fused = [module.fused_attn for module in encoder.modules() if hasattr(module, "fused_attn")]
+        set_fused_attention(loaded, all(fused))  # two kernels differ in rounding
+        expected, found = encoder(images), loaded(images)
+    encoder.train(training)
+    difference = max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))
+    if not difference <= 1e-5:
+        raise RuntimeError(f"{folder}: the exported backbone's features differ from the trained ones by {difference}")

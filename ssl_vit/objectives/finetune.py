@@ -1,0 +1,248 @@
+"""Supervised objectives on a pre-trained encoder: full fine-tuning, and the attentive probe on frozen patch tokens."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from timm.layers.attention_pool import AttentionPoolLatent
+from timm.loss.cross_entropy import SoftTargetCrossEntropy
+from torch import Tensor, nn
+
+from ssl_vit.data.augment.supervised import AugmentConfig, SupervisedTransform
+from ssl_vit.models.encoder import Encoder
+from ssl_vit.objectives.objective import Objective, ParamGroup, Resolved, RunSize, Taken
+from ssl_vit.objectives.teacher import MovingAverage
+
+
+@dataclass(frozen=True)
+class SupervisedConfig(AugmentConfig):
+    """What every supervised objective is told."""
+
+    # Without test pictures of their own some of the source's are held out, and with them none.
+    decides_data: ClassVar[tuple[str, ...]] = ("evaluation.test_source", "evaluation.test_split")
+
+    num_classes: int | Literal["auto"] = "auto"
+    """Classes; auto = those of the source."""
+
+    def resolve(self, size: RunSize) -> dict[str, Resolved]:
+        """The number of classes follows from the source.
+
+        Raises:
+            ValueError: the source has more classes.
+        """
+        if self.num_classes != "auto":
+            if self.num_classes < size.num_classes:
+                raise ValueError(
+                    f"num_classes={self.num_classes!r}: the source has {size.num_classes} classes; give no smaller "
+                    "number, or 'auto'"
+                )
+            return {}
+        return {"num_classes": Resolved(size.num_classes, "classes of the source")}
+
+    def build_transform(
+        self,
+        image_size: tuple[int, int],
+        patch_size: tuple[int, int],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> SupervisedTransform:
+        """Crops and labels for images of `image_size` pixels, normalised by `mean` and `std` per channel."""
+        return SupervisedTransform(self, self.classes, image_size, mean, std)
+
+    @property
+    def classes(self) -> int:
+        """The number of classes, once it is known."""
+        if self.num_classes == "auto":
+            raise ValueError("num_classes='auto': follows from the source's classes; use RunConfig.resolve or a number")
+        return self.num_classes
+
+
+@dataclass(frozen=True)
+class FineTuneConfig(SupervisedConfig):
+    """Full fine-tuning as in MAE's appendix (He et al. 2022, table 9), which follows BEiT and DeiT."""
+
+    pool: Literal["mean", "cls"] = "mean"
+    """What is classified: the mean of the patch tokens, normalised after pooling; or the class token."""
+    layer_decay: float = 0.65
+    """Factor of the learning rate from each block to the one below it."""
+    model_ema: float | None = None
+    """Momentum of an average of the weights, which is then what is tested and exported; null = none."""
+    head_init: float = 2e-5
+    """Standard deviation of the head's first weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay={self.layer_decay!r}: must lie in (0, 1]; 1 = the same rate in all blocks")
+        if self.model_ema is not None and not 0 <= self.model_ema < 1:
+            raise ValueError(f"model_ema={self.model_ema!r}: must lie in [0, 1); the usual value is 0.9999")
+        if self.head_init <= 0:
+            raise ValueError(f"head_init={self.head_init!r}: must be above 0")
+
+    def build(self, encoder: Encoder) -> "FineTune":
+        """Put a head on an encoder."""
+        return FineTune(self, encoder)
+
+
+class Supervised(Objective):
+    """An objective whose batch has `images` and `targets`, and that can say what a picture is."""
+
+    def logits(self, images: Float[Tensor, "b c h w"]) -> dict[str, Float[Tensor, "b classes"]]:
+        """What each head says of normalised images."""
+        raise NotImplementedError
+
+
+class Classifier(nn.Module):
+    """Norm and linear layer on pooled tokens, with timm's names: fc_norm and head."""
+
+    def __init__(self, embed_dim: int, num_classes: int, config: FineTuneConfig) -> None:
+        super().__init__()
+        self.fc_norm = nn.LayerNorm(embed_dim, eps=1e-6) if config.pool == "mean" else nn.Identity()
+        self.head = nn.Linear(embed_dim, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=config.head_init)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, pooled: Float[Tensor, "b d"]) -> Float[Tensor, "b classes"]:
+        return self.head(self.fc_norm(pooled))
+
+
+class FineTune(Supervised):
+    """Encoder and classifier, trained together with a learning rate that decays towards the input."""
+
+    def __init__(self, config: FineTuneConfig, encoder: Encoder) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = encoder
+        if config.pool == "mean":
+            encoder.remove_norm()
+        encoder.requires_grad_(True)  # position tables too that pre-training keeps fixed
+        self.classifier = Classifier(encoder.embed_dim, config.classes, config)
+        self.criterion = SoftTargetCrossEntropy()
+        self.ema_encoder: Encoder | None = None
+        self.ema_classifier: Classifier | None = None
+        if config.model_ema is not None:
+            self.ema_encoder = copy.deepcopy(encoder).requires_grad_(False)
+            self.ema_classifier = copy.deepcopy(self.classifier).requires_grad_(False)
+        self._averages: list[MovingAverage] = []
+
+    def forward(self, batch: Mapping[str, Tensor], progress: float) -> dict[str, Tensor]:
+        logits = self.classifier(self._pool(self.encoder, batch["images"]))
+        return {"loss": self.criterion(logits.float(), batch["targets"])}
+
+    def _pool(self, encoder: Encoder, images: Tensor) -> Tensor:
+        features = encoder(images)
+        return features.patches.mean(dim=1) if self.config.pool == "mean" else features.cls
+
+    def logits(self, images: Float[Tensor, "b c h w"]) -> dict[str, Float[Tensor, "b classes"]]:
+        return {"head": self.tested_classifier()(self._pool(self.backbone(), images))}
+
+    def after_step(self, progress: float, taken: Taken = None) -> None:
+        if self.ema_encoder is not None and self.ema_classifier is not None and self.config.model_ema is not None:
+            if not self._averages:
+                pairs = (self.ema_encoder, self.encoder), (self.ema_classifier, self.classifier)
+                self._averages = [MovingAverage(*pair) for pair in pairs]
+            for average in self._averages:
+                average.update(self.config.model_ema, taken)
+
+    def backbone(self) -> Encoder:
+        return self.encoder if self.ema_encoder is None else self.ema_encoder
+
+    def tested_classifier(self) -> Classifier:
+        """The classifier that belongs to `backbone`."""
+        return self.classifier if self.ema_classifier is None else self.ema_classifier
+
+    def train(self, mode: bool = True) -> "FineTune":
+        super().train(mode)
+        for average in (self.ema_encoder, self.ema_classifier):
+            if average is not None:
+                average.eval()
+        return self
+
+    def param_groups(self) -> list[ParamGroup]:
+        """Groups with the decayed learning rate of their layer; tokens and positions have no weight decay."""
+        decayed, undecayed = [], []
+        for name, parameter in self._trainable():
+            exempt = parameter.ndim <= 1 or name.endswith((".bias", "pos_embed", "cls_token", "reg_token"))
+            (undecayed if exempt else decayed).append((name, parameter))
+        groups = [ParamGroup(decayed), ParamGroup(undecayed, weight_decay_scale=0.0)]
+        return self.split_by_lr(groups, self._lr_scale)
+
+    def _lr_scale(self, name: str) -> float:
+        if not name.startswith("encoder."):
+            return 1.0
+        layer = self.encoder.layer_of(name.removeprefix("encoder."))
+        return self.config.layer_decay ** (self.encoder.num_layers + 1 - layer)
+
+
+@dataclass(frozen=True)
+class AttentiveConfig(SupervisedConfig):
+    """One cross-attention block over frozen patch tokens and a linear layer (V-JEPA, Bardes et al. 2024)."""
+
+    crop_scale: tuple[float, float] = (0.3, 1.0)
+    """Share of the picture's area that a crop has: smallest and largest."""
+    rand_augment: str | None = None
+    """timm's name of a RandAugment; null = none."""
+    random_erasing: float = 0.0
+    """How often a box is replaced by noise."""
+    mixup: float = 0.0
+    """Alpha of Mixup; 0 = none."""
+    cutmix: float = 0.0
+    """Alpha of CutMix; 0 = none."""
+    label_smoothing: float = 0.0
+    """Share of a label that is spread over all classes."""
+    lr_scales: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
+    """Factors of the learning rate, each with a probe of its own; the best is picked on a held-out part of the data."""
+    num_heads: int = 8
+    """Attention heads of a probe; fewer where they do not divide the width of the tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.lr_scales or min(self.lr_scales) <= 0 or len(set(self.lr_scales)) < len(self.lr_scales):
+            raise ValueError(f"lr_scales={self.lr_scales!r}: give different numbers above 0")
+        if self.num_heads < 1:
+            raise ValueError(f"num_heads={self.num_heads!r}: must be at least 1")
+
+    def build(self, encoder: Encoder) -> "AttentiveProbe":
+        """Put probes on a frozen encoder."""
+        return AttentiveProbe(self, encoder)
+
+
+class AttentiveProbe(Supervised):
+    """Probes of several learning rates on the patch tokens of one frozen encoder, which they share."""
+
+    def __init__(self, config: AttentiveConfig, encoder: Encoder) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = encoder.requires_grad_(False)
+        width = encoder.embed_dim
+        num_heads = next(count for count in range(config.num_heads, 0, -1) if width % count == 0)
+        probe = nn.Sequential(
+            AttentionPoolLatent(width, num_heads=num_heads, norm_layer=nn.LayerNorm),
+            nn.Linear(width, config.classes),
+        )
+        self.names = [f"lr_{scale:g}" for scale in config.lr_scales]
+        self.probes = nn.ModuleList(copy.deepcopy(probe) for _ in self.names)  # all begin alike
+        self.criterion = SoftTargetCrossEntropy()
+
+    def forward(self, batch: Mapping[str, Tensor], progress: float) -> dict[str, Tensor]:
+        logits = self.logits(batch["images"])
+        losses = {f"loss_{name}": self.criterion(values.float(), batch["targets"]) for name, values in logits.items()}
+        # A probe's loss has gradients for this probe alone, so their sum trains all of them.
+        return {"loss": torch.stack(list(losses.values())).sum(), **losses}
+
+    def logits(self, images: Float[Tensor, "b c h w"]) -> dict[str, Float[Tensor, "b classes"]]:
+        with torch.no_grad():
+            tokens = self.encoder(images).patches
+        return {name: probe(tokens) for name, probe in zip(self.names, self.probes, strict=True)}
+
+    def train(self, mode: bool = True) -> "AttentiveProbe":
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    def param_groups(self) -> list[ParamGroup]:
+        scales = dict(zip(map(str, range(len(self.names))), self.config.lr_scales, strict=True))
+        return self.split_by_lr(super().param_groups(), lambda name: scales[name.split(".")[1]])

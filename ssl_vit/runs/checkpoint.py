@@ -1,0 +1,252 @@
+"""Checkpoints: safetensors and JSON in a folder that appears whole or not at all."""
+
+import json
+import os
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from ssl_vit.core.distributed import on_main_process
+from ssl_vit.core.manifest import MANIFEST_FILE, find_difference, write_manifest
+from ssl_vit.core.reading import check_header, read_json, read_tensors
+from ssl_vit.core.text import plain
+from ssl_vit.core.writing import UNFINISHED, error_number, flush, free_space, own_folder, remove
+
+MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
+KEEP_FILE = "KEEP"
+DAMAGED = "damaged-"
+
+_known_whole: set[Path] = set()  # written or verified by this process, which does not read them again to prune
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, and what to keep."""
+
+    every_steps: int = 1000
+    """Optimizer steps between checkpoints; the end of the run and a signal save as well."""
+    keep: int = 2
+    """Newest checkpoints that stay on disk. One that holds a file named KEEP is never deleted."""
+    keep_every_steps: int | None = None
+    """Checkpoints at multiples of this many steps stay for good."""
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "keep", "keep_every_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value!r}: must be at least 1")
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The run's checkpoints, oldest first. Unfinished ones carry another name and do not count.
+
+    Raises:
+        ValueError: their folder is a link.
+    """
+    found = own_folder(run / "checkpoints").glob("step-[0-9]*")
+    return sorted(path for path in found if path.name.removeprefix("step-").isdecimal())
+
+
+def step_of(folder: Path) -> int:
+    """The optimizer steps that a checkpoint of the run had done, by its folder's name."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint that is as it was written; damaged ones are reported, left alone and passed over."""
+    for folder in reversed(list_checkpoints(run)):
+        problem = find_damage(folder)
+        if problem is None:
+            return folder
+        print(f"Passing over the damaged checkpoint {plain(folder)}: {plain(problem)}")
+    return None
+
+
+def find_damage(folder: Path, *, contents: bool = True) -> str | None:
+    """What is wrong with a checkpoint's files, None where nothing is.
+
+    Files are compared with the manifest that was written with them. Checkpoints of versions before it have none, and
+    are only looked at for missing and shortened files.
+
+    Args:
+        contents: whether to compare hashes too, for which everything is read.
+    """
+    if folder.is_symlink():
+        return "is a link, which is not followed here"
+    if os.path.lexists(folder / MANIFEST_FILE) and (problem := find_difference(folder, contents=contents)) is not None:
+        return problem
+    try:
+        for name in (MODEL_FILE, OPTIMIZER_FILE):
+            check_header(folder / name)
+            with safe_open(folder / name, framework="pt"):  # checks that the file is as long as its header says
+                pass
+        read_json(folder / STATE_FILE)
+    except OSError as error:
+        return f"{Path(error.filename or folder).name} cannot be read: {error.strerror}"
+    except (SafetensorError, ValueError) as error:
+        return str(error)
+    if contents:
+        _known_whole.add(folder.resolve())
+    return None
+
+
+def save_checkpoint(
+    run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> Path:
+    """Write model, optimizer and `state` (JSON) under the run folder.
+
+    Every process calls this, the main one writes. Tensors are stored whole and by parameter name, so that any number
+    of processes can read them. The folder is written under a temporary name, flushed, then renamed.
+
+    Raises:
+        OSError: on every process, where the main one could not write, such as on a full disk. What it had written of
+            this checkpoint is removed; earlier ones are as they were.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    # torch types these by what a nested state dict may hold; whole and flat, they are tensors by name.
+    model_tensors = cast("dict[str, Tensor]", get_model_state_dict(model, options=options))
+    untouched = not optimizer.state  # where all steps so far were skipped
+    optimizer_state = cast("dict[str, Any]", get_optimizer_state_dict(model, optimizer, options=options))
+    if untouched:
+        optimizer.state.clear()  # torch made moments, and counted a step, to have something to save
+    folder = checkpoint_folder(run, step)
+
+    def write() -> None:
+        if folder.exists() and find_damage(folder) is None:
+            return
+        optimizer_tensors = {
+            f"{name}/{slot}": value for name, slots in optimizer_state["state"].items() for slot, value in slots.items()
+        }
+        description = {"step": step, **state, "param_groups": optimizer_state["param_groups"]}
+        _write_whole(folder, {MODEL_FILE: model_tensors, OPTIMIZER_FILE: optimizer_tensors}, description)
+
+    on_main_process(write)
+    return folder
+
+
+def _write_whole(folder: Path, tensors: dict[str, dict[str, Tensor]], description: dict[str, Any]) -> None:
+    unfinished = folder.with_name(f"{UNFINISHED}{folder.name}")
+    try:
+        remove(unfinished)
+        unfinished.mkdir(parents=True)
+        for name, values in tensors.items():
+            save_file({key: value.contiguous() for key, value in values.items()}, unfinished / name)
+        (unfinished / STATE_FILE).write_text(json.dumps(description, indent=1))
+        write_manifest(unfinished)
+        for path in (*unfinished.iterdir(), unfinished):
+            flush(path)
+        if folder.exists():  # damaged, and passed over when the run went on
+            folder.rename(_free_name(folder.with_name(f"{DAMAGED}{folder.name}")))
+        unfinished.rename(folder)
+        flush(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        number = error_number(error)
+        if number is None:
+            raise
+        reason = f"{os.strerror(number)}, {free_space(folder.parents[1])}"
+        raise OSError(f"{folder}: cannot be saved: {reason}") from error
+    _known_whole.add(folder.resolve())
+
+
+def _free_name(path: Path) -> Path:
+    """The path, or the first of its kind that nothing has yet."""
+    names = (path if number == 1 else path.with_name(f"{path.name}-{number}") for number in range(1, 1000))
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Fill model and optimizer from a checkpoint and return its `state`.
+
+    Raises:
+        ValueError: the checkpoint's parameters are not the model's.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = read_json(folder / STATE_FILE)
+    tensors: dict[str, Any] = dict(read_tensors(folder / MODEL_FILE))
+    _refuse_other_keys(folder, set(get_model_state_dict(model)), set(tensors))
+    set_model_state_dict(model, tensors, options=options)
+    slots: dict[str, Any] = {}
+    for key, value in read_tensors(folder / OPTIMIZER_FILE).items():
+        name, slot = key.rsplit("/", 1)
+        slots.setdefault(name, {})[slot] = value
+    # Parameters that are still frozen have no moments yet, which torch does not provide for: they get some to load.
+    slots_of_one: dict[str, Tensor] = next(iter(slots.values()), {})
+    frozen = []
+    for name, parameter in model.named_parameters():
+        key = name.removeprefix("module.")
+        if parameter.requires_grad and key not in slots:
+            frozen.append(parameter)
+            slots[key] = {
+                slot: torch.zeros(parameter.shape) if value.ndim else torch.zeros_like(value)
+                for slot, value in slots_of_one.items()
+            }
+    set_optimizer_state_dict(
+        model, optimizer, {"state": slots, "param_groups": state.pop("param_groups")}, options=options
+    )
+    for parameter in frozen:
+        optimizer.state.pop(parameter)
+    return state
+
+
+def prune_checkpoints(run: Path, config: CheckpointConfig) -> None:
+    """Delete all but the newest `keep` checkpoints and those marked to stay.
+
+    Damaged ones are neither counted nor deleted, so that a good one never goes because of newer ones that are of no
+    use. One that cannot be deleted is reported.
+    """
+    num_whole = 0
+    for folder in reversed(list_checkpoints(run)):
+        if num_whole < config.keep:
+            num_whole += _is_whole(folder)
+            continue
+        step = step_of(folder)
+        marked = (folder / KEEP_FILE).exists() or (config.keep_every_steps and step % config.keep_every_steps == 0)
+        if not marked and _is_whole(folder):
+            # First renamed: a deletion that is cut short must not leave what looks like a damaged checkpoint.
+            unfinished = folder.with_name(f"{UNFINISHED}{folder.name}")
+            try:
+                remove(unfinished)
+                folder.rename(unfinished)
+                remove(unfinished)
+            except OSError as error:
+                print(f"WARNING: {plain(folder)}: cannot be deleted: {error.strerror}")
+
+
+def remove_unfinished(run: Path) -> None:
+    """Remove what a killed run had half written or half deleted; only the process that has the run's lock may."""
+    for path in own_folder(run / "checkpoints").glob(f"{UNFINISHED}step-*"):
+        with suppress(OSError):
+            remove(path)
+
+
+def _is_whole(folder: Path) -> bool:
+    is_known = not folder.is_symlink() and folder.resolve() in _known_whole
+    return find_damage(folder, contents=not is_known) is None
+
+
+def _refuse_other_keys(folder: Path, wanted: set[str], found: set[str]) -> None:
+    if wanted != found:
+        missing, unexpected = sorted(wanted - found), sorted(found - wanted)
+        raise ValueError(
+            f"{folder / MODEL_FILE}: belongs to another model: {len(missing)} parameters are missing {missing[:3]}, "
+            f"{len(unexpected)} are unknown {unexpected[:3]}"
+        )

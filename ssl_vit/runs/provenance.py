@@ -1,0 +1,180 @@
+"""What is known of each start of a run, kept in its folder, so that a result can be traced and repeated."""
+
+import hashlib
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+import ssl_vit
+from ssl_vit.training.config import differences
+from ssl_vit.data.sources.source import Source
+from ssl_vit.data.sources.stored import locate
+from ssl_vit.data.sources.stream import Stream
+from ssl_vit.data.workers import num_cpus
+from ssl_vit.core.distributed import cpu_name
+from ssl_vit.core.privacy import without_secrets
+from ssl_vit.core.reading import entry, read_json
+from ssl_vit.core.text import plain
+from ssl_vit.core.writing import free_space, replace_json
+
+PROVENANCE_FILE = "provenance.json"
+PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "numpy", "pillow", "safetensors", "jsonargparse")
+NUM_NAMED = 256  # rows whose names and sizes go into the data's fingerprint
+MATTERS = ("processes", "versions", "git.ssl_vit", "data")
+
+
+def note_session(
+    folder: Path,
+    source: Source | Stream,
+    *,
+    seed: int,
+    start_step: int,
+    num_steps: int,
+    num_processes: int,
+    num_micro: int,
+    precision: str,
+) -> None:
+    """Append a start to the run's provenance.json; only the main process calls this.
+
+    What differs from the start before it, and may change what is learned or its last bits, is printed. A file that
+    cannot be written does not stop the run.
+    """
+    path = folder / PROVENANCE_FILE
+    session = {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "step": start_step,
+        "num_steps": num_steps,
+        "command": without_secrets([*sys.orig_argv]),
+        "working_folder": str(Path.cwd()),
+        "seed": seed,
+        "processes": {"count": num_processes, "micro_batches": num_micro, "precision": precision},
+        "versions": versions(),
+        "git": {"working_folder": git_revision(Path.cwd()), "ssl_vit": git_revision(Path(ssl_vit.__file__).parent)},
+        "hardware": hardware(),
+        "data": {"source": without_secrets([source.name])[0], **fingerprint(source)},
+    }
+    sessions = _read_sessions(path)
+    if sessions:
+        changed = differences(sessions[-1], session)
+        told = [
+            f"{key} {old} -> {new}"
+            for key, (old, new) in changed.items()
+            if key.startswith(MATTERS) and old is not None
+        ]
+        if told:
+            print(f"note       not as when this run was started last: {plain(', '.join(told))}")
+    try:
+        replace_json(path, {"sessions": [*sessions, session]})
+    except OSError as error:
+        print(f"WARNING: {plain(path)}: {error.strerror}, {free_space(folder)}; this start is not noted in it")
+
+
+def versions(more: Sequence[str] = ()) -> dict[str, str]:
+    """Of Python and of the packages that can change what is learned, and of more, as far as they are installed."""
+    found = {"python": platform.python_version(), "ssl_vit": ssl_vit.__version__}
+    for name in (*PACKAGES, *more):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def git_revision(folder: Path) -> dict[str, Any] | None:
+    """Commit of the git checkout that a folder lies in, and whether tracked files differ from it; None outside one."""
+    try:
+        revision = _git(folder, "rev-parse", "HEAD")
+        changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):  # no git, no checkout, no commit yet, or too slow a disk
+        return None
+    return {"revision": revision.strip(), "dirty": bool(changes.strip())}
+
+
+def _git(folder: Path, *words: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(folder), "-c", "core.fsmonitor=false", *words],
+        env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=True,
+    ).stdout
+
+
+def hardware() -> dict[str, Any]:
+    """Of the main process's machine."""
+    found: dict[str, Any] = {
+        "host": socket.gethostname(),
+        "cpu": cpu_name(),
+        "cores": num_cpus(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": [
+            {"name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 1)}
+            for gpu in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        ],
+    }
+    if found["gpus"]:
+        found["cuda"] = torch.version.cuda
+        driver = re.search(r"\s(\d+\.[\d.]+)\s", _read(Path("/proc/driver/nvidia/version")))
+        found["driver"] = driver.group(1) if driver else None
+    return found
+
+
+def fingerprint(source: Source | Stream) -> dict[str, Any]:
+    """What tells a set of images from another without reading them all, the same wherever its folder lies."""
+    if isinstance(source, Stream):
+        counts = None if source.counts is None else source.counts.tolist()
+        digest = hashlib.sha256(repr(([Path(name).name for name in source.shards], counts)).encode())
+        covers = "the names of the shards and, where known, the number of rows of each; no pixels"
+        return {"rows": source.num_samples, "sha256": digest.hexdigest(), "covers": covers}
+    digest = hashlib.sha256(f"{len(source)}\n".encode())
+    root = source.root or ""
+    named = np.linspace(0, len(source) - 1, min(len(source), NUM_NAMED)).round().astype(int)
+    for row in named.tolist():
+        stored = source.rows[row][source.image_column] or {}
+        path, data = stored.get("path") or "", stored.get("bytes")
+        size = _size(locate(path, source.roots[source.part(row)]) if path else "") if data is None else len(data)
+        digest.update(f"{path.removeprefix(root)}\0{size}\n".encode(errors="surrogateescape"))
+    return {
+        "rows": len(source),
+        "sha256": digest.hexdigest(),
+        "covers": f"the number of rows; name and size of {len(named)} of them, evenly spaced; no pixels",
+    }
+
+
+def _size(path: str) -> int | None:
+    try:
+        return Path(path).stat().st_size if path else None
+    except OSError:
+        return None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _read_sessions(path: Path) -> list[dict[str, Any]]:
+    if not os.path.lexists(path):
+        return []
+    try:
+        found = entry(read_json(path), "sessions", list[dict], path)
+        return [session for session in found if isinstance(session, dict)]
+    except (OSError, ValueError) as error:
+        print(f"WARNING: {plain(path)}: cannot be read and begins anew: {plain(repr(error))}")
+        return []

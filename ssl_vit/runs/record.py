@@ -1,0 +1,114 @@
+"""What a run folder tells: settings, metrics, scores, pictures, provenance."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ssl_vit.runs.checkpoint import STATE_FILE, newest_checkpoint
+from ssl_vit.models.weights.backbone import CONFIG_FILE as EXPORT_FILE
+from ssl_vit.export.card import found_scores
+from ssl_vit.runs.trained import read_settings
+from ssl_vit.core.reading import read_json, read_metrics
+from ssl_vit.runs.folder import CONFIG_FILE, METRICS_FILE, RESULTS_FILE
+from ssl_vit.runs.provenance import PROVENANCE_FILE
+from ssl_vit.visualize.film import Frame, list_frames
+
+# Of a metrics.jsonl line: where it stands, not what was measured there.
+_PLACES = ("step", "progress", "epoch")
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run as it lies on disk, finished or not."""
+
+    name: str
+    settings: dict[str, Any]
+    records: list[dict[str, Any]]
+    """Lines of metrics.jsonl with a loss, in their order. A number that JSON cannot say is None."""
+    evaluations: list[dict[str, Any]]
+    """The other lines: scores during training, shares of 1."""
+    results: dict[str, Any] | None
+    """results.json; None while the run goes on."""
+    scores: list[tuple[str, str, str, float, str]]
+    """(file, row, column, share of 1, interval as text) of every score in the folder."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str | None = None
+    """Of the images that were learned from, as far as it was noted."""
+    frames: list[Frame] = field(default_factory=list)
+    picture: Path | None = None
+    """What the run ended with."""
+
+    @property
+    def batch_size(self) -> int:
+        return int(self.settings["batch"]["size"])
+
+    @property
+    def hours(self) -> list[float]:
+        """Hours of training up to each record; evaluation and saving are left out."""
+        total, before, found = 0.0, 0, []
+        for record in self.records:
+            if record.get("images_per_second"):
+                total += (record["step"] - before) * self.batch_size / record["images_per_second"] / 3600
+            before = record["step"]
+            found.append(total)
+        return found
+
+    def curves(self) -> dict[str, list[tuple[int, float]]]:
+        """(step, value) of everything that was measured, by its name in metrics.jsonl."""
+        found: dict[str, list[tuple[int, float]]] = {}
+        for record in [*self.records, *self.evaluations]:
+            for name, value in record.items():
+                if name not in _PLACES and isinstance(value, int | float) and not isinstance(value, bool):
+                    found.setdefault(name, []).append((record["step"], value))
+        return found
+
+
+def read_run(folder: Path) -> RunData:
+    """Read a run folder; what is not there yet is left out.
+
+    Raises:
+        ValueError: the folder holds no run.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"{folder}: holds no run ({CONFIG_FILE} is missing)")
+    settings = read_settings(folder)
+    lines = read_metrics(folder / METRICS_FILE)
+    pictures = [folder / name for name in ("reconstructions.png", "attention.png", "picture.png")]
+    return RunData(
+        name=folder.resolve().name,
+        settings=settings,
+        records=[line for line in lines if "loss" in line],
+        evaluations=[line for line in lines if "loss" not in line],
+        results=_read_json(folder / RESULTS_FILE),
+        scores=list(found_scores(folder)),
+        provenance=_provenance(folder),
+        fingerprint=_fingerprint(folder),
+        frames=list_frames(folder),
+        picture=next((path for path in pictures if path.is_file()), None),
+    )
+
+
+def _provenance(folder: Path) -> dict[str, Any]:
+    """Of an export where there is one, else of the newest checkpoint: flat, without the settings."""
+    known = (_read_json(folder / EXPORT_FILE) or {}).get("ssl_vit")
+    known = known if isinstance(known, dict) else {}
+    checkpoint = newest_checkpoint(folder)
+    if not known and checkpoint is not None:
+        known = _read_json(checkpoint / STATE_FILE) or {}
+    wanted = ("objective", "version", "torch", "timm", "hardware", "source", "num_images", "attribution", "pretrained")
+    found = {name: known[name] for name in wanted if known.get(name) is not None}
+    if not isinstance(found.get("num_images", 0), int):
+        found.pop("num_images")
+    return found
+
+
+def _fingerprint(folder: Path) -> str | None:
+    sessions = (_read_json(folder / PROVENANCE_FILE) or {}).get("sessions") or [{}]
+    return sessions[-1].get("data", {}).get("sha256")
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,312 @@
+"""What a run has learned, read from its checkpoints at any time, to be exported."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from ssl_vit.runs.checkpoint import MODEL_FILE, STATE_FILE, find_damage, list_checkpoints, newest_checkpoint
+from ssl_vit.training.config import load_encoder_config
+from ssl_vit.data.sources.source import DataConfig
+from ssl_vit.evaluation.evaluate import EvaluationConfig
+from ssl_vit.objectives.finetune import FineTune, FineTuneConfig
+from ssl_vit.training.supervised import export_settings
+from ssl_vit.models.weights.backbone import (
+    BACKBONE_FILE,
+    WEIGHTS_HASH,
+    check_asked,
+    check_sizes,
+    describe,
+    export_backbone,
+    load_backbone,
+    load_strictly,
+    place_of,
+    read_config,
+    read_normalisation,
+)
+from ssl_vit.models.weights.backbone import CONFIG_FILE as CONFIG_JSON
+from ssl_vit.export.classifier import export_classifier
+from ssl_vit.models.weights.pretrained import load_pretrained, open_pretrained
+from ssl_vit.runs.facts import provenance
+from ssl_vit.core.settings import section
+from ssl_vit.core.manifest import hash_file
+from ssl_vit.models.vit import ViT
+from ssl_vit.objectives.mae import MAE, MAEConfig
+from ssl_vit.core.reading import entry, read_json, read_tensors, read_yaml, settings_of
+from ssl_vit.runs.folder import CONFIG_FILE
+
+AVERAGE = "average-last-"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A backbone that is to be exported, and what is known of it."""
+
+    encoder: ViT
+    """In eval mode, on the CPU."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float
+    """Share of a resized picture's sides that its evaluation keeps."""
+    provenance: dict[str, Any]
+    folder: Path
+    """Of the run or the exported backbone, where scores lie; of published weights what names them."""
+    mae: MAE | None = None
+    """With its decoder, of a run of MAE."""
+
+    def config_json(self, weights: Path | None = None) -> str:
+        """The content of a timm folder's config.json, with the SHA-256 of its weights."""
+        described = describe(
+            self.encoder, mean=self.mean, std=self.std, provenance=self.provenance, crop_pct=self.crop_pct
+        )
+        if weights is not None:
+            described["ssl_vit"][WEIGHTS_HASH] = hash_file(weights)
+        return json.dumps(described, indent=2) + "\n"
+
+
+def open_trained(path: str | Path, weights: str | None = None) -> Trained:
+    """Read a backbone out of a run's newest checkpoint, one checkpoint, an exported folder, or what others published.
+
+    Args:
+        path: folder of a run or of one of its checkpoints, a backbone that was exported from one, or anything else
+            that `encoder.pretrained` takes, such as the name of a timm model.
+        weights: "teacher" or "student" of DINO and DINOv2; "average-last-K", the mean of what is normally exported
+            over the last K checkpoints. None: the teacher where there is one.
+
+    Raises:
+        ValueError: nothing there to export, or not with these weights.
+    """
+    path = Path(path)
+    folder, checkpoint = (path.parent.parent, path) if (path / STATE_FILE).is_file() else (path, None)
+    if not (folder / CONFIG_FILE).is_file():
+        return _open_exported(path, weights)
+    checkpoints, choice = _choose_checkpoints(folder, checkpoint, weights)
+    settings, state = read_settings(folder), read_state(checkpoints[-1])
+    if state["objective"] == "AttentiveProbe":
+        backbone = settings["encoder"].get("pretrained")
+        raise ValueError(f"{folder}: is an attentive probe, which leaves its backbone as it was: {backbone}")
+    if state["objective"] == "FineTune":
+        raise ValueError(f"{folder}: is a fine-tuned classifier, which leaves as a timm model: --to timm")
+    tensors = average([checkpoint / MODEL_FILE for checkpoint in checkpoints])
+    prefix, file = _prefix(state, choice, folder), checkpoints[-1] / MODEL_FILE
+    own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    with section("encoder"):
+        config = load_encoder_config(folder / CONFIG_FILE)
+        check_sizes(config, {name.removeprefix("vit."): value for name, value in own.items()}, file)
+        encoder = config.build()
+    load_strictly(encoder, own, file)
+    mae = None
+    if state["objective"] == "MAE":
+        with section("objective"):
+            mae = MAE(settings_of(MAEConfig, settings["objective"]), encoder)
+        load_strictly(mae, tensors, file)
+        mae.eval()
+    known = provenance(settings, state)
+    if weights is not None:
+        known["weights"] = weights
+    if len(checkpoints) > 1:
+        known["averaged_steps"] = [int(checkpoint.name.removeprefix("step-")) for checkpoint in checkpoints]
+    data = _data_config(settings)
+    return Trained(
+        encoder=encoder.eval(),
+        mean=data.mean,
+        std=data.std,
+        crop_pct=entry(settings, "evaluation.crop_pct", float, folder / CONFIG_FILE),
+        provenance=known,
+        folder=folder,
+        mae=mae,
+    )
+
+
+def read_settings(run: Path) -> dict[str, Any]:
+    """The settings of a run, whose sections are there.
+
+    Raises:
+        ValueError: no config.yaml that a run wrote.
+    """
+    file = run / CONFIG_FILE
+    try:
+        settings = read_yaml(file)
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
+    for name in ("objective", "encoder", "data", "batch", "optim", "evaluation"):
+        entry(settings, name, dict, file)
+    for name, kind in {"batch.size": int, "encoder.arch": str, "seed": int, "data.source": str | dict}.items():
+        entry(settings, name, kind, file)
+    return settings
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The state.json of a checkpoint, with what an export needs of it.
+
+    Raises:
+        ValueError: it is none.
+    """
+    file = checkpoint / STATE_FILE
+    try:
+        state = read_json(file)
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
+    for name, kind in {"objective": str, "backbone": str, "step": int}.items():
+        entry(state, name, kind, file)
+    return state
+
+
+def _data_config(settings: dict[str, Any]) -> DataConfig:
+    with section("data"):
+        return settings_of(DataConfig, settings["data"])
+
+
+def data_settings(trained: Trained, source: str | None = None, *, asked: bool = False) -> DataConfig:
+    """How the pictures of `source` are read, or those that a backbone was trained on, as far as that is known.
+
+    Args:
+        source: as in `data.source`; a mixture as it is written on the command line.
+        asked: whether the user wants opened what the backbone was trained on; see `check_asked`.
+
+    Raises:
+        ValueError: no source is named, and that of the backbone is not known or was not asked for.
+    """
+    settings_file = trained.folder / CONFIG_FILE
+    known = _data_config(read_settings(trained.folder)) if settings_file.is_file() else DataConfig()
+    if source is None and settings_file.is_file():
+        check_asked(known.source, trained.folder, asked=asked)
+        return known
+    named = yaml.safe_load(source) if source and source.startswith("{") and source.endswith("}") else source
+    own = None if named else place_of(trained.provenance.get("source"))
+    if own is not None:
+        check_asked(own, trained.folder, asked=asked)
+        named = own
+    if named is None:
+        raise ValueError(f"{trained.folder}: does not say where the images lie that it was trained on; name some")
+    return DataConfig(named, mean=trained.mean, std=trained.std, pages=known.pages, label_column="none")
+
+
+def is_fine_tuned(path: Path) -> bool:
+    """Whether this is the folder of a fine-tuning, whose classifier is what there is to export."""
+    checkpoint = newest_checkpoint(path) if (path / CONFIG_FILE).is_file() else None
+    return checkpoint is not None and read_state(checkpoint)["objective"] == "FineTune"
+
+
+def export_run(path: Path, weights: str | None = None, out: Path | None = None) -> Path:
+    """Export a backbone in our own form, and of a fine-tuning its classifier; returns the file.
+
+    Args:
+        path, weights: see `open_trained`; a run may be finished or not.
+        out: the folder to write to; None = the run's.
+
+    Raises:
+        ValueError: the folder holds no whole checkpoint, or a run that has nothing to export.
+    """
+    if out is None and not (path / CONFIG_FILE).is_file():
+        raise ValueError(f"{path}: holds no run ({CONFIG_FILE} is missing); name the folder to write to with --out")
+    if is_fine_tuned(path):
+        return export_fine_tuned(path, out or path)
+    trained = open_trained(path, weights)
+    return export_backbone(
+        trained.encoder,
+        out or path,
+        mean=trained.mean,
+        std=trained.std,
+        provenance=trained.provenance,
+        crop_pct=trained.crop_pct,
+    )
+
+
+def export_fine_tuned(run: Path, folder: Path) -> Path:
+    """Export the classifier of a fine-tuning; returns the file."""
+    checkpoint = newest_checkpoint(run)
+    if checkpoint is None:
+        raise ValueError(f"{run}: has no whole checkpoint yet")
+    settings, state = read_settings(run), read_state(checkpoint)
+    names = entry(state, "class_names", list[str], checkpoint / STATE_FILE)
+    with section("encoder"):
+        encoder = load_encoder_config(run / CONFIG_FILE).build()
+    with section("objective"):
+        objective = FineTune(settings_of(FineTuneConfig, settings["objective"]), encoder)
+    load_strictly(objective, read_tensors(checkpoint / MODEL_FILE), run)
+    return export_classifier(objective, folder, **export_settings(settings, tuple(names), state["step"]))
+
+
+def average(files: Sequence[Path]) -> dict[str, Tensor]:
+    """The mean of the tensors of several files, summed in float64; of one file its tensors as they are.
+
+    Raises:
+        ValueError: a file is damaged, or the files do not hold the same tensors.
+    """
+    newest = read_tensors(files[-1])
+    if len(files) == 1:
+        return newest
+    sums = {name: value.double() for name, value in newest.items() if value.is_floating_point()}
+    for file in files[:-1]:
+        found = read_tensors(file)
+        if {name: value.shape for name, value in found.items()} != {name: v.shape for name, v in newest.items()}:
+            raise ValueError(f"{file}: holds other tensors than {files[-1]}; these cannot be averaged")
+        for name, total in sums.items():
+            total += found[name]
+    return {**newest, **{name: (total / len(files)).to(newest[name].dtype) for name, total in sums.items()}}
+
+
+def _choose_checkpoints(folder: Path, checkpoint: Path | None, weights: str | None) -> tuple[list[Path], str | None]:
+    """The checkpoints whose mean is taken, oldest first, and which of teacher and student."""
+    if weights is None or not weights.startswith(AVERAGE):
+        if weights not in (None, "teacher", "student"):
+            raise ValueError(f"weights={weights!r}: choose teacher, student or {AVERAGE}K, K checkpoints")
+        if checkpoint is not None and (problem := find_damage(checkpoint)) is not None:
+            raise ValueError(f"{checkpoint}: is damaged: {problem}")
+        chosen = checkpoint or newest_checkpoint(folder)
+        if chosen is None:
+            raise ValueError(f"{folder}: has no whole checkpoint yet")
+        return [chosen], weights
+    number = weights.removeprefix(AVERAGE)
+    if not number.isdecimal() or int(number) < 1:
+        raise ValueError(f"weights={weights!r}: K of {AVERAGE}K is a number of checkpoints, such as {AVERAGE}3")
+    whole = [path for path in list_checkpoints(folder) if find_damage(path) is None]
+    if checkpoint is not None:
+        whole = [path for path in whole if path.name <= checkpoint.name]
+    if len(whole) < int(number):
+        raise ValueError(
+            f"weights={weights!r}: {folder} has {len(whole)} whole checkpoints; a run keeps N with --checkpoint.keep N"
+        )
+    return whole[-int(number) :], None
+
+
+def _prefix(state: dict[str, Any], choice: str | None, folder: Path) -> str:
+    """Where the wanted backbone stands among the objective's parameters."""
+    if choice is None:
+        return state["backbone"]
+    if not state["backbone"].startswith("teacher_"):
+        raise ValueError(f"weights={choice!r}: {state['objective']} in {folder} has no teacher; leave this out")
+    return state["backbone"].removeprefix("teacher_") if choice == "student" else state["backbone"]
+
+
+def _open_exported(path: Path, weights: str | None) -> Trained:
+    if weights is not None:
+        raise ValueError(
+            f"weights={weights!r}: {path} is one backbone; name the folder of the run, whose checkpoints hold more"
+        )
+    file = path / BACKBONE_FILE if path.is_dir() else path
+    if file.name != BACKBONE_FILE or not file.is_file():
+        return _open_published(str(path))
+    encoder = load_backbone(file)
+    assert isinstance(encoder, ViT)
+    described = read_config(file.parent)
+    own = ("encoder", "version", "torch", "timm", WEIGHTS_HASH)
+    known = {name: value for name, value in described["ssl_vit"].items() if name not in own}
+    return Trained(encoder, *read_normalisation(described, file.parent / CONFIG_JSON), known, file.parent)
+
+
+def _open_published(name: str) -> Trained:
+    found = open_pretrained(name)
+    if found.config is None:
+        raise ValueError(f"{name}: the architecture cannot be told from the weights; only the papers' widths are known")
+    encoder = found.config.build()
+    load_pretrained(encoder, name)
+    usual = DataConfig()
+    mean, std = found.mean or usual.mean, found.std or usual.std
+    crop_pct = found.crop_pct or EvaluationConfig().crop_pct
+    return Trained(encoder.eval(), mean, std, crop_pct, {"pretrained": name}, Path(name))

@@ -1,0 +1,400 @@
+"""The settings of a run, and the one function that reads them from YAML and the command line."""
+
+import dataclasses
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+
+from ssl_vit.core.paths import path_to_text
+from ssl_vit.core.reading import MAX_YAML, entry, read_bytes, read_yaml
+from ssl_vit.core.schedules import progress_at
+from ssl_vit.core.setting_paths import PATHS, absolute
+from ssl_vit.core.settings import check_file, in_one_line, section, split_config_files
+from ssl_vit.core.watch import MAX_WAIT
+from ssl_vit.core.writing import replace_text
+from ssl_vit.data.sources.source import DataConfig
+from ssl_vit.evaluation.evaluate import EvaluationConfig
+from ssl_vit.models.encoder import Encoder
+from ssl_vit.models.vit import ViTConfig
+from ssl_vit.models.weights.pretrained import load_pretrained, open_pretrained
+from ssl_vit.objectives.objective import Objective, ObjectiveConfig, RunSize, Transform
+from ssl_vit.objectives.recipes import resolve_warmup
+from ssl_vit.runs.checkpoint import CheckpointConfig
+from ssl_vit.runs.lock import LOCK_FILE
+from ssl_vit.training.observe.tracking import TrackerName
+from ssl_vit.training.optim import OptimConfig
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+OF_ONE_CALL = ("fresh", "extend", "quiet")
+"""Settings of a call, not of its run: no file keeps them."""
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """How many images make a step."""
+
+    size: int = 256
+    """Images of one optimizer step, over all processes and micro-batches; the learning rate follows it."""
+    per_device: int | None = None
+    """Most images that a process takes at once; a larger share of the batch is accumulated. null: all at once."""
+    auto: bool = False
+    """Find the most images that fit on the GPU, up to per_device, by trying a few sizes before the run starts."""
+
+    def __post_init__(self) -> None:
+        for name in ("size", "per_device"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value!r}: must be at least 1")
+
+    def num_micro(self, num_processes: int) -> int:
+        """Micro-batches of a step.
+
+        Raises:
+            ValueError: the batch cannot be cut evenly.
+        """
+        share, rest = divmod(self.size, num_processes)
+        if rest:
+            below, above = max(share, 1) * num_processes, (share + 1) * num_processes
+            fit = [count for count in range(1, self.size + 1) if self.size % count == 0]
+            fewer = max(count for count in fit if count < num_processes)
+            more = [count for count in fit if count > num_processes][:1]
+            raise ValueError(
+                f"size={self.size}: not divisible among {num_processes} processes; the nearest that are: "
+                f"{below} and {above}; or start {' or '.join(map(str, [fewer, *more]))} "
+                "processes, as a run that goes on must"
+            )
+        # The fewest micro-batches that fit and cut the share evenly.
+        largest = min(self.per_device or share, share)
+        return next(count for count in range(-(-share // largest), share + 1) if share % count == 0)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of a run. `objective` is the config class of the script's objective."""
+
+    objective: ObjectiveConfig
+    output_dir: str = ""
+    """Folder of the run; named runs/OBJECTIVE_ARCH_SOURCE where none is given. An existing run in it goes on."""
+    fresh: bool = False
+    """Start anew: an existing run is moved aside, never overwritten."""
+    extend: bool = False
+    """Lengthen the run in output_dir to the steps or epochs given. Of a run that is under way the schedules are
+    stretched, from its present progress to the new end; a finished one gets them anew, warm-up and all, over what is
+    added."""
+    extended: tuple[tuple[int, int], ...] = ()
+    """Written by extend: each step at which the run was lengthened, and its length until then."""
+    seed: int = 0
+    """Everything random follows from it."""
+    epochs: float | None = None
+    """Length in passes over the data."""
+    steps: int | None = None
+    """Length in optimizer steps; wins over epochs."""
+    precision: Literal["auto", "bf16", "fp16", "no"] = "auto"
+    """Number format of the forward pass. auto: bf16 where the device computes it in hardware, else fp32 (no)."""
+    tf32: bool = False
+    """Let products in fp32 use TF32 on GPUs that have it: several times as fast, with 10 bits of mantissa."""
+    compile: bool | Literal["auto"] = "auto"
+    """Let torch.compile fuse what blocks do. auto: on GPUs, in runs long enough to win back what it takes."""
+    cuda_graphs: bool | Literal["auto"] = "auto"
+    """Record what a GPU does in blocks, and replay it: faster the smaller the model, for more memory; one GPU alone.
+    auto: off, since recordings in their present form have not run on a GPU yet."""
+    log_every: int = 50
+    """Steps between log lines."""
+    quiet: bool = False
+    """Show neither progress bar nor log lines: warnings, scores and the end alone."""
+    tracking: TrackerName = "none"
+    """Send metrics and pictures to a tracker too, in the run's folder: tensorboard, wandb, mlflow or trackio."""
+    on_collapse: Literal["warn", "stop"] = "warn"
+    """When the metrics say that the features have collapsed: warn, or also save and stop. A run that stopped so goes on
+    with warn."""
+    max_skipped_steps: int = 10
+    """Steps in a row with a loss or gradient that is not finite, each of them skipped, after which the run stops."""
+    rewind_on_spike: int = 0
+    """How often a run goes back to its last checkpoint, and on past the samples since then, where the loss jumps."""
+    profile: int = 0
+    """Time so many steps after a warm-up of a few and trace as many: profile.txt, trace.json.gz in the run's folder."""
+    max_hours: float | None = None
+    """Save and stop with code 75 after so many hours; the same command goes on."""
+    max_wait: float = MAX_WAIT
+    """End with code 1 after so many minutes without a sign of life of another process, which was stopped or whose
+    machine is frozen or cut off. One that is busy gives it."""
+    encoder: ViTConfig = field(default_factory=ViTConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps={self.steps!r}: must be at least 1")
+        if self.epochs is not None and not 0 < self.epochs < float("inf"):
+            raise ValueError(f"epochs={self.epochs!r}: must be above 0")
+        if self.extend and self.fresh:
+            raise ValueError("extend=True: lengthens a run, and fresh starts anew; leave one of them out")
+        starts = [0, *(step for step, _ in self.extended)]
+        if any(not start < step <= length for start, (step, length) in zip(starts, self.extended, strict=False)):
+            raise ValueError(f"extended={self.extended!r}: is written by --extend; leave this setting out")
+        if self.log_every < 1:
+            raise ValueError(f"log_every={self.log_every!r}: must be at least 1")
+        if self.max_skipped_steps < 1:
+            raise ValueError(f"max_skipped_steps={self.max_skipped_steps!r}: must be at least 1")
+        if self.rewind_on_spike < 0:
+            raise ValueError(f"rewind_on_spike={self.rewind_on_spike!r}: must be at least 0; 0 never goes back")
+        if self.profile < 0:
+            raise ValueError(f"profile={self.profile!r}: must be at least 0; 0 traces nothing")
+        if self.max_hours is not None and not self.max_hours > 0:
+            raise ValueError(f"max_hours={self.max_hours!r}: must be above 0")
+        if not 0 < self.max_wait <= MAX_WAIT:
+            raise ValueError(f"max_wait={self.max_wait!r}: must lie between 0 and {MAX_WAIT:g} minutes")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed!r}: must be at least 0")
+
+    def num_steps(self, num_samples: int | None) -> int:
+        """Optimizer steps of the whole run over a source of `num_samples` images (None: unknown)."""
+        if self.steps is not None:
+            return self.steps
+        if self.epochs is None:
+            raise ValueError("steps=None and epochs=None: give the length of the run with --epochs N or --steps N")
+        if num_samples is None:
+            raise ValueError(
+                f"epochs={self.epochs!r}: the number of images of the stream is not known; give the length with "
+                "--steps N, or the number with --data.num_samples N"
+            )
+        return max(1, int(self.epochs * num_samples // self.batch.size))
+
+    def progress(self, step: int, num_steps: int) -> float:
+        """The share of the run's `num_steps` that is done before `step`, see `progress_at`."""
+        return progress_at(step, num_steps, self.extended)
+
+    def resolve(self, num_samples: int | None, num_classes: int = 0) -> tuple["RunConfig", list[str]]:
+        """Put numbers where settings are `auto`, for a source of `num_samples` images of `num_classes` classes.
+
+        Of a source of unknown number (None), it is taken that the run sees each image once.
+
+        Returns:
+            The settings, and a line for each number that says why.
+        """
+        num_steps = self.num_steps(num_samples)
+        size = RunSize(num_samples or num_steps * self.batch.size, self.batch.size, num_steps, num_classes)
+        with section("objective"):
+            found = self.objective.resolve(size)
+        objective = dataclasses.replace(self.objective, **{name: value.value for name, value in found.items()})
+        reasons = [f"objective.{name} {value.value:g}: {value.reason}" for name, value in found.items()]
+        optim = self.optim
+        if optim.warmup == "auto":
+            share = resolve_warmup(size)
+            optim = dataclasses.replace(optim, warmup=share.value)
+            reasons.append(f"optim.warmup {share.value:g}: {share.reason}")
+        if reasons and num_samples is None:
+            reasons.append(f"as if each of {size.num_samples:,} images were seen once; --data.num_samples says better")
+        data = self.data
+        if data.cache != "none" and data.cache_side == "auto":
+            shorter = min(np.atleast_1d(self.encoder.image_size).tolist())
+            data = dataclasses.replace(data, cache_side=-(-shorter * 8 // 7))
+            reasons.append(f"data.cache_side {data.cache_side}: 8/7 of the encoder's {shorter} pixels")
+        return dataclasses.replace(self, objective=objective, optim=optim, data=data), reasons
+
+    def build_objective(self) -> Objective:
+        """Encoder and objective with the fresh weights that the seed gives."""
+        torch.manual_seed(self.seed)
+        with section("encoder"):
+            encoder = self.encoder.build()
+        if self.encoder.pretrained is not None:
+            with _naming_pretrained(self.encoder.pretrained):
+                load_pretrained(encoder, self.encoder.pretrained)
+        with section("objective"):
+            return self.objective.build(encoder)
+
+    def build_transform(self, encoder: Encoder) -> Transform:
+        """What happens to an image before the objective sees it.
+
+        Raises:
+            ValueError: sizes or normalisation that do not fit the encoder.
+        """
+        for name in ("mean", "std"):
+            values = getattr(self.data, name)
+            if len(values) != encoder.in_chans:
+                raise ValueError(
+                    f"data.{name}={values!r}: has {len(values)} values, and encoder.in_chans is {encoder.in_chans}: "
+                    "give one for each channel"
+                )
+        with section("objective"):
+            return self.objective.build_transform(encoder.image_size, encoder.patch_size, self.data.mean, self.data.std)
+
+
+@contextmanager
+def _naming_pretrained(path: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"encoder.pretrained={path!r}: {error}") from error
+
+
+def parse_run(defaults: RunConfig, args: Sequence[str] | None = None) -> RunConfig:
+    """Read a run's settings: `defaults`, then `--config` files in their order, then flags.
+
+    Raises:
+        ValueError: one line that names the file or flag, the key and its value, and what to do.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    keys = dict(_flatten(defaults))
+    files, flags = split_config_files(args, keys)
+    for path in files:
+        check_file(path, keys)
+    # Files first, so that a flag wins over a file wherever it stands.
+    words = [*(f"--config={path}" for path in files), *flags]
+    silent = [word for word in words if word.partition("=")[0] != "--print_config"]
+    namespace = _parse(defaults, silent, keys)
+    if namespace.encoder.pretrained is not None:
+        # What is not said about the encoder is as in the backbone that it starts from.
+        defaults = _start_from(defaults, namespace.encoder.pretrained)
+    if namespace.encoder.pretrained is not None or silent != words:
+        namespace = _parse(defaults, words, keys)
+    sections: dict[str, Any] = {}
+    for item in dataclasses.fields(defaults):
+        value = namespace[item.name]
+        if _is_section(defaults, item.name):
+            with section(item.name):
+                value = type(getattr(defaults, item.name))(**vars(value))
+        sections[item.name] = value
+    config = RunConfig(**sections)
+    if not any(word.partition("=")[0] == "--output_dir" for word in flags) and (own := _run_of(files)) is not None:
+        return dataclasses.replace(config, output_dir=str(own))
+    return config if config.output_dir else dataclasses.replace(config, output_dir=own_folder(config))
+
+
+def _parse(defaults: RunConfig, words: list[str], keys: dict[str, Any]) -> Namespace:
+    try:
+        return _build_parser(defaults).parse_args(words)
+    except ArgumentError as error:
+        raise ValueError(in_one_line(str(error), keys)) from error
+
+
+def _start_from(defaults: RunConfig, path: str) -> RunConfig:
+    """The defaults with what is known of the weights to start from: architecture, sizes, normalisation and crop."""
+    with _naming_pretrained(path):
+        found = open_pretrained(path)
+    own, data = defaults.encoder, defaults.data
+    encoder = dataclasses.replace(
+        found.config or own,
+        drop_path_rate=own.drop_path_rate,
+        drop_path_schedule=own.drop_path_schedule,
+        grad_checkpointing=own.grad_checkpointing,
+        pretrained=path,
+    )
+    if found.mean is not None and found.std is not None:
+        data = dataclasses.replace(data, mean=found.mean, std=found.std)
+    crop_pct = found.crop_pct or defaults.evaluation.crop_pct
+    evaluation = dataclasses.replace(defaults.evaluation, crop_pct=crop_pct)
+    return dataclasses.replace(defaults, encoder=encoder, data=data, evaluation=evaluation)
+
+
+def load_encoder_config(path: Path) -> ViTConfig:
+    """The `encoder` section of a run's config.yaml."""
+    return ViTConfig.from_plain(entry(read_yaml(path), "encoder", dict, path))
+
+
+def write_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved settings as YAML, in the form that `--config` reads, from whatever folder."""
+    values = as_stored(config)
+    for name in OF_ONE_CALL:
+        values.pop(name)
+    text = yaml.safe_dump(values, sort_keys=False)
+    try:
+        if read_bytes(path, MAX_YAML) == text.encode():  # going on needs no space on the disk
+            return
+    except (OSError, ValueError):
+        pass
+    replace_text(path, text)
+
+
+def as_plain(config: Any) -> dict[str, Any]:
+    """A config as dicts, lists and scalars, names that are no UTF-8 in the form that `as_path` reads."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {plain(key): plain(entry) for key, entry in value.items()}
+        if isinstance(value, str):
+            return path_to_text(value)
+        return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def as_stored(config: RunConfig) -> dict[str, Any]:
+    """`as_plain` with absolute paths, which mean the same from whatever folder."""
+    values = as_plain(config)
+    for section_name, name in PATHS:
+        values[section_name][name] = absolute(values[section_name][name])
+    return values
+
+
+def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ between two plain configs, with both values."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in [*before, *(key for key in after if key not in before)]:
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found |= differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found[f"{prefix}{key}"] = (old, new)
+    return found
+
+
+def _run_of(files: list[str]) -> Path | None:
+    """The folder that the last file to name one means: a run's config.yaml its own, wherever it has been moved to."""
+    for path in map(Path, reversed(files)):
+        if "output_dir" in read_yaml(path, links=True):
+            is_run = path.name == "config.yaml" and (path.parent / LOCK_FILE).exists()
+            return path.parent if is_run else None
+    return None
+
+
+def own_folder(config: RunConfig) -> str:
+    """The folder of a run that names none."""
+    objective = type(config.objective).__name__.removesuffix("Config").lower()
+    given = config.data.source
+    names = [name.rstrip("/").rpartition("/")[2] for name in ([given] if isinstance(given, str) else given)]
+    source = "+".join(re.sub(r"[^\w.-]+", "-", name).strip("-.") for name in names)
+    return f"runs/{objective}_{config.encoder.arch}_{source or 'images'}"
+
+
+def _build_parser(defaults: RunConfig) -> ArgumentParser:
+    parser = ArgumentParser(
+        exit_on_error=False,
+        description="Flags win over --config files. Without arguments the quickstart runs.",
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of these settings; may be repeated.")
+    parser.add_argument("--fresh", action="store_true", help="Start anew: an existing run is moved aside.")
+    sections = [item.name for item in dataclasses.fields(defaults) if _is_section(defaults, item.name)]
+    parser.add_argument("--quiet", action="store_true", help="Show warnings, scores and the end alone.")
+    parser.add_class_arguments(RunConfig, skip={"fresh", "quiet", *sections})
+    for name in sections:
+        parser.add_class_arguments(type(getattr(defaults, name)), name)
+    parser.set_defaults(dict(_flatten(defaults)))
+    return parser
+
+
+def _is_section(config: Any, name: str) -> bool:
+    return dataclasses.is_dataclass(getattr(config, name))
+
+
+def _flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if _is_section(config, item.name):
+            yield from _flatten(value, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", value

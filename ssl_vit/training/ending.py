@@ -1,0 +1,322 @@
+"""What a run ends with: a backbone, scores beside an untrained one and raw pixels, and a picture."""
+
+import dataclasses
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from ssl_vit.core.distributed import autocast_dtype, process_index
+from ssl_vit.core.settings import said_of
+from ssl_vit.core.text import plain
+from ssl_vit.data.augment.device import normalize
+from ssl_vit.data.augment.evaluation import centre_crop
+from ssl_vit.data.bad_images import leave_out_bad
+from ssl_vit.data.sources.source import DataConfig, Source, open_source
+from ssl_vit.data.sources.stream import Stream
+from ssl_vit.data.workers import choose_num_workers
+from ssl_vit.evaluation.evaluate import evaluate_encoder, evaluate_pixels, split_sources
+from ssl_vit.evaluation.scores import Score, format_table, paired_interval, scores_to_json
+from ssl_vit.evaluation.untrained import untrained_encoder
+from ssl_vit.models.encoder import Encoder
+from ssl_vit.models.weights.backbone import BACKBONE_FILE, export_backbone
+from ssl_vit.objectives.objective import Objective
+from ssl_vit.runs.facts import facts, provenance
+from ssl_vit.runs.folder import METRICS_FILE, PICTURES_FOLDER, RESULTS_FILE, write_results
+from ssl_vit.training.by_products import by_product
+from ssl_vit.training.config import RunConfig, as_stored
+from ssl_vit.training.observe.metrics import MetricLog
+
+NUM_PICTURES = 8
+UNTRAINED_SEEDS = 3  # by which the verdict is given; each costs one more encoding of the images that judge
+
+
+class Judges(NamedTuple):
+    """Labelled pictures that probes learn from, and those they are tested on (None: cross-validation)."""
+
+    labelled: Source
+    test: Source | None
+
+
+def evaluate_in_training(
+    config: RunConfig, accelerator: Accelerator, objective: Objective, judges: Judges, step: int, log: MetricLog
+) -> None:
+    """Score the backbone as it is now: all processes encode, the main one scores."""
+    judges = _readable(config, accelerator, judges, objective.encoder.in_chans)
+    scores = _evaluate(objective.backbone(), config, judges, accelerator)
+    if accelerator.is_main_process:
+        log.write({"step": step, **{f"eval_{name}": score.accuracy for name, score in scores.items()}})
+        log.say(f"step {step}  " + "  ".join(f"{name} {score.accuracy:.1%}" for name, score in scores.items()))
+    accelerator.wait_for_everyone()
+
+
+def is_picture_due(config: RunConfig, step: int, num_steps: int) -> bool:
+    """Whether a picture is wanted of what is known before `step`."""
+    every = config.evaluation.pictures_every_steps
+    return every is not None and (step % every == 0 or step == num_steps)
+
+
+def draw_in_training(
+    config: RunConfig,
+    accelerator: Accelerator,
+    objective: Objective,
+    source: Source | Stream,
+    step: int,
+    log: MetricLog,
+) -> None:
+    """Draw what is known before `step`: always the same images and masks.
+
+    Only the main process draws, and nothing random is drawn from what training uses.
+    """
+    if not accelerator.is_main_process:
+        return
+    path = Path(config.output_dir) / PICTURES_FOLDER / f"step-{step:08d}.webp"
+    if step == log.start_step and path.exists():  # drawn before the run was interrupted
+        return
+    if draw(config, objective, source, path, accelerator.device, num_pictures=4):
+        log.picture(path, step)
+
+
+def finish(
+    config: RunConfig,
+    accelerator: Accelerator,
+    objective: Objective,
+    source: Source | Stream,
+    judges: Judges | None,
+    step: int,
+    collapse: str = "",
+) -> None:
+    """Export the backbone, draw the figure and print the scores; all processes encode, the main one does the rest.
+
+    Figure and scores are left out, with a warning, where they fail; scores not where their source was named.
+    """
+    folder = Path(config.output_dir)
+    backbone = objective.backbone()
+    written = []
+    if accelerator.is_main_process:
+        known = facts(objective, source, accelerator.device, accelerator.num_processes)
+        export_backbone(
+            backbone,
+            folder,
+            mean=config.data.mean,
+            std=config.data.std,
+            provenance=provenance(as_stored(config), {**known, "step": step, "faults": {"collapse": collapse}}),
+            crop_pct=config.evaluation.crop_pct,
+        )
+        written = [f"backbone   {folder / BACKBONE_FILE} (+ config.json)", f"metrics    {folder / METRICS_FILE}"]
+        picture = folder / objective.picture_file
+        with by_product(f"figure {picture}"):
+            if draw(config, objective, source, picture, accelerator.device):
+                written.insert(1, f"picture    {picture}")
+    scores: dict[str, Any] = {"scores": None}
+    streamed = "a stream gives no pictures to judge by"
+    why = streamed if isinstance(source, Stream) else _why_none(config, source)
+    if judges is not None:
+        why = "they could not be computed"
+        settings = config.evaluation
+        named = settings.source is not None or settings.test_source is not None or settings.test_split is not None
+        with nullcontext() if named else by_product("scores", shared=True):
+            judges = _readable(config, accelerator, judges, objective.encoder.in_chans)
+            scores, text = compare(config, accelerator, backbone, judges)
+            written.append(f"scores     {folder / RESULTS_FILE}")
+    if scores.get("scores", ...) is None:
+        text = f"No scores: {plain(why)}. scripts/evaluate_knn.py takes a labelled source."
+    if accelerator.is_main_process:
+        write_results(folder, {"step": step, **scores, **({"collapse": collapse} if collapse else {})})
+    accelerator.print("\n".join([text, *written]), flush=True)
+    accelerator.wait_for_everyone()
+
+
+def draw(
+    config: RunConfig,
+    objective: Objective,
+    source: Source | Stream,
+    path: Path,
+    device: torch.device,
+    num_pictures: int = NUM_PICTURES,
+) -> bool:
+    """Draw what was learned about a few images, the same ones for the same seed; of a stream, its first ones."""
+    encoder = objective.encoder
+    rng = np.random.default_rng((config.seed, 2))
+    if isinstance(source, Stream):
+        decoded = source.first_images(num_pictures, encoder.in_chans)
+    else:
+        chosen = rng.choice(len(source), size=min(NUM_PICTURES, len(source)), replace=False)
+        decoded = [
+            source.next_image(int(index), encoder.in_chans)[0]
+            if config.data.on_bad_image == "skip"
+            else source.image(int(index), encoder.in_chans)
+            for index in chosen[:num_pictures]
+        ]
+    size, crop_pct = encoder.image_size, config.evaluation.crop_pct
+    images = torch.stack([centre_crop(picture, size, crop_pct) for picture in decoded])
+    objective.eval()
+    try:
+        normalised = normalize(images.to(device), config.data.mean, config.data.std)
+        return objective.draw(normalised, path, mean=config.data.mean, std=config.data.std, rng=rng)
+    finally:
+        objective.train()
+
+
+def compare(
+    config: RunConfig,
+    accelerator: Accelerator,
+    trained: Encoder,
+    judges: Judges,
+) -> tuple[dict[str, Any], str]:
+    """Score raw pixels, the backbone at the start and the trained one: numbers for results.json, and a table as text.
+
+    Fresh weights are scored for `UNTRAINED_SEEDS` seeds, those of the run first: the table shows these, and the verdict
+    is about the mean of all. Every process calls this; the main one is given the scores. A baseline that fails is left
+    out with a warning.
+    """
+    start = "untrained" if config.encoder.pretrained is None else "pretrained"
+    rows: dict[str, dict[str, Score]] = {}
+    before = []
+    with by_product("scores of raw pixels", shared=True):
+        rows["raw pixels"] = evaluate_pixels(
+            *judges, config.evaluation, num_channels=trained.in_chans, seed=config.seed
+        )
+    with by_product(f"scores of the {start} backbone", shared=True):
+        for number in range(UNTRAINED_SEEDS if start == "untrained" else 1):
+            if start == "untrained":
+                encoder = untrained_encoder(config.encoder, config.objective, config.seed + number)
+            else:
+                encoder = config.build_objective().backbone()
+            before.append(_evaluate(encoder.to(accelerator.device), config, judges, accelerator))
+        rows[start] = before[0]
+    rows["trained"] = _evaluate(trained, config, judges, accelerator)
+    if not accelerator.is_main_process:
+        return {}, ""
+    differences = {
+        name: paired_interval(score.correct, *(scores[name].correct for scores in before))
+        for name, score in (rows["trained"].items() if start in rows else ())
+    }
+    results: dict[str, Any] = {"scores": scores_to_json(rows), "judged_on": _judged_on(config, judges)}
+    shares = {name: [scores[name].accuracy for scores in before] for name in differences}
+    if len(before) > 1:
+        results["untrained_seeds"] = {
+            name: {"mean": float(np.mean(found)), "std": float(np.std(found, ddof=1)), "accuracies": found}
+            for name, found in shares.items()
+        }
+    results[f"trained_minus_{start}"] = {
+        name: dict(zip(("difference", "low", "high"), values, strict=True)) for name, values in differences.items()
+    }
+    lines = [format_table(rows, {"knn": f"k-NN (k={config.evaluation.k})"})]
+    for name, (difference, low, high) in differences.items():
+        verdict = f"better than {start}" if low > 0 else f"worse than {start}" if high < 0 else "no clear difference"
+        lines.append(
+            f"{name}: trained - {start}{_seeds(shares[name])} = {100 * difference:+.1f} points "
+            f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}): {verdict}"
+        )
+    return results, "\n".join(lines)
+
+
+def _why_none(config: RunConfig, source: Source) -> str:
+    if source.labels is not None:
+        return "the labels cannot judge; the note at the start says why"
+    return f"the source has no labels to judge by: {source.unlabelled}"
+
+
+def _seeds(shares: list[float]) -> str:
+    values = ", ".join(f"{100 * share:.1f}" for share in shares)
+    return f" (mean of {len(shares)} seeds, {values})" if len(shares) > 1 else ""
+
+
+def _judged_on(config: RunConfig, judges: Judges) -> dict[str, Any]:
+    """What the scores were measured on, for results.json and the model card."""
+    split = split_sources(*judges, config.evaluation.max_images, config.seed)
+    tested = split.labels if split.test_labels is None else split.test_labels
+    return {
+        "source": judges.labelled.name,
+        "split": config.data.split,
+        "test_source": None if judges.test is None else judges.test.name,
+        "test_split": None if judges.test is None else config.evaluation.test_split or config.data.split,
+        "num_train": len(split.labels),
+        "num_test": len(tested),
+        "num_classes": split.num_classes,
+    }
+
+
+def prepare(config: RunConfig, source: Source | Stream) -> tuple[Source | Stream, Judges | None]:
+    """The pictures to learn from, all of them, and the labelled ones that judge the run, if there are any.
+
+    A stream is judged by `evaluation.source` alone.
+
+    Raises:
+        ValueError: a source that was named for it cannot be used.
+    """
+    settings = config.evaluation
+    if isinstance(source, Stream) and settings.source is None:
+        if process_index() == 0:
+            print("note       no scores at the end: a stream is judged by evaluation.source, which names none")
+        return source, None
+    test = open_test_source(config)
+    named = settings.source is not None or test is not None
+    if isinstance(source, Source) and source.labels is None and not named:
+        return source, None
+    labelled, setting = source, "data.source"
+    if settings.source is not None:
+        setting = "evaluation.source"
+        with said_of({"data.source": setting}):
+            labelled = open_source(_judging(config, settings.source))
+    assert isinstance(labelled, Source)
+    try:
+        split_sources(labelled, test, settings.max_images, config.seed, setting)
+    except ValueError as error:
+        if named:
+            raise
+        if process_index() == 0:
+            print(f"note       no scores at the end: {plain(error)}")
+        return source, None
+    return source, Judges(labelled, test)
+
+
+def open_test_source(config: RunConfig) -> Source | None:
+    """The labelled pictures that a run is tested on; None where none are named."""
+    settings = config.evaluation
+    if settings.test_source is None and settings.test_split is None:
+        return None
+    data = _judging(config, settings.test_source or config.data.source)
+    names = {"source": settings.test_source, "split": settings.test_split}
+    with said_of({f"data.{name}": f"evaluation.test_{name}" for name, given in names.items() if given is not None}):
+        return open_source(dataclasses.replace(data, split=settings.test_split or data.split))
+
+
+def _judging(config: RunConfig, source: str | dict[str, float]) -> DataConfig:
+    # `none` is said of the images that are learned from, and so is what is said of streams.
+    column = None if config.data.label_column == "none" else config.data.label_column
+    return dataclasses.replace(config.data, source=source, label_column=column, streaming=False, num_samples=None)
+
+
+def _readable(config: RunConfig, accelerator: Accelerator, judges: Judges, num_channels: int) -> Judges:
+    """The pictures that judge, chosen as ever, without those that cannot be decoded where these are skipped."""
+    if config.data.on_bad_image == "raise":
+        return judges
+    split = split_sources(*judges, config.evaluation.max_images, config.seed)
+    num_workers = choose_num_workers(config.data.num_workers, accelerator.device)
+    rows = {"labelled": split.rows, "test": split.test_rows}
+    found = {}
+    for name, source in judges._asdict().items():
+        if source is not None:
+            chosen = source.subset(rows[name])
+            readable = leave_out_bad(chosen, num_channels, num_workers)
+            found[name] = source if readable is chosen else readable
+    return judges._replace(**found)
+
+
+def _evaluate(encoder: Encoder, config: RunConfig, judges: Judges, accelerator: Accelerator) -> dict[str, Score]:
+    return evaluate_encoder(
+        encoder,
+        *judges,
+        config.evaluation,
+        mean=config.data.mean,
+        std=config.data.std,
+        device=accelerator.device,
+        num_workers=choose_num_workers(config.data.num_workers, accelerator.device),
+        autocast_dtype=autocast_dtype(accelerator.mixed_precision),
+        seed=config.seed,
+    )

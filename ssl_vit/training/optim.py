@@ -1,0 +1,135 @@
+"""AdamW over an objective's parameter groups; learning rate and decay are set from progress before every step."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ssl_vit.core.schedules import cosine, warmup_cosine
+from ssl_vit.objectives.objective import Objective
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW (Loshchilov & Hutter 2019) with warm-up and cosine decay, both per step."""
+
+    base_lr: float = 1.5e-4
+    """Learning rate for a global batch of 256; see lr_scaling."""
+    lr_scaling: Literal["linear", "sqrt"] = "linear"
+    """Peak rate: base_lr x batch / 256 (linear), or base_lr x sqrt(batch / 1024) (sqrt, DINOv2)."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the run."""
+    warmup: float | Literal["auto"] = 0.05
+    """Share of the run over which the rate grows from 0 (40 of 800 epochs are 0.05), or auto."""
+    weight_decay: float = 0.05
+    """Decay at the start; biases and one-dimensional parameters have none."""
+    weight_decay_end: float | None = None
+    """Decay at the end, approached along a cosine; null keeps it constant."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's moment coefficients."""
+    clip_grad: float | None = None
+    """Largest norm of the gradient; null does not clip."""
+    clip_over: Literal["all", "module", "parameter"] = "all"
+    """What has that norm: all parameters together, encoder and heads apart (DINOv2), or each parameter (DINO)."""
+
+    def __post_init__(self) -> None:
+        for name in ("base_lr", "clip_grad"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value!r}: must be above 0")
+        for name in ("min_lr", "weight_decay", "weight_decay_end"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value!r}: must be at least 0")
+        if self.warmup != "auto" and not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup={self.warmup!r}: is a share of the run, in [0, 1); 40 of 800 epochs are 0.05")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas!r}: both must lie in [0, 1)")
+
+    def peak_lr(self, batch_size: int) -> float:
+        """Learning rate after warm-up for a global batch of `batch_size` images."""
+        if self.lr_scaling == "linear":
+            return self.base_lr * batch_size / 256
+        return self.base_lr * math.sqrt(batch_size / 1024)
+
+
+def build_optimizer(objective: Objective, config: OptimConfig, precision: str = "no") -> torch.optim.AdamW:
+    """AdamW with one group for each of the objective's parameter groups."""
+    groups = [
+        {
+            "params": [parameter for _, parameter in group.params],
+            "lr_scale": group.lr_scale,
+            "weight_decay_scale": group.weight_decay_scale,
+            "freeze_until": group.freeze_until,
+        }
+        for group in objective.param_groups()
+        if group.params
+    ]
+    # lr and weight_decay are those of progress 0; set_schedule writes both before every step.
+    # The fused kernel skips a step that overflowed in fp16 by itself, and nobody learns that the teacher must wait too.
+    fused = precision != "fp16"
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=fused)
+
+
+def set_schedule(
+    optimizer: torch.optim.Optimizer, config: OptimConfig, progress: float, batch_size: int
+) -> dict[str, float]:
+    """Write learning rate and weight decay for this point of the run into the optimizer's groups.
+
+    Frozen groups lose their gradients, so that neither decay nor moments touch them.
+
+    Returns:
+        The unscaled "lr" and "weight_decay", for the log.
+    """
+    if config.warmup == "auto":
+        raise ValueError("optim.warmup='auto': follows from a run's length; use RunConfig.resolve or give a number")
+    lr = warmup_cosine(progress, config.warmup, config.peak_lr(batch_size), config.min_lr)
+    end = config.weight_decay if config.weight_decay_end is None else config.weight_decay_end
+    weight_decay = cosine(progress, config.weight_decay, end)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+        group["weight_decay"] = weight_decay * group["weight_decay_scale"]
+        if progress < group["freeze_until"]:
+            for parameter in group["params"]:
+                parameter.grad = None
+    return {"lr": lr, "weight_decay": weight_decay}
+
+
+def clip_groups(objective: Objective, config: OptimConfig) -> list[list[torch.nn.Parameter]]:
+    """Trainable parameters in the groups that `clip_over` names; looked up once, after the model was prepared."""
+    named = [(name, parameter) for name, parameter in objective.named_parameters() if parameter.requires_grad]
+    if config.clip_grad is None or config.clip_over == "all":
+        return [[parameter for _, parameter in named]]
+    if config.clip_over == "parameter":
+        return [[parameter] for _, parameter in named]
+    modules: dict[str, list[torch.nn.Parameter]] = {}
+    for name, parameter in named:
+        # A token of the objective's own goes with the encoder that it is fed to.
+        modules.setdefault(name.split(".")[0] if "." in name else "encoder", []).append(parameter)
+    return list(modules.values())
+
+
+def clip_gradients(groups: list[list[torch.nn.Parameter]], clip_grad: float | None) -> Float[Tensor, ""]:
+    """Scale the gradients of each group down to the norm `clip_grad`; None leaves them.
+
+    Returns:
+        The norm of all gradients together before clipping, the same on all processes; not finite where one of them is
+        not.
+    """
+    foreach: Any = torch
+    found = [[parameter.grad for parameter in group if parameter.grad is not None] for group in groups]
+    gradients = [group for group in found if group]
+    each = torch.stack(foreach._foreach_norm([gradient for group in gradients for gradient in group]))
+    if isinstance(each, DTensor):  # of this process's shards alone so far
+        each = each.full_tensor()
+    if clip_grad is not None:
+        sizes = [len(group) for group in gradients]
+        norms = each if max(sizes) == 1 else torch.stack([part.norm() for part in each.split(sizes)])
+        scales = (clip_grad / (norms + 1e-6)).clamp(max=1.0)
+        for group, scale in zip(gradients, scales.unbind(), strict=True):
+            foreach._foreach_mul_(group, scale)
+    return each.norm()

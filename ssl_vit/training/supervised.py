@@ -1,0 +1,196 @@
+"""How a run with labels is judged and what it ends with: accuracy on a test set and, fine-tuned, a classifier."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from accelerate import Accelerator
+from torch import Tensor
+
+from ssl_vit.core.distributed import autocast_dtype, process_index
+from ssl_vit.core.text import plain
+from ssl_vit.data.augment.evaluation import EvalTransform
+from ssl_vit.data.sources.source import Source
+from ssl_vit.data.sources.stream import Stream
+from ssl_vit.data.workers import choose_num_workers
+from ssl_vit.evaluation.evaluate import align_classes, independent_rows, split_sources
+from ssl_vit.evaluation.features import stream
+from ssl_vit.evaluation.logistic import stratified_folds
+from ssl_vit.evaluation.scores import Score, format_classes, format_table, per_class, scores_to_json
+from ssl_vit.export.classifier import export_classifier
+from ssl_vit.objectives.finetune import FineTune, Supervised
+from ssl_vit.runs.folder import METRICS_FILE, RESULTS_FILE, write_results
+from ssl_vit.training.config import RunConfig, as_plain
+from ssl_vit.training.ending import open_test_source
+from ssl_vit.training.observe.metrics import MetricLog
+
+TEST_FOLDS = 5  # without a test source one part in so many of the pictures is tested
+PICK_FOLDS = 10  # one part in so many of what remains picks among several heads
+
+
+class Judges(NamedTuple):
+    """Labelled pictures that nothing was learned from."""
+
+    test: Source
+    pick: Source | None
+    """Pictures that the best of several heads is picked on, no test pictures; None where there is one head."""
+    test_name: str
+    """What to call the test pictures."""
+
+
+def prepare(config: RunConfig, source: Source | Stream) -> tuple[Source, Judges]:
+    """Cut what is learned from, what picks among heads and what is tested, none of them overlapping.
+
+    Raises:
+        ValueError: see `split_sources`.
+    """
+    settings, seed = config.evaluation, config.seed
+    if isinstance(source, Stream):
+        raise ValueError("data.streaming=True: the labels of a stream are not read; leave this setting out")
+    if settings.source is not None:
+        raise ValueError(
+            f"evaluation.source={settings.source!r}: a run with labels learns from data.source; leave this setting out"
+        )
+    if config.encoder.pretrained is None and process_index() == 0:
+        print("note       no encoder.pretrained is given, so the encoder starts from fresh weights")
+    test = open_test_source(config)
+    if test is not None:
+        test = align_classes(source, test)
+    # Finds what is wrong with the labels. All labelled pictures are learned from, variants of one picture too.
+    split_sources(source, test, None, seed, "data.source")
+    assert source.labels is not None
+    train = source.subset(np.flatnonzero(source.labels >= 0))
+    name = ""
+    if test is None:
+        train, test = _hold_out(train, TEST_FOLDS, seed)
+        name = f"a held-out {len(test) / (len(train) + len(test)):.0%} of {source.name}"
+    pick = None
+    if len(getattr(config.objective, "lr_scales", ())) > 1:
+        train, pick = _hold_out(train, PICK_FOLDS, seed + 1)
+    return train, Judges(_to_test(test, settings.max_images, seed), pick, name or test.name)
+
+
+def _hold_out(source: Source, folds: int, seed: int) -> tuple[Source, Source]:
+    assert source.labels is not None
+    held_out = stratified_folds(source.labels, source.groups, folds, seed) == 0
+    # What is held out must be of classes that are learned.
+    held_out &= np.isin(source.labels, source.labels[~held_out])
+    if not held_out.any():
+        raise ValueError(f"data.source={source.name!r}: too few pictures of each class to hold some out for a test")
+    return source.subset(np.flatnonzero(~held_out)), source.subset(np.flatnonzero(held_out))
+
+
+def _to_test(source: Source, max_images: int | None, seed: int) -> Source:
+    assert source.labels is not None
+    rows = independent_rows(source.labels, source.groups)
+    if max_images is not None and len(rows) > max_images:
+        rows = np.sort(np.random.default_rng(seed).permutation(rows)[:max_images])
+    return source.subset(rows)
+
+
+def evaluate_in_training(
+    config: RunConfig, accelerator: Accelerator, objective: Supervised, judges: Judges, step: int, log: MetricLog
+) -> None:
+    """Test the classifier as it is now, for the log alone: nothing is picked by it."""
+    scores = _test(config, accelerator, objective, judges.test)
+    if accelerator.is_main_process:
+        log.write({"step": step, **{f"eval_{name}": score.accuracy for name, score in scores.items()}})
+        log.say(f"step {step}  test accuracy  " + "  ".join(f"{name} {s.accuracy:.1%}" for name, s in scores.items()))
+    accelerator.wait_for_everyone()
+
+
+def finish(
+    config: RunConfig,
+    accelerator: Accelerator,
+    objective: Supervised,
+    source: Source | Stream,
+    judges: Judges,
+    step: int,
+    collapse: str = "",
+) -> None:
+    """Pick the best head, test it, print the tables, and export the classifier of a fine-tuning."""
+    folder = Path(config.output_dir)
+    picked = {} if judges.pick is None else _test(config, accelerator, objective, judges.pick)
+    scores = _test(config, accelerator, objective, judges.test)
+    if accelerator.is_main_process:
+        best = max(picked, key=lambda name: picked[name].accuracy) if picked else next(iter(scores))
+        classes = per_class(scores[best], source.class_names)
+        kind = "fine-tuned" if isinstance(objective, FineTune) else "attentive"
+        rows = {kind: {"test": scores[best]}}
+        print(f"tested on {plain(judges.test_name)}\n{format_table(rows)}")
+        if picked:
+            shown = ", ".join(f"{name} {score.accuracy:.1%}" for name, score in picked.items())
+            print(f"{best} was picked on {len(judges.pick or ())} held-out training pictures: {shown}")
+        print(f"\n{format_classes(classes)}\nbalanced accuracy {100 * scores[best].balanced_accuracy:.1f} %")
+        written = [f"scores     {folder / RESULTS_FILE}", f"metrics    {folder / METRICS_FILE}"]
+        if isinstance(objective, FineTune):
+            file = export_classifier(objective, folder, **export_settings(as_plain(config), source.class_names, step))
+            written.insert(0, f"classifier {file} (+ config.json)")
+        results: dict[str, Any] = {
+            "step": step,
+            "source": source.name,
+            "test_source": judges.test_name,
+            "num_train": source.num_samples,
+            "num_test": scores[best].n,
+            "num_classes": len(source.class_names),
+            "pretrained": config.encoder.pretrained,
+            "scores": scores_to_json(rows),
+            "picked_on_held_out": {name: score.accuracy for name, score in picked.items()},
+            "classes": [item._asdict() for item in classes],
+        }
+        write_results(folder, results)
+        print("\n".join(written), flush=True)
+    accelerator.wait_for_everyone()
+
+
+def export_settings(config: dict[str, Any], class_names: tuple[str, ...], step: int) -> dict[str, Any]:
+    """What `export_classifier` is told, out of a run's plain settings."""
+    return {
+        "class_names": class_names,
+        "mean": tuple(config["data"]["mean"]),
+        "std": tuple(config["data"]["std"]),
+        "crop_pct": config["evaluation"]["crop_pct"],
+        "provenance": {
+            "objective": "FineTune",
+            "objective_config": config["objective"],
+            "pretrained": config["encoder"]["pretrained"],
+            "source": config["data"]["source"],
+            "steps": step,
+            "batch_size": config["batch"]["size"],
+            "seed": config["seed"],
+        },
+    }
+
+
+def _test(config: RunConfig, accelerator: Accelerator, objective: Supervised, source: Source) -> dict[str, Score]:
+    """Scores of each head; every process calls this, the main one is given them."""
+    encoder, data = objective.encoder, config.data
+
+    def classify(images: Tensor) -> dict[str, Tensor]:
+        return {name: values.argmax(dim=1) for name, values in objective.logits(images).items()}
+
+    batches = stream(
+        classify,
+        objective,
+        source,
+        np.arange(len(source)),
+        EvalTransform(encoder.image_size, data.mean, data.std, config.evaluation.crop_pct),
+        num_channels=encoder.in_chans,
+        batch_size=config.evaluation.batch_size,
+        device=accelerator.device,
+        num_workers=choose_num_workers(data.num_workers, accelerator.device),
+        autocast_dtype=autocast_dtype(accelerator.mixed_precision),
+        skip_bad=data.on_bad_image == "skip",
+    )
+    parts: dict[str, list[np.ndarray]] = {}
+    for batch in batches:
+        for name, values in batch.items():
+            parts.setdefault(name, []).append(values.numpy())
+    found = {name: np.concatenate(values) for name, values in parts.items()}
+    good = found.pop("good", np.zeros(0, dtype=bool))  # the main process alone is given any
+    assert source.labels is not None
+    if len(good) and not good.any():
+        raise ValueError(f"{source.where(0)}: nor can any other image be decoded that is tested")
+    if not good.all():
+        print(f"note       {(~good).sum():,} of the {len(good):,} images that judge cannot be decoded and are left out")
+    return {name: Score.of(source.labels[good], values[good]) for name, values in found.items()}

@@ -1,0 +1,206 @@
+"""A process that gives no sign of life is named, and ended without where that is wanted; a busy one never."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ssl_vit.core import watch
+from ssl_vit.core.watch import EVERY, SILENT, Watch
+from ssl_vit.training.config import parse_run
+from tests.conftest import OBJECTIVES, ROOT, SMALL_RUN
+
+TURNS = int(SILENT / EVERY)
+
+
+class Store(dict):
+    """As torch.distributed's, in one process; `gone` names what is not heard of any more."""
+
+    def add(self, key: str, number: int) -> int:
+        self[key] = self.get(key, 0) + number
+        return self[key]
+
+    def set(self, key: str, text: str) -> None:
+        self[key] = text.encode()
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self for key in keys)
+
+
+class Others:
+    """Watches of several processes on one store, which take turns as their threads would."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, hosts: list[str]) -> None:
+        self.store, self.ended, self.hosts, self._patch = Store(), [], hosts, monkeypatch
+        self.all = [Watch(self.store, index, len(hosts)) for index in range(len(hosts))]
+        for index, host in enumerate(hosts):
+            self.store[f"watch/place/{index}"] = f"{host}\n{100 + index}".encode()
+        monkeypatch.setattr(os, "_exit", self._exit)
+
+    def _exit(self, code: int) -> None:
+        self.ended.append(code)
+        raise SystemExit(code)
+
+    def pass_turns(self, number: int, stopped: tuple[int, ...] = (), deaf: tuple[int, ...] = ()) -> None:
+        """Let all but the stopped ones hear and count; the deaf ones wait for the store."""
+        for _ in range(number):
+            for one in self.all:
+                if one.index not in (*stopped, *deaf):
+                    one.hear()
+            for one in self.all:
+                if one.index not in stopped:
+                    self._patch.setattr(watch.platform, "node", lambda one=one: self.hosts[one.index])
+                    one.turn()
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return capsys.readouterr().err.splitlines()
+
+
+def test_one_that_stops_is_named_once_a_minute(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By one process of each machine alone."""
+    others = Others(monkeypatch, ["a", "a", "b", "b"])
+    others.pass_turns(5 * TURNS)
+    assert lines(capsys) == []
+    others.pass_turns(TURNS - 1, stopped=(0,))
+    assert lines(capsys) == []
+    others.pass_turns(1, stopped=(0,))
+    said = "WARNING: waiting for process 0 on a (pid 100): no sign of life for 1 min"
+    assert [line.startswith(said) for line in lines(capsys)] == [True, True]
+    others.pass_turns(TURNS, stopped=(0,))
+    assert len([line for line in lines(capsys) if "no sign of life for 2 min" in line]) == 2
+    others.pass_turns(3 * TURNS)
+    assert lines(capsys) == []
+    others.pass_turns(TURNS + 1, stopped=(1, 2))
+    assert all("process 1 on a (pid 101), process 2 on b (pid 102)" in line for line in lines(capsys))
+
+
+def test_one_that_was_stopped_itself_blames_nobody(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    others = Others(monkeypatch, ["a", "a"])
+    others.pass_turns(2)
+    others.pass_turns(TURNS + 1, stopped=(1,))
+    assert len(lines(capsys)) == 1
+    others.pass_turns(2 * TURNS)
+    assert lines(capsys) == []
+
+
+def test_where_the_store_does_not_answer_process_0_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    others = Others(monkeypatch, ["a", "a", "a"])
+    others.pass_turns(3)
+    others.pass_turns(TURNS, stopped=(0,), deaf=(1, 2))
+    (line,) = lines(capsys)
+    assert "process 0 on a (pid 100): no sign" in line
+
+
+def test_as_long_as_it_gets_on_nothing_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A launcher that holds the store and hangs stops no run."""
+    others = Others(monkeypatch, ["a", "a"])
+    for _ in range(3 * TURNS):
+        others.all[1].progress += 1
+        others.pass_turns(1, stopped=(0,), deaf=(1,))
+    assert lines(capsys) == []
+
+
+def test_one_that_ended_well_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    others = Others(monkeypatch, ["a", "a"])
+    others.pass_turns(2)
+    others.all[1].start()
+    others.all[1].close()
+    others.pass_turns(3 * TURNS, stopped=(1,))
+    assert lines(capsys) == []
+
+
+def test_max_wait_ends_the_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    others = Others(monkeypatch, ["a", "a"])
+    done = []
+    others.all[0].max_wait, others.all[0].flag = 2, "--max_wait"
+    others.all[0].at_end = lambda: done.append("noted")
+    others.pass_turns(2 * TURNS - 1, stopped=(1,))
+    assert others.ended == []
+    with pytest.raises(SystemExit):
+        others.pass_turns(2, stopped=(1,))
+    assert (others.ended, done) == ([1], ["noted"])
+    said = lines(capsys)[-1]
+    assert said.startswith("error: process 1 on a (pid 101): no sign of life for 2")
+    assert said.endswith("; 2 min (--max_wait) are over. The same command goes on from the newest checkpoint.")
+
+
+@pytest.mark.parametrize("value", [0, -1, 241, 1e9])
+def test_max_wait_is_no_longer_than_the_processes_wait_for_each_other(tmp_path: Path, value: float) -> None:
+    with pytest.raises(ValueError, match=r"max_wait=.*: must lie between 0 and 240 minutes"):
+        parse_run(OBJECTIVES["mae"][0], ["--steps=1", f"--max_wait={value}"])
+
+
+FAST = "import ssl_vit.core.watch as watch; watch.EVERY, watch.SILENT = 0.1, 0.5; "
+FAST += "from scripts.pretrain_mae import DEFAULTS; "
+FAST += "from ssl_vit.training.loop import main; import sys; sys.exit(main(DEFAULTS))"
+
+
+def test_processes_that_are_stopped(photo_folder: Path, tmp_path: Path) -> None:
+    """First the one that holds the store, which goes on again; then the other, until the time is over."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    run = tmp_path / "run"
+    settings = [f"--data.source={photo_folder}", f"--output_dir={run}", "--data.label_column=none", "--steps=100000"]
+    said = [tmp_path / "0.txt", tmp_path / "1.txt"]
+    files = [path.open("w") for path in said]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", FAST, *SMALL_RUN, *settings, "--max_wait=0.1", "--quiet"],
+            stdout=subprocess.DEVNULL,
+            stderr=files[rank],
+            cwd=ROOT,
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in (0, 1)
+    ]
+
+    def wait_for(rank: int, text: str) -> None:
+        end = time.monotonic() + 60
+        while text not in said[rank].read_text():
+            assert time.monotonic() < end, [path.read_text() for path in said]
+            time.sleep(0.05)
+
+    def step() -> int:
+        heartbeat = run / "heartbeat.json"
+        return json.loads(heartbeat.read_text())["step"] if heartbeat.exists() else 0
+
+    try:
+        while step() < 2:
+            assert started[0].poll() is None
+            time.sleep(0.05)
+        started[0].send_signal(signal.SIGSTOP)
+        wait_for(1, f"(pid {started[0].pid}): no sign of life")
+        before = step()
+        started[0].send_signal(signal.SIGCONT)
+        while step() == before:
+            assert started[0].poll() is None
+            time.sleep(0.05)
+        started[1].send_signal(signal.SIGSTOP)
+        wait_for(0, f"WARNING: waiting for process 1 on {os.uname().nodename} (pid {started[1].pid})")
+        assert started[0].wait(timeout=60) == 1
+        wait_for(0, "0.1 min (--max_wait) are over. The same command goes on from the newest checkpoint.")
+    finally:
+        for process, file in zip(started, files, strict=True):
+            process.kill()
+            process.wait()
+            file.close()
+    assert json.loads((run / "heartbeat.json").read_text())["state"] == "failed"

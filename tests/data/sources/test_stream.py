@@ -1,0 +1,429 @@
+import gzip
+import signal
+import tarfile
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ssl_vit.data.config import DataConfig
+from ssl_vit.data.feed import Feed
+from ssl_vit.data.sources.source import open_source
+from ssl_vit.data.sources.stream import BadSample, Place, Walk, choose_num_readers, open_stream
+from tests.data.shards import number_of, write_parquet, write_tars
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_cached(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A stream leaves no copy of the data set behind."""
+    cache = tmp_path_factory.mktemp("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    yield
+    assert [path for path in cache.rglob("*") if path.suffix in (".arrow", ".parquet", ".tar")] == []
+
+
+@pytest.fixture(autouse=True)
+def nothing_hangs() -> Any:
+    def stop(*_: object) -> None:
+        raise TimeoutError("a stream hangs")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(200)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+class Numbers:
+    """A transform that gives which picture it is, and a random number of the sample's own."""
+
+    def __call__(self, image: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
+        return {"number": torch.tensor(number_of(image)), "draw": torch.tensor(rng.random())}
+
+    def on_device(self, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        return batch
+
+
+def config(source: str, **settings: Any) -> DataConfig:
+    return DataConfig(source=source, streaming=True, **{"shuffle_buffer": 40, **settings})
+
+
+def feeds(given: DataConfig, num_processes: int = 1, state: dict | None = None, seed: int = 0) -> list[Feed]:
+    stream = open_stream(given)
+    return [Feed.open(stream, given, seed, index, num_processes, state) for index in range(num_processes)]
+
+
+def steps(
+    opened: list[Feed],
+    num_steps: int,
+    *,
+    start_step: int = 0,
+    batch_size: int = 8,
+    num_micro: int = 1,
+    num_workers: int = 0,
+    bad: list[BadSample] | None = None,
+) -> list[list[tuple[int, float]]]:
+    """What each step learns from, in the order of its samples in a run of one process."""
+    found: list[list[tuple[int, float]]] = []
+    generators = [
+        feed.batches(
+            Numbers(),
+            batch_size=batch_size,
+            num_steps=num_steps,
+            start_step=start_step,
+            num_micro=num_micro,
+            num_channels=3,
+            num_workers=num_workers,
+            device=CPU,
+            note_bad=None if bad is None else bad.extend,
+        )
+        for feed in opened
+    ]
+    for _ in range(start_step, num_steps):
+        parts: list[list[tuple[int, float]]] = [[] for _ in generators]
+        for _ in range(num_micro):
+            for part, generator in zip(parts, generators, strict=True):
+                batch = next(generator)
+                part += zip(batch["number"].tolist(), batch["draw"].tolist(), strict=True)
+        found.append([sample for together in zip(*parts, strict=True) for sample in together])
+    for generator in generators:
+        generator.close()
+    return found
+
+
+def numbers(found: list[list[tuple[int, float]]]) -> list[int]:
+    return [number for step in found for number, _ in step]
+
+
+def state_of(opened: list[Feed]) -> dict[str, Any]:
+    """As `Feed.state` gathers it from several processes."""
+    places = [place for together in zip(*(feed.places.tolist() for feed in opened), strict=True) for place in together]
+    return {
+        "num_readers": opened[0].walk.num_readers,
+        "num_shards": len(opened[0].walk.stream.shards),
+        "places": places,
+    }
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_tars])
+@pytest.mark.parametrize("sizes", [[5] * 8, [17, 1, 2, 9, 4, 3, 3, 1], [37], [13, 0, 22, 3]])
+def test_two_processes_of_two_workers_see_each_sample_once_an_epoch(
+    tmp_path: Path, write: Any, sizes: list[int]
+) -> None:
+    """Shards of equal size, of very different sizes, and fewer than workers."""
+    opened = feeds(config(write(tmp_path, sizes)), num_processes=2)
+    total = sum(sizes)
+    assert opened[0].walk.stream.num_samples == total
+    seen = numbers(steps(opened, 15, num_workers=2))
+    for epoch in range(3):
+        assert sorted(seen[total * epoch : total * (epoch + 1)]) == list(range(total))
+    assert seen[:total] != seen[total : 2 * total]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_a_step_learns_from_follows_from_no_number_of_processes_workers_or_micro_batches(
+    tmp_path: Path, known: bool
+) -> None:
+    given = config(write_tars(tmp_path, [6] * 8), num_samples=None if known else 48)
+    plain = steps(feeds(given), 9)
+    assert plain == steps(feeds(given), 9, num_workers=2)
+    assert plain == steps(feeds(given), 9, num_workers=2, num_micro=4)
+    assert plain == steps(feeds(given, num_processes=2), 9, num_workers=2, num_micro=2)
+    assert plain == steps(feeds(given, num_processes=4), 9)
+    assert plain != steps(feeds(given, seed=1), 9)
+
+
+def test_where_rows_are_not_counted_equal_shards_are_seen_once_before_any_twice(tmp_path: Path) -> None:
+    opened = feeds(config(write_tars(tmp_path, [5] * 8), num_samples=40), num_processes=2)
+    assert opened[0].walk.stream.counts is None
+    assert opened[0].notes() == []
+    seen = numbers(steps(opened, 10, num_workers=2))
+    assert sorted(seen[:40]) == sorted(seen[40:]) == list(range(40))
+
+
+@pytest.mark.parametrize("sizes", [[30, 1, 1, 1, 1, 1, 1], [36], [20, 0, 16]])
+def test_uneven_shards_that_are_not_counted_never_hang_and_lose_nothing(tmp_path: Path, sizes: list[int]) -> None:
+    given = config(write_tars(tmp_path, sizes), num_samples=36)
+    opened = feeds(given, num_processes=2)
+    assert "begin their next epoch earlier" in " ".join(opened[0].notes())
+    assert set(numbers(steps(opened, 40, num_workers=2))) == set(range(36))
+    walk = opened[0].walk
+    for epoch in range(3):  # what the readers read in an epoch is all of it, once
+        read = Counter(
+            (segment.shard, row)
+            for reader in range(walk.num_readers)
+            for segment in walk.segments(epoch, reader)
+            for row, _ in walk.stream.read(*segment)
+        )
+        assert len(read) == 36
+        assert set(read.values()) == {1}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("known", [True, False])
+def test_any_step_can_be_gone_on_from_with_other_numbers_of_processes_and_workers(
+    tmp_path: Path, known: bool, num_workers: int
+) -> None:
+    # Blocks of three, and steps after which another reader is next.
+    sizes, settings = [7, 5, 6, 6, 9, 4, 8, 3], {"batch_size": 12}
+    given = config(write_tars(tmp_path, sizes), shuffle_buffer=24, num_samples=None if known else 48)
+    whole = steps(feeds(given, num_processes=2), 10, **settings)
+    for stop in (1, 4) if num_workers else (0, 1, 3, 4, 7):
+        opened = feeds(given, num_processes=2)
+        assert steps(opened, stop, num_workers=num_workers, **settings) == whole[:stop]
+        state = state_of(opened)
+        for num_processes in (1, 2) if num_workers else (1, 2, 4):
+            again = feeds(given, num_processes, state)
+            found = steps(again, 10, start_step=stop, num_workers=num_workers, **settings)
+            assert found == whole[stop:], (stop, num_processes)
+
+
+def test_workers_that_are_ahead_do_not_move_the_place_that_is_saved(tmp_path: Path) -> None:
+    given = config(write_parquet(tmp_path, [10] * 4))
+    (feed,) = feeds(given)
+    before = feed.state()
+    batches = feed.batches(
+        Numbers(),
+        batch_size=4,
+        num_steps=50,
+        start_step=0,
+        num_micro=1,
+        num_channels=3,
+        num_workers=2,
+        device=CPU,
+    )
+    next(batches)
+    assert [place[4] - old[4] for place, old in zip(feed.state()["places"], before["places"], strict=True)] == [1] * 4
+    batches.close()
+
+
+def test_other_processes_or_shards_are_refused_with_what_would_work(tmp_path: Path) -> None:
+    given = config(write_parquet(tmp_path, [5] * 8), num_readers=4)
+    state = state_of(feeds(given))
+    with pytest.raises(ValueError, match=r"^data.streaming=True: 3 processes cannot share the 4 readers .*: 1, 2, 4$"):
+        feeds(given, 3, state)
+    write_parquet(tmp_path, [5] * 9)
+    with pytest.raises(ValueError, match=r"has 9 shards, and the run began with 8; give it the same ones"):
+        feeds(given, 1, state)
+
+
+@pytest.mark.parametrize(
+    ("num_shards", "wanted", "num_processes", "readers"),
+    [
+        (8, 32, 1, 8),
+        (1000, 32, 1, 32),
+        (1000, 32, 8, 32),
+        (1000, 32, 3, 24),
+        (1, 32, 4, 4),
+        (7, 32, 2, 4),
+        (9, 1, 1, 1),
+    ],
+)
+def test_readers_are_shared_evenly(num_shards: int, wanted: int, num_processes: int, readers: int) -> None:
+    assert choose_num_readers(num_shards, wanted, num_processes) == readers
+
+
+def test_fewer_workers_start_where_readers_are_few(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (feed,) = feeds(config(write_parquet(tmp_path, [5] * 5)))
+    assert feed.choose_num_workers(3, 8) == 2
+    assert feed.choose_num_workers(9, 8) == 4
+    assert feed.choose_num_workers(9, 6) == 2
+    assert feed.choose_num_workers(0, 8) == 0
+    steps([feed], 1, num_workers=3)
+    assert "2 of 3 loader workers start" in capsys.readouterr().out
+
+
+def test_blocks_are_shuffled_anew_and_crops_with_them(tmp_path: Path) -> None:
+    stream = open_stream(config(write_parquet(tmp_path, [24])))
+    walk = Walk(stream, seed=0, num_readers=1, block_size=8)
+    drawn = [(sample.row, sample.key) for sample, _ in islice(walk.samples(0, Place()), 48)]
+    rows = [row for row, _ in drawn]
+    for start in range(0, 48, 8):  # no sample leaves its block
+        assert sorted(rows[start : start + 8]) == list(range(start % 24, start % 24 + 8))
+    orders = [[row - min(rows[start : start + 8]) for row in rows[start : start + 8]] for start in range(0, 48, 8)]
+    assert len({tuple(order) for order in orders}) == 6
+    assert len({(key.epoch, key.position) for _, key in drawn}) == 48
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_pictures_are_passed_over_and_named(tmp_path: Path, num_workers: int) -> None:
+    given = config(write_parquet(tmp_path, [6, 6], bad=(2, 3, 7)))
+    whole_bad: list[BadSample] = []
+    whole = steps(feeds(given), 9, batch_size=4, bad=whole_bad, num_workers=num_workers)
+    counts = Counter(numbers(whole))  # of nine good pictures, which two readers walk through at their own pace
+    assert set(counts) == set(range(12)) - {2, 3, 7}
+    assert max(counts.values()) - min(counts.values()) <= 2
+    assert {(Path(str(bad.shard)).name, bad.row, bad.path) for bad in whole_bad} == {
+        ("part-00.parquet", 2, "2.png"),
+        ("part-00.parquet", 3, "3.png"),
+        ("part-01.parquet", 1, "7.png"),
+    }
+    assert "no image" not in whole_bad[0].reason
+    assert whole_bad[0].reason
+    bad: list[BadSample] = []
+    opened = feeds(given)
+    found = steps(opened, 4, batch_size=4, bad=bad, num_workers=num_workers)
+    found += steps(feeds(given, state=state_of(opened)), 9, start_step=4, batch_size=4, bad=bad)
+    assert found == whole
+    assert bad == whole_bad
+    with pytest.raises(ValueError, match=r"part-0\d.parquet, row \d \(\d.png\): ") as caught:
+        steps(feeds(given), 9, num_workers=num_workers)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_stream_of_bad_pictures_alone_stops(tmp_path: Path) -> None:
+    given = config(write_parquet(tmp_path, [6], bad=tuple(range(6))))
+    with pytest.raises(ValueError, match=r"row \d .*; nor can any of the next 49 be decoded"):
+        steps(feeds(given), 1, bad=[])
+
+
+def test_readers_that_are_given_nothing_stop(tmp_path: Path) -> None:
+    opened = feeds(config(write_tars(tmp_path, [5]), num_samples=5))
+    write_tars(tmp_path, [0])
+    with pytest.raises(ValueError, match="holds too few samples for 1 readers"):
+        steps(opened, 2)
+
+
+def test_a_shard_that_is_damaged_further_on_is_named(tmp_path: Path) -> None:
+    pattern = write_tars(tmp_path, [9, 9])
+    given = config(pattern, num_samples=18)
+    path = tmp_path / "part-01.tar"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"^data.source='.*': .*/part-01.tar cannot be read: "):
+        steps(feeds(given), 3)
+    with pytest.raises(
+        ValueError, match=r"part-01.tar is not a tar file, or is empty or damaged: unexpected end of data"
+    ):
+        open_stream(config(pattern))
+
+
+def test_what_a_stream_tells_of_itself(tmp_path: Path) -> None:
+    stream = open_stream(config(write_tars(tmp_path, [3, 4])))
+    assert stream.num_samples == 7
+    assert stream.counts is not None
+    assert stream.counts.tolist() == [3, 4]
+    row, stored = next(stream.read(1, 2))
+    assert (row, stored["path"]) == (2, "deep/0005.png")
+    assert number_of(stream.decode(1, row, stored, 3)) == 5
+    assert [number_of(image) for image in stream.first_images(2, 3)] == [0, 1]
+
+
+def test_members_that_datasets_passes_over_are_not_counted(tmp_path: Path) -> None:
+    write_tars(tmp_path, [3])
+    with tarfile.open(tmp_path / "part-00.tar", "a") as tar:
+        for name in (".hidden.png", "__macosx.png", "readme"):
+            tar.addfile(tarfile.TarInfo(name))
+        folder = tarfile.TarInfo("folder.d")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+    stream = open_stream(config(str(tmp_path / "part-00.tar")))
+    assert stream.num_samples == len(list(stream.read(0))) == 3
+
+
+def test_names_that_look_like_patterns_are_read(tmp_path: Path) -> None:
+    write_parquet(tmp_path, [3])
+    (tmp_path / "part-00.parquet").rename(tmp_path / "a[0].parquet")
+    assert open_stream(config(str(tmp_path / "a[0].parquet"))).num_samples == 3
+
+
+def test_plain_bytes_are_images_as_elsewhere(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from tests.data.shards import picture
+
+    pq.write_table(pa.table({"data": [picture(3), None], "id": [1, 2]}), tmp_path / "a.parquet")
+    stream = open_stream(config(str(tmp_path / "a.parquet")))
+    (_, first), (_, second) = stream.read(0)
+    assert number_of(stream.decode(0, 0, first, 3)) == 3
+    with pytest.raises(ValueError, match="row 1: the row holds no image"):
+        stream.decode(0, 1, second, 3)
+
+
+def test_a_hub_data_set_is_streamed_and_its_number_of_images_is_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pattern = write_parquet(tmp_path, [4, 4])
+    load = datasets.load_dataset_builder
+    calls: list[str] = []
+
+    def stand_in(name: str) -> Any:
+        calls.append(name)
+        builder = load("parquet", data_files={"validation": pattern})
+        monkeypatch.setattr(stream, "check_own_files", lambda *_: None)  # those of a folder here
+        builder.info.splits = datasets.SplitDict({"validation": datasets.SplitInfo("validation", num_examples=8)})
+        return builder
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", stand_in)
+    given = config("someone/pictures", split="validation")
+    stream = open_stream(given)
+    assert calls == ["someone/pictures"]
+    assert (stream.num_samples, stream.counts, stream.shards) == (8, None, ("shard 0", "shard 1"))
+    assert sorted(numbers(steps(feeds(given), 1))) == list(range(8))
+    assert open_stream(config("someone/pictures", split="validation", num_samples=5)).num_samples == 5
+
+
+@pytest.mark.parametrize(
+    ("source", "settings", "message"),
+    [
+        ("missing.tar", {}, "data.source='missing.tar': no such file or folder"),
+        ("FOLDER/none-*.tar", {}, "no file matches this pattern"),
+        ("FOLDER/fake.tar", {}, "fake.tar is not a tar file, or is empty or damaged"),
+        ("FOLDER/empty.tar", {}, "data.source='FOLDER/empty.tar': "),
+        ("FOLDER/words.tar", {}, "no sample holds an image; there are: cls"),
+        ("FOLDER/packed.tar", {}, "packed.tar is not a tar file, or is empty or damaged"),
+        ("FOLDER/fake.parquet", {}, "fake.parquet is not a readable parquet file"),
+        ("FOLDER", {}, "data.streaming=True: the pictures of a folder are read one by one anyway; leave this setting"),
+        ("openmoji", {}, "data.streaming=True: the built-in source is read one by one anyway"),
+        ("", {}, "data.source='': name the images"),
+        ("FOLDER/good.tar", {"split": "train[:10%]"}, "data.split='train[:10%]': streamed files are the split 'train'"),
+        (
+            "FOLDER/good.tar",
+            {"image_column": "jpg"},
+            "data.image_column='jpg': the tars have no members of this kind; ",
+        ),
+        ("FOLDER/good.tar", {"label_column": "klass"}, "data.label_column='klass': the tars have no members of this"),
+        ("FOLDER/good.parquet", {"num_samples": 9}, "data.num_samples=9: the files hold 2 rows; leave this"),
+    ],
+)
+def test_what_cannot_be_streamed_is_refused_in_one_line(
+    tmp_path: Path, source: str, settings: dict, message: str
+) -> None:
+    for name in ("fake.tar", "fake.parquet"):
+        (tmp_path / name).write_bytes(b"neither" * 300)
+    tarfile.open(tmp_path / "empty.tar", "w").close()
+    write_tars(tmp_path, [2], members=("cls",))
+    (tmp_path / "part-00.tar").rename(tmp_path / "words.tar")
+    write_tars(tmp_path, [2])
+    (tmp_path / "part-00.tar").rename(tmp_path / "good.tar")
+    write_parquet(tmp_path, [2])
+    (tmp_path / "part-00.parquet").rename(tmp_path / "good.parquet")
+    (tmp_path / "packed.tar").write_bytes(gzip.compress((tmp_path / "good.tar").read_bytes())[:900])
+    with pytest.raises(ValueError, match=r"^data\.") as caught:
+        open_stream(config(source.replace("FOLDER", str(tmp_path)), **settings))
+    assert message.replace("FOLDER", str(tmp_path)) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_needs_pictures_in_any_order_says_so(tmp_path: Path) -> None:
+    pattern = write_tars(tmp_path, [2])
+    with pytest.raises(
+        ValueError, match=r"^data.source='.*': .* WebDataset tars are streamed; give --data.streaming true"
+    ):
+        open_source(DataConfig(source=pattern))
+    with pytest.raises(ValueError, match=r"for its tar files, give --data.streaming true and a quoted glob: '.*.tar'"):
+        open_source(DataConfig(source=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"^data.streaming=True: pictures are needed here in any order"):
+        open_source(config(pattern))
+    with pytest.raises(ValueError, match=r"^streaming=True: a mixture is not streamed \({a: 1, b: 1}\)"):
+        DataConfig(source={"a": 1.0, "b": 1.0}, streaming=True)
+    with pytest.raises(ValueError, match=r"^num_samples=3: only streamed sources need it"):
+        DataConfig(source="a", num_samples=3)

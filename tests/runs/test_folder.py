@@ -1,0 +1,97 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ssl_vit.training.config import RunConfig
+from ssl_vit.data.decode.bounds import MAX_IMAGE_BYTES
+from ssl_vit.data.config import DataConfig
+from ssl_vit.objectives.mae import MAEConfig
+from ssl_vit.runs.folder import check_run_folder, open_run_folder
+from ssl_vit.core.writing import UNFINISHED
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from ssl_vit.runs.lock import lock_folder
+lock_folder(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def config(folder: Path, **settings) -> RunConfig:
+    return RunConfig(objective=MAEConfig(), output_dir=str(folder), steps=3, **settings)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_run_that_is_working_is_neither_joined_nor_moved_aside(tmp_path: Path, fresh: bool) -> None:
+    run = tmp_path / "run"
+    open_run_folder(config(run))
+    (run / "metrics.jsonl").write_text("{}\n")
+    # This process has the lock, which is as good as none to itself: another one takes a copy of the folder.
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.yaml").write_text((run / "config.yaml").read_text())
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(other)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(ValueError, match=f"another run works in this folder, process {holder.pid} on"):
+            open_run_folder(config(other, fresh=fresh))
+        holder.kill()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "run"]
+    open_run_folder(config(other, fresh=fresh))
+    assert len(list(tmp_path.iterdir())) == 2 + fresh
+
+
+def test_a_run_that_was_killed_before_it_wrote_its_settings_can_be_started(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    open_run_folder(config(run))
+    (run / "config.yaml").rename(run / f"{UNFINISHED}config.yaml")
+    check_run_folder(config(run))
+    assert open_run_folder(config(run))[1] is None
+    (run / "notes.txt").touch()
+    (run / "config.yaml").unlink()
+    with pytest.raises(ValueError, match="holds files but no run"):
+        check_run_folder(config(run))
+
+
+def test_a_folder_whose_weights_could_not_be_read_again_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^output_dir='.*\\udce9': safetensors reads UTF-8 names alone"):
+        check_run_folder(config(tmp_path / "run\udce9"))
+
+
+def test_what_a_killed_run_had_half_written_is_removed(tmp_path: Path) -> None:
+    unfinished = tmp_path / "run" / "checkpoints" / f"{UNFINISHED}step-00000003"
+    unfinished.mkdir(parents=True)
+    (unfinished / "model.safetensors").touch()
+    open_run_folder(config(tmp_path / "run"))
+    assert not unfinished.exists()
+
+
+def test_settings_are_only_written_where_they_changed(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    open_run_folder(config(run))
+    before = (run / "config.yaml").stat()
+    open_run_folder(config(run))
+    assert (run / "config.yaml").stat().st_ino == before.st_ino
+    open_run_folder(config(run, log_every=7))
+    assert (run / "config.yaml").stat().st_ino != before.st_ino
+    assert "pid" in json.loads((run / "run.lock").read_text())
+
+
+def test_a_run_with_a_limit_of_pixels_goes_on_with_one_of_bytes(tmp_path: Path) -> None:
+    """As older versions wrote it, whose default is what is now the default."""
+    run = tmp_path / "run"
+    open_run_folder(config(run))
+    text = (run / "config.yaml").read_text()
+    new = f"  max_image_bytes: {MAX_IMAGE_BYTES}\n  max_pixels: null\n"
+    assert new in text
+    (run / "config.yaml").write_text(text.replace(new, "  max_pixels: 178956970\n"))
+    check_run_folder(config(run))
+    (run / "config.yaml").write_text(text.replace(new, "  max_pixels: 1000\n"))
+    with pytest.raises(ValueError, match=r"data.max_image_bytes 3002 -> 536870912"):
+        check_run_folder(config(run))
+    check_run_folder(config(run, data=DataConfig(max_pixels=1000)))

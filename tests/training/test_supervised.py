@@ -1,0 +1,267 @@
+"""Runs with labels, from the command line to the classifier."""
+
+import importlib
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from ssl_vit.data.sources.source import DataConfig, open_source
+from ssl_vit.export import export_backbone
+from ssl_vit.models.vit import ViTConfig
+from ssl_vit.runs.trained import export_run
+from ssl_vit.training import supervised
+from ssl_vit.training.config import RunConfig, parse_run
+from ssl_vit.training.loop import main
+from tests.conftest import ROOT, TINY
+from tests.test_resume import finish, kill_at, losses, same
+
+STEPS = 12
+SMALL = ["--batch.size=8", "--precision=no", "--log_every=1", f"--steps={STEPS}"]
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("backbone")
+    torch.manual_seed(0)
+    encoder = ViTConfig(image_size=32, pos_embed="sincos", **TINY).build()
+    export_backbone(encoder, folder, mean=(0.4,) * 3, std=(0.3,) * 3, provenance={})
+    return folder
+
+
+def defaults(script: str) -> RunConfig:
+    return importlib.import_module(f"scripts.{script}").DEFAULTS
+
+
+def words(script: str, backbone: Path, source: Path, run: Path, *flags: str) -> list[str]:
+    settings = [f"--encoder.pretrained={backbone}", f"--data.source={source}", f"--output_dir={run}"]
+    return [str(ROOT / "scripts" / f"{script}.py"), *settings, *SMALL, *flags]
+
+
+def call(monkeypatch: pytest.MonkeyPatch, command: list[str]) -> int:
+    script = Path(command[0]).stem
+    monkeypatch.setattr(sys, "argv", command)
+    return main(defaults(script), ending=supervised)
+
+
+def results(run: Path) -> dict[str, Any]:
+    return json.loads((run / "results.json").read_text())
+
+
+def test_fine_tuning_ends_with_a_classifier_that_timm_loads(
+    backbone: Path,
+    photo_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    easy = ["--objective.rand_augment=null", "--objective.mixup=0", "--objective.cutmix=0", "--optim.base_lr=0.1"]
+    steps = [
+        "--steps=40",
+        "--objective.crop_scale=[0.5,1]",
+        "--objective.label_smoothing=0",
+        "--evaluation.every_steps=20",
+    ]
+    command = words("finetune", backbone, photo_folder, tmp_path / "run", *easy, *steps)
+    assert call(monkeypatch, command) == 0
+    text = capsys.readouterr().out
+    assert "objective.num_classes 2: classes of the source" in text
+    assert "tested on a held-out 20% of" in text
+    found = results(tmp_path / "run")
+    assert found["scores"]["fine-tuned"]["test"]["n"] == 8
+    assert found["scores"]["fine-tuned"]["test"]["accuracy"] == 1  # red discs and blue squares
+    assert [item["name"] for item in found["classes"]] == ["disc", "square"]
+    assert any("eval_head" in line for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    model = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
+    assert model.num_classes == 2
+    written = (tmp_path / "run" / "model.safetensors").read_bytes()
+    assert export_run(tmp_path / "run").read_bytes() == written
+    assert call(monkeypatch, command) == 0
+    assert "This run is finished" in capsys.readouterr().out
+
+
+def test_an_attentive_probe_picks_its_head_on_pictures_that_are_not_tested(
+    backbone: Path,
+    photo_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    command = words("attentive_probe", backbone, photo_folder, run, "--steps=30", "--optim.base_lr=0.1")
+    assert call(monkeypatch, command) == 0
+    assert re.search(r"lr_\S+ was picked on 4 held-out training pictures", capsys.readouterr().out)
+    found = results(run)
+    assert found["scores"]["attentive"]["test"]["accuracy"] > 0.8
+    assert set(found["picked_on_held_out"]) == {"lr_0.1", "lr_0.3", "lr_1", "lr_3"}
+    # The encoder stays as it was.
+    tensors = load_file(run / "checkpoints" / "step-00000030" / "model.safetensors")
+    for name, value in load_file(backbone / "backbone.safetensors").items():
+        assert torch.equal(tensors[f"encoder.vit.{name}"], value)
+    with pytest.raises(ValueError, match="is an attentive probe"):
+        export_run(run)
+
+
+def test_what_is_learned_picked_and_tested_does_not_overlap(backbone: Path, photo_folder: Path) -> None:
+    flags = [f"--encoder.pretrained={backbone}", f"--data.source={photo_folder}"]
+    config = parse_run(defaults("attentive_probe"), flags)
+    source = open_source(DataConfig(source=str(photo_folder)))
+    train, judges = supervised.prepare(config, source)
+    assert judges.pick is not None
+
+    def paths(part: Any) -> set[str]:
+        return {row["path"] for row in part.rows["image"]}
+
+    parts = [paths(train), paths(judges.pick), paths(judges.test)]
+    assert [len(part) for part in parts] == [28, 4, 8]
+    assert len(set.union(*parts)) == 40
+    assert np.bincount(judges.test.labels).tolist() == [4, 4]
+
+
+def test_a_killed_fine_tuning_ends_with_the_same_weights_bit_for_bit(
+    backbone: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    flags = ["--objective.model_ema=0.9", "--checkpoint.every_steps=3", "--data.num_workers=2"]
+    runs = tmp_path / "whole", tmp_path / "killed"
+    commands = [[sys.executable, *words("finetune", backbone, photo_folder, run, *flags)] for run in runs]
+    finish(commands[0])
+    kill_at(commands[1], 5)
+    assert "Going on from" in finish(commands[1])
+    one, two = (load_file(run / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors") for run in runs)
+    assert same(one, two) == []
+    assert losses(runs[0]) == losses(runs[1])
+    assert results(runs[0]) == results(runs[1])
+
+
+def test_two_processes_fine_tune_as_one(backbone: Path, photo_folder: Path, tmp_path: Path) -> None:
+    """But for Mixup, which looks at what a device takes at once."""
+    flags = ["--encoder.drop_path_rate=0", "--objective.mixup=0", "--objective.cutmix=0"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish([sys.executable, *words("finetune", backbone, photo_folder, one, *flags)])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    text = finish([*launcher, *words("finetune", backbone, photo_folder, two, *flags)])
+    assert "2 processes on cpu" in text
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+    assert results(one)["scores"] == results(two)["scores"]
+
+
+def test_settings_of_the_backbone_are_taken_over_unless_others_are_given(backbone: Path) -> None:
+    given = [f"--encoder.pretrained={backbone}", "--data.source=x"]
+    config = parse_run(defaults("finetune"), given)
+    assert (config.encoder.embed_dim, config.encoder.image_size) == (32, 32)
+    assert config.encoder.drop_path_rate == 0.1  # the recipe's, not that of pre-training
+    assert config.data.mean == (0.4,) * 3
+    objective = parse_run(
+        defaults("finetune"), [*given, "--encoder.image_size=[48,64]", "--objective.num_classes=2"]
+    ).build_objective()
+    expected = load_file(backbone / "backbone.safetensors")
+    state = objective.encoder.get_submodule("vit").state_dict()
+    assert state["pos_embed"].shape == (1, 1 + 6 * 8, 32)
+    assert torch.equal(state["pos_embed"][:, 0], expected["pos_embed"][:, 0])
+    assert torch.equal(state["blocks.1.mlp.fc1.weight"], expected["blocks.1.mlp.fc1.weight"])
+
+
+def test_pre_training_goes_on_from_a_backbone(backbone: Path) -> None:
+    expected = load_file(backbone / "backbone.safetensors")
+    for script in ("pretrain_mae", "pretrain_dino"):
+        flags = [f"--encoder.pretrained={backbone}", "--data.source=x", "--steps=10"]
+        config, _ = parse_run(defaults(script), flags).resolve(1000)
+        objective = config.build_objective()
+        for encoder in {objective.encoder, objective.backbone()}:
+            state = encoder.get_submodule("vit").state_dict()
+            assert all(torch.equal(state[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--encoder.pretrained=/nowhere"], "encoder.pretrained='/nowhere': /nowhere: no such file"),
+        (["--encoder.embed_dim=64"], "of another shape"),
+        (["--encoder.image_size=30"], "30 is not divisible by the patch size 8; the nearest that are: 24 and 32"),
+        (["--evaluation.source=x"], "evaluation.source='x': a run with labels learns from data.source"),
+        (["--data.label_column=none"], "has no labels"),
+        (["--objective.num_classes=1"], "objective.num_classes=1: the source has 2 classes; give no smaller number"),
+        (["--evaluation.test_source=/nowhere"], "no such file or folder"),
+    ],
+)
+def test_what_cannot_work_is_one_line(
+    backbone: Path,
+    photo_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    message: str,
+) -> None:
+    assert call(monkeypatch, words("finetune", backbone, photo_folder, tmp_path / "run", *flags)) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_classes_that_were_never_seen_are_refused(
+    backbone: Path,
+    photo_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(photo_folder, other)
+    (other / "disc").rename(other / "circle")
+    flags = [f"--evaluation.test_source={other}"]
+    assert call(monkeypatch, words("finetune", backbone, photo_folder, tmp_path / "run", *flags)) == 2
+    assert "lacks: 'circle'; there it is 'disc', 'square': rename them" in capsys.readouterr().err
+
+
+def test_a_test_source_may_lack_classes(backbone: Path, photo_folder: Path, tmp_path: Path) -> None:
+    train = tmp_path / "train"
+    shutil.copytree(photo_folder, train)
+    shutil.copytree(photo_folder / "disc", train / "arc")
+    flags = [f"--encoder.pretrained={backbone}", f"--data.source={train}", f"--evaluation.test_source={photo_folder}"]
+    _, judges = supervised.prepare(parse_run(defaults("finetune"), flags), open_source(DataConfig(source=str(train))))
+    assert judges.test.labels is not None
+    assert judges.test.labels.tolist() == [1] * 20 + [2] * 20
+    assert judges.test.class_names == ("arc", "disc", "square")
+
+
+@pytest.mark.parametrize(("before", "after"), [(True, False), (False, True)])
+def test_a_run_does_not_go_on_with_other_test_pictures(
+    backbone: Path,
+    photo_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    before: bool,
+    after: bool,
+) -> None:
+    """Without a test source it would be tested on a part of what it has learned from."""
+    command = words("finetune", backbone, photo_folder, tmp_path / "run", "--steps=1", "--evaluation.k=5")
+    flag = [f"--evaluation.test_source={photo_folder}"]
+    assert call(monkeypatch, command + before * flag) == 0
+    capsys.readouterr()
+    assert call(monkeypatch, command + after * flag) == 2
+    assert "holds a run with other settings: evaluation.test_source" in capsys.readouterr().err
+    assert call(monkeypatch, [*command, *before * flag, "--evaluation.k=6"]) == 0
+
+
+def test_a_signal_saves(backbone: Path, photo_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, *words("attentive_probe", backbone, photo_folder, run, "--steps=500")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        next(line for line in process.stdout if line.startswith("step 2/"))
+        process.send_signal(signal.SIGTERM)
+        text = process.stdout.read()
+    assert process.returncode == 143
+    assert "The same command goes on from there" in text
