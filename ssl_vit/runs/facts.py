@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
+from ssl_vit.core.distributed import device_name
 from ssl_vit.data.sources.source import Source
 from ssl_vit.data.sources.stream import Stream
-from ssl_vit.core.distributed import device_name
 from ssl_vit.objectives.objective import Objective
 
 

@@ -6,16 +6,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ssl_vit.runs.checkpoint import STATE_FILE, newest_checkpoint, remove_unfinished
-from ssl_vit.training.config import RunConfig, as_plain, differences, write_config
-from ssl_vit.data.config import bytes_of_pixels
-from ssl_vit.data.outputs import MARKER, mark
 from ssl_vit.core.paths import path_to_text
-from ssl_vit.core.setting_paths import PATHS, is_same
 from ssl_vit.core.reading import read_json, read_yaml
-from ssl_vit.runs.lock import LOCK_FILE, lock_folder
+from ssl_vit.core.setting_paths import PATHS, is_same
 from ssl_vit.core.text import plain
 from ssl_vit.core.writing import UNFINISHED, own_folder, replace_json
+from ssl_vit.data.config import bytes_of_pixels
+from ssl_vit.data.outputs import MARKER, mark
+from ssl_vit.runs.checkpoint import STATE_FILE, newest_checkpoint, remove_unfinished
+from ssl_vit.runs.lock import LOCK_FILE, lock_folder
+from ssl_vit.training.config import RunConfig, as_plain, differences, write_config
 
 CONFIG_FILE, METRICS_FILE, RESULTS_FILE = "config.yaml", "metrics.jsonl", "results.json"
 PICTURES_FOLDER = "pictures"

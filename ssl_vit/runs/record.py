@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ssl_vit.runs.checkpoint import STATE_FILE, newest_checkpoint
-from ssl_vit.models.weights.backbone import CONFIG_FILE as EXPORT_FILE
-from ssl_vit.export.card import found_scores
-from ssl_vit.runs.trained import read_settings
 from ssl_vit.core.reading import read_json, read_metrics
+from ssl_vit.export.card import found_scores
+from ssl_vit.models.weights.backbone import CONFIG_FILE as EXPORT_FILE
+from ssl_vit.runs.checkpoint import STATE_FILE, newest_checkpoint
 from ssl_vit.runs.folder import CONFIG_FILE, METRICS_FILE, RESULTS_FILE
 from ssl_vit.runs.provenance import PROVENANCE_FILE
+from ssl_vit.runs.trained import read_settings
 from ssl_vit.visualize.film import Frame, list_frames
 
 # Of a metrics.jsonl line: where it stands, not what was measured there.

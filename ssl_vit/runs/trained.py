@@ -9,12 +9,13 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from ssl_vit.runs.checkpoint import MODEL_FILE, STATE_FILE, find_damage, list_checkpoints, newest_checkpoint
-from ssl_vit.training.config import load_encoder_config
+from ssl_vit.core.manifest import hash_file
+from ssl_vit.core.reading import entry, read_json, read_tensors, read_yaml, settings_of
+from ssl_vit.core.settings import section
 from ssl_vit.data.sources.source import DataConfig
 from ssl_vit.evaluation.evaluate import EvaluationConfig
-from ssl_vit.objectives.finetune import FineTune, FineTuneConfig
-from ssl_vit.training.supervised import export_settings
+from ssl_vit.export.classifier import export_classifier
+from ssl_vit.models.vit import ViT
 from ssl_vit.models.weights.backbone import (
     BACKBONE_FILE,
     WEIGHTS_HASH,
@@ -29,15 +30,14 @@ from ssl_vit.models.weights.backbone import (
     read_normalisation,
 )
 from ssl_vit.models.weights.backbone import CONFIG_FILE as CONFIG_JSON
-from ssl_vit.export.classifier import export_classifier
 from ssl_vit.models.weights.pretrained import load_pretrained, open_pretrained
-from ssl_vit.runs.facts import provenance
-from ssl_vit.core.settings import section
-from ssl_vit.core.manifest import hash_file
-from ssl_vit.models.vit import ViT
+from ssl_vit.objectives.finetune import FineTune, FineTuneConfig
 from ssl_vit.objectives.mae import MAE, MAEConfig
-from ssl_vit.core.reading import entry, read_json, read_tensors, read_yaml, settings_of
+from ssl_vit.runs.checkpoint import MODEL_FILE, STATE_FILE, find_damage, list_checkpoints, newest_checkpoint
+from ssl_vit.runs.facts import provenance
 from ssl_vit.runs.folder import CONFIG_FILE
+from ssl_vit.training.config import load_encoder_config
+from ssl_vit.training.supervised import export_settings
 
 AVERAGE = "average-last-"
 

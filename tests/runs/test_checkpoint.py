@@ -11,9 +11,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from ssl_vit.runs import checkpoint
-
 from ssl_vit.core import manifest
+from ssl_vit.runs import checkpoint
 from ssl_vit.runs.checkpoint import (
     CheckpointConfig,
     checkpoint_folder,

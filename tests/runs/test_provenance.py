@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ssl_vit.runs import provenance
-
 from ssl_vit.core import writing
 from ssl_vit.data.sources.source import DataConfig, open_source
+from ssl_vit.runs import provenance
 from ssl_vit.runs.provenance import fingerprint, git_revision, note_session, without_secrets
 
 

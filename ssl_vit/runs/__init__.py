@@ -1,0 +1,1 @@
+"""A run's folder: lock, checkpoints, provenance, heartbeat, reading a trained run."""
