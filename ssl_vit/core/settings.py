@@ -1,6 +1,7 @@
 """Flags and YAML files of settings: checked before they are parsed, and errors of the parser in one line."""
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -74,6 +75,65 @@ def in_one_line(message: str, keys: dict[str, Any]) -> str:
         given = value.group(1).strip()
         return f"{key.group(1)}={given}: expected {' or '.join(dict.fromkeys(words)) or 'another type'}"
     return " ".join(message.split())
+
+
+def check_ranges(settings: object, **allowed: str) -> None:
+    """Refuse numbers of a settings object that lie outside their range.
+
+    None and "auto" pass. Of tuples, lists and dicts' values each number is checked. A number that misses a bound of
+    [0, 1] by no more than rounding does, 1e-6, is moved to it.
+
+    Args:
+        allowed: a range for each setting: "[0, 1]", "(0, 1]", "[1, inf)"; after "; " what else the user should know:
+            "[1, inf); null sets no number".
+
+    Raises:
+        ValueError: the first number outside, in the form `name=value: must ...`.
+    """
+    for name, text in allowed.items():
+        bounds, _, advice = text.partition("; ")
+        low, high = (float(bound) for bound in bounds[1:-1].split(","))
+        value = getattr(settings, name)
+        if high == 1:
+            value = _moved(value)
+            object.__setattr__(settings, name, value)
+        for number in _numbers(value):
+            above = number > low or (bounds[0] == "[" and number == low)
+            below = number < high or (bounds[-1] == "]" and number == high)
+            if not (above and below):
+                least = f"{'at least' if bounds[0] == '[' else 'above'} {low:g}"
+                must = f"be {least}" if high == math.inf else f"lie in {bounds}"
+                raise ValueError(f"{name}={value!r}: must {must}{advice and '; ' + advice}")
+
+
+def check_interval(settings: object, *names: str) -> None:
+    """Refuse a pair of settings that is no (smallest, largest) within (0, 1], once its rounding is mended.
+
+    Raises:
+        ValueError: in the form `name=value: needs ...`.
+    """
+    for name in names:
+        low, high = value = _moved(getattr(settings, name))
+        object.__setattr__(settings, name, value)
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"{name}={value!r}: needs 0 < smallest <= largest <= 1")
+
+
+def _moved(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return type(value)(map(_moved, value))
+    near = isinstance(value, int | float) and -1e-6 <= value <= 1 + 1e-6
+    return min(max(value, 0), 1) if near and not 0 <= value <= 1 else value
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, tuple | list):
+        for entry in value:
+            yield from _numbers(entry)
+    elif isinstance(value, dict):
+        yield from _numbers(list(value.values()))
+    elif isinstance(value, int | float):
+        yield value
 
 
 @contextmanager
