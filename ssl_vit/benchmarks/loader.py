@@ -14,8 +14,8 @@ from ssl_vit.benchmarks.rounds import alternate, machine, ratios
 from ssl_vit.data.augment.multicrop import MultiCropConfig
 from ssl_vit.data.decoded import open_decoded
 from ssl_vit.data.sources.source import DataConfig, Source, open_source
+from ssl_vit.data.transform import Transform
 from ssl_vit.objectives.mae import MAEConfig
-from ssl_vit.objectives.objective import Transform
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from ssl_vit.core.paths import as_path
 from ssl_vit.data.decode.bounds import MAX_IMAGE_BYTES
 from ssl_vit.data.mixture import as_text, check_weights
+from ssl_vit.data.transform import Normalization
 from ssl_vit.data.workers import check_num_workers
 
 KINDS = (
@@ -115,6 +116,11 @@ class DataConfig:
             raise ValueError("drop_duplicates=True: a stream is not read beforehand; leave out this or streaming")
         if self.cache_side != "auto" and self.cache_side < 1:
             raise ValueError(f"cache_side={self.cache_side!r}: must be at least 1 pixel, or auto")
+
+    @property
+    def normalization(self) -> Normalization:
+        """Mean and standard deviation of each channel."""
+        return Normalization(self.mean, self.std)
 
 
 def bytes_of_pixels(max_pixels: int) -> int:

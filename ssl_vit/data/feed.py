@@ -19,8 +19,8 @@ from ssl_vit.data.loader import read_batches
 from ssl_vit.data.sampler import sample_rng
 from ssl_vit.data.sources.source import MAX_TRIES
 from ssl_vit.data.sources.stream import BadSample, Place, Sample, Stream, Walk, choose_num_readers
+from ssl_vit.data.transform import Transform
 from ssl_vit.data.workers import leave_signals_to_the_main_process
-from ssl_vit.objectives.objective import Transform
 
 
 class Chunk(NamedTuple):

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from ssl_vit.data.sampler import SampleKey, StepSampler, sample_rng
 from ssl_vit.data.sources.source import Source
+from ssl_vit.data.transform import Transform
 from ssl_vit.data.workers import CurrentRows, leave_signals_to_the_main_process, naming_killed_workers, shut_down
-from ssl_vit.objectives.objective import Transform
 
 
 class TransformedSource(Dataset[dict[str, Tensor]]):

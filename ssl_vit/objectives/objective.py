@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from ssl_vit.data.transform import Transform
 from ssl_vit.models.encoder import Encoder
 
 Taken = Bool[Tensor, ""] | None
@@ -26,20 +26,6 @@ class ParamGroup:
     lr_scale: float = 1.0
     weight_decay_scale: float = 1.0
     freeze_until: float = 0.0
-
-
-@runtime_checkable
-class Transform(Protocol):
-    """What an objective does to images, in two places.
-
-    Calling it turns one decoded image into one sample (uint8, in a loader worker), drawing everything random from
-    the sample's own generator. `on_device` turns a collated batch, still on the CPU, into the objective's batch on the
-    training device.
-    """
-
-    def __call__(self, image: UInt8[Tensor, "c h w"], rng: np.random.Generator) -> dict[str, Tensor]: ...
-
-    def on_device(self, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)

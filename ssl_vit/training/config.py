@@ -22,11 +22,12 @@ from ssl_vit.core.settings import check_file, in_one_line, section, split_config
 from ssl_vit.core.watch import MAX_WAIT
 from ssl_vit.core.writing import replace_text
 from ssl_vit.data.sources.source import DataConfig
+from ssl_vit.data.transform import Transform
 from ssl_vit.evaluation.evaluate import EvaluationConfig
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.vit import ViTConfig
 from ssl_vit.models.weights.pretrained import load_pretrained, open_pretrained
-from ssl_vit.objectives.objective import Objective, ObjectiveConfig, RunSize, Transform
+from ssl_vit.objectives.objective import Objective, ObjectiveConfig, RunSize
 from ssl_vit.objectives.recipes import resolve_warmup
 from ssl_vit.runs.checkpoint import CheckpointConfig
 from ssl_vit.runs.lock import LOCK_FILE

@@ -26,9 +26,10 @@ from ssl_vit.data.loader import Batches
 from ssl_vit.data.sampler import StepSampler
 from ssl_vit.data.sources.source import Source
 from ssl_vit.data.sources.stream import Stream, open_images
+from ssl_vit.data.transform import Transform
 from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.models.vit import choose_attention
-from ssl_vit.objectives.objective import Objective, Transform
+from ssl_vit.objectives.objective import Objective
 from ssl_vit.runs.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint, step_of
 from ssl_vit.runs.facts import facts
 from ssl_vit.runs.folder import check_run_folder, go_on_as_before, open_run_folder

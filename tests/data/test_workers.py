@@ -18,9 +18,9 @@ from scripts.pretrain_mae import DEFAULTS
 from ssl_vit.data.loader import Batches
 from ssl_vit.data.sampler import StepSampler
 from ssl_vit.data.sources.source import DataConfig, Source, open_source
+from ssl_vit.data.transform import Transform
 from ssl_vit.data.workers import check_num_workers, choose_num_workers
 from ssl_vit.objectives.mae import MAEConfig
-from ssl_vit.objectives.objective import Transform
 from ssl_vit.training.config import parse_run
 from tests.conftest import ROOT
 from tests.data.broken import noise
