@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from ssl_vit.data.sampler import StepSampler
 from ssl_vit.export import load_backbone
+from ssl_vit.export.run import export_run
 from ssl_vit.runs.checkpoint import checkpoint_folder
-from ssl_vit.runs.trained import export_run
 from tests.conftest import ROOT, SMALL_DINO, SMALL_RUN, last_weights, losses
 from tests.training.test_faults import same, state_at
 

@@ -12,7 +12,8 @@ from ssl_vit.core.privacy import public
 from ssl_vit.core.reading import read_json, read_metrics
 from ssl_vit.core.text import cell, code, plain
 from ssl_vit.data.mixture import as_text
-from ssl_vit.runs.folder import METRICS_FILE, RESULTS_FILE
+from ssl_vit.runs.folder import METRICS_FILE
+from ssl_vit.runs.record import found_scores, training_hours
 from ssl_vit.runs.trained import Trained
 
 _PAPERS = {
@@ -20,7 +21,6 @@ _PAPERS = {
     "DINO": "self-distillation, DINO (Caron et al. 2021, arXiv:2104.14294)",
     "DINOv2": "self-distillation with masked patches, DINOv2 (Oquab et al. 2023, arXiv:2304.07193)",
 }
-_SCORES = (RESULTS_FILE, "knn.json", "linear.json", "retrieval.json", "segmentation.json")
 
 
 def write_card(
@@ -91,9 +91,10 @@ def _describe(trained: Trained) -> Iterator[tuple[str, Any]]:
     yield "data", code(as_text(source) if isinstance(source, dict) else source) + images
     if known.get("steps"):
         yield "training", f"{_number(known['steps'])} steps of {_number(known.get('batch_size'))} images"
-    hours = training_hours(trained.folder / METRICS_FILE, known.get("batch_size"))
+    batch_size, metrics = known.get("batch_size"), trained.folder / METRICS_FILE
+    hours = None if batch_size is None else training_hours(read_metrics(metrics), batch_size)[-1:]
     if known.get("hardware"):
-        yield "hardware", cell(known["hardware"]) + (f", {hours:.2g} hours" if hours is not None else "")
+        yield "hardware", cell(known["hardware"]) + (f", {hours[-1]:.2g} hours" if hours and hours[-1] else "")
     for title, key in (("recipe", "objective_config"), ("optimizer", "optim")):
         if isinstance(known.get(key), dict):
             yield title, cell(", ".join(f"{name} {value}" for name, value in known[key].items()))
@@ -101,18 +102,6 @@ def _describe(trained: Trained) -> Iterator[tuple[str, Any]]:
 
 def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else cell(value)
-
-
-def training_hours(metrics: Path, batch_size: int | None) -> float | None:
-    """Hours of the steps that a run has logged, evaluation and saving left out; None where none are logged."""
-    if batch_size is None:
-        return None
-    seconds, before = 0.0, 0
-    for record in read_metrics(metrics):
-        if record.get("images_per_second"):
-            seconds += (record["step"] - before) * batch_size / record["images_per_second"]
-            before = record["step"]
-    return seconds / 3600 if seconds else None
 
 
 def _scores(folder: Path) -> Iterator[str]:
@@ -148,31 +137,3 @@ def _data(name: str, split: str | None, number: int | None) -> str:
     short = re.sub(r"[^\s,{]*/", "", rest) if rest.startswith("{") else rest.rstrip("/").rpartition("/")[2]
     text = f"{cell(held_out)} of {code(short)}" if held_out else code(short)
     return text + (f" ({cell(split)})" if split else "") + (f", {number:,} images" if isinstance(number, int) else "")
-
-
-def found_scores(folder: Path) -> Iterator[tuple[str, str, str, float, str]]:
-    """(file, row, column, share of 1, interval as text) of all scores found in a backbone's folder."""
-    for name in _SCORES:
-        try:
-            found = read_json(folder / name)
-        except (OSError, ValueError):
-            continue
-        scores = found.get("scores", found)
-        for row, columns in scores.items() if isinstance(scores, dict) else ():
-            for column, value, interval in _read_scores(columns):
-                yield name, row, column, value, interval
-
-
-def _read_scores(columns: Any) -> Iterator[tuple[str, float, str]]:
-    if not isinstance(columns, dict):
-        return
-    for column, entry in columns.items():
-        if isinstance(entry, dict) and all(_is_share(entry.get(name)) for name in ("accuracy", "low", "high")):
-            interval = f"{100 * entry['low']:.1f} to {100 * entry['high']:.1f}, n {entry.get('n')}"
-            yield column, entry["accuracy"], interval
-        elif column in ("mean_average_precision", "miou") and isinstance(entry, float):
-            yield column, entry, ""
-
-
-def _is_share(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from ssl_vit.core.text import plain
 from ssl_vit.core.writing import FAULTS, tell_error
+from ssl_vit.export.run import export_fine_tuned, export_run
 from ssl_vit.export.targets import TARGETS, export_to, proof_images, push
-from ssl_vit.runs.trained import export_fine_tuned, export_run, is_fine_tuned, open_trained
+from ssl_vit.runs.trained import is_fine_tuned, open_trained
 
 
 def export(args: argparse.Namespace) -> int:

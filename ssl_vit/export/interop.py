@@ -1,22 +1,13 @@
 """Reference checkpoints in: the official layouts of the papers' code."""
 
-import argparse
-import math
-import os
-import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
-from jaxtyping import Float
-from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
-from ssl_vit.core.reading import open_regular, read_tensors
-from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.weights.backbone import load_strictly
-from ssl_vit.models.weights.layouts import merge_class_position, rename_dinov2
+from ssl_vit.models.weights.layouts import merge_class_position
+from ssl_vit.models.weights.papers import fit_positions, read_reference, rename_dinov2
 from ssl_vit.objectives.dino import DINO
 from ssl_vit.objectives.dinov2 import DINOv2
 from ssl_vit.objectives.mae import MAE
@@ -42,76 +33,6 @@ def load_reference(objective: Objective, path: str | Path) -> None:
             with_registers = name.replace("pos_embed", "reg_token") in tensors
             tensors[name] = fit_positions(objective.encoder, value, None, antialias=with_registers)
     load_strictly(objective, tensors, path)
-
-
-def fit_positions(
-    encoder: Encoder, table: Float[Tensor, "1 n d"], grid: tuple[int, int] | None, *, antialias: bool
-) -> Float[Tensor, "1 m d"]:
-    """A position table of another image size, resized (bicubic) to the encoder's grid.
-
-    Args:
-        grid: rows and columns that the table was made for; None = those of a square.
-        antialias: where it gets smaller, as timm and DINOv2's code with registers do; MAE's, DINO's and DINOv2's other
-            code does not.
-
-    Raises:
-        ValueError: the table is of no square grid, so what it was made for is not known.
-    """
-    vit: Any = encoder.get_submodule("vit")
-    prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
-    num_positions = table.shape[1] - prefix
-    if grid is None or grid[0] * grid[1] != num_positions:
-        if num_positions == encoder.num_patches:
-            return table
-        side = math.isqrt(max(num_positions, 0))
-        if side * side != num_positions:
-            raise ValueError(f"pos_embed {tuple(table.shape)}: is of no square grid and cannot be resized")
-        grid = (side, side)
-    return resample_abs_pos_embed(
-        table.float(),
-        new_size=list(encoder.grid_size),
-        old_size=list(grid),
-        num_prefix_tokens=prefix,
-        antialias=antialias,
-    )
-
-
-def read_reference(path: Path) -> dict[str, Tensor]:
-    """The tensors of an official checkpoint by dotted name, without a leading "model.".
-
-    Settings, step counters and the optimizer's state, which official files also hold, are left out.
-
-    Raises:
-        ValueError: the file is damaged, or holds more than tensors.
-    """
-    if path.suffix == ".safetensors":
-        found = read_tensors(path, links=True)
-        prefix = "model." if any(name.startswith("model.") for name in found) else ""
-        return {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
-    try:
-        os.close(open_regular(path, links=True))
-        # The official files also hold the command line's settings, an argparse.Namespace.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "weights_only" not in str(error).lower():
-            raise ValueError(f"{path}: is no whole checkpoint of torch: {error}") from error
-        raise ValueError(f"{path}: holds more than tensors, and is not unpickled since that can run code") from error
-    except (OSError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: is no whole checkpoint of torch: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__} instead of tensors by name")
-    for name in ("model", "state_dict"):
-        content = content[name] if isinstance(content.get(name), dict) else content
-    return dict(_flatten(content))
-
-
-def _flatten(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    for name, value in content.items():
-        if isinstance(value, Tensor):
-            yield prefix + name, value
-        elif isinstance(value, dict) and name != "optimizer":
-            yield from _flatten(value, f"{prefix}{name}.")
 
 
 def _read_mae(objective: Objective, found: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,20 +1,28 @@
 """What a run folder tells: settings, metrics, scores, pictures, provenance."""
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ssl_vit.core.reading import read_json, read_metrics
-from ssl_vit.export.card import found_scores
+from ssl_vit.core.writing import own_folder
 from ssl_vit.models.weights.backbone import CONFIG_FILE as EXPORT_FILE
 from ssl_vit.runs.checkpoint import STATE_FILE, newest_checkpoint
-from ssl_vit.runs.folder import CONFIG_FILE, METRICS_FILE, RESULTS_FILE
+from ssl_vit.runs.folder import CONFIG_FILE, METRICS_FILE, PICTURES_FOLDER, RESULTS_FILE
 from ssl_vit.runs.provenance import PROVENANCE_FILE
 from ssl_vit.runs.trained import read_settings
-from ssl_vit.visualize.film import Frame, list_frames
 
 # Of a metrics.jsonl line: where it stands, not what was measured there.
 _PLACES = ("step", "progress", "epoch")
+_SCORES = (RESULTS_FILE, "knn.json", "linear.json", "retrieval.json", "segmentation.json")
+
+
+class Frame(NamedTuple):
+    """A picture that was drawn during training."""
+
+    step: int
+    path: Path
 
 
 @dataclass(frozen=True)
@@ -45,13 +53,7 @@ class RunData:
     @property
     def hours(self) -> list[float]:
         """Hours of training up to each record; evaluation and saving are left out."""
-        total, before, found = 0.0, 0, []
-        for record in self.records:
-            if record.get("images_per_second"):
-                total += (record["step"] - before) * self.batch_size / record["images_per_second"] / 3600
-            before = record["step"]
-            found.append(total)
-        return found
+        return training_hours(self.records, self.batch_size)
 
     def curves(self) -> dict[str, list[tuple[int, float]]]:
         """(step, value) of everything that was measured, by its name in metrics.jsonl."""
@@ -86,6 +88,59 @@ def read_run(folder: Path) -> RunData:
         frames=list_frames(folder),
         picture=next((path for path in pictures if path.is_file()), None),
     )
+
+
+def list_frames(run: Path) -> list[Frame]:
+    """Pictures drawn during a run, in their order.
+
+    Raises:
+        ValueError: their folder is a link.
+    """
+    found = []
+    for path in own_folder(run / PICTURES_FOLDER).glob("step-*.webp"):
+        number = path.stem.removeprefix("step-")
+        if number.isdecimal():
+            found.append(Frame(int(number), path))
+    return sorted(found)
+
+
+def training_hours(records: Sequence[Mapping[str, Any]], batch_size: int) -> list[float]:
+    """Hours of training up to each line of metrics.jsonl; evaluation and saving are left out."""
+    total, before, hours = 0.0, 0, []
+    for record in records:
+        if record.get("images_per_second"):
+            total += (record["step"] - before) * batch_size / record["images_per_second"] / 3600
+            before = record["step"]
+        hours.append(total)
+    return hours
+
+
+def found_scores(folder: Path) -> Iterator[tuple[str, str, str, float, str]]:
+    """(file, row, column, share of 1, interval as text) of all scores found in a backbone's folder."""
+    for name in _SCORES:
+        try:
+            found = read_json(folder / name)
+        except (OSError, ValueError):
+            continue
+        scores = found.get("scores", found)
+        for row, columns in scores.items() if isinstance(scores, dict) else ():
+            for column, value, interval in _read_scores(columns):
+                yield name, row, column, value, interval
+
+
+def _read_scores(columns: Any) -> Iterator[tuple[str, float, str]]:
+    if not isinstance(columns, dict):
+        return
+    for column, entry in columns.items():
+        if isinstance(entry, dict) and all(_is_share(entry.get(name)) for name in ("accuracy", "low", "high")):
+            interval = f"{100 * entry['low']:.1f} to {100 * entry['high']:.1f}, n {entry.get('n')}"
+            yield column, entry["accuracy"], interval
+        elif column in ("mean_average_precision", "miou") and isinstance(entry, float):
+            yield column, entry, ""
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _provenance(folder: Path) -> dict[str, Any]:

@@ -12,17 +12,15 @@ from torch import Tensor
 from ssl_vit.core.manifest import hash_file
 from ssl_vit.core.reading import entry, read_json, read_tensors, read_yaml, settings_of
 from ssl_vit.core.settings import section
+from ssl_vit.data.augment.evaluation import CROP_PCT
 from ssl_vit.data.sources.source import DataConfig
-from ssl_vit.evaluation.evaluate import EvaluationConfig
-from ssl_vit.export.classifier import export_classifier
-from ssl_vit.models.vit import ViT
+from ssl_vit.models.vit import ViT, ViTConfig
 from ssl_vit.models.weights.backbone import (
     BACKBONE_FILE,
     WEIGHTS_HASH,
     check_asked,
     check_sizes,
     describe,
-    export_backbone,
     load_backbone,
     load_strictly,
     place_of,
@@ -31,13 +29,10 @@ from ssl_vit.models.weights.backbone import (
 )
 from ssl_vit.models.weights.backbone import CONFIG_FILE as CONFIG_JSON
 from ssl_vit.models.weights.pretrained import load_pretrained, open_pretrained
-from ssl_vit.objectives.finetune import FineTune, FineTuneConfig
 from ssl_vit.objectives.mae import MAE, MAEConfig
 from ssl_vit.runs.checkpoint import MODEL_FILE, STATE_FILE, find_damage, list_checkpoints, newest_checkpoint
 from ssl_vit.runs.facts import provenance
 from ssl_vit.runs.folder import CONFIG_FILE
-from ssl_vit.training.config import load_encoder_config
-from ssl_vit.training.supervised import export_settings
 
 AVERAGE = "average-last-"
 
@@ -95,7 +90,7 @@ def open_trained(path: str | Path, weights: str | None = None) -> Trained:
     prefix, file = _prefix(state, choice, folder), checkpoints[-1] / MODEL_FILE
     own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     with section("encoder"):
-        config = load_encoder_config(folder / CONFIG_FILE)
+        config = ViTConfig.from_plain(settings["encoder"])
         check_sizes(config, {name.removeprefix("vit."): value for name, value in own.items()}, file)
         encoder = config.build()
     load_strictly(encoder, own, file)
@@ -192,46 +187,6 @@ def is_fine_tuned(path: Path) -> bool:
     return checkpoint is not None and read_state(checkpoint)["objective"] == "FineTune"
 
 
-def export_run(path: Path, weights: str | None = None, out: Path | None = None) -> Path:
-    """Export a backbone in our own form, and of a fine-tuning its classifier; returns the file.
-
-    Args:
-        path, weights: see `open_trained`; a run may be finished or not.
-        out: the folder to write to; None = the run's.
-
-    Raises:
-        ValueError: the folder holds no whole checkpoint, or a run that has nothing to export.
-    """
-    if out is None and not (path / CONFIG_FILE).is_file():
-        raise ValueError(f"{path}: holds no run ({CONFIG_FILE} is missing); name the folder to write to with --out")
-    if is_fine_tuned(path):
-        return export_fine_tuned(path, out or path)
-    trained = open_trained(path, weights)
-    return export_backbone(
-        trained.encoder,
-        out or path,
-        mean=trained.mean,
-        std=trained.std,
-        provenance=trained.provenance,
-        crop_pct=trained.crop_pct,
-    )
-
-
-def export_fine_tuned(run: Path, folder: Path) -> Path:
-    """Export the classifier of a fine-tuning; returns the file."""
-    checkpoint = newest_checkpoint(run)
-    if checkpoint is None:
-        raise ValueError(f"{run}: has no whole checkpoint yet")
-    settings, state = read_settings(run), read_state(checkpoint)
-    names = entry(state, "class_names", list[str], checkpoint / STATE_FILE)
-    with section("encoder"):
-        encoder = load_encoder_config(run / CONFIG_FILE).build()
-    with section("objective"):
-        objective = FineTune(settings_of(FineTuneConfig, settings["objective"]), encoder)
-    load_strictly(objective, read_tensors(checkpoint / MODEL_FILE), run)
-    return export_classifier(objective, folder, **export_settings(settings, tuple(names), state["step"]))
-
-
 def average(files: Sequence[Path]) -> dict[str, Tensor]:
     """The mean of the tensors of several files, summed in float64; of one file its tensors as they are.
 
@@ -308,5 +263,4 @@ def _open_published(name: str) -> Trained:
     load_pretrained(encoder, name)
     usual = DataConfig()
     mean, std = found.mean or usual.mean, found.std or usual.std
-    crop_pct = found.crop_pct or EvaluationConfig().crop_pct
-    return Trained(encoder.eval(), mean, std, crop_pct, {"pretrained": name}, Path(name))
+    return Trained(encoder.eval(), mean, std, found.crop_pct or CROP_PCT, {"pretrained": name}, Path(name))

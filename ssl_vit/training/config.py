@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from ssl_vit.core.paths import path_to_text
-from ssl_vit.core.reading import MAX_YAML, entry, read_bytes, read_yaml
+from ssl_vit.core.reading import MAX_YAML, read_bytes, read_yaml
 from ssl_vit.core.schedules import progress_at
 from ssl_vit.core.setting_paths import PATHS, absolute
 from ssl_vit.core.settings import check_file, in_one_line, section, split_config_files
@@ -300,11 +300,6 @@ def _start_from(defaults: RunConfig, path: str) -> RunConfig:
     crop_pct = found.crop_pct or defaults.evaluation.crop_pct
     evaluation = dataclasses.replace(defaults.evaluation, crop_pct=crop_pct)
     return dataclasses.replace(defaults, encoder=encoder, data=data, evaluation=evaluation)
-
-
-def load_encoder_config(path: Path) -> ViTConfig:
-    """The `encoder` section of a run's config.yaml."""
-    return ViTConfig.from_plain(entry(read_yaml(path), "encoder", dict, path))
 
 
 def write_config(config: RunConfig, path: Path) -> None:

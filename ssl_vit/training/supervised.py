@@ -18,6 +18,7 @@ from ssl_vit.evaluation.features import stream
 from ssl_vit.evaluation.logistic import stratified_folds
 from ssl_vit.evaluation.scores import Score, format_classes, format_table, per_class, scores_to_json
 from ssl_vit.export.classifier import export_classifier
+from ssl_vit.export.run import export_settings
 from ssl_vit.objectives.finetune import FineTune, Supervised
 from ssl_vit.runs.folder import METRICS_FILE, RESULTS_FILE, write_results
 from ssl_vit.training.config import RunConfig, as_plain
@@ -141,25 +142,6 @@ def finish(
         write_results(folder, results)
         print("\n".join(written), flush=True)
     accelerator.wait_for_everyone()
-
-
-def export_settings(config: dict[str, Any], class_names: tuple[str, ...], step: int) -> dict[str, Any]:
-    """What `export_classifier` is told, out of a run's plain settings."""
-    return {
-        "class_names": class_names,
-        "mean": tuple(config["data"]["mean"]),
-        "std": tuple(config["data"]["std"]),
-        "crop_pct": config["evaluation"]["crop_pct"],
-        "provenance": {
-            "objective": "FineTune",
-            "objective_config": config["objective"],
-            "pretrained": config["encoder"]["pretrained"],
-            "source": config["data"]["source"],
-            "steps": step,
-            "batch_size": config["batch"]["size"],
-            "seed": config["seed"],
-        },
-    }
 
 
 def _test(config: RunConfig, accelerator: Accelerator, objective: Supervised, source: Source) -> dict[str, Score]:

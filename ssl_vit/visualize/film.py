@@ -3,38 +3,17 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
 from ssl_vit.core.reading import MAX_FIGURE, read_bytes
-from ssl_vit.core.writing import own_folder, replacing
+from ssl_vit.core.writing import replacing
 from ssl_vit.data.outputs import mark
 from ssl_vit.runs.folder import PICTURES_FOLDER
+from ssl_vit.runs.record import Frame, list_frames
 
 _HOLD = 5  # the last picture stays so many times as long as the others
 _HEADER = 28  # pixels for the number of the step
-
-
-class Frame(NamedTuple):
-    """A picture that was drawn during training."""
-
-    step: int
-    path: Path
-
-
-def list_frames(run: Path) -> list[Frame]:
-    """Pictures drawn during a run, in their order.
-
-    Raises:
-        ValueError: their folder is a link.
-    """
-    found = []
-    for path in own_folder(run / PICTURES_FOLDER).glob("step-*.webp"):
-        number = path.stem.removeprefix("step-")
-        if number.isdecimal():
-            found.append(Frame(int(number), path))
-    return sorted(found)
 
 
 def write_film(run: Path, out: Path, *, seconds: float = 0.4, width: int = 900, most: int = 60) -> int:

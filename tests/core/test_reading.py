@@ -21,7 +21,7 @@ from ssl_vit.core.reading import (
     settings_of,
 )
 from ssl_vit.export import load_backbone
-from ssl_vit.export.interop import read_reference
+from ssl_vit.models.weights.papers import read_reference
 from ssl_vit.models.weights.pretrained import open_pretrained
 from ssl_vit.runs.checkpoint import find_damage
 from tests.hostile import guarded

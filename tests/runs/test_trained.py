@@ -15,8 +15,9 @@ from scripts import pretrain_dino, pretrain_mae
 from ssl_vit.evaluation.command import main as evaluate
 from ssl_vit.evaluation.probes import KNNConfig, evaluate_knn
 from ssl_vit.export import load_backbone
+from ssl_vit.export.run import export_run
 from ssl_vit.models.vit import ViTConfig
-from ssl_vit.runs.trained import export_run, open_trained
+from ssl_vit.runs.trained import open_trained
 from ssl_vit.training.loop import main
 from tests.conftest import SMALL_DINO, SMALL_RUN
 

@@ -18,9 +18,10 @@ from ssl_vit.evaluation import command
 from ssl_vit.evaluation.probes import KNNConfig, evaluate_knn
 from ssl_vit.export import load_backbone
 from ssl_vit.export.card import write_card
+from ssl_vit.export.run import export_run
 from ssl_vit.objectives.mae import MAE
 from ssl_vit.runs.checkpoint import list_checkpoints
-from ssl_vit.runs.trained import export_run, open_trained
+from ssl_vit.runs.trained import open_trained
 from ssl_vit.training import ending
 from ssl_vit.training.config import parse_run
 from ssl_vit.training.loop import main, set_up, train

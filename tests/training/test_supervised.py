@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from ssl_vit.data.sources.source import DataConfig, open_source
 from ssl_vit.export import export_backbone
+from ssl_vit.export.run import export_run
 from ssl_vit.models.vit import ViTConfig
-from ssl_vit.runs.trained import export_run
 from ssl_vit.training import supervised
 from ssl_vit.training.config import RunConfig, parse_run
 from ssl_vit.training.loop import main

@@ -14,6 +14,8 @@ from torchvision.transforms import InterpolationMode
 from ssl_vit.data.augment.crops import random_resized_crop
 from ssl_vit.data.augment.device import normalize
 
+CROP_PCT = 0.875
+"""Share of a resized image's sides that the centre crop keeps, unless something else is known."""
 _ELONGATED = 8  # how much longer than its crop an image is resized
 
 
@@ -31,7 +33,7 @@ class EvalTransform:
     """Of each channel, for pixel values in [0, 1]."""
     std: tuple[float, ...]
     """Of each channel, for pixel values in [0, 1]."""
-    crop_pct: float = 0.875
+    crop_pct: float = CROP_PCT
     """Share of the covered height and width that is kept, in (0, 1]."""
     padding: tuple[int, int] = (0, 0)
     """Rows put below and columns put to the right, in pixels, of the channels' mean."""

@@ -18,6 +18,7 @@ from ssl_vit.core.manifest import hash_file
 from ssl_vit.core.privacy import public
 from ssl_vit.core.reading import entry, read_tensors, read_yaml
 from ssl_vit.core.writing import UNFINISHED, flush, fresh_folder, naming_full_disk, replace_folder
+from ssl_vit.data.augment.evaluation import CROP_PCT
 from ssl_vit.data.config import DataConfig
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.vit import ViT, ViTConfig, set_fused_attention
@@ -37,7 +38,7 @@ def export_backbone(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     provenance: dict[str, Any],
-    crop_pct: float = 0.875,
+    crop_pct: float = CROP_PCT,
 ) -> Path:
     """Write `backbone.safetensors` and `config.json`, and prove that they load as what was trained.
 
@@ -98,7 +99,7 @@ def describe(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     provenance: dict[str, Any],
-    crop_pct: float = 0.875,
+    crop_pct: float = CROP_PCT,
 ) -> dict[str, Any]:
     """The content of config.json: timm's layout, and our own settings under "ssl_vit"."""
     config = encoder.config
@@ -224,7 +225,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_normalisation(config: dict[str, Any], file: Path) -> tuple[tuple[float, ...], tuple[float, ...], float]:
     """Mean, deviation and share of a crop, of the config.json beside a backbone."""
-    cfg = {"crop_pct": 0.875, **entry({"pretrained_cfg": config, **config}, "pretrained_cfg", dict, file)}
+    cfg = {"crop_pct": CROP_PCT, **entry({"pretrained_cfg": config, **config}, "pretrained_cfg", dict, file)}
     mean, std = (tuple(entry(cfg, name, list[float], file)) for name in ("mean", "std"))
     try:
         DataConfig(mean=mean, std=std)

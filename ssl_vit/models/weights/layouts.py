@@ -228,34 +228,6 @@ def from_transformers(tensors: Mapping[str, Tensor]) -> Tensors:
     return merge_class_position(found)
 
 
-def from_papers(tensors: Mapping[str, Tensor]) -> Tensors:
-    """The backbone of an official MAE, DINO or DINOv2 checkpoint under timm's names.
-
-    Of a checkpoint with student and teacher it is the teacher. Heads, decoder, mask token and centres are left out.
-    """
-    found = dict(tensors)
-    for role in ("teacher.", "student."):
-        if any(name.startswith(role) for name in found):
-            found = {name.removeprefix(role): value for name, value in found.items() if name.startswith(role)}
-            break
-    found = {name.removeprefix("module."): value for name, value in found.items()}
-    if any(name.startswith("backbone.") for name in found):
-        found = {name.removeprefix("backbone."): v for name, v in found.items() if name.startswith("backbone.")}
-    found = {
-        rename_dinov2(name): value
-        for name, value in found.items()
-        if not re.match(r"(decoder_|head\.|head_dist\.|mask_token$)", name)
-    }
-    return merge_class_position(found)
-
-
-def rename_dinov2(name: str) -> str:
-    """A name of DINOv2's code as timm's: its chunks of blocks, its registers, its SwiGLU."""
-    name = re.sub(r"blocks\.\d+\.(\d+\.)", r"blocks.\1", name)
-    name = re.sub(r"(^|\.)register_tokens$", r"\1reg_token", name)
-    return name.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
-
-
 def merge_class_position(tensors: Tensors, prefix: str = "") -> Tensors:
     """Add the class token's position to it where there are registers.
 

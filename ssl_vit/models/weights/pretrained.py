@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ssl_vit.core.paths import as_path
 from ssl_vit.core.reading import entry, read_tensors
-from ssl_vit.export.interop import fit_positions, read_reference
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.positions import sincos_positions
 from ssl_vit.models.vit import ViT, ViTConfig, pair
@@ -29,7 +28,8 @@ from ssl_vit.models.weights.backbone import (
     read_normalisation,
     read_weights,
 )
-from ssl_vit.models.weights.layouts import Tensors, from_papers, from_transformers, is_transformers
+from ssl_vit.models.weights.layouts import Tensors, from_transformers, is_transformers
+from ssl_vit.models.weights.papers import fit_positions, from_papers, read_reference
 
 MODEL_FILE = "model.safetensors"
 # Widths of the papers' Vision Transformers, and timm's names of them.
