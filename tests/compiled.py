@@ -12,6 +12,7 @@ from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.objectives.objective import Objective
 from ssl_vit.training.device.compile import compile_blocks
 from ssl_vit.training.device.cuda_graphs import BlockGraphs
+from tests.specs import spec
 
 TINY = {"arch": "vit_small_patch16_224", "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
 
@@ -20,7 +21,7 @@ def objective_and_batch(kind: str, drop_path_rate: float) -> tuple[Objective, di
     config = DINOConfig(num_prototypes=64, hidden_dim=32, bottleneck_dim=16, local_crop_size=16, num_local_crops=2)
     chosen = MAEConfig(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=4) if kind == "mae" else config
     encoder = ViTConfig(image_size=32, drop_path_rate=drop_path_rate, **TINY).build()
-    transform = chosen.build_transform(encoder.image_size, encoder.patch_size, (0.5,) * 3, (0.5,) * 3)
+    transform = chosen.build_transform(spec(32))
     image = torch.randint(0, 256, (3, 48, 48), dtype=torch.uint8)
     samples = [transform(image, np.random.default_rng(seed)) for seed in range(4)]
     stacked = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}

@@ -74,7 +74,7 @@ def test_the_command_of_a_header_is_understood_and_built(path: Path, monkeypatch
     with torch.device("meta"):
         encoder = config.encoder.build()
         objective = config.objective.build(encoder)
-    config.objective.build_transform(encoder.image_size, encoder.patch_size, config.data.mean, config.data.std)
+    config.build_transform(encoder)
     assert sum(parameter.numel() for parameter in objective.parameters()) > 1e6
     assert len(config.data.mean) == encoder.in_chans
 

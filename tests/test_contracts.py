@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ssl_vit.data.transform import InputSpec
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.vit import ViTConfig
 from ssl_vit.objectives.dino import DINOConfig
@@ -15,6 +16,7 @@ from ssl_vit.objectives.finetune import FineTuneConfig
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.objectives.objective import Objective, ObjectiveConfig
 from tests.conftest import TINY
+from tests.specs import grey
 
 ENCODERS = {
     "vit": ViTConfig(image_size=32, **TINY),
@@ -58,8 +60,7 @@ def objective(encoder: Encoder, config: ObjectiveConfig) -> Objective:
 
 @pytest.fixture
 def batch(encoder: Encoder, config: ObjectiveConfig) -> dict[str, Tensor]:
-    means = (0.5,) * encoder.in_chans
-    transform = config.build_transform(encoder.image_size, encoder.patch_size, means, means)
+    transform = config.build_transform(InputSpec(encoder.image_size, encoder.patch_size, grey(encoder.in_chans)))
     image = torch.randint(0, 256, (encoder.in_chans, 70, 80), dtype=torch.uint8)
     samples = [transform(image, np.random.default_rng(seed)) | {"label": torch.tensor(seed % 3)} for seed in range(4)]
     return transform.on_device(

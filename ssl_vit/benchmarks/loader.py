@@ -14,7 +14,7 @@ from ssl_vit.benchmarks.rounds import alternate, machine, ratios
 from ssl_vit.data.augment.multicrop import MultiCropConfig
 from ssl_vit.data.decoded import open_decoded
 from ssl_vit.data.sources.source import DataConfig, Source, open_source
-from ssl_vit.data.transform import Transform
+from ssl_vit.data.transform import InputSpec, Normalization, Transform
 from ssl_vit.objectives.mae import MAEConfig
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -91,7 +91,7 @@ def compare_loader(
     rates: dict[str, list[float]] = {}
     found: dict[str, dict] = {}
     for name, (views, config) in pipelines.items():
-        transform: Transform = config.build_transform((224, 224), (16, 16), MEAN, STD)
+        transform: Transform = config.build_transform(InputSpec((224, 224), (16, 16), Normalization(MEAN, STD)))
         contenders = {"paper (Pillow)": _pillow(paths, views)}
         contenders |= _own(len(paths), source, transform, batch_size, device)
         of_cache = _own(len(paths), cached, transform, batch_size, device)

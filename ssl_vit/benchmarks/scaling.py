@@ -27,6 +27,7 @@ from ssl_vit.data.loader import Batches
 from ssl_vit.data.outputs import mark
 from ssl_vit.data.sampler import StepSampler
 from ssl_vit.data.sources.source import open_source
+from ssl_vit.data.transform import InputSpec
 from ssl_vit.models.vit import choose_attention, pair
 from ssl_vit.training.config import RunConfig, as_plain
 
@@ -185,9 +186,8 @@ def _first_batch(config: RunConfig, path: Path, device: torch.device, batches: i
     """Seconds until a batch is there, and images per second of more of them."""
     size = min(config.batch.size, 32)
     encoder = config.encoder
-    transform = config.objective.build_transform(
-        pair(encoder.image_size), pair(encoder.patch_size or 16), config.data.mean, config.data.std
-    )
+    spec = InputSpec(pair(encoder.image_size), pair(encoder.patch_size or 16), config.data.normalization)
+    transform = config.objective.build_transform(spec)
     start = time.perf_counter()
     source = open_source(DataConfig(source=str(path), label_column="none"))
     sampler = StepSampler(num_samples=len(source), batch_size=size, num_steps=batches + 1, seed=0, start_step=0)

@@ -47,9 +47,7 @@ def prepare_step(config: RunConfig, objective: Objective, num_images: int, devic
         num_images: size of the micro-batch.
     """
     encoder = objective.encoder
-    transform = config.objective.build_transform(
-        encoder.image_size, encoder.patch_size, config.data.mean, config.data.std
-    )
+    transform = config.build_transform(encoder)
     rng = np.random.default_rng(0)
     pixels = torch.from_numpy(rng.integers(0, 256, (encoder.in_chans, 256, 256), dtype=np.uint8))
     samples = [transform(pixels, rng) for _ in range(num_images)]

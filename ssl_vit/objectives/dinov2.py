@@ -22,6 +22,7 @@ from ssl_vit.core.distributed import (
 from ssl_vit.data.augment.masking import draw_block_mask
 from ssl_vit.data.augment.multicrop import MultiCropTransform
 from ssl_vit.data.config import clamp_rounding
+from ssl_vit.data.transform import InputSpec
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.objectives.dino import DINO, DINOConfig, RunningMean, freeze
 from ssl_vit.objectives.objective import ParamGroup, Taken
@@ -87,17 +88,9 @@ class DINOv2Config(DINOConfig):
         self.check_resolved()
         return DINOv2(self, encoder)
 
-    def build_transform(
-        self,
-        image_size: tuple[int, int],
-        patch_size: tuple[int, int],
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-    ) -> "MaskedMultiCropTransform":
+    def build_transform(self, spec: InputSpec) -> "MaskedMultiCropTransform":
         """As DINO's, with a mask for each global crop."""
-        crops = super().build_transform(image_size, patch_size, mean, std)
-        grid_size = image_size[0] // patch_size[0], image_size[1] // patch_size[1]
-        return MaskedMultiCropTransform(self, crops, grid_size)
+        return MaskedMultiCropTransform(self, super().build_transform(spec), spec.grid_size)
 
 
 class MaskedMultiCropTransform:

@@ -12,6 +12,7 @@ from timm.loss.cross_entropy import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from ssl_vit.data.augment.supervised import AugmentConfig, SupervisedTransform
+from ssl_vit.data.transform import InputSpec
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.objectives.objective import Objective, ParamGroup, Resolved, RunSize, Taken
 from ssl_vit.objectives.teacher import MovingAverage
@@ -42,15 +43,9 @@ class SupervisedConfig(AugmentConfig):
             return {}
         return {"num_classes": Resolved(size.num_classes, "classes of the source")}
 
-    def build_transform(
-        self,
-        image_size: tuple[int, int],
-        patch_size: tuple[int, int],
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-    ) -> SupervisedTransform:
-        """Crops and labels for images of `image_size` pixels, normalised by `mean` and `std` per channel."""
-        return SupervisedTransform(self, self.classes, image_size, mean, std)
+    def build_transform(self, spec: InputSpec) -> SupervisedTransform:
+        """Crops and labels for images as `spec` says."""
+        return SupervisedTransform(self, self.classes, spec)
 
     @property
     def classes(self) -> int:

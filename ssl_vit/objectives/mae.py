@@ -1,5 +1,6 @@
 """Masked autoencoder: He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022 (arXiv:2111.06377)."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from ssl_vit.data.augment.crops import OrientationConfig, random_view
 from ssl_vit.data.augment.device import flip_horizontally, normalize
 from ssl_vit.data.augment.masking import draw_keep, draw_predicted, num_kept
 from ssl_vit.data.config import clamp_rounding
+from ssl_vit.data.transform import InputSpec
 from ssl_vit.models.blocks import run_blocks, run_in_turn
 from ssl_vit.models.cross_attention import CrossBlock
 from ssl_vit.models.encoder import Encoder, Features
@@ -95,15 +97,9 @@ class MAEConfig(OrientationConfig):
         """
         return MAE(self, encoder)
 
-    def build_transform(
-        self,
-        image_size: tuple[int, int],
-        patch_size: tuple[int, int],
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-    ) -> "MAETransform":
-        """Crop, flip and mask for images of `image_size` pixels, normalised by `mean` and `std` per channel."""
-        return MAETransform(self, image_size, patch_size, mean, std)
+    def build_transform(self, spec: InputSpec) -> "MAETransform":
+        """Crop, flip and mask for images as `spec` says."""
+        return MAETransform(self, spec)
 
 
 class MAETransform:
@@ -112,33 +108,24 @@ class MAETransform:
     With a `predict_ratio` also `predict [b m]`, the removed patches to predict.
     """
 
-    def __init__(
-        self,
-        config: MAEConfig,
-        image_size: tuple[int, int],
-        patch_size: tuple[int, int],
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-    ) -> None:
-        self.config = config
-        self.image_size = image_size
-        self.num_patches = (image_size[0] // patch_size[0]) * (image_size[1] // patch_size[1])
-        self.mean, self.std = mean, std
+    def __init__(self, config: MAEConfig, spec: InputSpec) -> None:
+        self.config, self.spec = config, spec
 
     def __call__(self, image: UInt8[Tensor, "c h w"], rng: np.random.Generator) -> dict[str, Tensor]:
+        num_patches = math.prod(self.spec.grid_size)
         sample = {
-            "images": random_view(image, self.image_size, rng, self.config.crop_scale, self.config),
+            "images": random_view(image, self.spec.image_size, rng, self.config.crop_scale, self.config),
             "flip": torch.tensor(rng.random() < self.config.flip_prob),
-            "keep": draw_keep(self.num_patches, self.config.mask_ratio, rng),
+            "keep": draw_keep(num_patches, self.config.mask_ratio, rng),
         }
         if self.config.predict_ratio is not None:
-            sample["predict"] = draw_predicted(self.num_patches, sample["keep"], self.config.predict_ratio, rng)
+            sample["predict"] = draw_predicted(num_patches, sample["keep"], self.config.predict_ratio, rng)
         return sample
 
     def on_device(self, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         images = flip_horizontally(batch["images"].to(device, non_blocking=True), batch["flip"])
         indices = {name: batch[name].to(device, non_blocking=True) for name in ("keep", "predict") if name in batch}
-        return {"images": normalize(images, self.mean, self.std), **indices}
+        return {"images": normalize(images, *self.spec.normalization), **indices}
 
 
 class MAE(Objective):

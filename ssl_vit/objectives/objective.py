@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ssl_vit.data.transform import Transform
+from ssl_vit.data.transform import InputSpec, Transform
 from ssl_vit.models.encoder import Encoder
 
 Taken = Bool[Tensor, ""] | None
@@ -70,13 +70,7 @@ class ObjectiveConfig(Protocol):
 
     def build(self, encoder: Encoder) -> "Objective": ...
 
-    def build_transform(
-        self,
-        image_size: tuple[int, int],
-        patch_size: tuple[int, int],
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-    ) -> Transform: ...
+    def build_transform(self, spec: InputSpec) -> Transform: ...
 
 
 class Objective(nn.Module):

@@ -22,7 +22,7 @@ from ssl_vit.core.settings import check_file, in_one_line, section, split_config
 from ssl_vit.core.watch import MAX_WAIT
 from ssl_vit.core.writing import replace_text
 from ssl_vit.data.sources.source import DataConfig
-from ssl_vit.data.transform import Transform
+from ssl_vit.data.transform import InputSpec, Transform
 from ssl_vit.evaluation.evaluate import EvaluationConfig
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.vit import ViTConfig
@@ -232,7 +232,8 @@ class RunConfig:
                     "give one for each channel"
                 )
         with section("objective"):
-            return self.objective.build_transform(encoder.image_size, encoder.patch_size, self.data.mean, self.data.std)
+            spec = InputSpec(encoder.image_size, encoder.patch_size, self.data.normalization)
+            return self.objective.build_transform(spec)
 
 
 @contextmanager

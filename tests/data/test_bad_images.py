@@ -17,12 +17,13 @@ from ssl_vit.data.sources import source as sources
 from ssl_vit.data.sources.source import MAX_TRIES, DataConfig, Source, open_source
 from ssl_vit.objectives.mae import MAEConfig
 from tests.data.broken import broken_files, noise
+from tests.specs import spec
 
 CPU = torch.device("cpu")
 
 
 def transform():
-    return MAEConfig().build_transform((32, 32), (8, 8), (0.5,) * 3, (0.5,) * 3)
+    return MAEConfig().build_transform(spec(32))
 
 
 def folder_of(folder: Path, num_good: int, bad: tuple[int, ...] = ()) -> Source:

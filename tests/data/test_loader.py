@@ -7,13 +7,14 @@ from ssl_vit.data.loader import Batches
 from ssl_vit.data.sampler import StepSampler
 from ssl_vit.data.sources.source import DataConfig, open_source
 from ssl_vit.objectives.mae import MAEConfig
+from tests.specs import spec
 
 CPU = torch.device("cpu")
 
 
 def batches(folder: Path, *, num_workers: int = 0, start_step: int = 0, seed: int = 0) -> list[dict[str, torch.Tensor]]:
     source = open_source(DataConfig(source=str(folder)))
-    transform = MAEConfig().build_transform((32, 32), (8, 8), (0.5,) * 3, (0.5,) * 3)
+    transform = MAEConfig().build_transform(spec(32))
     sampler = StepSampler(num_samples=len(source), batch_size=8, num_steps=12, seed=seed, start_step=start_step)
     return list(Batches(source, transform, sampler, num_channels=3, num_workers=num_workers, device=CPU))
 

@@ -19,6 +19,7 @@ from ssl_vit.data.sources.source import DataConfig, Source, open_source
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.training.config import parse_run
 from tests.conftest import SMALL_RUN
+from tests.specs import spec
 from tests.test_resume import finish, kill_at, losses, same, weights
 
 TWELVE = ("--steps=12", "--data.label_column=none")
@@ -183,7 +184,7 @@ def test_the_same_flag_in_yaml_and_as_the_run_writes_it(sources: tuple[Path, Pat
 def test_batches_do_not_depend_on_workers(sources: tuple[Path, Path]) -> None:
     source = mixed(sources)
     assert source.mixture is not None
-    transform = MAEConfig().build_transform((32, 32), (8, 8), (0.5,) * 3, (0.5,) * 3)
+    transform = MAEConfig().build_transform(spec(32))
     found = []
     for num_workers in (0, 2):
         sampler = StepSampler(num_samples=16, batch_size=4, num_steps=6, seed=0, order=source.mixture.order)

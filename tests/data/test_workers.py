@@ -24,6 +24,7 @@ from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.training.config import parse_run
 from tests.conftest import ROOT
 from tests.data.broken import noise
+from tests.specs import spec
 
 CPU = torch.device("cpu")
 
@@ -32,7 +33,7 @@ class Signed:
     """A transform whose samples say which process made them."""
 
     def __init__(self) -> None:
-        self.own = MAEConfig().build_transform((32, 32), (8, 8), (0.5,) * 3, (0.5,) * 3)
+        self.own = MAEConfig().build_transform(spec(32))
 
     def __call__(self, image: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
         torch.rand(3)  # global generators are of no consequence

@@ -13,6 +13,7 @@ from ssl_vit.objectives.dino import DINO, DINOConfig, RunningMean, dino_loss
 from ssl_vit.objectives.dinov2 import DINOv2Config, sinkhorn_knopp
 from ssl_vit.objectives.objective import RunSize
 from tests.conftest import GOLDEN, TINY
+from tests.specs import grey, spec
 
 SMALL = {"num_prototypes": 64, "hidden_dim": 48, "bottleneck_dim": 16, "local_crop_size": 16, "num_local_crops": 4}
 
@@ -286,12 +287,12 @@ def test_settings_that_cannot_work_are_named(settings: dict, message: str) -> No
 
 def test_local_crops_must_fit_the_patches() -> None:
     with pytest.raises(ValueError, match=r"local_crop_size=20: the height 20 .*nearest that are: 16 and 24"):
-        DINOConfig(local_crop_size=20).build_transform((32, 32), (8, 8), (0.5,) * 3, (0.5,) * 3)
+        DINOConfig(local_crop_size=20).build_transform(spec(32))
 
 
 def test_local_crops_are_no_larger_than_global_ones() -> None:
     with pytest.raises(ValueError, match=r"larger than the global crops, \(64, 64\); \[24, 24\] would be"):
-        DINOConfig().build_transform((64, 64), (8, 8), (0.5,) * 3, (0.5,) * 3)
+        DINOConfig().build_transform(spec(64))
 
 
 @pytest.mark.parametrize("iterations", [1, 3])
@@ -313,7 +314,7 @@ def test_signs_are_of_all_micro_batches_of_a_step() -> None:
 
 def test_any_number_and_shape_of_crops() -> None:
     objective = DINOConfig(**{**SMALL, "num_local_crops": 0}).build(encoder(in_chans=5))
-    transform = objective.config.build_transform((32, 32), (8, 8), (0.5,) * 5, (0.5,) * 5)
+    transform = objective.config.build_transform(spec(32, normalization=grey(5)))
     image = torch.randint(0, 256, (5, 40, 50), dtype=torch.uint8)
     sample = transform(image, np.random.default_rng(0))
     batch = {name: torch.stack([value, value]) for name, value in sample.items()}

@@ -12,6 +12,7 @@ from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.vit import ViTConfig
 from ssl_vit.objectives.dinov2 import DINOv2, DINOv2Config, ibot_loss, koleo_loss, sinkhorn_knopp
 from tests.conftest import GOLDEN, TINY
+from tests.specs import spec
 
 SMALL = {"num_prototypes": 64, "hidden_dim": 48, "bottleneck_dim": 16, "local_crop_size": 16, "num_local_crops": 2}
 
@@ -177,7 +178,7 @@ class TestLearningRates:
 
 
 def test_masks_come_with_the_sample_and_follow_from_its_generator() -> None:
-    transform = DINOv2Config(**SMALL).build_transform((64, 64), (8, 8), (0.5,) * 3, (0.5,) * 3)
+    transform = DINOv2Config(**SMALL).build_transform(spec(64))
     image = torch.randint(0, 256, (3, 80, 80), dtype=torch.uint8)
     masks = torch.stack([transform(image, np.random.default_rng(seed))["masks"] for seed in range(200)])
     assert torch.equal(masks[3], transform(image, np.random.default_rng(3))["masks"])

@@ -10,6 +10,7 @@ from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.vit import ViT, ViTConfig, set_fused_attention
 from ssl_vit.objectives.mae import MAE, MAEConfig, normalize_patches, patchify
 from tests.conftest import GOLDEN, TINY
+from tests.specs import grey, spec
 
 SMALL_DECODER = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
 
@@ -157,7 +158,7 @@ def test_decay_groups_are_the_papers(tiny_encoder: ViT) -> None:
 
 
 def test_transform_draws_crop_flip_and_mask_from_the_samples_generator() -> None:
-    transform = MAEConfig(mask_ratio=0.8).build_transform((160, 160), (16, 16), (0.5,) * 3, (0.25,) * 3)
+    transform = MAEConfig(mask_ratio=0.8).build_transform(spec(160, stride=16, normalization=grey(std=0.25)))
     image = torch.randint(0, 256, (3, 200, 300), dtype=torch.uint8)
     first, again, other = (transform(image, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert first["images"].shape == (3, 160, 160)
@@ -174,7 +175,7 @@ def test_images_without_an_up_are_turned_before_they_are_masked() -> None:
     image = torch.zeros(1, 64, 64, dtype=torch.uint8)
     image[:, :32, :32] = 255
     config = MAEConfig(crop_scale=(1.0, 1.0), flip_prob=0.0, quarter_turn_prob=0.75, flip_vertical_prob=0.5)
-    transform = config.build_transform((32, 32), (8, 8), (0.5,), (0.5,))
+    transform = config.build_transform(spec(32, normalization=grey(1)))
     samples = [transform(image, np.random.default_rng(seed)) for seed in range(40)]
     corners = {sample["images"][0].float().view(2, 16, 2, 16).mean(dim=(1, 3)).argmax().item() for sample in samples}
     assert corners == {0, 1, 2, 3}
@@ -212,9 +213,7 @@ def test_an_encoder_that_cannot_drop_tokens_is_refused() -> None:
 
 class TestCrossDecoder:
     def batch(self) -> dict[str, torch.Tensor]:
-        transform = MAEConfig(decoder="cross", predict_ratio=0.25).build_transform(
-            (32, 32), (8, 8), (0.5,) * 3, (0.5,) * 3
-        )
+        transform = MAEConfig(decoder="cross", predict_ratio=0.25).build_transform(spec(32))
         rng = np.random.default_rng(0)
         samples = [transform(torch.randint(0, 255, (3, 40, 50), dtype=torch.uint8), rng) for _ in range(3)]
         return transform.on_device(
@@ -231,9 +230,7 @@ class TestCrossDecoder:
     def test_the_transform_draws_the_same_crop_and_mask_with_either_decoder(self) -> None:
         image = torch.randint(0, 255, (3, 40, 50), dtype=torch.uint8)
         samples = [
-            MAEConfig(**settings).build_transform((32, 32), (8, 8), (0.5,) * 3, (0.5,) * 3)(
-                image, np.random.default_rng(3)
-            )
+            MAEConfig(**settings).build_transform(spec(32))(image, np.random.default_rng(3))
             for settings in ({}, {"decoder": "cross", "predict_ratio": 0.5})
         ]
         for name in ("images", "flip", "keep"):

@@ -1,6 +1,7 @@
 """Multi-crop augmentation (SwAV, DINO): crops in uint8 in the workers, everything else on the device."""
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +23,7 @@ from ssl_vit.data.augment.device import (
     to_unit,
 )
 from ssl_vit.data.config import clamp_rounding
+from ssl_vit.data.transform import InputSpec
 
 # Probability of blur for the first global crop, the second, and local crops. DINOv2's released code hands on 1 - p
 # where p is meant (dinov2 pull request 342), and its released models were trained so.
@@ -89,35 +91,29 @@ class MultiCropConfig(OrientationConfig):
         size = self.local_crop_size
         return (size, size) if isinstance(size, int) else size
 
-    def build_transform(
-        self,
-        image_size: tuple[int, int],
-        patch_size: tuple[int, int],
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-    ) -> "MultiCropTransform":
-        """Crops of `image_size` (global) and `local_crop_size` pixels, normalised by `mean` and `std` per channel.
+    def build_transform(self, spec: InputSpec) -> "MultiCropTransform":
+        """Global crops as `spec` says, and local crops of `local_crop_size` pixels.
 
         Raises:
-            ValueError: the patch size does not divide the local crops.
+            ValueError: the stride does not divide the local crops, or these are larger than the global ones.
         """
-        for axis, size, patch in zip(("height", "width"), self.local_size, patch_size, strict=True):
+        for axis, size, patch in zip(("height", "width"), self.local_size, spec.stride, strict=True):
             if self.num_local_crops and (size < patch or size % patch):
                 below, above = max(size // patch, 1) * patch, (size // patch + 1) * patch
                 raise ValueError(
                     f"local_crop_size={self.local_crop_size!r}: the {axis} {size} is not divisible by the patch size "
                     f"{patch}; the nearest that are: {below} and {above}"
                 )
-        if self.num_local_crops and (self.local_size[0] > image_size[0] or self.local_size[1] > image_size[1]):
+        if self.num_local_crops and any(map(operator.gt, self.local_size, spec.image_size)):
             sizes = [
                 max(1, round(size * 96 / 224 / patch)) * patch
-                for size, patch in zip(image_size, patch_size, strict=True)
+                for size, patch in zip(spec.image_size, spec.stride, strict=True)
             ]
             raise ValueError(
-                f"local_crop_size={self.local_crop_size!r}: larger than the global crops, {image_size}; "
+                f"local_crop_size={self.local_crop_size!r}: larger than the global crops, {spec.image_size}; "
                 f"{sizes} would be in the papers' proportion"
             )
-        return MultiCropTransform(self, image_size, mean, std)
+        return MultiCropTransform(self, spec)
 
 
 class MultiCropTransform:
@@ -126,18 +122,12 @@ class MultiCropTransform:
     On the device the views are flipped, jittered, made grey, blurred, solarised and normalised, in this order.
     """
 
-    def __init__(
-        self,
-        config: MultiCropConfig,
-        image_size: tuple[int, int],
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-    ) -> None:
-        self.config, self.image_size, self.mean, self.std = config, image_size, mean, std
+    def __init__(self, config: MultiCropConfig, spec: InputSpec) -> None:
+        self.config, self.spec = config, spec
 
     def __call__(self, image: UInt8[Tensor, "c h w"], rng: np.random.Generator) -> dict[str, Tensor]:
         config = self.config
-        crops = [random_view(image, self.image_size, rng, config.global_crop_scale, config) for _ in range(2)]
+        crops = [random_view(image, self.spec.image_size, rng, config.global_crop_scale, config) for _ in range(2)]
         sample = {"global_crops": torch.stack(crops), "global_looks": self._draw_looks((0, 1), rng)}
         if config.num_local_crops:
             crops = [
@@ -197,4 +187,4 @@ class MultiCropTransform:
         else:
             images = gaussian_blur(images, look[:, _SIGMA], radius=math.ceil(3 * self.config.blur_sigma[1]))
         images = solarize(images, look[:, _SOLARIZE].bool())
-        return normalize(images, self.mean, self.std)
+        return normalize(images, *self.spec.normalization)

@@ -20,6 +20,7 @@ from torchvision.transforms.v2 import functional as TF
 from ssl_vit.data.augment.crops import OrientationConfig, random_view
 from ssl_vit.data.augment.device import flip_horizontally, normalize
 from ssl_vit.data.config import clamp_rounding
+from ssl_vit.data.transform import InputSpec
 
 
 @dataclass(frozen=True)
@@ -68,20 +69,19 @@ class SupervisedTransform:
         self,
         config: AugmentConfig,
         num_classes: int,
-        image_size: tuple[int, int],
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        spec: InputSpec,
     ) -> None:
-        self.config, self.num_classes, self.image_size, self.mean, self.std = config, num_classes, image_size, mean, std
+        self.config, self.num_classes, self.spec = config, num_classes, spec
         self.augment = None
         if config.rand_augment is not None:
+            mean = spec.normalization.mean
             if len(mean) != 3:
                 raise ValueError(f"rand_augment={config.rand_augment!r}: needs 3 channels, not {len(mean)}; set null")
             fill = tuple(min(255, round(255 * value)) for value in mean)
             self.augment = rand_augment_transform(
                 config.rand_augment,
                 {
-                    "translate_const": int(min(image_size) * 0.45),
+                    "translate_const": int(min(spec.image_size) * 0.45),
                     "img_mean": fill,
                     "interpolation": Image.Resampling.BICUBIC,  # else bilinear or bicubic, at random
                 },
@@ -91,7 +91,7 @@ class SupervisedTransform:
                     operation.level_fn = partial(_keep_a_bit, operation.level_fn)
 
     def __call__(self, image: UInt8[Tensor, "c h w"], rng: np.random.Generator) -> dict[str, Tensor]:
-        crop = random_view(image, self.image_size, rng, self.config.crop_scale, self.config)
+        crop = random_view(image, self.spec.image_size, rng, self.config.crop_scale, self.config)
         flip = torch.tensor(rng.random() < self.config.flip_prob)
         # A seed for each: whether one image is erased must not follow from how it was augmented, nor what is mixed.
         augment_seed, erase_seed, mix_seed = rng.integers(2**31, size=3).tolist()
@@ -104,7 +104,7 @@ class SupervisedTransform:
     def on_device(self, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         config = self.config
         images = flip_horizontally(batch["images"].to(device, non_blocking=True), batch["flip"])
-        images = normalize(images, self.mean, self.std)
+        images = normalize(images, *self.spec.normalization)
         if config.random_erasing:
             erase = RandomErasing(config.random_erasing, mode="pixel", device=str(device))
             for image, seed in zip(images, batch["erase_seed"].tolist(), strict=True):

@@ -4,13 +4,14 @@ import torch
 
 from ssl_vit.data.augment import multicrop
 from ssl_vit.data.augment.multicrop import MultiCropConfig, MultiCropTransform
+from tests.specs import grey, spec
 
-MEAN, STD = (0.5,) * 3, (0.25,) * 3
+NORMALIZATION = grey(std=0.25)
 CPU = torch.device("cpu")
 
 
 def build(**settings) -> MultiCropTransform:
-    return MultiCropConfig(local_crop_size=16, **settings).build_transform((32, 48), (8, 8), MEAN, STD)
+    return MultiCropConfig(local_crop_size=16, **settings).build_transform(spec(32, 48, normalization=NORMALIZATION))
 
 
 def draw(transform: MultiCropTransform, seed: int, channels: int = 3) -> dict[str, torch.Tensor]:
@@ -104,9 +105,7 @@ def test_each_view_is_turned_by_itself() -> None:
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 12])
 def test_any_number_of_channels(channels: int) -> None:
-    transform = MultiCropConfig(local_crop_size=16).build_transform(
-        (32, 32), (8, 8), (0.5,) * channels, (1,) * channels
-    )
+    transform = MultiCropConfig(local_crop_size=16).build_transform(spec(32, normalization=grey(channels, std=1.0)))
     sample = draw(transform, 3, channels)
     batch = transform.on_device({name: value[None] for name, value in sample.items()}, CPU)
     assert batch["global_crops"].shape == (1, 2, channels, 32, 32)

@@ -10,6 +10,8 @@ from timm.data.transforms_factory import create_transform
 from torchvision.transforms.v2 import functional as TF
 
 from ssl_vit.data.augment.supervised import AugmentConfig, SupervisedTransform, _seeded
+from ssl_vit.data.transform import Normalization
+from tests.specs import grey, spec
 
 PLAIN = {"rand_augment": None, "random_erasing": 0.0, "mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0}
 
@@ -23,7 +25,7 @@ def batch_of(transform: SupervisedTransform, seeds: list[int], channels: int = 3
 
 
 def build(**changes) -> SupervisedTransform:
-    return SupervisedTransform(AugmentConfig(**(PLAIN | changes)), 3, (32, 24), (0.5,) * 3, (0.5,) * 3)
+    return SupervisedTransform(AugmentConfig(**(PLAIN | changes)), 3, spec(32, 24))
 
 
 class TestDrawsAreIndependent:
@@ -36,7 +38,7 @@ class TestDrawsAreIndependent:
     def drawn(cls) -> np.ndarray:
         """For each sample: operations of RandAugment, whether it is erased, whether the batch is cut (not mixed)."""
         config = AugmentConfig(rand_augment="rand-m9-mstd0.5-inc1", random_erasing=0.25, mixup=0.8, cutmix=1.0)
-        transform = SupervisedTransform(config, 3, (16, 16), (0.5,) * 3, (0.5,) * 3)
+        transform = SupervisedTransform(config, 3, spec(16))
         image, applied = torch.randint(0, 256, (3, 20, 20), dtype=torch.uint8), []
         for operation in transform.augment.ops:
             operation.aug_fn = lambda image, *_, **__: applied.append(1) or image
@@ -91,7 +93,9 @@ class TestRandAugmentIsTimms:
             mean=cls.MEAN,
             std=cls.STD,
         )
-        ours = SupervisedTransform(AugmentConfig(rand_augment=cls.NAME), 10, (224, 224), cls.MEAN, cls.STD)
+        ours = SupervisedTransform(
+            AugmentConfig(rand_augment=cls.NAME), 10, spec(224, normalization=Normalization(cls.MEAN, cls.STD))
+        )
         [augment] = [item for item in theirs.transforms if isinstance(item, RandAugment)]
         return ours.augment, augment
 
@@ -225,4 +229,4 @@ def test_settings_out_of_range_are_refused(setting: str, value) -> None:
 
 def test_rand_augment_wants_three_channels() -> None:
     with pytest.raises(ValueError, match=r"rand_augment='rand-m9-mstd0\.5-inc1': needs 3 channels, not 1"):
-        SupervisedTransform(AugmentConfig(), 3, (32, 32), (0.5,), (0.5,))
+        SupervisedTransform(AugmentConfig(), 3, spec(32, normalization=grey(1)))
