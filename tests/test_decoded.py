@@ -30,7 +30,7 @@ def photos(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "whole"
     text = finish([sys.executable, *command(photos, run, "--data.cache=ram", SIDE, "--encoder.drop_path_rate=0")])
-    assert "cache      40 pictures, 2 of them bad" in text
+    assert "cache      40 images, 2 of them bad" in text
     return run
 
 

@@ -56,7 +56,8 @@ class DataConfig:
     num_workers: int | Literal["auto"] = "auto"
     """Loader processes of each training process; auto = chosen from the machine."""
     cache: Literal["none", "ram", "disk"] = "none"
-    """Decode each picture once, before the first step, and keep it small: in memory for the run, or on disk."""
+    """Decode each image once, before the first step, and keep it small: in a temporary file that the system keeps in
+    memory, for the run alone (ram), or in `cache_dir` (disk)."""
     cache_side: int | Literal["auto"] = "auto"
     """Most pixels of a kept picture's shorter side. auto: 8/7 of the encoder's, 256 for 224."""
     cache_dir: str | None = None

@@ -3,9 +3,12 @@
 import json
 import multiprocessing
 import os
+import pickle
+import resource
 import shutil
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +30,7 @@ SIDE = 24
 
 
 @pytest.fixture
-def photos(photo_folder: Path, tmp_path: Path) -> Path:
+def photos(photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Pictures of several shapes, kinds and sizes, smaller ones than the side too, and two that are bad."""
     folder = tmp_path / "photos"
     shutil.copytree(photo_folder / "disc", folder)
@@ -37,6 +40,8 @@ def photos(photo_folder: Path, tmp_path: Path) -> Path:
         Image.fromarray(pixels).convert(mode).save(folder / f"odd{number}.png")
     for name in ("half a jpeg", "html page"):
         (folder / f"bad {name}.jpg").write_bytes(broken_files()[name].data)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     return folder
 
 
@@ -53,6 +58,10 @@ def opened(photos: Path, cache: str = "disk", side: int = SIDE, num_channels: in
 
 def entries(photos: Path) -> list[Path]:
     return [path for path in (photos.parent / "cache").iterdir() if path.suffix != ".lock"]
+
+
+def temporary_folder(photos: Path) -> Path:
+    return photos.parent / "tmp" / f"ssl_vit-{os.getuid()}"
 
 
 @pytest.mark.parametrize("cache", ["ram", "disk"])
@@ -100,7 +109,7 @@ def test_what_is_on_disk_is_decoded_once_and_again_after_a_change(
     photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     opened(photos)
-    assert "26 pictures, 2 of them bad" in capsys.readouterr().out
+    assert "26 images, 2 of them bad" in capsys.readouterr().out
     (done,) = entries(photos)
 
     def builds(side: int = SIDE, num_channels: int = 3) -> bool:
@@ -139,7 +148,7 @@ def test_a_source_of_bad_pictures_alone_is_kept_too(tmp_path: Path) -> None:
         opened(tmp_path / "photos").image(0, 3)
 
 
-def _build(photos: Path, seconds: float, sums: "multiprocessing.Queue[int]") -> None:
+def _build(photos: Path, seconds: float, cache: str, sums: "multiprocessing.Queue[int]") -> None:
     """Decode slowly, as a run of its own."""
     own = sources.decode
 
@@ -147,14 +156,14 @@ def _build(photos: Path, seconds: float, sums: "multiprocessing.Queue[int]") -> 
         time.sleep(seconds)
         return own(data, *args)
 
-    sources.decode = slow
-    sums.put(int(opened(photos).image(7, 3).sum()))
+    sources.decode, decoded._SAMPLE = slow, 1
+    sums.put(int(opened(photos, cache).image(7, 3).sum()))
 
 
-def start(photos: Path, seconds: float) -> "tuple[Any, multiprocessing.Queue[int]]":
+def start(photos: Path, seconds: float, cache: str = "disk") -> "tuple[Any, multiprocessing.Queue[int]]":
     context = multiprocessing.get_context("fork")
     sums = context.Queue()
-    process = context.Process(target=_build, args=(photos, seconds, sums))
+    process = context.Process(target=_build, args=(photos, seconds, cache, sums))
     process.start()
     return process, sums
 
@@ -184,20 +193,23 @@ def test_of_two_runs_at_once_one_decodes_and_the_other_waits(photos: Path, capfd
     for process, _ in both:
         process.join()
     text = capfd.readouterr().out
-    assert text.count("decoded in") == text.count("another run decodes these pictures; waiting for") == 1
+    assert text.count("decoded in") == text.count("another run decodes these images; waiting for") == 1
     assert len(entries(photos)) == 1
 
 
 def test_too_little_space_is_refused_before_anything_is_decoded(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoded, "_decode_all", lambda *_: pytest.fail("decoded"))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
-    expected = r"^data.cache_dir='.*cache': 26 decoded pictures need about 0.00 GiB and 0.00 GiB are free; name another"
+    free = {"disk": 10_000, "memory": 10**9}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free["disk"]))
+    monkeypatch.setattr(decoded.psutil, "virtual_memory", lambda: SimpleNamespace(available=free["memory"]))
+    expected = r"^data.cache_dir='.*cache': 26 decoded images need about 0.00 GiB and 0.00 GiB are free; name another"
     with pytest.raises(ValueError, match=expected):
         opened(photos)
     assert entries(photos) == []
-    monkeypatch.setattr(decoded.psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000))
-    with pytest.raises(ValueError, match=r"^data.cache='ram': 26 decoded pictures need about .* free; take disk"):
-        opened(photos, "ram")
+    for disk, memory in ((10_000, 10**9), (10**9, 10_000)):
+        free.update(disk=disk, memory=memory)
+        with pytest.raises(ValueError, match=r"^data.cache='ram': 26 decoded images need about .* free; take disk"):
+            opened(photos, "ram")
 
 
 def test_the_space_that_is_needed_is_that_which_is_taken(photos: Path) -> None:
@@ -206,53 +218,70 @@ def test_the_space_that_is_needed_is_that_which_is_taken(photos: Path) -> None:
     assert decoded._estimate(source, 3, SIDE) == pytest.approx(taken, rel=0.05)
 
 
-def test_a_disk_that_fills_up_ends_in_one_line(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> int:
-        raise OSError(28, "No space left on device")
+@pytest.fixture
+def _full_disk(photos: Path) -> Iterator[None]:
+    """From now on no file may grow beyond 8 kB, in this process and its workers."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(ValueError, match=r"^data.cache_dir='.*': cannot be used: .*No space left on device") as raised:
+
+@pytest.mark.usefixtures("_full_disk")
+def test_a_disk_that_fills_up_ends_in_one_line(photos: Path) -> None:
+    with pytest.raises(ValueError, match=r"^data.cache_dir='.*': cannot be used: .*File too large") as raised:
         opened(photos)
     assert len(str(raised.value).splitlines()) == 1
     assert entries(photos) == []
-    with pytest.raises(ValueError, match=r"^data.cache='ram': .*No space left on device; take disk$"):
+    with pytest.raises(ValueError, match=r"^data.cache='ram': .*File too large; take disk, or set TMPDIR to another"):
         opened(photos, "ram")
+    assert list(temporary_folder(photos).iterdir()) == []
     (photos.parent / "file").touch()
     config = DataConfig(source=str(photos), cache="disk", cache_side=SIDE, cache_dir=str(photos.parent / "file"))
     with pytest.raises(ValueError, match=r"^data.cache_dir='.*file': cannot be used: "):
         open_decoded(open_source(config), config, 3)
 
 
-def _sum(source: DecodedSource, queue: "multiprocessing.Queue[int]") -> None:
-    queue.put(int(source.image(7, 3).sum()))
-
-
-def test_a_spawned_process_is_handed_the_files_and_no_copy(photos: Path) -> None:
-    source = opened(photos)
-    shutil.rmtree(entries(photos)[0])  # it has been opened
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_sum, args=(source, queue))
-    process.start()
-    found = queue.get(timeout=60)
-    process.join()
-    assert found == int(source.image(7, 3).sum()) > 0
-
-
-def test_what_is_decoded_into_memory_has_no_name(photos: Path) -> None:
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_temporary_files_last_as_long_as_they_are_needed(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    at_exit: list[Callable[[], None]] = []
+    monkeypatch.setattr(decoded.multiprocessing, "get_start_method", lambda: method)
+    monkeypatch.setattr(decoded.atexit, "register", at_exit.append)
     source = opened(photos, "ram")
+    (folder,) = temporary_folder(photos).parent.iterdir()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    if method == "spawn":  # a worker is sent no pixels, and opens the files by their names
+        sent = pickle.dumps(source)
+        assert len(sent) < len(pickle.dumps(open_source(settings(photos)))) + 1000
+        assert torch.equal(pickle.loads(sent).image(7, 3), source.image(7, 3))
+        at_exit.pop()()
+    assert at_exit == list(folder.iterdir()) == []
     assert source.decoded.table.shape == (26, 3)
-    files = [str(Path(f"/proc/self/fd/{file.number}").readlink()) for file in source.decoded._files]
-    assert all(name.endswith(" (deleted)") for name in files)
+    assert source.image(7, 3).sum() > 0
 
 
-def test_a_container_has_less_memory_than_its_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = {"memory.max": "1000000\n", "memory.stat": "anon 300000\nfile 500000\nshmem 100000\n"}
-    read = Path.read_text
-    monkeypatch.setattr(Path, "read_text", lambda path: texts.get(path.name) or read(path))
-    assert decoded.free_memory() == 600_000
-    texts["memory.max"] = "max\n"
-    assert decoded.free_memory() > 1_000_000
+def test_the_next_start_removes_temporary_files_of_a_killed_one(photos: Path) -> None:
+    process, _ = start(photos, 0.3, "ram")
+    folder = temporary_folder(photos)
+    while not list(folder.glob("unfinished-*/pixels.bin")):
+        assert process.is_alive()
+        time.sleep(0.02)
+    opened(photos, "ram")  # leaves the other one's alone
+    assert len(list(folder.iterdir())) == 2
+    process.kill()
+    process.join()
+    assert len(list(folder.iterdir())) == 2
+    opened(photos, "ram")
+    assert list(folder.iterdir()) == []
+
+
+def test_temporary_files_are_not_put_into_a_folder_of_somebody_else(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    temporary_folder(photos).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"^data.cache='ram': .* is another user's; take disk, or set TMPDIR to"):
+        opened(photos, "ram")
 
 
 def test_the_folder_is_beside_other_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
