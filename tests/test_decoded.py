@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from scripts.pretrain_mae import DEFAULTS
-from ssl_vit.runs.folder import check_run_folder, write_config
-from ssl_vit.training.config import RunConfig, as_plain, parse_run
+from ssl_vit.core.settings import as_plain
+from ssl_vit.training.config import RunConfig, parse_run, write_config
+from ssl_vit.training.continuing import check_run_folder
 from tests.test_resume import STEPS, command, finish, kill_at, losses, same, weights
 
 BAD = ("disc/07.png", "square/19.png")

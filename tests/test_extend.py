@@ -9,10 +9,10 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 
-from ssl_vit.core.distributed import StopSignal
 from ssl_vit.core.schedules import progress_at
 from ssl_vit.training.config import parse_run
 from ssl_vit.training.loop import set_up, train
+from ssl_vit.training.signals import StopSignal
 from tests.conftest import OBJECTIVES, last_weights, losses
 from tests.data.shards import write_parquet
 

@@ -27,12 +27,13 @@ from ssl_vit.runs.checkpoint import (
     remove_unfinished,
     save_checkpoint,
 )
-from ssl_vit.runs.folder import check_run_folder, is_finished, open_run_folder, write_results
+from ssl_vit.runs.folder import is_finished, write_results
 from ssl_vit.runs.heartbeat import beat
 from ssl_vit.runs.lock import lock_folder
 from ssl_vit.runs.record import read_run
 from ssl_vit.runs.trained import open_trained
 from ssl_vit.training.config import write_config
+from ssl_vit.training.continuing import check_run_folder, open_run_folder
 from ssl_vit.training.observe import tracking
 from ssl_vit.training.observe.metrics import last_value
 from ssl_vit.visualize.film import list_frames, write_film

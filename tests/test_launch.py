@@ -12,7 +12,7 @@ import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
-from ssl_vit.core.distributed import EXIT_STOPPED, OUT_OF_TIME
+from ssl_vit.training.signals import EXIT_STOPPED, OUT_OF_TIME
 from tests.conftest import ROOT
 
 LAUNCHES = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))

@@ -10,13 +10,14 @@ import pytest
 import torch
 import yaml
 
+from ssl_vit.core.settings import as_plain
 from ssl_vit.core.text import code
 from ssl_vit.data.config import DataConfig
 from ssl_vit.export.targets import proof_images
 from ssl_vit.objectives.mae import MAEConfig
-from ssl_vit.runs.folder import check_run_folder
 from ssl_vit.runs.trained import open_trained
-from ssl_vit.training.config import BatchConfig, RunConfig, as_plain
+from ssl_vit.training.config import BatchConfig, RunConfig
+from ssl_vit.training.continuing import check_run_folder
 from ssl_vit.training.optim import OptimConfig
 from tests.data.shards import write_parquet, write_tars
 from tests.test_resume import command, finish, kill_at, losses, same, weights

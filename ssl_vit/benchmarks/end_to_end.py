@@ -15,11 +15,12 @@ import torch
 
 from ssl_vit.benchmarks.rounds import alternate, machine
 from ssl_vit.benchmarks.step import prepare_step
+from ssl_vit.core.settings import as_plain
 from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.evaluation.evaluate import EvaluationConfig
 from ssl_vit.runs.checkpoint import CheckpointConfig
 from ssl_vit.runs.folder import METRICS_FILE
-from ssl_vit.training.config import RunConfig, as_plain
+from ssl_vit.training.config import RunConfig
 from ssl_vit.training.loop import train
 from ssl_vit.training.setup import set_up
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 import torchvision
 
-from ssl_vit.core.distributed import cpu_name
+from ssl_vit.core.machine import cpu_name
 
 Name = TypeVar("Name")
 

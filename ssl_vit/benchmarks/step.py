@@ -15,13 +15,14 @@ from ssl_vit.benchmarks.memory import peak_of
 from ssl_vit.benchmarks.peers import PEERS, kind_of
 from ssl_vit.benchmarks.peers import Step as PeerStep
 from ssl_vit.benchmarks.rounds import alternate, machine, ratios
-from ssl_vit.core.distributed import autocast_dtype, resolve_precision
+from ssl_vit.core.machine import autocast_dtype, resolve_precision
+from ssl_vit.core.settings import as_plain
 from ssl_vit.data.augment.masking import num_kept
 from ssl_vit.models.vit import choose_attention, pair, set_fused_attention
 from ssl_vit.objectives.dino import DINOConfig
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.objectives.objective import Objective
-from ssl_vit.training.config import RunConfig, as_plain
+from ssl_vit.training.config import RunConfig
 from ssl_vit.training.device.compile import LEAST_STEPS, compile_blocks, resolve_compile
 from ssl_vit.training.device.cuda_graphs import BlockGraphs, resolve_cuda_graphs
 from ssl_vit.training.faults import step_if_finite

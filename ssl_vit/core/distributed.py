@@ -1,21 +1,15 @@
-"""What depends on where a run runs: precision, threads, agreement between processes, signals."""
+"""The processes of a run: how they find each other, what they agree on, and what they add up."""
 
 import argparse
-import math
 import os
-import platform
 import re
-import signal
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar, cast
 
-import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
@@ -24,34 +18,11 @@ from accelerate import InitProcessGroupKwargs, PartialState
 from jaxtyping import Num
 from torch import Tensor
 
+from ssl_vit.core.machine import use_all_cpus
 from ssl_vit.core.watch import MAX_WAIT, Watch
-from ssl_vit.data.workers import num_cpus, num_local_processes
 
-# Windows has no SIGUSR1.
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-OUT_OF_TIME = 100  # stands beside the signals, and above all of them
-# 128 + signal is the shell's convention, and 75 is sysexits.h's "try again".
-EXIT_STOPPED: dict[int, int] = {**{number: 128 + number for number in SIGNALS}, OUT_OF_TIME: 75}
-EXIT_COLLAPSED = 3
 T = TypeVar("T")
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(minutes=MAX_WAIT))
-
-
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """Turn `auto` into bf16 where the device computes it in hardware, and into no (fp32) elsewhere.
-
-    Raises:
-        ValueError: fp16 on a device other than CUDA, where gradients cannot be scaled.
-    """
-    if precision == "fp16" and device.type != "cuda":
-        raise ValueError(f"precision='fp16': needs a CUDA device, this is {device.type}; use auto, bf16 or no")
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    # Emulated bf16 is hundreds of times slower than fp32.
-    has_bf16 = device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-    return "bf16" if has_bf16 else "no"
 
 
 _watch: Watch | None = None
@@ -100,36 +71,6 @@ def when_others_hang(work: Callable[[], None]) -> None:
         _watch.at_end = work
 
 
-def autocast_dtype(precision: str) -> torch.dtype | None:
-    """What a resolved precision has the encoder computed in; None = as it is."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-
-
-def device_name(device: torch.device) -> str:
-    """The product name of a GPU, or of the processor."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({cpu_name()})" if device.type == "cpu" else device.type
-
-
-def cpu_name() -> str:
-    """The product name of the processor, as far as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def use_all_cpus(device: torch.device) -> None:
-    """Give a process that trains on the CPU its share of the CPUs.
-
-    `accelerate launch` and `torchrun` set OMP_NUM_THREADS=1 on their own; any larger number was asked for and stays.
-    """
-    if device.type == "cpu" and int(os.environ.get("OMP_NUM_THREADS", "1")) <= 1:
-        torch.set_num_threads(max(1, num_cpus() // num_local_processes()))
-
-
 def check_num_processes(num_processes: int) -> None:
     """Find processes that do not know of each other, and say so where fewer run than were asked for.
 
@@ -164,12 +105,6 @@ def _asked_processes(command: list[str]) -> int:
     return given.num_processes or 1
 
 
-def seed_step(seed: int, step: int, micro: int, process_index: int) -> None:
-    """Seed what is drawn on the device (drop path), the one place where the process count may show."""
-    # The last word keeps it apart from what is drawn of data, as in `sample_rng`.
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, micro, process_index, 4)).generate_state(1)[0]))
-
-
 _alone = False
 
 
@@ -192,6 +127,12 @@ def world_size() -> int:
 def process_index() -> int:
     """Number of this process among all, 0 for the main one."""
     return dist.get_rank() if dist.is_initialized() and not _alone else 0
+
+
+def note_progress() -> None:
+    """Let the other processes know that this one got something done, and so waits for nobody."""
+    if _watch is not None:
+        _watch.progress += 1
 
 
 def lost_process(error: RuntimeError) -> bool:
@@ -260,54 +201,3 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return sum_over_processes(grad.contiguous()).chunk(world_size())[dist.get_rank()]
-
-
-class StopSignal:
-    """Notes Ctrl-C, SIGTERM and SIGUSR1, so that the loop can save before it ends; a second Ctrl-C ends at once.
-
-    All processes agree on the step to stop at. They ask each other over gloo, which works on the host and never
-    waits for the accelerator.
-
-    Args:
-        deadline: when to stop without any signal, in `time.monotonic` seconds.
-    """
-
-    def __init__(self, deadline: float = math.inf) -> None:
-        self.received, self._deadline = 0, deadline
-        self._group: Any = None
-        if world_size() > 1:
-            self._group = dist.new_group(backend="gloo")
-        # Started by `accelerate launch`, which forwards no signals: its death is the signal.
-        self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
-
-    @contextmanager
-    def listening(self) -> Iterator["StopSignal"]:
-        """Catch the signals inside this block."""
-        before = {number: signal.signal(number, self._note) for number in SIGNALS}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def agreed(self) -> int:
-        """The signal that any process received, 0 for none; call once a step on every process.
-
-        OUT_OF_TIME where the deadline has passed.
-        """
-        if time.monotonic() > self._deadline:
-            self.received = self.received or OUT_OF_TIME
-        if self._launcher is not None and os.getppid() != self._launcher:
-            self.received = self.received or signal.SIGTERM
-        if _watch is not None:
-            _watch.progress += 1
-        if self._group is None:
-            return self.received
-        flag = torch.tensor(self.received)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
-        return int(flag)

@@ -1,5 +1,6 @@
 """Flags and YAML files of settings: checked before they are parsed, and errors of the parser in one line."""
 
+import dataclasses
 import difflib
 import math
 import re
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ssl_vit.core.paths import path_to_text
 from ssl_vit.core.reading import read_yaml
 
 
@@ -173,3 +175,28 @@ def as_flags(text: str, keys: Mapping[str, Any]) -> str:
     text = re.sub(r"(?:--|(?<![\w./-]))(?:data|evaluation)\.(\w+)", flag, " ".join(text.split()))
     text = re.sub(r"^([\w.]+)(?==)", flag, text)
     return f"{text} (not here: streams are for training)" if "data.streaming" in text else text
+
+
+def as_plain(config: Any) -> dict[str, Any]:
+    """A config as dicts, lists and scalars, names that are no UTF-8 in the form that `as_path` reads."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {plain(key): plain(entry) for key, entry in value.items()}
+        if isinstance(value, str):
+            return path_to_text(value)
+        return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ between two plain configs, with both values."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in [*before, *(key for key in after if key not in before)]:
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found |= differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found[f"{prefix}{key}"] = (old, new)
+    return found

@@ -17,19 +17,14 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ssl_vit.core.machine import num_cpus
 from ssl_vit.core.reading import entry, read_json
 from ssl_vit.core.writing import replace_json
 from ssl_vit.data.config import DataConfig, setting_error
 from ssl_vit.data.decoded import cache_folder
 from ssl_vit.data.sources.fingerprint import fingerprint
 from ssl_vit.data.sources.source import Source
-from ssl_vit.data.workers import (
-    CurrentRows,
-    leave_signals_to_the_main_process,
-    naming_killed_workers,
-    num_cpus,
-    shut_down,
-)
+from ssl_vit.data.workers import CurrentRows, leave_signals_to_the_main_process, naming_killed_workers, shut_down
 
 try:
     import imagehash

@@ -31,6 +31,7 @@ from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from ssl_vit.core.distributed import process_index
+from ssl_vit.core.machine import num_cpus
 from ssl_vit.core.manifest import hash_file
 from ssl_vit.core.paths import as_path
 from ssl_vit.core.reading import open_regular, read_json
@@ -38,13 +39,7 @@ from ssl_vit.core.writing import UNFINISHED, flush, fresh_folder, replace_json
 from ssl_vit.data.outputs import mark
 from ssl_vit.data.sources.fingerprint import fingerprint
 from ssl_vit.data.sources.source import DataConfig, Source
-from ssl_vit.data.workers import (
-    CurrentRows,
-    leave_signals_to_the_main_process,
-    naming_killed_workers,
-    num_cpus,
-    shut_down,
-)
+from ssl_vit.data.workers import CurrentRows, leave_signals_to_the_main_process, naming_killed_workers, shut_down
 
 _FORMAT = 2  # raised when images are kept otherwise
 _PIXELS, _TABLE, _ABOUT = "pixels.bin", "table.npy", "about.json"

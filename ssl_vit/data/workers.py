@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch.utils.data import get_worker_info
 
+from ssl_vit.core.machine import num_cpus, num_local_processes
+
 
 def check_num_workers(num_workers: int | str) -> int | Literal["auto"]:
     """A number of loader processes as settings give it; -1, the older way of writing `auto`, becomes that.
@@ -37,16 +39,6 @@ def choose_num_workers(num_workers: int | Literal["auto"], device: torch.device)
     if device.type == "cpu":
         return 0
     return max(1, min(16, num_cpus() // num_local_processes() - 1))
-
-
-def num_local_processes() -> int:
-    """Training processes on this machine, as the launcher says."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def num_cpus() -> int:
-    """CPUs that this process may use, which in a container are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:

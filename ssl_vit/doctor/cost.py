@@ -13,11 +13,11 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from ssl_vit.benchmarks.step import Step, prepare_step
-from ssl_vit.core.distributed import resolve_precision
+from ssl_vit.core.machine import num_cpus, resolve_precision
 from ssl_vit.core.settings import section
 from ssl_vit.data.sources.source import Source
 from ssl_vit.data.transform import Transform
-from ssl_vit.data.workers import choose_num_workers, num_cpus
+from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.models.vit import choose_attention
 from ssl_vit.objectives.objective import Objective
 from ssl_vit.training.config import RunConfig

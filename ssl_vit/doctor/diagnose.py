@@ -10,10 +10,9 @@ import numpy as np
 import psutil
 import torch
 
-from ssl_vit.core.distributed import use_all_cpus
+from ssl_vit.core.machine import num_cpus, use_all_cpus
 from ssl_vit.data.decode.formats import Contents
 from ssl_vit.data.sources.source import Source
-from ssl_vit.data.workers import num_cpus
 from ssl_vit.doctor.cost import build_on_meta, measure_crops, measure_step, model_memory, pace
 from ssl_vit.doctor.findings import (
     channels_to_read,

@@ -11,8 +11,9 @@ import torch
 from accelerate import PartialState
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from ssl_vit.core.distributed import autocast_dtype, end_processes, process_index, resolve_precision, start_processes
+from ssl_vit.core.distributed import end_processes, process_index, start_processes
 from ssl_vit.core.front import stoppable
+from ssl_vit.core.machine import autocast_dtype, resolve_precision
 from ssl_vit.core.settings import as_flags, in_one_line, said_of, section
 from ssl_vit.core.text import plain
 from ssl_vit.core.writing import FAULTS, replace_text, tell_error

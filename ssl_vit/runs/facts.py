@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ssl_vit.core.distributed import device_name
+from ssl_vit.core.machine import device_name
 from ssl_vit.data.sources.source import Source
 from ssl_vit.data.sources.stream import Stream
 from ssl_vit.objectives.objective import Objective

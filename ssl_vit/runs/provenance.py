@@ -18,16 +18,15 @@ import psutil
 import torch
 
 import ssl_vit
-from ssl_vit.core.distributed import cpu_name
+from ssl_vit.core.machine import cpu_name, num_cpus
 from ssl_vit.core.privacy import without_secrets
 from ssl_vit.core.reading import entry, read_json
+from ssl_vit.core.settings import differences
 from ssl_vit.core.text import plain
 from ssl_vit.core.writing import free_space, replace_json
 from ssl_vit.data.sources.source import Source
 from ssl_vit.data.sources.stored import locate
 from ssl_vit.data.sources.stream import Stream
-from ssl_vit.data.workers import num_cpus
-from ssl_vit.training.config import differences
 
 PROVENANCE_FILE = "provenance.json"
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "numpy", "pillow", "safetensors", "jsonargparse")

@@ -14,11 +14,10 @@ import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-from ssl_vit.core.paths import path_to_text
 from ssl_vit.core.reading import MAX_YAML, read_bytes, read_yaml
 from ssl_vit.core.schedules import progress_at
 from ssl_vit.core.setting_paths import PATHS, absolute
-from ssl_vit.core.settings import check_file, in_one_line, section, split_config_files
+from ssl_vit.core.settings import as_plain, check_file, in_one_line, section, split_config_files
 from ssl_vit.core.watch import MAX_WAIT
 from ssl_vit.core.writing import replace_text
 from ssl_vit.data.sources.source import DataConfig
@@ -317,37 +316,12 @@ def write_config(config: RunConfig, path: Path) -> None:
     replace_text(path, text)
 
 
-def as_plain(config: Any) -> dict[str, Any]:
-    """A config as dicts, lists and scalars, names that are no UTF-8 in the form that `as_path` reads."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {plain(key): plain(entry) for key, entry in value.items()}
-        if isinstance(value, str):
-            return path_to_text(value)
-        return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value
-
-    return plain(dataclasses.asdict(config))
-
-
 def as_stored(config: RunConfig) -> dict[str, Any]:
     """`as_plain` with absolute paths, which mean the same from whatever folder."""
     values = as_plain(config)
     for section_name, name in PATHS:
         values[section_name][name] = absolute(values[section_name][name])
     return values
-
-
-def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ between two plain configs, with both values."""
-    found: dict[str, tuple[Any, Any]] = {}
-    for key in [*before, *(key for key in after if key not in before)]:
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found |= differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            found[f"{prefix}{key}"] = (old, new)
-    return found
 
 
 def _run_of(files: list[str]) -> Path | None:

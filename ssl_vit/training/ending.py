@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from ssl_vit.core.distributed import autocast_dtype, process_index
+from ssl_vit.core.distributed import process_index
+from ssl_vit.core.machine import autocast_dtype
 from ssl_vit.core.settings import said_of
 from ssl_vit.core.text import plain
 from ssl_vit.data.augment.device import normalize

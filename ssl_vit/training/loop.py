@@ -10,18 +10,9 @@ from typing import cast
 import torch
 from accelerate.utils import broadcast_object_list
 
-from ssl_vit.core.distributed import (
-    EXIT_COLLAPSED,
-    EXIT_STOPPED,
-    OUT_OF_TIME,
-    StopSignal,
-    end_processes,
-    lost_process,
-    on_main_process,
-    seed_step,
-    when_others_hang,
-)
+from ssl_vit.core.distributed import end_processes, lost_process, on_main_process, when_others_hang
 from ssl_vit.core.front import stoppable
+from ssl_vit.core.settings import as_plain
 from ssl_vit.core.text import plain
 from ssl_vit.core.writing import tell_error
 from ssl_vit.data.bad_images import BadImages
@@ -30,7 +21,7 @@ from ssl_vit.runs.folder import METRICS_FILE, RESULTS_FILE, is_finished
 from ssl_vit.runs.heartbeat import beat
 from ssl_vit.training import ending
 from ssl_vit.training.by_products import by_product
-from ssl_vit.training.config import RunConfig, as_plain, parse_run
+from ssl_vit.training.config import RunConfig, parse_run
 from ssl_vit.training.device import fsdp
 from ssl_vit.training.device.micro_batch import explain_out_of_memory
 from ssl_vit.training.faults import SkippedSteps, SpikeWatch, spread, take_step
@@ -39,6 +30,8 @@ from ssl_vit.training.observe.profiling import StepTrace
 from ssl_vit.training.observe.tracking import start_tracker
 from ssl_vit.training.optim import clip_gradients, clip_groups, set_schedule
 from ssl_vit.training.setup import Ending, Run, as_written, build_sampler, heartbeat, open_batches, resume, save, set_up
+from ssl_vit.training.signals import EXIT_COLLAPSED, EXIT_STOPPED, OUT_OF_TIME, StopSignal
+from ssl_vit.training.step import seed_step
 
 GO_ON = "The same command goes on from the newest checkpoint."
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -11,12 +11,8 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
-from ssl_vit.core.distributed import (
-    PATIENCE,
-    on_main_process,
-    resolve_precision,
-    start_processes,
-)
+from ssl_vit.core.distributed import PATIENCE, on_main_process, start_processes
+from ssl_vit.core.machine import resolve_precision
 from ssl_vit.core.settings import section
 from ssl_vit.core.text import plain
 from ssl_vit.data.bad_images import look_beforehand
@@ -32,11 +28,11 @@ from ssl_vit.models.vit import choose_attention
 from ssl_vit.objectives.objective import Objective
 from ssl_vit.runs.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint, step_of
 from ssl_vit.runs.facts import facts
-from ssl_vit.runs.folder import check_run_folder, go_on_as_before, open_run_folder
 from ssl_vit.runs.heartbeat import State, beat, end_of_start
 from ssl_vit.runs.provenance import note_session
 from ssl_vit.training import ending
 from ssl_vit.training.config import RunConfig
+from ssl_vit.training.continuing import check_run_folder, go_on_as_before, open_run_folder
 from ssl_vit.training.describe import describe
 from ssl_vit.training.device import fsdp
 from ssl_vit.training.device.compile import compile_blocks, resolve_compile

@@ -7,7 +7,9 @@ import numpy as np
 from accelerate import Accelerator
 from torch import Tensor
 
-from ssl_vit.core.distributed import autocast_dtype, process_index
+from ssl_vit.core.distributed import process_index
+from ssl_vit.core.machine import autocast_dtype
+from ssl_vit.core.settings import as_plain
 from ssl_vit.core.text import plain
 from ssl_vit.data.augment.evaluation import EvalTransform
 from ssl_vit.data.sources.source import Source
@@ -21,7 +23,7 @@ from ssl_vit.export.classifier import export_classifier
 from ssl_vit.export.run import export_settings
 from ssl_vit.objectives.finetune import FineTune, Supervised
 from ssl_vit.runs.folder import METRICS_FILE, RESULTS_FILE, write_results
-from ssl_vit.training.config import RunConfig, as_plain
+from ssl_vit.training.config import RunConfig
 from ssl_vit.training.ending import open_test_source
 from ssl_vit.training.observe.metrics import MetricLog
 

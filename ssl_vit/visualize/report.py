@@ -15,11 +15,11 @@ import numpy as np
 import yaml
 
 from ssl_vit.core.reading import MAX_FIGURE, read_bytes
+from ssl_vit.core.settings import differences
 from ssl_vit.core.text import visible
 from ssl_vit.core.writing import replace_text
 from ssl_vit.runs.record import RunData, read_run
 from ssl_vit.runs.trained import Trained, open_trained
-from ssl_vit.training.config import differences
 from ssl_vit.visualize.comparison import SCORES, compare
 from ssl_vit.visualize.film import Frame, open_figure, spread
 from ssl_vit.visualize.inputs import Pictures, open_pictures

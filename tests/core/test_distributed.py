@@ -5,13 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_vit.core.distributed import (
-    _asked_processes,
-    check_num_processes,
-    resolve_precision,
-    seed_step,
-    use_all_cpus,
-)
+from ssl_vit.core.distributed import _asked_processes, check_num_processes
+from ssl_vit.core.machine import resolve_precision, use_all_cpus
+from ssl_vit.training.step import seed_step
 
 CPU = torch.device("cpu")
 
@@ -34,7 +30,7 @@ def test_launchers_do_not_take_the_cores_away(monkeypatch: pytest.MonkeyPatch, l
     before = torch.get_num_threads()
     monkeypatch.setenv("OMP_NUM_THREADS", launcher)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr("ssl_vit.core.distributed.num_cpus", lambda: 16)
+    monkeypatch.setattr("ssl_vit.core.machine.num_cpus", lambda: 16)
     torch.set_num_threads(5)
     try:
         use_all_cpus(CPU)

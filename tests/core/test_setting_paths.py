@@ -7,13 +7,14 @@ import pytest
 import yaml
 
 from ssl_vit.core.setting_paths import absolute, is_same
+from ssl_vit.core.settings import as_plain
 from ssl_vit.data.config import DataConfig
 from ssl_vit.evaluation.evaluate import EvaluationConfig
 from ssl_vit.models.vit import ViTConfig
 from ssl_vit.models.weights.backbone import export_backbone
 from ssl_vit.objectives.mae import MAEConfig
-from ssl_vit.runs.folder import check_run_folder, open_run_folder
-from ssl_vit.training.config import RunConfig, as_plain, parse_run, write_config
+from ssl_vit.training.config import RunConfig, parse_run, write_config
+from ssl_vit.training.continuing import check_run_folder, open_run_folder
 from tests.conftest import TINY
 
 DEFAULTS = RunConfig(objective=MAEConfig())

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from scripts import pretrain_dino, pretrain_dinov2, pretrain_mae
+from ssl_vit.core.settings import as_plain
 from ssl_vit.evaluation.untrained import objective_of, untrained_encoder
 from ssl_vit.models.vit import ViTConfig
 from ssl_vit.runs.facts import provenance
-from ssl_vit.training.config import RunConfig, as_plain
+from ssl_vit.training.config import RunConfig
 from tests.conftest import TINY
 
 SMALL = ViTConfig(image_size=32, pos_embed="learned", **TINY)

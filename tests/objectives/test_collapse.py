@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from scripts import pretrain_dino, pretrain_dinov2
+from ssl_vit.core.settings import as_plain
 from ssl_vit.objectives.collapse import RECIPE_LR, PrototypeUse, causes, diagnose, feature_std, rankme
-from ssl_vit.training.config import RunConfig, as_plain, parse_run
+from ssl_vit.training.config import RunConfig, parse_run
 from tests.conftest import ROOT, SMALL_DINO
 
 DINO, DINOV2 = pretrain_dino.DEFAULTS, pretrain_dinov2.DEFAULTS

@@ -3,9 +3,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ssl_vit.core.settings import as_plain, differences
 from ssl_vit.models.vit import ViTConfig
 from ssl_vit.objectives.mae import MAEConfig
-from ssl_vit.training.config import BatchConfig, RunConfig, as_plain, differences, parse_run, write_config
+from ssl_vit.training.config import BatchConfig, RunConfig, parse_run, write_config
 
 DEFAULTS = RunConfig(objective=MAEConfig(), encoder=ViTConfig(pos_embed="sincos"), epochs=800)
 

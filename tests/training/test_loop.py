@@ -12,7 +12,6 @@ import yaml
 from accelerate.state import AcceleratorState
 
 from scripts.pretrain_mae import DEFAULTS
-from ssl_vit.core.distributed import StopSignal
 from ssl_vit.data.sources.source import Source
 from ssl_vit.evaluation import command
 from ssl_vit.evaluation.probes import KNNConfig, evaluate_knn
@@ -25,6 +24,7 @@ from ssl_vit.runs.trained import open_trained
 from ssl_vit.training import ending
 from ssl_vit.training.config import parse_run
 from ssl_vit.training.loop import main, set_up, train
+from ssl_vit.training.signals import StopSignal
 from tests.conftest import SMALL_RUN, last_weights, losses
 
 pytestmark = pytest.mark.usefixtures("_fresh_state")

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from ssl_vit.core.distributed import autocast_dtype
+from ssl_vit.core.machine import autocast_dtype
 from ssl_vit.objectives.objective import Objective
 from ssl_vit.training.config import RunConfig
 

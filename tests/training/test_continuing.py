@@ -9,8 +9,8 @@ from ssl_vit.core.writing import UNFINISHED
 from ssl_vit.data.config import DataConfig
 from ssl_vit.data.decode.bounds import MAX_IMAGE_BYTES
 from ssl_vit.objectives.mae import MAEConfig
-from ssl_vit.runs.folder import check_run_folder, open_run_folder
 from ssl_vit.training.config import RunConfig
+from ssl_vit.training.continuing import check_run_folder, open_run_folder
 
 HOLD = """
 import sys, time
