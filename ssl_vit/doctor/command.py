@@ -13,7 +13,6 @@ import yaml
 from ssl_vit.core.writing import tell_error
 from ssl_vit.data.sources.source import open_source
 from ssl_vit.doctor.diagnose import Measure, adopt, diagnose
-from ssl_vit.doctor.page import as_text
 from ssl_vit.training.config import OF_ONE_CALL, RunConfig, as_stored, own_folder, parse_run
 
 
@@ -49,16 +48,16 @@ def examine(
             text += f". Settings were read as {type(defaults.objective).__name__}'s; --objective names another"
         return tell_error(ValueError(text))
     facts = diagnose(config, source, sample=sample, step=step, adopts=config_file is not None)
-    print(json.dumps(facts, indent=2) if as_json else as_text(facts, step_is_off=step == "false"))
-    if config_file is not None and facts["settings"] is None:
-        print(f"--write_config={config_file}: not written, since no picture can be read", file=sys.stderr)
-    elif config_file is not None:
+    print(json.dumps(dataclasses.asdict(facts), indent=2) if as_json else facts)
+    if config_file is not None and facts.settings is None:
+        print(f"--write_config={config_file}: not written, since no image can be read", file=sys.stderr)
+    elif config_file is not None and facts.settings is not None:
         try:
-            write_settings(defaults, adopt(config, facts["settings"]), config_file)
+            write_settings(defaults, adopt(config, facts.settings), config_file)
         except ValueError as error:
             return tell_error(error)
         print(f"written to {config_file}", file=sys.stderr)
-    return 1 if facts["problems"] else 0
+    return 1 if facts.problems else 0
 
 
 def write_settings(defaults: RunConfig, config: RunConfig, file: Path) -> None:

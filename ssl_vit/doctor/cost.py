@@ -5,6 +5,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,38 +48,33 @@ class Memory:
     """What training holds at all times, in MiB; all of it is fp32."""
 
     parameters: float
-    """Of all parameters, those of a teacher included."""
+    """All parameters, a teacher's included."""
     teacher: float
-    """Of the teacher's among them."""
+    """The teacher's among them."""
     gradients: float
     optimizer: float
     """AdamW's two moments."""
-
-    @property
-    def total(self) -> float:
-        return self.parameters + self.gradients + self.optimizer
+    total: float
 
 
 def model_memory(objective: Objective) -> Memory:
-    """Memory for parameters and what belongs to each of them; the objective may be on the meta device."""
+    """Memory of parameters and what belongs to each of them; the objective may be on the meta device."""
     named = list(objective.named_parameters())
-    held = sum(parameter.nbytes for _, parameter in named)
-    teacher = sum(parameter.nbytes for name, parameter in named if name.startswith("teacher_"))
-    learns = sum(parameter.nbytes for _, parameter in named if parameter.requires_grad)
-    return Memory(held / _MIB, teacher / _MIB, learns / _MIB, 2 * learns / _MIB)
+    held = sum(parameter.nbytes for _, parameter in named) / _MIB
+    teacher = sum(parameter.nbytes for name, parameter in named if name.startswith("teacher_")) / _MIB
+    learns = sum(parameter.nbytes for _, parameter in named if parameter.requires_grad) / _MIB
+    return Memory(held, teacher, gradients=learns, optimizer=2 * learns, total=held + 3 * learns)
 
 
 def measure_crops(source: Source, rows: Int64[np.ndarray, " r"], transform: Transform, num_channels: int) -> float:
-    """Seconds that the worker's part of a transform takes for a picture; those that cannot be read are passed over."""
+    """Seconds that the worker's part of a transform takes for an image; unreadable ones are left out."""
     seconds, count = 0.0, 0
     for row in rows.tolist():
-        try:
+        with suppress(ValueError):
             image = source.image(row, num_channels)
-        except ValueError:
-            continue
-        start = time.perf_counter()
-        transform(image, np.random.default_rng(row))
-        seconds, count = seconds + time.perf_counter() - start, count + 1
+            start = time.perf_counter()
+            transform(image, np.random.default_rng(row))
+            seconds, count = seconds + time.perf_counter() - start, count + 1
     return seconds / max(count, 1)
 
 
@@ -87,12 +83,24 @@ class StepCost:
     """A training step as measured."""
 
     rate: float
-    """Images per second of steps of the config's batch."""
+    """Images per second of steps of the config's batch, without input."""
     num_images: int
     """Images of the micro-batch that was measured."""
     precision: str
     activations: float
     """MiB that this micro-batch keeps for its backward pass."""
+
+
+@dataclass(frozen=True)
+class PacedStep(StepCost):
+    """The step together with its input, in one process."""
+
+    num_workers: int
+    """Loader workers to set."""
+    run_rate: float
+    """Images per second of the run with these workers."""
+    hours: float
+    """Length of the run at this rate."""
 
 
 def measure_step(config: RunConfig, device: torch.device) -> StepCost:
@@ -161,27 +169,18 @@ def _saved_for_backward(objective: Objective, step: Step) -> int:
     return sum(kept.values())
 
 
-@dataclass(frozen=True)
-class Pace:
-    """How step and input go together in one process."""
-
-    num_workers: int
-    """Loader workers to set."""
-    rate: float
-    """Images per second of the run with them."""
-    input_rate: float
-    """Images per second that the input gives with them."""
-
-
-def pace(step_rate: float, input_rate: float, device: torch.device) -> Pace:
-    """The loader workers that let the input keep up, as far as there are cores, and the rate that follows.
+def pace(step_rate: float, input_rate: float, device: torch.device) -> tuple[int, float]:
+    """Choose the loader workers that let the input keep up, as far as there are cores.
 
     Args:
         step_rate: images per second of the step alone.
         input_rate: images per second of the input on one core.
+
+    Returns:
+        The number of workers, and images per second of the run with them.
     """
     if device.type == "cpu":
         # Decoded between the steps: a worker would take away the step's cores.
-        return Pace(choose_num_workers("auto", device), 1 / (1 / step_rate + 1 / input_rate), input_rate)
+        return choose_num_workers("auto", device), 1 / (1 / step_rate + 1 / input_rate)
     workers = min(max(1, math.ceil(step_rate / input_rate)), max(1, num_cpus() - 1))
-    return Pace(workers, min(step_rate, workers * input_rate), workers * input_rate)
+    return workers, min(step_rate, workers * input_rate)

@@ -1,4 +1,4 @@
-"""All that can be told of a source and a config, as plain values."""
+"""Reads a sample of a source, builds the run that a config makes of it, measures and judges."""
 
 import dataclasses
 from collections import Counter
@@ -13,97 +13,78 @@ import torch
 from ssl_vit.core.machine import num_cpus, use_all_cpus
 from ssl_vit.data.decode.formats import Contents
 from ssl_vit.data.sources.source import Source
-from ssl_vit.doctor.cost import build_on_meta, measure_crops, measure_step, model_memory, pace
+from ssl_vit.doctor.cost import PacedStep, build_on_meta, measure_crops, measure_step, model_memory, pace
+from ssl_vit.doctor.facts import Facts, RunFacts, Sizes
 from ssl_vit.doctor.findings import (
     channels_to_read,
     normalisation,
-    problems_of_channels,
-    problems_of_pictures,
-    problems_of_size,
+    problems_of_images,
     suggested_channels,
-    warnings_of_pictures,
+    warnings_of_images,
     warnings_of_run,
 )
-from ssl_vit.doctor.images import Pictures, Repeats, choose_rows, count_labels, read_pictures
-from ssl_vit.evaluation.scores import wilson_interval
+from ssl_vit.doctor.images import Images, choose_rows, count_labels, read_images
 from ssl_vit.runs.facts import device_name
 from ssl_vit.training.config import RunConfig
 
 Measure = Literal["auto", "true", "false"]
-_CROPPED = 64  # pictures whose crops are timed
+_CROPPED = 64  # images whose crops are timed
 _SMALL_MODEL = 50_000_000  # trainable parameters up to which a step is measured on a CPU unasked
 
 
 def diagnose(
     config: RunConfig, source: Source, *, sample: int | None, step: Measure = "auto", adopts: bool = False
-) -> dict[str, Any]:
-    """Read a sample of the pictures, build the model, measure, and judge.
+) -> Facts:
+    """Read a sample of the images, build the model, measure, and judge.
 
     Args:
         config: a run's settings.
         source: what `config.data` names.
-        sample: pictures to read; None for all.
-        step: whether to measure a training step; auto where there is a GPU or the model is small.
+        sample: images to read; None for all.
+        step: whether to measure a training step; auto: with a GPU, or if the model is small.
         adopts: whether the run is judged with the mean, deviation and channels that were measured.
 
     Returns:
-        Plain values that JSON takes, the same for the same arguments but for rates and what follows from them.
-            "problems" and "warnings" are lists of sentences; "run" is None where the config's run cannot be built.
+        The same facts for the same arguments, but for rates and what follows from them.
     """
-    load = psutil.getloadavg()[0] / (psutil.cpu_count() or 1)  # before there is any of ours
+    load = psutil.getloadavg()[0] / (psutil.cpu_count() or 1)  # before any of ours
     rows = choose_rows(len(source), sample, config.seed)
     labels = count_labels(source)
-    with _restored_threads():
-        torch.set_num_threads(1)  # as a loader's worker
-        pictures = read_pictures(source, rows, channels_to_read(config, source, rows))
-    problems = problems_of_pictures(pictures) + problems_of_size(config, len(source))
-    warnings = warnings_of_pictures(pictures, labels, len(source), config.data.drop_duplicates)
-    settings = suggest_settings(config, pictures)
+    with _threads_restored():
+        torch.set_num_threads(1)  # as in a loader's worker
+        images = read_images(source, rows, channels_to_read(config, source, rows))
+    settings = suggest_settings(config, images)
     judged = config
-    if settings is not None and (adopts or pictures.num_channels != config.encoder.in_chans):
+    if settings is not None and (adopts or images.num_channels != config.encoder.in_chans):
         judged = adopt(config, settings)
-        problems += [] if adopts else problems_of_channels(config, pictures)
-    run, more_problems, more_warnings = _examine_run(judged, source, rows, pictures, step)
-    return {
-        "source": source.name,
-        "notes": list(source.notes),
-        "num_images": len(source),
-        **_describe(pictures, len(source)),
-        "labels": None if labels is None else _plain(labels),
-        "pretrained": config.encoder.pretrained,
-        "settings": settings,
-        "run": run,
-        "load_per_core": load,
-        "problems": problems + more_problems,
-        "warnings": warnings + more_warnings,
-    }
+    run, problems, warnings = _examine_run(judged, source, rows, images, step)
+    return Facts(
+        source=source.name,
+        notes=list(source.notes),
+        num_images=len(source),
+        num_read=images.num_read,
+        sizes=_sizes(images),
+        files=_counts(images.files, _as_text),
+        formats=_counts(images.files, lambda held: held.format),
+        channels=_counts(images.contents, lambda held: held.kind),
+        num_16_bit=images.count(lambda held: held.bits == 16),
+        dropped=dict(images.dropped.most_common()),
+        unreadable=images.unreadable,
+        duplicates=images.duplicates,
+        near_duplicates=images.near_duplicates,
+        pixels=images.pixels,
+        decode_rate=images.num_readable / images.seconds if images.num_readable else None,
+        labels=labels,
+        pretrained=config.encoder.pretrained,
+        settings=settings,
+        run=run,
+        load_per_core=load,
+        problems=[*problems_of_images(config, images, len(source), adopts), *problems],
+        warnings=[*warnings_of_images(images, labels, len(source), config.data.drop_duplicates), *warnings],
+    )
 
 
-def _describe(pictures: Pictures, num_images: int) -> dict[str, Any]:
-    """What was found by reading."""
-    unreadable, read = pictures.num_unreadable, pictures.num_read
-    return {
-        "num_read": read,
-        "sizes": _sizes(pictures),
-        "files": _counts(pictures.files, as_text),
-        "formats": _counts(pictures.files, lambda held: held.format),
-        "channels": _counts(pictures.contents, lambda held: held.kind),
-        "num_16_bit": sum(count for held, count in pictures.contents.items() if held.bits == 16),
-        "dropped": dict(pictures.dropped.most_common()),
-        "unreadable": {
-            "count": unreadable,
-            "share": unreadable / read,
-            "interval": list(wilson_interval(unreadable, read)) if read < num_images else None,
-            "examples": [{**item.place._asdict(), "reason": item.reason} for item in pictures.unreadable],
-        },
-        "duplicates": _repeats(pictures.repeats),
-        "near_duplicates": None if pictures.near_repeats is None else _repeats(pictures.near_repeats),
-        "pixels": {"count": pictures.num_pixels, "mean": list(pictures.mean), "std": list(pictures.std)},
-        "decode_rate": pictures.num_readable / pictures.seconds if pictures.num_readable else None,
-    }
-
-
-def as_text(held: Contents) -> str:
+def _as_text(held: Contents) -> str:
     """As `TIFF, 12 channels of 16 bits`."""
     return f"{held.format}, {held.kind} of {held.bits} bits" if held.bits else held.format
 
@@ -116,45 +97,30 @@ def _counts(found: Counter[Contents], name: Callable[[Contents], str]) -> dict[s
     return dict(counts.most_common())
 
 
-def _repeats(repeats: Repeats) -> dict[str, Any]:
-    """How many, of how many other pictures, and a few of them."""
-    return {
-        "count": repeats.count,
-        "groups": len(repeats.firsts),
-        "examples": [{**item.place._asdict(), "same_as": item.first._asdict()} for item in repeats.examples],
-    }
-
-
-def _sizes(pictures: Pictures) -> dict[str, Any] | None:
-    """Sizes as [height, width]; the smallest, median and largest picture are those by area."""
-    if not pictures.sizes:
+def _sizes(images: Images) -> Sizes | None:
+    if not images.sizes:
         return None
-    by_area = sorted(pictures.sizes, key=lambda size: (size[0] * size[1], size))
-    return {
-        "smallest": list(by_area[0]),
-        "median": list(by_area[len(by_area) // 2]),
-        "largest": list(by_area[-1]),
-        "num_distinct": len(set(by_area)),
-        "share_not_square": sum(height != width for height, width in by_area) / len(by_area),
-    }
+    by_area = sorted(images.sizes, key=lambda size: (size[0] * size[1], size))
+    not_square = sum(height != width for height, width in by_area) / len(by_area)
+    return Sizes(by_area[0], by_area[len(by_area) // 2], by_area[-1], len(set(by_area)), not_square)
 
 
-def suggest_settings(config: RunConfig, pictures: Pictures) -> dict[str, Any] | None:
-    """Mean, deviation and channels that suit the pictures, by section; None if none can be read.
+def suggest_settings(config: RunConfig, images: Images) -> dict[str, Any] | None:
+    """Mean, deviation and channels that suit the images, by section; None if no image can be read.
 
-    Weights to start from keep the normalisation that they were trained with.
+    A pretrained backbone keeps the normalisation that it was trained with.
     """
-    if not pictures.num_readable:
+    if not images.num_readable:
         return None
-    channels = suggested_channels(config, pictures)
+    channels = suggested_channels(config, images)
     keeps = config.encoder.pretrained is not None and len(config.data.mean) == channels
-    mean, std = (config.data.mean, config.data.std) if keeps else normalisation(pictures)
+    mean, std = (config.data.mean, config.data.std) if keeps else normalisation(images)
     data = {"mean": list(mean[:channels]), "std": list(std[:channels])}
     return {"data": data} if channels == 3 else {"encoder": {"in_chans": channels}, "data": data}
 
 
 def adopt(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
-    """A config with what `suggest_settings` gives."""
+    """Return the config with the settings that `suggest_settings` gives."""
     data = {name: tuple(values) for name, values in settings["data"].items()}
     return dataclasses.replace(
         config,
@@ -164,9 +130,9 @@ def adopt(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
 
 
 def _examine_run(
-    given: RunConfig, source: Source, rows: np.ndarray, pictures: Pictures, step: Measure
-) -> tuple[dict[str, Any] | None, list[str], list[str]]:
-    """The run that a config gives on this source, with its problems and warnings."""
+    given: RunConfig, source: Source, rows: np.ndarray, images: Images, step: Measure
+) -> tuple[RunFacts | None, list[str], list[str]]:
+    """The run that a config makes of this source, with its problems and warnings."""
     problems = []
     try:
         config, _ = given.resolve(len(source), len(source.class_names))
@@ -186,56 +152,51 @@ def _examine_run(
     except ValueError:
         return None, problems, []  # not the normalisation alone
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    memory = model_memory(objective)
     trainable = sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad)
     num_steps = config.num_steps(len(source))
-    run: dict[str, Any] = {
-        "objective": type(objective).__name__,
-        "arch": config.encoder.arch,
-        "image_size": list(encoder.image_size),
-        "patch_size": list(encoder.patch_size),
-        "num_parameters": trainable,
-        "batch_size": config.batch.size,
-        "num_steps": num_steps,
-        "epochs": num_steps * config.batch.size / len(source),
-        "device": device_name(device),
-        "cores": num_cpus(),
-        "memory_mib": {**_plain(memory), "total": memory.total},
-        "input_rate": None,
-        "step": None,
-    }
-    if not pictures.num_readable:
+    run = RunFacts(
+        objective=type(objective).__name__,
+        arch=config.encoder.arch,
+        image_size=encoder.image_size,
+        patch_size=encoder.patch_size,
+        num_parameters=trainable,
+        batch_size=config.batch.size,
+        num_steps=num_steps,
+        epochs=num_steps * config.batch.size / len(source),
+        device=device_name(device),
+        cores=num_cpus(),
+        memory_mib=model_memory(objective),
+    )
+    if not images.num_readable:
         return run, problems, []
-    with _restored_threads():
+    with _threads_restored():
         torch.set_num_threads(1)
         crops = measure_crops(source, rows[:_CROPPED], transform, encoder.in_chans)
-    run["input_rate"] = 1 / (pictures.seconds / pictures.num_readable + crops)
-    warnings = warnings_of_run(given, encoder, pictures, len(source))
-    if step == "true" or (step == "auto" and (device.type == "cuda" or trainable <= _SMALL_MODEL)):
-        try:
-            with _restored_threads():
-                use_all_cpus(device)
-                cost = measure_step(config, device)
-        except ValueError as error:
-            return run, [*problems, str(error)], warnings
-        together = pace(cost.rate, run["input_rate"], device)
-        hours = num_steps * config.batch.size / together.rate / 3600
-        run["step"] = {**_plain(cost), "num_workers": together.num_workers, "run_rate": together.rate, "hours": hours}
-        if device.type != "cpu" and together.input_rate < cost.rate:
-            warnings.append(
-                f"input: {together.num_workers} loader workers, as many as there are cores for, give "
-                f"{together.input_rate:,.0f} images/s, and the step could take {cost.rate:,.0f}; store smaller pictures"
-            )
+    run.input_rate = 1 / (images.seconds / images.num_readable + crops)
+    warnings = list(warnings_of_run(given, encoder, images, len(source)))
+    if step == "false" or (step == "auto" and device.type != "cuda" and trainable > _SMALL_MODEL):
+        return run, problems, warnings
+    try:
+        with _threads_restored():
+            use_all_cpus(device)
+            cost = measure_step(config, device)
+    except ValueError as error:
+        return run, [*problems, str(error)], warnings
+    workers, rate = pace(cost.rate, run.input_rate, device)
+    run.step = PacedStep(
+        **vars(cost), num_workers=workers, run_rate=rate, hours=num_steps * run.batch_size / rate / 3600
+    )
+    if device.type != "cpu" and rate < cost.rate:
+        warnings.append(
+            f"input: {workers} loader workers, as many as there are cores for, give {rate:,.0f} images/s, and the step "
+            f"could take {cost.rate:,.0f}; store smaller pictures"
+        )
     return run, problems, warnings
 
 
-def _plain(values: Any) -> dict[str, Any]:
-    """A dataclass as dictionaries, named tuples in it too."""
-    return {key: value._asdict() if hasattr(value, "_asdict") else value for key, value in vars(values).items()}
-
-
 @contextmanager
-def _restored_threads() -> Iterator[None]:
+def _threads_restored() -> Iterator[None]:
+    """Restore the number of torch's threads afterwards."""
     before = torch.get_num_threads()
     try:
         yield

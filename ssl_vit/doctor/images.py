@@ -1,134 +1,80 @@
-"""What can be told of a source's pictures by reading them: sizes, kinds, faults, duplicates, mean and deviation."""
+"""Reads a source's images for what they hold: sizes, kinds, faults, duplicates, mean and standard deviation."""
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
-from torch import Tensor
+from jaxtyping import Int64
 from tqdm import tqdm
 
 from ssl_vit.data.copies import Copies, imagehash, take_print
 from ssl_vit.data.decode.formats import Contents, contents, file_format
 from ssl_vit.data.sources.source import Source
+from ssl_vit.doctor.facts import Class, Duplicates, Labels, Pixels, Place, Repeat, Unreadable, UnreadableImage
+from ssl_vit.evaluation.scores import wilson_interval
 
 _SHOWN = 5  # faults and duplicates that are named
 _LOOKED_AT = 32  # images whose headers tell how many channels there are
 
 
-class Place(NamedTuple):
-    """Where a picture is."""
-
-    row: int
-    """Row of the source."""
-    path: str | None
-    """Its file, where the source names one."""
-
-
-class Unreadable(NamedTuple):
-    """A picture that cannot be read."""
-
-    place: Place
-    reason: str
-
-
-class Repeat(NamedTuple):
-    """An image that is the same as one before it."""
-
-    place: Place
-    first: Place
-
-
 @dataclass
-class Repeats:
-    """Pictures that are the same as one that was read before."""
-
-    count: int = 0
-    firsts: set[int] = field(default_factory=set)
-    """Rows of those that they repeat."""
-    examples: list[Repeat] = field(default_factory=list)
-    """The first few of them."""
-
-
-@dataclass
-class Pictures:
-    """What was found by reading pictures. Counts are of pictures; those that cannot be read have no size."""
+class Images:
+    """What reading images found. Counts are numbers of images; unreadable ones have no size."""
 
     num_channels: int
-    """Channels that they were decoded to."""
-    num_read: int = 0
-    """Pictures that were looked at, unreadable ones included."""
+    """Channels that the images were decoded to."""
+    num_read: int
+    """Images that were looked at, unreadable ones included."""
+    unreadable: Unreadable = field(default_factory=Unreadable)
+    duplicates: Duplicates = field(default_factory=Duplicates)
+    """Readable images that are byte for byte the same as an earlier one."""
+    near_duplicates: Duplicates | None = None
+    """Other images that look the same as an earlier one; None without the library that finds them."""
+    pixels: Pixels = field(default_factory=Pixels)
     sizes: list[tuple[int, int]] = field(default_factory=list)
-    """Height and width in pixels of each readable picture, turned upright."""
+    """Height and width in pixels of each readable image, turned upright."""
     files: Counter[Contents] = field(default_factory=Counter)
-    """What the files hold, of readable and unreadable ones."""
+    """What the files hold, readable or not."""
     contents: Counter[Contents] = field(default_factory=Counter)
-    """The same of readable ones."""
+    """What the readable files hold."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """What readable ones hold and a run does not use."""
-    num_unreadable: int = 0
-    unreadable: list[Unreadable] = field(default_factory=list)
-    """The first few of them."""
-    repeats: Repeats = field(default_factory=Repeats)
-    """Readable pictures, byte for byte the same as another."""
-    near_repeats: Repeats | None = None
-    """Others that look the same as another; None without the library that finds them."""
-    num_pixels: int = 0
-    pixel_sums: list[int] = field(default_factory=list)
-    """Sum of each channel's pixels in [0, 255], exact."""
-    square_sums: list[int] = field(default_factory=list)
-    """Sum of their squares, exact."""
+    """What readable files hold and a run does not use."""
     seconds: float = 0.0
-    """Time that reading and decoding the readable ones took."""
+    """Time that reading and decoding the readable images took."""
 
     @property
     def num_readable(self) -> int:
         return len(self.sizes)
 
     @property
-    def mean(self) -> tuple[float, ...]:
-        """Mean of each channel over all pixels, in [0, 1]; () if no picture can be read."""
-        return tuple(total / (255 * self.num_pixels) for total in self.pixel_sums)
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        """Standard deviation of each channel over all pixels, in [0, 1]; () if no picture can be read."""
-        count = self.num_pixels
-        # In whole numbers up to here, so that nothing cancels.
-        variances = (count * sq - total**2 for total, sq in zip(self.pixel_sums, self.square_sums, strict=True))
-        return tuple(variance**0.5 / (255 * count) for variance in variances)
-
-    @property
     def is_grey(self) -> bool:
-        """Whether all readable pictures are stored without colour."""
+        """Whether all readable images are stored without colour."""
         return self.num_readable > 0 and all(held.kind.startswith("greyscale") for held in self.contents)
+
+    def count(self, belongs: Callable[[Contents], bool]) -> int:
+        """Readable images whose contents `belongs` holds for."""
+        return sum(number for held, number in self.contents.items() if belongs(held))
 
 
 def choose_rows(num_images: int, sample: int | None, seed: int) -> Int64[np.ndarray, " r"]:
-    """A seeded sample of rows in ascending order; all of them for None, or where there are no more."""
+    """A seeded sample of rows in ascending order; all rows if `sample` is None or not smaller."""
     if sample is None or sample >= num_images:
         return np.arange(num_images)
     return np.sort(np.random.default_rng(seed).choice(num_images, size=sample, replace=False))
 
 
-def read_pictures(source: Source, rows: Int64[np.ndarray, " r"], num_channels: int) -> Pictures:
-    """Read and decode rows of a source, one after another; none is kept.
-
-    Args:
-        rows: which ones.
-        num_channels: channels to decode to, see `decode`.
-    """
-    found = Pictures(num_channels, pixel_sums=[0] * num_channels, square_sums=[0] * num_channels)
-    found.near_repeats = None if imagehash is None else Repeats()
+def read_images(source: Source, rows: Int64[np.ndarray, " r"], num_channels: int) -> Images:
+    """Read and decode `rows` of a source one after another, to `num_channels` each; no image is kept."""
+    found = Images(num_channels, len(rows), near_duplicates=None if imagehash is None else Duplicates())
     copies = Copies(source, num_channels)
+    originals: tuple[set[int], set[int]] = (set(), set())  # rows that look the same, and rows that are the same
+    sums = np.zeros((2, num_channels), dtype=np.int64)  # of pixels in [0, 255] and of their squares, exact
     pages = source.pages if isinstance(source.pages, str) else "images"
     for row in tqdm(rows.tolist(), desc="reading", unit="image", leave=False, disable=None):
-        found.num_read += 1
-        place = Place(row, (source.rows[row][source.image_column] or {}).get("path"))
         data = None
         start = time.perf_counter()
         try:
@@ -136,37 +82,57 @@ def read_pictures(source: Source, rows: Int64[np.ndarray, " r"], num_channels: i
             pixels = source.decode(row, data, num_channels)
         except (ValueError, OSError) as error:
             found.files[_contents(source, data)] += 1
-            found.num_unreadable += 1
-            if len(found.unreadable) < _SHOWN:
-                found.unreadable.append(Unreadable(place, " ".join(str(error).split())))
+            found.unreadable.count += 1
+            if len(found.unreadable.examples) < _SHOWN:
+                reason = " ".join(str(error).split())
+                found.unreadable.examples.append(UnreadableImage(row, _path(source, row), reason))
             continue
         found.seconds += time.perf_counter() - start
         held = _contents(source, data)
         found.files[held] += 1
         found.contents[held] += 1
         found.dropped.update(held.dropped(num_channels, pages))
-        _add_pixels(found, pixels)
+        height, width = pixels.shape[1:]
+        found.sizes.append((height, width))
+        wide = pixels.flatten(1).to(torch.int32)
+        sums += torch.stack([wide.sum(dim=1), (wide * wide).sum(dim=1)]).numpy()
         copy = copies.find(row, take_print(source, row, data, pixels))
-        repeats = found.repeats if copy is None or copy.is_exact else found.near_repeats
-        if copy is not None and repeats is not None:
-            repeats.count += 1
-            repeats.firsts.add(copy.first)
-            if len(repeats.examples) < _SHOWN:
-                path = source.rows[copy.first][source.image_column].get("path")
-                repeats.examples.append(Repeat(place, Place(copy.first, path)))
-    if not found.sizes:
-        found.pixel_sums, found.square_sums = [], []
+        duplicates = found.duplicates if copy is None or copy.is_exact else found.near_duplicates
+        if copy is not None and duplicates is not None:
+            duplicates.count += 1
+            originals[copy.is_exact].add(copy.first)
+            duplicates.groups = len(originals[copy.is_exact])
+            if len(duplicates.examples) < _SHOWN:
+                same_as = Place(copy.first, _path(source, copy.first))
+                duplicates.examples.append(Repeat(row, _path(source, row), same_as))
+    found.unreadable.share = found.unreadable.count / found.num_read
+    if found.num_read < len(source):
+        found.unreadable.interval = wilson_interval(found.unreadable.count, found.num_read)
+    if found.sizes:
+        found.pixels = _pixels(sum(height * width for height, width in found.sizes), *sums.tolist())
     return found
 
 
+def _path(source: Source, row: int) -> str | None:
+    return (source.rows[row][source.image_column] or {}).get("path")
+
+
+def _pixels(count: int, sums: list[int], squares: list[int]) -> Pixels:
+    """Mean and standard deviation of each channel by sums over `count` pixels."""
+    # In whole numbers up to the variance, so that nothing cancels.
+    variances = (count * square - total**2 for total, square in zip(sums, squares, strict=True))
+    mean = tuple(total / (255 * count) for total in sums)
+    return Pixels(count, mean, tuple(variance**0.5 / (255 * count) for variance in variances))
+
+
 def _contents(source: Source, data: bytes | None) -> Contents:
-    """What a file holds, of one page where pages are images; None: it could not be had."""
+    """What a file holds, as one page where each page is an image; `data` None: the file could not be read."""
     held = Contents(file_format(None)) if data is None else contents(data)
     return held if isinstance(source.pages, str) else held._replace(pages=1)
 
 
-def held_channels(source: Source, rows: Int64[np.ndarray, " r"]) -> int | None:
-    """The channels that most of a few images hold, by their headers; None where there is no such number."""
+def most_common_channels(source: Source, rows: Int64[np.ndarray, " r"]) -> int | None:
+    """Channels that more than half of the first few images hold, by their headers; None if there is no such number."""
     found: Counter[int] = Counter()
     stacks = isinstance(source.pages, str) and source.pages == "channels"
     for row in rows[:_LOOKED_AT].tolist():
@@ -177,39 +143,11 @@ def held_channels(source: Source, rows: Int64[np.ndarray, " r"]) -> int | None:
     return channels if channels and 2 * count > found.total() else None
 
 
-def _add_pixels(found: Pictures, pixels: UInt8[Tensor, "c h w"]) -> None:
-    height, width = pixels.shape[1:]
-    found.sizes.append((height, width))
-    found.num_pixels += height * width
-    wide = pixels.flatten(1).to(torch.int32)
-    for channel, (total, squares) in enumerate(zip(wide.sum(dim=1), (wide * wide).sum(dim=1), strict=True)):
-        found.pixel_sums[channel] += int(total)
-        found.square_sums[channel] += int(squares)
-
-
-class Class(NamedTuple):
-    """A class and how many pictures it has."""
-
-    name: str
-    size: int
-
-
-@dataclass(frozen=True)
-class LabelCounts:
-    """How the labels of a whole source are spread."""
-
-    num_classes: int
-    """Classes that have pictures."""
-    smallest: Class
-    largest: Class
-    num_unlabelled: int
-
-
-def count_labels(source: Source) -> LabelCounts | None:
-    """How a source's labels are spread over all of its rows; None where it has none. No picture is read."""
+def count_labels(source: Source) -> Labels | None:
+    """Count a source's labels over all of its rows, without reading an image; None if it has none."""
     if source.labels is None:
         return None
-    counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.class_names))
-    classes = [Class(name, count) for name, count in zip(source.class_names, counts.tolist(), strict=True) if count]
+    counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.class_names)).tolist()
+    classes = [Class(name, size) for name, size in zip(source.class_names, counts, strict=True) if size]
     smallest, largest = (choose(classes, key=lambda item: item.size) for choose in (min, max))
-    return LabelCounts(len(classes), smallest, largest, int((source.labels < 0).sum()))
+    return Labels(len(classes), smallest, largest, int((source.labels < 0).sum()))

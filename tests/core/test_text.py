@@ -19,7 +19,17 @@ from ssl_vit.core.front import stoppable, warning_once
 from ssl_vit.core.text import MOST, cell, code, plain, without_orders
 from ssl_vit.core.writing import tell_error
 from ssl_vit.data.sources.source import Source
-from ssl_vit.doctor.page import as_text
+from ssl_vit.doctor.facts import (
+    Class,
+    Duplicates,
+    Facts,
+    Labels,
+    Pixels,
+    Place,
+    Repeat,
+    Unreadable,
+    UnreadableImage,
+)
 from ssl_vit.evaluation.command import tell_notes
 from ssl_vit.evaluation.scores import ClassScore, format_classes, lay_out
 from ssl_vit.export.card import write_card
@@ -163,33 +173,33 @@ def test_progress_bars_may_move(move: str) -> None:
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=list(HOSTILE))
 def test_the_doctors_page(text: str) -> None:
-    image = {"row": 3, "path": text, "reason": text}
-    copy = {"count": 1, "groups": 1, "examples": [{**image, "same_as": image}]}
-    facts = {
-        "source": text,
-        "notes": [text],
-        "num_images": 9,
-        "num_read": 9,
-        "files": {text: 9},
-        "sizes": None,
-        "dropped": None,
-        "unreadable": {"count": 1, "share": 0.1, "interval": None, "examples": [image]},
-        "duplicates": copy,
-        "near_duplicates": None,
-        "labels": {
-            "num_classes": 2,
-            "num_unlabelled": 0,
-            "smallest": {"name": text, "size": 1},
-            "largest": {"name": text, "size": 8},
-        },
-        "settings": {"mean": [0.5]},
-        "pixels": {"count": 1},
-        "pretrained": text,
-        "run": None,
-        "problems": [text],
-        "warnings": [text],
-    }
-    page = as_text(facts)
+    image = UnreadableImage(3, text, text)
+    duplicates = Duplicates(1, 1, [Repeat(3, text, Place(3, text))])
+    facts = Facts(
+        source=text,
+        notes=[text],
+        num_images=9,
+        num_read=9,
+        sizes=None,
+        files={text: 9},
+        formats={text: 9},
+        channels={text: 9},
+        num_16_bit=0,
+        dropped={text: 1},
+        unreadable=Unreadable(1, 0.1, None, [image]),
+        duplicates=duplicates,
+        near_duplicates=duplicates,
+        pixels=Pixels(1),
+        decode_rate=None,
+        labels=Labels(2, Class(text, 1), Class(text, 8), 0),
+        pretrained=text,
+        settings={"data": {"mean": [0.5]}},
+        run=None,
+        load_per_core=0.0,
+        problems=[text],
+        warnings=[text],
+    )
+    page = str(facts)
     assert all(map(is_plain, page.split("\n")))
     assert not any(line.startswith(("error:", "|", "license")) for line in page.split("\n"))
 

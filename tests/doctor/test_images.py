@@ -12,14 +12,8 @@ from PIL import Image
 
 from ssl_vit.data.decode.formats import Contents
 from ssl_vit.data.sources.source import DataConfig, Source, open_source
-from ssl_vit.doctor.images import (
-    Class,
-    Pictures,
-    Place,
-    choose_rows,
-    count_labels,
-    read_pictures,
-)
+from ssl_vit.doctor.facts import Class, Place, Repeat, UnreadableImage
+from ssl_vit.doctor.images import Images, choose_rows, count_labels, read_images
 
 RNG = np.random.default_rng(0)
 
@@ -56,8 +50,8 @@ def sick_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def read(source: Source, num_channels: int = 3) -> Pictures:
-    return read_pictures(source, np.arange(len(source)), num_channels)
+def read(source: Source, num_channels: int = 3) -> Images:
+    return read_images(source, np.arange(len(source)), num_channels)
 
 
 def count(found: Counter[Contents], name: str) -> dict[Any, int]:
@@ -69,18 +63,19 @@ def count(found: Counter[Contents], name: str) -> dict[Any, int]:
 
 def test_planted_faults_are_found_and_no_others(sick_folder: Path) -> None:
     found = read(open_source(DataConfig(source=str(sick_folder))))
-    assert (found.num_read, found.num_readable, found.num_unreadable) == (9, 6, 3)
-    assert [Path(item.place.path or "").name for item in found.unreadable] == ["c_cut.jpg", "d_page.jpg", "e_empty.png"]
-    reasons = [item.reason for item in found.unreadable]
+    assert (found.num_read, found.num_readable, found.unreadable.count) == (9, 6, 3)
+    unreadable = found.unreadable.examples
+    assert [Path(image.path or "").name for image in unreadable] == ["c_cut.jpg", "d_page.jpg", "e_empty.png"]
+    reasons = [image.reason for image in unreadable]
     assert "cut off" in reasons[0]
     assert "not an image file" in reasons[1]
     assert "empty" in reasons[2]
     assert count(found.files, "format") == {"JPEG": 3, "PNG": 4, "HTML": 1, "empty": 1}
     assert count(found.contents, "kind") == {"RGB": 3, "RGBA": 1, "greyscale": 2}
     assert count(found.contents, "bits") == {8: 5, 16: 1}
-    assert (found.repeats.count, len(found.repeats.firsts)) == (1, 1)
-    assert found.repeats.examples[0].place == Place(1, str(sick_folder / "b_copy.jpg"))
-    assert found.repeats.examples[0].first == Place(0, str(sick_folder / "a_photo.jpg"))
+    assert (found.duplicates.count, found.duplicates.groups) == (1, 1)
+    original = Place(0, str(sick_folder / "a_photo.jpg"))
+    assert found.duplicates.examples == [Repeat(1, str(sick_folder / "b_copy.jpg"), original)]
     assert found.sizes == [(40, 60), (40, 60), (32, 32), (20, 30), (24, 24), (3, 2)]
 
 
@@ -90,15 +85,15 @@ def test_mean_and_deviation_are_those_of_all_pixels(sick_folder: Path, num_chann
     found = read(source, num_channels)
     decoded = [source.image(row, num_channels).numpy() for row in (0, 1, 5, 6, 7, 8)]
     pixels = np.concatenate([picture.reshape(num_channels, -1) for picture in decoded], axis=1) / 255
-    assert found.num_pixels == pixels.shape[1]
-    np.testing.assert_allclose(found.mean, pixels.mean(axis=1), rtol=1e-12)
-    np.testing.assert_allclose(found.std, pixels.std(axis=1), rtol=1e-12, atol=1e-12)
+    assert found.pixels.count == pixels.shape[1]
+    np.testing.assert_allclose(found.pixels.mean, pixels.mean(axis=1), rtol=1e-12)
+    np.testing.assert_allclose(found.pixels.std, pixels.std(axis=1), rtol=1e-12, atol=1e-12)
 
 
 def test_nothing_that_can_be_read_has_no_mean(tmp_path: Path) -> None:
     (tmp_path / "page.png").write_bytes(b"<html>")
     found = read(open_source(DataConfig(source=str(tmp_path))))
-    assert (found.mean, found.std, found.sizes) == ((), (), [])
+    assert (found.pixels.mean, found.pixels.std, found.sizes) == ((), (), [])
     assert not found.is_grey
 
 
@@ -107,12 +102,13 @@ def test_a_parquet_file_is_read_row_by_row(tmp_path: Path) -> None:
     table = datasets.Dataset.from_dict({"image": rows}, datasets.Features({"image": datasets.Image(decode=False)}))
     table.to_parquet(str(tmp_path / "rows.parquet"))
     found = read(open_source(DataConfig(source=str(tmp_path / "rows.parquet"))), num_channels=1)
-    assert (found.num_readable, found.num_unreadable) == (1, 2)
-    assert [item.place for item in found.unreadable] == [Place(1, None), Place(2, None)]
-    assert found.unreadable[1].reason == "the row holds no image"
+    assert (found.num_readable, found.unreadable.count) == (1, 2)
+    first, second = found.unreadable.examples
+    assert (first.row, first.path) == (1, None)
+    assert second == UnreadableImage(2, None, "the row holds no image")
     assert count(found.files, "format") == {"PNG": 1, "unknown": 1, "missing": 1}
     assert found.is_grey
-    assert len(found.mean) == 1
+    assert len(found.pixels.mean) == 1
 
 
 def test_a_sample_is_seeded_and_without_repeats() -> None:
@@ -138,8 +134,8 @@ def test_what_files_hold_is_counted_whatever_of_it_is_read(tmp_path: Path) -> No
         pages[0].save(tmp_path / f"{number}.tif", save_all=True, append_images=pages[1:])
     settings = DataConfig(source=str(tmp_path), mean=(0.5,) * 5, std=(0.2,) * 5, pages="channels", max_image_bytes=5000)
     found = read(open_source(settings), num_channels=5)
-    assert (found.num_readable, len(found.mean)) == (3, 5)
+    assert (found.num_readable, len(found.pixels.mean)) == (3, 5)
     assert found.contents == {Contents("TIFF", 1, 16, pages=5, colours="greyscale"): 3}
     assert not found.is_grey
     limited = read(open_source(DataConfig(source=str(tmp_path), max_image_bytes=100)), num_channels=1)
-    assert "data.max_image_bytes=100" in limited.unreadable[0].reason
+    assert "data.max_image_bytes=100" in limited.unreadable.examples[0].reason

@@ -14,7 +14,7 @@ from ssl_vit.data.config import DataConfig
 from ssl_vit.data.sources.source import open_source
 from ssl_vit.data.sources.stored import find_stored
 from ssl_vit.data.sources.stream import open_stream
-from ssl_vit.doctor.images import read_pictures
+from ssl_vit.doctor.images import read_images
 from tests.data.shards import number_of, picture
 
 
@@ -88,7 +88,7 @@ def test_rows_open_what_lies_below_their_source_s_folder(
                 ), what
                 assert ("addresses in rows are not opened" in str(caught.value)) == (what in ("http", "file", "hop"))
         assert (_find_problem(source, row, 3) is None) == (what in good)
-    found = read_pictures(source, np.arange(len(source)), 3)
+    found = read_images(source, np.arange(len(source)), 3)
     assert found.num_readable == len(good)
 
 
