@@ -20,7 +20,8 @@ from ssl_vit.core.writing import FAULTS, replace_text, tell_error
 from ssl_vit.data.augment.evaluation import EvalTransform, fit_size
 from ssl_vit.data.config import clamp_rounding
 from ssl_vit.data.sources.source import DataConfig, Source
-from ssl_vit.data.workers import check_num_workers
+from ssl_vit.data.workers import check_num_workers, choose_num_workers
+from ssl_vit.evaluation.features import EncodeSettings
 from ssl_vit.evaluation.left_out import write_bad
 from ssl_vit.evaluation.untrained import objective_of, untrained_encoder
 from ssl_vit.models.encoder import Encoder
@@ -135,8 +136,7 @@ class Backbone:
     file: Path
     encoder: Encoder
     transform: EvalTransform
-    device: torch.device
-    autocast_dtype: torch.dtype | None
+    settings: EncodeSettings
     provenance: dict[str, Any]
     """What it is known to come from; see `ssl_vit.runs.facts`."""
 
@@ -159,7 +159,7 @@ class Backbone:
         """The same architecture with the weights that its training would begin with; of seed 0, those of its run."""
         own = self.provenance.get("seed") or 0
         objective = objective_of(self.provenance)
-        return untrained_encoder(read_encoder_config(self.folder), objective, own + seed).to(self.device)
+        return untrained_encoder(read_encoder_config(self.folder), objective, own + seed).to(self.settings.device)
 
     @classmethod
     def load(cls, path: Path, config: PicturesConfig) -> "Backbone":
@@ -177,8 +177,9 @@ class Backbone:
         mean, std, own_crop_pct = read_normalisation(described, file.parent / CONFIG_FILE)
         crop_pct = config.crop_pct if config.crop_pct is not None else own_crop_pct
         dtype = autocast_dtype(resolve_precision(config.precision, device))
+        settings = EncodeSettings(config.batch_size, device, choose_num_workers(config.num_workers, device), dtype)
         transform = EvalTransform(size, mean, std, crop_pct, padding)
-        return cls(file, encoder.to(device), transform, device, dtype, described["ssl_vit"])
+        return cls(file, encoder.to(device), transform, settings, described["ssl_vit"])
 
 
 def data_config(backbone: Backbone, config: PicturesConfig, label_column: str | None = None) -> DataConfig:

@@ -14,7 +14,13 @@ from ssl_vit.core.distributed import process_index
 from ssl_vit.data.augment.evaluation import EvalTransform
 from ssl_vit.data.config import clamp_rounding
 from ssl_vit.data.sources.source import Source
-from ssl_vit.evaluation.features import extract_features, pixel_features, select_feature
+from ssl_vit.evaluation.features import (
+    EncodeSettings,
+    check_finite,
+    extract_features,
+    pixel_features,
+    select_feature,
+)
 from ssl_vit.evaluation.knn import knn_predict
 from ssl_vit.evaluation.logistic import logistic_predict, stratified_folds
 from ssl_vit.evaluation.scores import Score, class_name
@@ -227,12 +233,9 @@ def evaluate_encoder(
     train_source: Source,
     test_source: Source | None,
     config: EvaluationConfig,
+    transform: EvalTransform,
+    settings: EncodeSettings,
     *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    device: torch.device,
-    num_workers: int = 0,
-    autocast_dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> dict[str, Score]:
     """Score an encoder's features: `extract_features`, then `evaluate_features`, on the GPU where that is the device.
@@ -243,31 +246,20 @@ def evaluate_encoder(
         encoder: the backbone, already on `device`.
         train_source: labelled pictures for the probes.
         test_source: labelled pictures to test on; None = see `evaluate_features`.
-        config: feature, probes and crop; its `source` and `test_source` are not read here.
-        mean, std: of the channels, for pixel values in [0, 1].
-        num_workers, autocast_dtype: see `stream_features`.
+        config: feature and probes; its `source` and `test_source` are not read here.
         seed: draws the subset, the folds and what the linear probe holds out.
 
     Raises:
         ValueError: see `split_sources` and `evaluate_features`.
     """
-    transform = EvalTransform(encoder.image_size, tuple(mean), tuple(std), config.crop_pct)
 
     def encode(source: Source, rows: np.ndarray) -> Tensor:
-        pieces = extract_features(
-            encoder,
-            source,
-            rows,
-            transform,
-            batch_size=config.batch_size,
-            device=device,
-            num_workers=num_workers,
-            autocast_dtype=autocast_dtype,
-        )
+        pieces = extract_features(encoder, source, rows, transform, settings)
         if process_index() != 0:
             return torch.empty(0)
         features = select_feature(pieces, config.feature)
-        return features.to(device) if device.type == "cuda" else features  # Apple's GPUs lack the probes' fp64
+        # Apple's GPUs lack the probes' fp64.
+        return features.to(settings.device) if settings.device.type == "cuda" else features
 
     return _evaluate(encode, train_source, test_source, config, seed)
 
@@ -381,8 +373,3 @@ def _check_test_classes(labels: np.ndarray, test_labels: np.ndarray, class_names
 def _listed(names: Sequence[str], most: int = 10) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(repr, names[:most])) + more
-
-
-def check_finite(features: Tensor) -> None:
-    if not features.isfinite().all():
-        raise ValueError("some features are NaN or infinite: the encoder's weights or the pictures are broken")

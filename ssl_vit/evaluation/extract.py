@@ -24,12 +24,10 @@ from ssl_vit.core.writing import own_folder, remove, replace_json, replacing
 from ssl_vit.data.bad_images import describe_bad
 from ssl_vit.data.config import near_match
 from ssl_vit.data.sources.source import Source, open_source
-from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.evaluation.cache import feature_key
 from ssl_vit.evaluation.command import Backbone, PicturesConfig, data_config, naming_own, tell_notes
-from ssl_vit.evaluation.evaluate import check_finite
 from ssl_vit.evaluation.feature_files import read_description, write_parquet, write_safetensors
-from ssl_vit.evaluation.features import FEATURES, num_layers_for, select_feature, stream_features
+from ssl_vit.evaluation.features import FEATURES, check_finite, num_layers_for, select_feature, stream_features
 from ssl_vit.evaluation.left_out import check_bad_share, write_bad
 
 _SETTINGS_FILE = "settings.json"
@@ -134,9 +132,9 @@ def _describe(backbone: Backbone, source: Source, config: ExtractConfig) -> dict
         "encoder": json.loads(json.dumps(settings)),
         "source": source.name,
         "num_rows": len(source),
-        "key": feature_key(digest, settings, source, rows, backbone.transform, backbone.autocast_dtype),
+        "key": feature_key(digest, settings, source, rows, backbone.transform, backbone.settings.autocast_dtype),
         "transform": json.loads(json.dumps(asdict(backbone.transform))),
-        "precision": str(backbone.autocast_dtype),
+        "precision": str(backbone.settings.autocast_dtype),
         "feature": feature,
         "patch_grid": list(grid) if config.patches else None,
         "dtype": config.dtype,
@@ -214,11 +212,8 @@ def _encode(
         source,
         np.arange(first, len(source)),
         backbone.transform,
-        batch_size=config.batch_size,
-        device=backbone.device,
+        backbone.settings,
         num_layers=num_layers_for([feature], backbone.encoder),
-        num_workers=choose_num_workers(config.num_workers, backbone.device),
-        autocast_dtype=backbone.autocast_dtype,
         with_patches=config.patches,
         skip_bad=config.on_bad_image == "skip",
     )

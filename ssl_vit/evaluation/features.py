@@ -1,8 +1,9 @@
-"""Frozen features of pictures: what every evaluation is given. One pass gives all kinds of them."""
+"""Extract all kinds of frozen features in one pass over the images."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,27 +21,58 @@ from ssl_vit.evaluation.left_out import without_bad
 from ssl_vit.models.encoder import Encoder
 
 FEATURES = ("cls", "mean", "cls+mean", "cls4", "cls4+mean")
-"""Kinds of features: class token, mean of the patch tokens, class tokens of the last four blocks, and both together."""
+"""Kinds of features: class token, mean of the patch tokens, class tokens of the last four blocks, and combinations."""
+
+
+class EncodeSettings(NamedTuple):
+    """Where and how images are encoded; none of it changes the features but for rounding."""
+
+    batch_size: int
+    """Images that a process encodes at once."""
+    device: torch.device
+    """Device that the encoder is on."""
+    num_workers: int = 0
+    """Processes that decode images; 0 = this one."""
+    autocast_dtype: torch.dtype | None = None
+    """Run the encoder under autocast in this type; None = without autocast."""
 
 
 def select_feature(pieces: Mapping[str, Tensor], kind: str) -> Float[Tensor, "n d"]:
-    """One kind of feature out of what `extract_features` returns.
+    """Select one kind of feature from what `extract_features` returns.
 
     Args:
         pieces: "cls" [n, layers, d], class tokens of the last blocks, the last one last; "mean" [n, d].
         kind: one of `FEATURES`. "cls4" takes all blocks where there are fewer than four.
     """
-    parts = []
-    for name in kind.split("+"):
-        if name == "mean":
-            parts.append(pieces["mean"])
-        else:
-            parts.append(pieces["cls"][:, -4 if name == "cls4" else -1 :].flatten(1))
+    layers = {"cls": 1, "cls4": 4}
+    parts = [
+        pieces["mean"] if name == "mean" else pieces["cls"][:, -layers[name] :].flatten(1) for name in kind.split("+")
+    ]
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
+def check_feature(kind: str | None) -> None:
+    """Refuse an unknown kind of feature; None leaves the choice to the backbone.
+
+    Raises:
+        ValueError: in the form `feature=value: ...`.
+    """
+    if kind is not None and kind not in FEATURES:
+        raise ValueError(f"feature={kind!r}: no such feature; choose one of {', '.join(FEATURES)}")
+
+
+def check_finite(features: Tensor) -> None:
+    """Refuse features that are NaN or infinite.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+    if not features.isfinite().all():
+        raise ValueError("some features are NaN or infinite: the encoder's weights or the images are broken")
+
+
 def num_layers_for(kinds: Sequence[str], encoder: Encoder) -> int:
-    """How many of the last blocks these kinds of features need."""
+    """Number of last blocks that these kinds of features need."""
     return min(4, encoder.num_layers) if any("cls4" in kind for kind in kinds) else 1
 
 
@@ -49,40 +81,25 @@ def extract_features(
     source: Source,
     indices: Int[np.ndarray, " n"],
     transform: EvalTransform,
+    settings: EncodeSettings,
     *,
-    batch_size: int,
-    device: torch.device,
     num_layers: int = 1,
-    num_workers: int = 0,
-    autocast_dtype: torch.dtype | None = None,
     max_bad_share: float | None = None,
-    show_progress: bool = True,
 ) -> dict[str, Tensor]:
-    """Encode pictures of a source, all of them at once in memory; see `stream_features`.
+    """Encode images of a source and keep all features in memory; see `stream_features`.
 
     Args:
-        max_bad_share: images that cannot be decoded are left out, up to this share of all; None = the first one raises.
+        max_bad_share: leave out images that cannot be decoded, up to this share of all; None = the first one raises.
 
     Returns:
         fp32 tensors on the CPU: "cls" [n, num_layers, d] of the last blocks; "mean" [n, d] of the patch tokens; and
-        int64 "places" [n] of these images in `indices`. On other processes than the main one they are empty.
+        int64 "places" [n] of these images in `indices`. Empty on other processes than the main one.
 
     Raises:
         ValueError: see `stream_features` and `left_out.check_bad_share`.
     """
-    batches = stream_features(
-        encoder,
-        source,
-        indices,
-        transform,
-        batch_size=batch_size,
-        device=device,
-        num_layers=num_layers,
-        num_workers=num_workers,
-        autocast_dtype=autocast_dtype,
-        skip_bad=max_bad_share is not None,
-        show_progress=show_progress,
-    )
+    skip_bad = max_bad_share is not None
+    batches = stream_features(encoder, source, indices, transform, settings, num_layers=num_layers, skip_bad=skip_bad)
     found = without_bad(batches, source, indices, encoder.in_chans, max_bad_share)
     return found or {name: torch.empty(0) for name in ("cls", "mean", "places")}
 
@@ -92,35 +109,27 @@ def stream_features(
     source: Source,
     indices: Int[np.ndarray, " n"],
     transform: EvalTransform,
+    settings: EncodeSettings,
     *,
-    batch_size: int,
-    device: torch.device,
     num_layers: int = 1,
-    num_workers: int = 0,
-    autocast_dtype: torch.dtype | None = None,
     with_patches: bool = False,
     skip_bad: bool = False,
-    show_progress: bool = True,
 ) -> Iterator[dict[str, Tensor]]:
-    """Encode pictures of a source, batch by batch in constant memory, shared among the processes.
+    """Encode images of a source batch by batch in constant memory, shared among the processes.
 
-    Every process calls this; the main one is given the features, the others yield nothing. The encoder runs in eval
-    mode (every module gets its own mode back afterwards) and no global random state is read or changed, so that
-    evaluating in the middle of a training run does not alter the run.
+    Every process calls this; only the main one yields features. The encoder runs in eval mode (afterwards every module
+    gets its own mode back) and the global random state is neither read nor changed, so that evaluating in the middle
+    of a training run does not alter the run.
 
     Args:
-        encoder: the backbone, already on `device`.
+        encoder: the backbone, already on the device.
         indices: rows of the source, in the order in which the features come back.
-        batch_size: pictures that a process encodes at once.
-        num_layers: last blocks whose class tokens are returned.
-        num_workers: processes that decode; 0 decodes in this one.
-        autocast_dtype: run the encoder under autocast in this type; None = as it is.
-        with_patches: return the patch tokens as well.
-        skip_bad: encode a blank image where one cannot be decoded, and say so; else it raises.
-        show_progress: a progress bar on stderr, where that is a terminal.
+        num_layers: number of last blocks whose class tokens are returned.
+        with_patches: also return the patch tokens.
+        skip_bad: encode a blank image where one cannot be decoded, and flag it; otherwise it raises.
 
     Returns:
-        batches of fp32 tensors on the CPU: "cls" [b, num_layers, d], "mean" [b, d] and, where asked for, "patches"
+        batches of fp32 tensors on the CPU: "cls" [b, num_layers, d], "mean" [b, d] and, with `with_patches`, "patches"
         [b, n, d], row-major; and the flag "good" [b], False where an image cannot be decoded.
 
     Raises:
@@ -135,20 +144,7 @@ def stream_features(
         }
         return {**batch, "patches": layers[-1].patches} if with_patches else batch
 
-    return stream(
-        encode,
-        encoder,
-        source,
-        indices,
-        transform,
-        num_channels=encoder.in_chans,
-        batch_size=batch_size,
-        device=device,
-        num_workers=num_workers,
-        autocast_dtype=autocast_dtype,
-        skip_bad=skip_bad,
-        show_progress=show_progress,
-    )
+    return stream(encode, encoder, source, indices, transform, settings, encoder.in_chans, skip_bad)
 
 
 def stream(
@@ -157,44 +153,35 @@ def stream(
     source: Source,
     indices: Int[np.ndarray, " n"],
     transform: EvalTransform,
-    *,
+    settings: EncodeSettings,
     num_channels: int,
-    batch_size: int,
-    device: torch.device,
-    num_workers: int = 0,
-    autocast_dtype: torch.dtype | None = None,
-    skip_bad: bool = False,
-    show_progress: bool = True,
+    skip_bad: bool,
 ) -> Iterator[dict[str, Tensor]]:
-    """What `compute` makes of a source's pictures, see `stream_features`.
+    """Apply `compute` to images of a source; see `stream_features`.
 
     Args:
         compute: turns normalised images on the device into tensors with a row for each image.
-        module: what `compute` uses, which is put into eval mode meanwhile.
+        module: what `compute` uses; it is in eval mode meanwhile.
     """
-    loader = _loader(source, indices, num_channels, transform, batch_size, num_workers, skip_bad)
-    loader.pin_memory = device.type == "cuda"
-    left = len(indices)
-    with (
-        _eval_mode(module),
-        tqdm(total=left, desc="features", unit="image", leave=False, disable=_no_bar(show_progress)) as bar,
-    ):
-        for images, good in read_batches(loader):
-            with (
-                torch.inference_mode(),
-                torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None),
-            ):
-                found = compute(transform.on_device(images, device))
+    images = _Images(source, indices, num_channels, transform, skip_bad)
+    loader = _loader(images, settings.batch_size, settings.num_workers, world_size())
+    loader.pin_memory = settings.device.type == "cuda"
+    left, device, dtype = len(indices), settings.device, settings.autocast_dtype
+    hidden = process_index() != 0 or not sys.stderr.isatty()
+    with _eval_mode(module), tqdm(total=left, desc="features", unit="image", leave=False, disable=hidden) as bar:
+        for pixels, good in read_batches(loader):
+            with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                found = compute(transform.on_device(pixels, device))
                 found["good"] = good.to(device, torch.uint8)
                 found = {name: v.float() if v.is_floating_point() else v for name, v in found.items()}
                 batch = {name: gather_with_gradient(values) for name, values in found.items()}
-            count = min(left, batch_size * world_size())
+            count = min(left, settings.batch_size * world_size())
             left -= count
             bar.update(count)
             if process_index() == 0:
-                # Cloned out here: a tensor made under inference mode is of no use where gradients are needed.
-                taken = {name: values[:count].cpu().clone() for name, values in batch.items()}
-                yield taken | {"good": taken["good"].bool()}
+                # Clone outside inference mode, or the features could not be used where gradients are needed.
+                batch = {name: values[:count].cpu().clone() for name, values in batch.items()}
+                yield batch | {"good": batch["good"].bool()}
 
 
 def pixel_features(
@@ -209,24 +196,25 @@ def pixel_features(
     """Raw pixels at `size` x `size` in [0, 1], flattened: the baseline that any learned feature has to beat.
 
     Returns:
-        "mean" [n, d] and "places" [n], as of `extract_features`.
+        "mean" [n, d] and "places" [n]; see `extract_features`.
 
     Raises:
         ValueError: no rows, or images that cannot be decoded; see `extract_features`.
     """
     transform = EvalTransform((size, size), (0.0,) * num_channels, (1.0,) * num_channels, crop_pct)
-    skip_bad = max_bad_share is not None
-    loader = _loader(source, indices, num_channels, transform, 256, num_workers, skip_bad, shared=False)
+    loader = _loader(_Images(source, indices, num_channels, transform, max_bad_share is not None), 256, num_workers, 1)
     batches = ({"mean": images.flatten(1).float() / 255, "good": good} for images, good in read_batches(loader))
     return without_bad(batches, source, indices, num_channels, max_bad_share)
 
 
 class _Images(Dataset):
-    """Chosen rows of a source at the encoder's size, and whether they could be decoded: else the image is blank."""
+    """Chosen rows of a source at the encoder's size, each with a flag; it is False for a blank, undecodable image."""
 
     def __init__(
         self, source: Source, indices: np.ndarray, num_channels: int, transform: EvalTransform, skip_bad: bool
     ) -> None:
+        if len(indices) == 0:
+            raise ValueError(f"source={source.name!r}: no rows were chosen, so there is nothing to encode")
         self.source, self.indices, self.num_channels, self.transform = source, indices, num_channels, transform
         self.skip_bad = skip_bad
 
@@ -244,35 +232,20 @@ class _Images(Dataset):
         return self.transform(image, row), True
 
 
-def _loader(
-    source: Source,
-    indices: np.ndarray,
-    num_channels: int,
-    transform: EvalTransform,
-    batch_size: int,
-    num_workers: int,
-    skip_bad: bool,
-    shared: bool = True,
-) -> DataLoader:
-    """Batches in the order of `indices`; if `shared`, each process's part of them, filled up with the last row."""
-    if len(indices) == 0:
-        raise ValueError(f"source={source.name!r}: no rows were chosen, so there is nothing to encode")
-    if shared and world_size() > 1:
-        step = batch_size * world_size()
-        rounds = np.arange(-(-len(indices) // step) * step).reshape(-1, world_size(), batch_size)
-        mine = np.minimum(rounds[:, process_index()].ravel(), len(indices) - 1)
-        indices = indices[mine]
+def _loader(images: _Images, batch_size: int, num_workers: int, num_processes: int) -> DataLoader:
+    """Batches in order; with several processes this one's share of them, filled up with the last row."""
+    if num_processes > 1:
+        num_rows = len(images)
+        step = batch_size * num_processes
+        rounds = np.arange(-(-num_rows // step) * step).reshape(-1, num_processes, batch_size)
+        images.indices = images.indices[np.minimum(rounds[:, process_index()].ravel(), num_rows - 1)]
     return DataLoader(
-        _Images(source, indices, num_channels, transform, skip_bad),
+        images,
         batch_size=batch_size,
         num_workers=num_workers,
         worker_init_fn=leave_signals_to_the_main_process,
-        generator=torch.Generator(),  # without one of its own a loader draws from the global generator
+        generator=torch.Generator(),  # without its own generator a loader draws from the global one
     )
-
-
-def _no_bar(show_progress: bool) -> bool:
-    return not (show_progress and process_index() == 0 and sys.stderr.isatty())
 
 
 @contextmanager

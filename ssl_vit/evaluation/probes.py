@@ -14,7 +14,7 @@ from ssl_vit.core.distributed import process_index
 from ssl_vit.evaluation import linear_probe
 from ssl_vit.evaluation.command import LabelledConfig
 from ssl_vit.evaluation.evaluate import cross_validate
-from ssl_vit.evaluation.features import FEATURES, num_layers_for, select_feature
+from ssl_vit.evaluation.features import check_feature, num_layers_for, select_feature
 from ssl_vit.evaluation.few_shot import FewShot, few_shot, most_shots
 from ssl_vit.evaluation.knn import knn_predict
 from ssl_vit.evaluation.linear_probe import LinearProbeConfig
@@ -80,12 +80,6 @@ class LinearConfig(LabelledConfig):
             raise ValueError(f"draws={self.draws!r}: must be at least 1")
 
 
-def check_feature(kind: str | None) -> None:
-    """Refuse a kind of feature that there is not; None leaves the choice to the backbone."""
-    if kind is not None and kind not in FEATURES:
-        raise ValueError(f"feature={kind!r}: no such feature; choose one of {', '.join(FEATURES)}")
-
-
 def evaluate_knn(path: Path, config: KNNConfig) -> None:
     """Score a backbone by k-NN for several k: a table, and a JSON file."""
     task = Task.open(path, config)
@@ -103,7 +97,7 @@ def evaluate_knn(path: Path, config: KNNConfig) -> None:
 def _knn(
     task: Task, train: Mapping[str, Tensor], test: Mapping[str, Tensor] | None, config: KNNConfig, kind: str
 ) -> dict[str, Score]:
-    device, split = task.backbone.device, task.split
+    device, split = task.backbone.settings.device, task.split
     labels = split.labels if split.test_labels is None else split.test_labels
     predictions = knn_predict(
         select_feature(train, kind).to(device),
@@ -119,7 +113,7 @@ def _knn(
 def evaluate_retrieval(path: Path, config: RetrievalConfig) -> None:
     """Score a backbone by retrieval: a table, and a JSON file."""
     task = Task.open(path, config)
-    device = task.backbone.device
+    device = task.backbone.settings.device
     feature = config.feature or task.backbone.feature
     found: dict[str, Retrieval] = {}
     for name in (*config.baselines, "backbone"):
@@ -191,7 +185,7 @@ def _linear(
     name: str,
 ) -> tuple[Score, dict[str, Any] | None]:
     """The score of the linear probe, and the head that was chosen where heads were trained."""
-    split, device = task.split, task.backbone.device
+    split, device = task.split, task.backbone.settings.device
     if pixels:
         probe = LinearProbeConfig(**{**vars(probe), "features": ("mean",), "views": 0})
     chosen: dict[str, Any] | None = None
@@ -234,7 +228,7 @@ def _linear(
 def _few_shot(
     task: Task, train: Mapping[str, Tensor], test: Mapping[str, Tensor] | None, config: LinearConfig, kind: str
 ) -> list[FewShot]:
-    split, device = task.split, task.backbone.device
+    split, device = task.split, task.backbone.settings.device
     features = select_feature(train, kind).to(device)
     queries = None if test is None else select_feature(test, kind).to(device)
     return [

@@ -24,7 +24,7 @@ from ssl_vit.core.text import plain
 from ssl_vit.data.augment.evaluation import EvalTransform
 from ssl_vit.data.loader import read_batches
 from ssl_vit.data.sampler import SampleKey, StepSampler, sample_rng
-from ssl_vit.data.workers import choose_num_workers, leave_signals_to_the_main_process
+from ssl_vit.data.workers import leave_signals_to_the_main_process
 from ssl_vit.evaluation.command import (
     Backbone,
     PicturesConfig,
@@ -34,6 +34,7 @@ from ssl_vit.evaluation.command import (
     tell_notes,
     write_result,
 )
+from ssl_vit.evaluation.features import EncodeSettings
 from ssl_vit.evaluation.left_out import refuse
 from ssl_vit.evaluation.masks import MaskedSource, Problems, centre_pair, open_masked, random_pair
 from ssl_vit.evaluation.scores import lay_out
@@ -163,7 +164,7 @@ def train_heads(
     on_step: Callable[[], object] = lambda: None,
 ) -> list[LinearHead]:
     """A head for each learning rate, all trained on the same batches; the same call gives the same heads."""
-    device = backbone.device
+    device = backbone.settings.device
     heads = []
     for _ in base_lrs:
         generator = torch.Generator().manual_seed(config.seed)
@@ -175,7 +176,7 @@ def train_heads(
     sampler = StepSampler(
         num_samples=len(source), batch_size=config.batch_size, num_steps=config.steps, seed=config.seed
     )
-    loader = _loader(_Pairs(source, encoder.in_chans, backbone, config.seed), config, device, batch_sampler=sampler)
+    loader = _loader(_Pairs(source, encoder.in_chans, backbone, config.seed), backbone.settings, batch_sampler=sampler)
     for step, (images, masks) in enumerate(read_batches(loader)):
         tokens, grid = _tokens(encoder, images, backbone, config.num_layers)
         masks = masks.to(device, non_blocking=True)
@@ -200,7 +201,7 @@ def segment(
 ) -> list[Int64[Tensor, "n 3 classes"]]:
     """The pixel counts of each picture, for each head; all that the scores need, and small for many classes too."""
     found: list[list[Tensor]] = [[] for _ in heads]
-    loader = _loader(_Pairs(source, encoder.in_chans, backbone, None), config, backbone.device)
+    loader = _loader(_Pairs(source, encoder.in_chans, backbone, None), backbone.settings)
     for head in heads:
         head.eval()
     for images, masks in read_batches(loader):
@@ -229,12 +230,13 @@ class _Pairs(Dataset):
         return centre_pair(*pair, self.transform.size, self.transform.crop_pct)
 
 
-def _loader(pairs: Dataset, config: SegmentationConfig, device: torch.device, **settings: Any) -> DataLoader:
+def _loader(pairs: Dataset, settings: EncodeSettings, batch_sampler: StepSampler | None = None) -> DataLoader:
     return DataLoader(
         pairs,
-        **(settings or {"batch_size": config.batch_size}),
-        num_workers=choose_num_workers(config.num_workers, device),
-        pin_memory=device.type == "cuda",
+        batch_size=settings.batch_size if batch_sampler is None else 1,
+        batch_sampler=batch_sampler,
+        num_workers=settings.num_workers,
+        pin_memory=settings.device.type == "cuda",
         worker_init_fn=leave_signals_to_the_main_process,
         generator=torch.Generator(),
     )
@@ -244,13 +246,9 @@ def _tokens(
     encoder: Encoder, images: Tensor, backbone: Backbone, num_layers: int
 ) -> tuple[Float[Tensor, "b n d"], tuple[int, int]]:
     """Frozen patch tokens of the last blocks, side by side, and their grid."""
-    with (
-        torch.no_grad(),
-        torch.autocast(
-            backbone.device.type, dtype=backbone.autocast_dtype, enabled=backbone.autocast_dtype is not None
-        ),
-    ):
-        normalised = backbone.transform.on_device(images, backbone.device)
+    device, dtype = backbone.settings.device, backbone.settings.autocast_dtype
+    with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        normalised = backbone.transform.on_device(images, device)
         layers = encoder.last_layers(normalised, num_layers)
     grid = normalised.shape[-2] // encoder.patch_size[0], normalised.shape[-1] // encoder.patch_size[1]
     return torch.cat([features.patches for features in layers], dim=2).float(), grid
@@ -357,7 +355,7 @@ def _readable(
     tell_notes(source.images, source.masks)
     if config.on_bad_image == "raise":
         return source
-    loader = _loader(Problems(source, backbone.encoder.in_chans), config, backbone.device)
+    loader = _loader(Problems(source, backbone.encoder.in_chans), backbone.settings)
     loader.collate_fn = list
     reasons: list[str | None] = [reason for batch in loader for reason in batch]
     rows = [row for row, reason in enumerate(reasons) if reason is not None]

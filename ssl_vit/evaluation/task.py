@@ -15,7 +15,6 @@ from ssl_vit.core.distributed import process_index
 from ssl_vit.core.manifest import hash_file
 from ssl_vit.data.bad_images import describe_bad
 from ssl_vit.data.sources.source import Source, open_source
-from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.evaluation.cache import cached_features, feature_key
 from ssl_vit.evaluation.command import (
     Backbone,
@@ -26,8 +25,8 @@ from ssl_vit.evaluation.command import (
     tell_notes,
     write_result,
 )
-from ssl_vit.evaluation.evaluate import Split, check_finite, split_sources
-from ssl_vit.evaluation.features import extract_features, pixel_features
+from ssl_vit.evaluation.evaluate import Split, split_sources
+from ssl_vit.evaluation.features import check_finite, extract_features, pixel_features
 from ssl_vit.evaluation.left_out import check_bad_share
 
 
@@ -114,7 +113,7 @@ class Task:
             rows,
             self.backbone.encoder.in_chans,
             crop_pct=self.backbone.transform.crop_pct,
-            num_workers=choose_num_workers(self.config.num_workers, self.backbone.device),
+            num_workers=self.backbone.settings.num_workers,
             max_bad_share=self.config.skipped_share,
         )
 
@@ -129,23 +128,14 @@ class Task:
             transform = replace(backbone.transform, view=view)
 
             def extract() -> dict[str, Tensor]:
-                return extract_features(
-                    encoder,
-                    source,
-                    rows,
-                    transform,
-                    batch_size=self.config.batch_size,
-                    device=backbone.device,
-                    num_layers=num_layers,
-                    num_workers=choose_num_workers(self.config.num_workers, backbone.device),
-                    autocast_dtype=backbone.autocast_dtype,
-                    max_bad_share=self.config.skipped_share,
-                )
+                more = {"num_layers": num_layers, "max_bad_share": self.config.skipped_share}
+                return extract_features(encoder, source, rows, transform, backbone.settings, **more)
 
             if digest is None:
                 features = extract()
             else:
-                key = feature_key(digest, backbone.encoder_settings, source, rows, transform, backbone.autocast_dtype)
+                dtype = backbone.settings.autocast_dtype
+                key = feature_key(digest, backbone.encoder_settings, source, rows, transform, dtype)
                 features = cached_features(backbone.folder / "features", key, num_layers, extract)
             if process_index() == 0:
                 for values in (features["cls"], features["mean"]):

@@ -1,4 +1,4 @@
-"""What a trained backbone is judged beside: the same architecture with the weights that its training began with."""
+"""The baseline of a trained backbone: the same architecture with the weights that its training began with."""
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -9,14 +9,15 @@ import torch
 
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.vit import ViTConfig
+from ssl_vit.objectives.finetune import SupervisedConfig
 from ssl_vit.objectives.objective import ObjectiveConfig
 
 
 def untrained_encoder(encoder: ViTConfig, objective: ObjectiveConfig | None, seed: int) -> Encoder:
-    """The encoder that a run of these settings has before its first step, had it started from fresh weights.
+    """Build the encoder that a run with these settings has before its first step if it starts from fresh weights.
 
     Args:
-        objective: whose build initialises an encoder as its paper does; None = timm's own initialisation.
+        objective: its `build` initialises an encoder as its paper does; None = timm's own initialisation.
     """
     torch.manual_seed(seed)
     built = replace(encoder, pretrained=None).build()
@@ -24,10 +25,10 @@ def untrained_encoder(encoder: ViTConfig, objective: ObjectiveConfig | None, see
 
 
 def objective_of(provenance: Mapping[str, Any]) -> ObjectiveConfig | None:
-    """The settings of the objective that a backbone was trained by; None where it is none of pre-training's.
+    """Settings of the pre-training objective that trained a backbone; None where no pre-training objective did.
 
     Args:
-        provenance: as an export has it. Settings that this version does not know are left out, since none decides how
+        provenance: of an export. Settings that this version does not know are dropped, since none of them decides how
             an encoder is initialised.
     """
     name, settings = str(provenance.get("objective")), provenance.get("objective_config")
@@ -36,6 +37,8 @@ def objective_of(provenance: Mapping[str, Any]) -> ObjectiveConfig | None:
     try:
         kind = getattr(import_module(f"ssl_vit.objectives.{name.lower()}"), f"{name}Config")
     except (ImportError, AttributeError):
+        return None
+    if issubclass(kind, SupervisedConfig):
         return None
     known = {item.name for item in fields(kind)}
     return kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in settings.items() if key in known})

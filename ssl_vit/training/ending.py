@@ -14,12 +14,13 @@ from ssl_vit.core.machine import autocast_dtype
 from ssl_vit.core.settings import said_of
 from ssl_vit.core.text import plain
 from ssl_vit.data.augment.device import normalize
-from ssl_vit.data.augment.evaluation import centre_crop
+from ssl_vit.data.augment.evaluation import EvalTransform, centre_crop
 from ssl_vit.data.bad_images import leave_out_bad
 from ssl_vit.data.sources.source import DataConfig, Source, open_source
 from ssl_vit.data.sources.stream import Stream
 from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.evaluation.evaluate import evaluate_encoder, evaluate_pixels, split_sources
+from ssl_vit.evaluation.features import EncodeSettings
 from ssl_vit.evaluation.scores import Score, format_table, paired_interval, scores_to_json
 from ssl_vit.evaluation.untrained import untrained_encoder
 from ssl_vit.models.encoder import Encoder
@@ -314,10 +315,21 @@ def _evaluate(encoder: Encoder, config: RunConfig, judges: Judges, accelerator: 
         encoder,
         *judges,
         config.evaluation,
-        mean=config.data.mean,
-        std=config.data.std,
-        device=accelerator.device,
-        num_workers=choose_num_workers(config.data.num_workers, accelerator.device),
-        autocast_dtype=autocast_dtype(accelerator.mixed_precision),
+        eval_transform(config, encoder),
+        encode_settings(config, accelerator),
         seed=config.seed,
+    )
+
+
+def eval_transform(config: RunConfig, encoder: Encoder) -> EvalTransform:
+    """The centre crop that images are evaluated on."""
+    return EvalTransform(encoder.image_size, config.data.mean, config.data.std, config.evaluation.crop_pct)
+
+
+def encode_settings(config: RunConfig, accelerator: Accelerator) -> EncodeSettings:
+    """How a run encodes images to evaluate."""
+    device = accelerator.device
+    num_workers = choose_num_workers(config.data.num_workers, device)
+    return EncodeSettings(
+        config.evaluation.batch_size, device, num_workers, autocast_dtype(accelerator.mixed_precision)
     )

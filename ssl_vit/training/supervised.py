@@ -8,13 +8,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ssl_vit.core.distributed import process_index
-from ssl_vit.core.machine import autocast_dtype
 from ssl_vit.core.settings import as_plain
 from ssl_vit.core.text import plain
-from ssl_vit.data.augment.evaluation import EvalTransform
 from ssl_vit.data.sources.source import Source
 from ssl_vit.data.sources.stream import Stream
-from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.evaluation.evaluate import align_classes, independent_rows, split_sources
 from ssl_vit.evaluation.features import stream
 from ssl_vit.evaluation.logistic import stratified_folds
@@ -24,7 +21,7 @@ from ssl_vit.export.run import export_settings
 from ssl_vit.objectives.finetune import FineTune, Supervised
 from ssl_vit.runs.folder import METRICS_FILE, RESULTS_FILE, write_results
 from ssl_vit.training.config import RunConfig
-from ssl_vit.training.ending import open_test_source
+from ssl_vit.training.ending import encode_settings, eval_transform, open_test_source
 from ssl_vit.training.observe.metrics import MetricLog
 
 TEST_FOLDS = 5  # without a test source one part in so many of the pictures is tested
@@ -148,7 +145,7 @@ def finish(
 
 def _test(config: RunConfig, accelerator: Accelerator, objective: Supervised, source: Source) -> dict[str, Score]:
     """Scores of each head; every process calls this, the main one is given them."""
-    encoder, data = objective.encoder, config.data
+    encoder = objective.encoder
 
     def classify(images: Tensor) -> dict[str, Tensor]:
         return {name: values.argmax(dim=1) for name, values in objective.logits(images).items()}
@@ -158,13 +155,10 @@ def _test(config: RunConfig, accelerator: Accelerator, objective: Supervised, so
         objective,
         source,
         np.arange(len(source)),
-        EvalTransform(encoder.image_size, data.mean, data.std, config.evaluation.crop_pct),
-        num_channels=encoder.in_chans,
-        batch_size=config.evaluation.batch_size,
-        device=accelerator.device,
-        num_workers=choose_num_workers(data.num_workers, accelerator.device),
-        autocast_dtype=autocast_dtype(accelerator.mixed_precision),
-        skip_bad=data.on_bad_image == "skip",
+        eval_transform(config, encoder),
+        encode_settings(config, accelerator),
+        encoder.in_chans,
+        skip_bad=config.data.on_bad_image == "skip",
     )
     parts: dict[str, list[np.ndarray]] = {}
     for batch in batches:

@@ -13,7 +13,7 @@ from ssl_vit.core.text import plain
 from ssl_vit.data.augment.device import normalize
 from ssl_vit.data.augment.evaluation import EvalTransform, centre_crop
 from ssl_vit.data.sources.source import Source
-from ssl_vit.evaluation.features import extract_features, select_feature
+from ssl_vit.evaluation.features import EncodeSettings, extract_features, select_feature
 from ssl_vit.evaluation.scores import class_name
 from ssl_vit.runs.trained import Trained
 from ssl_vit.visualize.grid import draw_grid, to_rgb
@@ -60,8 +60,8 @@ def draw_neighbours(
     feature = "mean" if trained.provenance.get("objective") == "MAE" or not encoder.has_cls_token else "cls"
     rows = np.sort(np.random.default_rng(seed).choice(len(gallery), min(most, len(gallery)), replace=False))
     transform = EvalTransform(height_width, trained.mean, trained.std, trained.crop_pct)
-    device = torch.device("cpu")
-    pieces = extract_features(encoder, gallery, rows, transform, batch_size=64, device=device, max_bad_share=1.0)
+    settings = EncodeSettings(batch_size=64, device=torch.device("cpu"))
+    pieces = extract_features(encoder, gallery, rows, transform, settings, max_bad_share=1.0)
     rows = rows[pieces["places"].numpy()]
     with torch.inference_mode():
         found = encoder(pictures.images)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ssl_vit.data.augment.evaluation import EvalTransform
 from ssl_vit.data.sources.source import DataConfig, Source, open_source
 from ssl_vit.evaluation import evaluate
 from ssl_vit.evaluation.evaluate import (
@@ -20,6 +21,7 @@ from ssl_vit.evaluation.evaluate import (
     evaluate_pixels,
     split_sources,
 )
+from ssl_vit.evaluation.features import EncodeSettings
 from ssl_vit.evaluation.scores import (
     Score,
     format_classes,
@@ -53,7 +55,7 @@ def clusters(labels, spread=0.3, seed=0):
     return torch.eye(5)[np.maximum(labels, 0)] + spread * noise
 
 
-ENCODER_SETTINGS = {"mean": [0.5] * 3, "std": [0.25] * 3, "device": torch.device("cpu")}
+ENCODING = EvalTransform((32, 32), (0.5,) * 3, (0.25,) * 3), EncodeSettings(8, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -199,8 +201,8 @@ def test_features_that_cannot_be_evaluated_are_refused():
 
 def test_evaluate_encoder_and_pixels(tiny_encoder):
     labels = np.arange(30) % 3
-    config = EvaluationConfig(folds=3, k=3, batch_size=8)
-    encoder_scores = evaluate_encoder(tiny_encoder, source(labels), None, config, **ENCODER_SETTINGS)
+    config = EvaluationConfig(folds=3, k=3)
+    encoder_scores = evaluate_encoder(tiny_encoder, source(labels), None, config, *ENCODING)
     pixel_scores = evaluate_pixels(source(labels), None, config, num_channels=3)
     for scores in (encoder_scores, pixel_scores):
         assert {probe: (score.n, score.accuracy) for probe, score in scores.items()} == {
@@ -219,7 +221,7 @@ def test_the_configured_feature_is_used(tiny_encoder, monkeypatch):
     monkeypatch.setattr(evaluate, "evaluate_features", lambda features, *args, **kw: used.append(features) or {})
     for feature in ("cls", "mean"):
         config = EvaluationConfig(feature=feature)
-        evaluate_encoder(tiny_encoder, source([0, 1, 2] * 2), None, config, **ENCODER_SETTINGS)
+        evaluate_encoder(tiny_encoder, source([0, 1, 2] * 2), None, config, *ENCODING)
     assert [features.mean() for features in used] == [1, 0]
 
 

@@ -20,7 +20,7 @@ from ssl_vit.data.sources.source import DataConfig, open_source
 from ssl_vit.evaluation import command, extract
 from ssl_vit.evaluation.extract import ExtractConfig
 from ssl_vit.evaluation.feature_files import read_description
-from ssl_vit.evaluation.features import extract_features, select_feature
+from ssl_vit.evaluation.features import EncodeSettings, extract_features, select_feature
 from ssl_vit.export import export_backbone, load_backbone
 from ssl_vit.models.vit import ViTConfig
 from tests.conftest import ROOT, TINY
@@ -61,9 +61,8 @@ def run(backbone: Path, source: Path | str, output: Path, *flags: str) -> int:
 
 def expected(backbone: Path, source: Path, kind: str) -> torch.Tensor:
     encoder, opened = load_backbone(backbone), open_source(DataConfig(source=str(source)))
-    pieces = extract_features(
-        encoder, opened, np.arange(40), TRANSFORM, batch_size=40, device=torch.device("cpu"), num_layers=2
-    )
+    settings = EncodeSettings(40, torch.device("cpu"))
+    pieces = extract_features(encoder, opened, np.arange(40), TRANSFORM, settings, num_layers=2)
     return select_feature(pieces, kind)
 
 

@@ -8,7 +8,13 @@ from torch import Tensor, nn
 
 from ssl_vit.data.augment.evaluation import EvalTransform, fit_size
 from ssl_vit.data.sources.source import Source
-from ssl_vit.evaluation.features import extract_features, pixel_features, select_feature, stream_features
+from ssl_vit.evaluation.features import (
+    EncodeSettings,
+    extract_features,
+    pixel_features,
+    select_feature,
+    stream_features,
+)
 from ssl_vit.models.encoder import Encoder, Features
 
 
@@ -48,9 +54,12 @@ class Averager(Encoder):
 PLAIN = EvalTransform((8, 16), (0.0,) * 3, (1.0,) * 3, crop_pct=1.0)
 
 
-def settings(**changes):
-    defaults = {"transform": PLAIN, "batch_size": 2, "device": torch.device("cpu")}
-    return defaults | changes
+def settings(transform=PLAIN, num_layers=1, **changes):
+    return {
+        "transform": transform,
+        "settings": EncodeSettings(2, torch.device("cpu"), **changes),
+        "num_layers": num_layers,
+    }
 
 
 def plain(*colour: int) -> Tensor:
