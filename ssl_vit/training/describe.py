@@ -36,7 +36,7 @@ def describe(run: "Run", precision: str, checkpoint: Path | None) -> None:
         + (f"{drawn:,} images" if num_samples is None else f"{drawn / num_samples:.1f} epochs")
         + f"\nfolder     {plain(run.folder)}"
     )
-    notes = [*run.source.notes, *(run.feed.notes() if run.feed is not None else ())]
+    notes = [*run.source.notes, *(run.stream_loader.notes() if run.stream_loader is not None else ())]
     if accelerator.is_main_process and isinstance(run.source, Source):
         notes += [note for note in (run.source.note_of_dropped(run.objective.encoder.in_chans),) if note]
     for note in notes:

@@ -120,7 +120,7 @@ def train_steps(run: Run, stop: StopSignal) -> int | None:
     """
     config, accelerator, objective = run.config, run.accelerator, run.objective
     device, start_step = accelerator.device, run.step
-    sampler = None if run.feed is not None else build_sampler(run)
+    sampler = None if run.stream_loader is not None else build_sampler(run)
     log = MetricLog(
         run.folder / METRICS_FILE,
         start_step=start_step,

@@ -17,11 +17,11 @@ from ssl_vit.core.settings import section
 from ssl_vit.core.text import plain
 from ssl_vit.data.bad_images import look_beforehand
 from ssl_vit.data.decoded import open_decoded
-from ssl_vit.data.feed import Feed
 from ssl_vit.data.loader import Batches
 from ssl_vit.data.sampler import StepSampler
 from ssl_vit.data.sources.source import Source
 from ssl_vit.data.sources.stream import Stream, open_images
+from ssl_vit.data.stream_loader import StreamLoader
 from ssl_vit.data.transform import Transform
 from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.models.vit import choose_attention
@@ -97,7 +97,7 @@ class Run:
     deadline: float  # of time.monotonic
     step: int = 0  # steps done
     faults: Faults = field(default_factory=Faults)
-    feed: Feed | None = None  # where a stream has come to
+    stream_loader: StreamLoader | None = None  # where a stream has come to
     saves: bool = True  # False: no checkpoint is ever written, as a benchmark wants it
 
     @property
@@ -196,7 +196,7 @@ def _set_up(config: RunConfig, ending: Ending) -> Run:
     state = {} if checkpoint is None else resume(run, checkpoint)
     if isinstance(source, Stream):
         place = (accelerator.process_index, accelerator.num_processes)
-        run.feed = Feed.open(source, config.data, config.seed, *place, state.get("stream"))
+        run.stream_loader = StreamLoader.open(source, config.data, config.seed, *place, state.get("stream"))
     describe(run, precision, checkpoint)
     if accelerator.is_main_process:
         note_session(
@@ -251,7 +251,7 @@ def open_batches(
     """The micro-batches of this process, from the step that the run is at; at its end the workers end."""
     num_channels, device = run.objective.encoder.in_chans, run.accelerator.device
     num_workers = choose_num_workers(run.config.data.num_workers, device)
-    if run.feed is None:
+    if run.stream_loader is None:
         assert isinstance(run.pictures, Source)
         assert sampler is not None
         return Batches(
@@ -264,7 +264,7 @@ def open_batches(
             note_bad=note_bad,
         )
     return closing(
-        run.feed.batches(
+        run.stream_loader.batches(
             run.transform,
             batch_size=run.config.batch.size,
             num_steps=run.num_steps,
@@ -305,8 +305,8 @@ def save(run: Run, *, is_last: bool) -> Path | None:
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
         "faults": run.faults.to_plain(),
     }
-    if run.feed is not None:
-        state["stream"] = run.feed.state()
+    if run.stream_loader is not None:
+        state["stream"] = run.stream_loader.state()
     try:
         folder = save_checkpoint(run.folder, run.step, run.model, run.optimizer, state)
     except OSError as error:

@@ -305,7 +305,7 @@ def test_what_a_run_is_about_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     objective = Any(parameters=lambda: [], encoder=Any(embed_dim=8, in_chans=3), name="MAE")
     run = Any(
         config=config, accelerator=accelerator, source=source, objective=objective, num_micro=1, num_steps=3, step=0,
-        feed=None, compiled=False, block_graphs=Any(enabled=False), folder=Path(text),
+        stream_loader=None, compiled=False, block_graphs=Any(enabled=False), folder=Path(text),
     )  # fmt: skip
     describe(run, "no", Path(text))  # pyright: ignore[reportArgumentType]
     lines = capsys.readouterr().out.splitlines()

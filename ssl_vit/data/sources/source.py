@@ -1,10 +1,11 @@
 """Where the images come from: every kind of source as an indexable set of undecoded images."""
 
 import glob
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, TypeVar, cast
 from unicodedata import normalize
 
 import datasets
@@ -26,8 +27,9 @@ from ssl_vit.data.sources.labels import integers, read_labels
 from ssl_vit.data.sources.stored import Roots, find_stored
 from ssl_vit.data.sources.tables import check_cache, is_saved_dataset, load_from_hub, load_parquet, load_saved
 
-MAX_TRIES = 50  # rows in which a picture that can be decoded is looked for
+MAX_TRIES = 50  # rows among which an image that can be decoded is sought
 _LOOKED_AT = 32  # images whose headers tell what of them is not used
+_Candidate = TypeVar("_Candidate")
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,31 +151,52 @@ class Source:
     def next_image(
         self, index: int, num_channels: int, at: Callable[[int], None] | None = None
     ) -> tuple[UInt8[Tensor, "{num_channels} h w"], int]:
-        """The picture of a row, or of the next one that can be decoded, round the end; and the row it is of.
+        """Decode `index` or the next decodable row (wrapping); return image and row.
 
-        In a mixture the next one is of the same source.
+        In a mixture the next row is one of the same source.
 
         Args:
-            at: told each row before it is decoded.
+            at: called with each row before it is decoded.
 
         Raises:
             ValueError: none of `MAX_TRIES` rows can be decoded. Names the first.
         """
-        if at is not None:
-            at(index)
-        try:
-            return self.image(index, num_channels), index
-        except ValueError as error:
-            first = error
-        following = np.roll(np.arange(len(self)), -index) if self.mixture is None else self.mixture.alike(index)
-        for row in following[1:MAX_TRIES].tolist():
+
+        def rows() -> Iterator[int]:
+            yield index
+            following = np.roll(np.arange(len(self)), -index) if self.mixture is None else self.mixture.alike(index)
+            yield from following[1:MAX_TRIES].tolist()
+
+        def decode(row: int) -> Tensor:
             if at is not None:
                 at(row)
-            try:
-                return self.image(row, num_channels), row
-            except ValueError:
-                continue
-        raise ValueError(f"{first}; nor can any of the next {MAX_TRIES - 1} be decoded") from first
+            return self.image(row, num_channels)
+
+        return decode_first(rows(), decode)
+
+
+def decode_first(
+    candidates: Iterator[_Candidate],
+    decode: Callable[[_Candidate], Tensor],
+    skipped: Callable[[_Candidate, ValueError], None] | None = None,
+) -> tuple[UInt8[Tensor, "c h w"], _Candidate]:
+    """Decode the first candidate that can be decoded; return image and candidate.
+
+    Args:
+        skipped: called with each candidate that cannot be decoded, and why.
+
+    Raises:
+        ValueError: none of `MAX_TRIES` can be decoded. Names the first.
+    """
+    first = None
+    for candidate in islice(candidates, MAX_TRIES):
+        try:
+            return decode(candidate), candidate
+        except ValueError as error:
+            first = first or error
+            if skipped is not None:
+                skipped(candidate, error)
+    raise ValueError(f"{first}; nor can any of the next {MAX_TRIES - 1} be decoded") from first
 
 
 def open_source(config: DataConfig) -> Source:

@@ -226,7 +226,7 @@ def _read_hub(
         yield from cast("dict[str, list[Any]]", batch)[column]
 
 
-class Segment(NamedTuple):
+class ShardSlice(NamedTuple):
     """Rows of a shard: every `step`-th from `start`, before `stop` (None: its end)."""
 
     shard: int
@@ -235,12 +235,12 @@ class Segment(NamedTuple):
     step: int
 
 
-class Place(NamedTuple):
-    """How far a reader has come: the next sample is number `position` of the block that begins here."""
+class ReaderState(NamedTuple):
+    """How far a reader has come: its next sample is number `position` of the block that begins here."""
 
     epoch: int = 0
-    segment: int = 0
-    done: int = 0  # rows of that segment before the block
+    slice: int = 0
+    done: int = 0  # rows of that slice before the block
     block: int = 0
     position: int = 0
 
@@ -255,7 +255,7 @@ class Sample(NamedTuple):
 
 
 class BadSample(NamedTuple):
-    """A picture that cannot be decoded."""
+    """An image that cannot be decoded."""
 
     shard: str | None
     row: int
@@ -264,7 +264,7 @@ class BadSample(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Walk:
+class ShardSchedule:
     """How `num_readers` readers share the shards of a stream: all of it once an epoch, in a new order.
 
     Sample n of the run, counted over everything, is read by reader n % num_readers. Where the rows of the shards are
@@ -279,58 +279,58 @@ class Walk:
     block_size: int
     """Samples that a reader shuffles at once."""
 
-    def segments(self, epoch: int, reader: int) -> list[Segment]:
+    def slices(self, epoch: int, reader: int) -> list[ShardSlice]:
         """What a reader reads in an epoch."""
         counts, num_shards = self.stream.counts, len(self.stream.shards)
         if counts is None:
             step = -(-self.num_readers // num_shards)
             order = epoch_order(num_shards * step, self.seed, epoch)[reader :: self.num_readers]
-            return [Segment(number % num_shards, number // num_shards, None, step) for number in order.tolist()]
+            return [ShardSlice(number % num_shards, number // num_shards, None, step) for number in order.tolist()]
         total = int(counts.sum())
         # The reader of the epoch's sample n is (epoch * total + n) % num_readers.
         first = (np.arange(self.num_readers) - epoch * total) % self.num_readers
         ends = np.cumsum(np.maximum(0, -(-(total - first) // self.num_readers)))
         begin, end = int(ends[reader - 1]) if reader else 0, int(ends[reader])
-        segments, offset = [], 0
+        slices, offset = [], 0
         for shard in epoch_order(num_shards, self.seed, epoch).tolist():
             size = int(counts[shard])
             start, stop = max(begin - offset, 0), min(end - offset, size)
             if start < stop:
-                segments.append(Segment(shard, start, stop, 1))
+                slices.append(ShardSlice(shard, start, stop, 1))
             offset += size
-        return segments
+        return slices
 
-    def samples(self, reader: int, place: Place) -> Iterator[tuple[Sample, Place]]:
-        """The endless sequence of a reader, from a place on, and the place after each sample.
+    def samples(self, reader: int, state: ReaderState) -> Iterator[tuple[Sample, ReaderState]]:
+        """The endless sequence of a reader's samples from `state` on, and its state after each.
 
         Raises:
             ValueError: a shard cannot be read, or there is nothing in many epochs.
         """
-        epoch, segment, done, block, position = place
+        epoch, number, done, block, position = state
         empty = 0
         while empty < MAX_TRIES:
-            rows = self._rows(self.segments(epoch, reader), segment, done)
+            rows = self._rows(self.slices(epoch, reader), number, done)
             while taken := list(islice(rows, self.block_size)):
                 rng = np.random.default_rng((self.seed, epoch, reader, block, 3))
                 order = rng.permutation(len(taken)).tolist()
-                for number in range(position, len(taken)):
-                    _, _, shard, row, stored = taken[order[number]]
-                    drawn = (block * self.block_size + number) * self.num_readers + reader
+                for place in range(position, len(taken)):
+                    _, _, shard, row, stored = taken[order[place]]
+                    drawn = (block * self.block_size + place) * self.num_readers + reader
                     sample = Sample(shard, row, stored, SampleKey(epoch, drawn, row))
-                    yield sample, Place(epoch, segment, done, block, number + 1)
-                segment, done, *_ = taken[-1]
+                    yield sample, ReaderState(epoch, number, done, block, place + 1)
+                number, done, *_ = taken[-1]
                 taken.clear()  # before the next block is read
                 block, position = block + 1, 0
             empty = 0 if block else empty + 1
-            epoch, segment, done, block = epoch + 1, 0, 0, 0
+            epoch, number, done, block = epoch + 1, 0, 0, 0
         raise ValueError(f"data.source={self.stream.name!r}: holds too few samples for {self.num_readers} readers")
 
     def _rows(
-        self, segments: list[Segment], first: int, done: int
+        self, slices: list[ShardSlice], first: int, done: int
     ) -> Iterator[tuple[int, int, int, int, dict[str, Any]]]:
-        """Rows of an epoch after `done` rows of its segment `first`: segment, rows of it so far, shard, row, image."""
-        for number in range(first, len(segments)):
-            shard, start, stop, step = segments[number]
+        """Rows of an epoch after `done` rows of its slice `first`: slice, rows of it so far, shard, row, image."""
+        for number in range(first, len(slices)):
+            shard, start, stop, step = slices[number]
             for row, stored in self.stream.read(shard, start + done * step, stop, step):
                 done += 1
                 yield number, done, shard, row, stored

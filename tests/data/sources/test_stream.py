@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ssl_vit.data.config import DataConfig
-from ssl_vit.data.feed import Feed
+from ssl_vit.data.sources import stream as streams
 from ssl_vit.data.sources.source import open_source
-from ssl_vit.data.sources.stream import BadSample, Place, Walk, choose_num_readers, open_stream
+from ssl_vit.data.sources.stream import BadSample, ReaderState, ShardSchedule, choose_num_readers, open_stream
+from ssl_vit.data.stream_loader import StreamLoader
 from tests.data.shards import number_of, write_parquet, write_tars
 
 CPU = torch.device("cpu")
@@ -56,13 +57,13 @@ def config(source: str, **settings: Any) -> DataConfig:
     return DataConfig(source=source, streaming=True, **{"shuffle_buffer": 40, **settings})
 
 
-def feeds(given: DataConfig, num_processes: int = 1, state: dict | None = None, seed: int = 0) -> list[Feed]:
+def loaders(given: DataConfig, num_processes: int = 1, state: dict | None = None, seed: int = 0) -> list[StreamLoader]:
     stream = open_stream(given)
-    return [Feed.open(stream, given, seed, index, num_processes, state) for index in range(num_processes)]
+    return [StreamLoader.open(stream, given, seed, index, num_processes, state) for index in range(num_processes)]
 
 
 def steps(
-    opened: list[Feed],
+    opened: list[StreamLoader],
     num_steps: int,
     *,
     start_step: int = 0,
@@ -74,7 +75,7 @@ def steps(
     """What each step learns from, in the order of its samples in a run of one process."""
     found: list[list[tuple[int, float]]] = []
     generators = [
-        feed.batches(
+        loader.batches(
             Numbers(),
             batch_size=batch_size,
             num_steps=num_steps,
@@ -85,7 +86,7 @@ def steps(
             device=CPU,
             note_bad=None if bad is None else bad.extend,
         )
-        for feed in opened
+        for loader in opened
     ]
     for _ in range(start_step, num_steps):
         parts: list[list[tuple[int, float]]] = [[] for _ in generators]
@@ -103,13 +104,15 @@ def numbers(found: list[list[tuple[int, float]]]) -> list[int]:
     return [number for step in found for number, _ in step]
 
 
-def state_of(opened: list[Feed]) -> dict[str, Any]:
-    """As `Feed.state` gathers it from several processes."""
-    places = [place for together in zip(*(feed.places.tolist() for feed in opened), strict=True) for place in together]
+def state_of(opened: list[StreamLoader]) -> dict[str, Any]:
+    """As `StreamLoader.state` gathers it from several processes."""
+    states = [
+        state for together in zip(*(loader.states.tolist() for loader in opened), strict=True) for state in together
+    ]
     return {
-        "num_readers": opened[0].walk.num_readers,
-        "num_shards": len(opened[0].walk.stream.shards),
-        "places": places,
+        "num_readers": opened[0].schedule.num_readers,
+        "num_shards": len(opened[0].schedule.stream.shards),
+        "places": states,
     }
 
 
@@ -119,9 +122,9 @@ def test_two_processes_of_two_workers_see_each_sample_once_an_epoch(
     tmp_path: Path, write: Any, sizes: list[int]
 ) -> None:
     """Shards of equal size, of very different sizes, and fewer than workers."""
-    opened = feeds(config(write(tmp_path, sizes)), num_processes=2)
+    opened = loaders(config(write(tmp_path, sizes)), num_processes=2)
     total = sum(sizes)
-    assert opened[0].walk.stream.num_samples == total
+    assert opened[0].schedule.stream.num_samples == total
     seen = numbers(steps(opened, 15, num_workers=2))
     for epoch in range(3):
         assert sorted(seen[total * epoch : total * (epoch + 1)]) == list(range(total))
@@ -133,17 +136,17 @@ def test_what_a_step_learns_from_follows_from_no_number_of_processes_workers_or_
     tmp_path: Path, known: bool
 ) -> None:
     given = config(write_tars(tmp_path, [6] * 8), num_samples=None if known else 48)
-    plain = steps(feeds(given), 9)
-    assert plain == steps(feeds(given), 9, num_workers=2)
-    assert plain == steps(feeds(given), 9, num_workers=2, num_micro=4)
-    assert plain == steps(feeds(given, num_processes=2), 9, num_workers=2, num_micro=2)
-    assert plain == steps(feeds(given, num_processes=4), 9)
-    assert plain != steps(feeds(given, seed=1), 9)
+    plain = steps(loaders(given), 9)
+    assert plain == steps(loaders(given), 9, num_workers=2)
+    assert plain == steps(loaders(given), 9, num_workers=2, num_micro=4)
+    assert plain == steps(loaders(given, num_processes=2), 9, num_workers=2, num_micro=2)
+    assert plain == steps(loaders(given, num_processes=4), 9)
+    assert plain != steps(loaders(given, seed=1), 9)
 
 
 def test_where_rows_are_not_counted_equal_shards_are_seen_once_before_any_twice(tmp_path: Path) -> None:
-    opened = feeds(config(write_tars(tmp_path, [5] * 8), num_samples=40), num_processes=2)
-    assert opened[0].walk.stream.counts is None
+    opened = loaders(config(write_tars(tmp_path, [5] * 8), num_samples=40), num_processes=2)
+    assert opened[0].schedule.stream.counts is None
     assert opened[0].notes() == []
     seen = numbers(steps(opened, 10, num_workers=2))
     assert sorted(seen[:40]) == sorted(seen[40:]) == list(range(40))
@@ -152,16 +155,16 @@ def test_where_rows_are_not_counted_equal_shards_are_seen_once_before_any_twice(
 @pytest.mark.parametrize("sizes", [[30, 1, 1, 1, 1, 1, 1], [36], [20, 0, 16]])
 def test_uneven_shards_that_are_not_counted_never_hang_and_lose_nothing(tmp_path: Path, sizes: list[int]) -> None:
     given = config(write_tars(tmp_path, sizes), num_samples=36)
-    opened = feeds(given, num_processes=2)
+    opened = loaders(given, num_processes=2)
     assert "begin their next epoch earlier" in " ".join(opened[0].notes())
     assert set(numbers(steps(opened, 40, num_workers=2))) == set(range(36))
-    walk = opened[0].walk
+    schedule = opened[0].schedule
     for epoch in range(3):  # what the readers read in an epoch is all of it, once
         read = Counter(
-            (segment.shard, row)
-            for reader in range(walk.num_readers)
-            for segment in walk.segments(epoch, reader)
-            for row, _ in walk.stream.read(*segment)
+            (part.shard, row)
+            for reader in range(schedule.num_readers)
+            for part in schedule.slices(epoch, reader)
+            for row, _ in schedule.stream.read(*part)
         )
         assert len(read) == 36
         assert set(read.values()) == {1}
@@ -175,22 +178,22 @@ def test_any_step_can_be_gone_on_from_with_other_numbers_of_processes_and_worker
     # Blocks of three, and steps after which another reader is next.
     sizes, settings = [7, 5, 6, 6, 9, 4, 8, 3], {"batch_size": 12}
     given = config(write_tars(tmp_path, sizes), shuffle_buffer=24, num_samples=None if known else 48)
-    whole = steps(feeds(given, num_processes=2), 10, **settings)
+    whole = steps(loaders(given, num_processes=2), 10, **settings)
     for stop in (1, 4) if num_workers else (0, 1, 3, 4, 7):
-        opened = feeds(given, num_processes=2)
+        opened = loaders(given, num_processes=2)
         assert steps(opened, stop, num_workers=num_workers, **settings) == whole[:stop]
         state = state_of(opened)
         for num_processes in (1, 2) if num_workers else (1, 2, 4):
-            again = feeds(given, num_processes, state)
+            again = loaders(given, num_processes, state)
             found = steps(again, 10, start_step=stop, num_workers=num_workers, **settings)
             assert found == whole[stop:], (stop, num_processes)
 
 
 def test_workers_that_are_ahead_do_not_move_the_place_that_is_saved(tmp_path: Path) -> None:
     given = config(write_parquet(tmp_path, [10] * 4))
-    (feed,) = feeds(given)
-    before = feed.state()
-    batches = feed.batches(
+    (loader,) = loaders(given)
+    before = loader.state()
+    batches = loader.batches(
         Numbers(),
         batch_size=4,
         num_steps=50,
@@ -201,18 +204,18 @@ def test_workers_that_are_ahead_do_not_move_the_place_that_is_saved(tmp_path: Pa
         device=CPU,
     )
     next(batches)
-    assert [place[4] - old[4] for place, old in zip(feed.state()["places"], before["places"], strict=True)] == [1] * 4
+    assert [place[4] - old[4] for place, old in zip(loader.state()["places"], before["places"], strict=True)] == [1] * 4
     batches.close()
 
 
 def test_other_processes_or_shards_are_refused_with_what_would_work(tmp_path: Path) -> None:
     given = config(write_parquet(tmp_path, [5] * 8), num_readers=4)
-    state = state_of(feeds(given))
+    state = state_of(loaders(given))
     with pytest.raises(ValueError, match=r"^data.streaming=True: 3 processes cannot share the 4 readers .*: 1, 2, 4$"):
-        feeds(given, 3, state)
+        loaders(given, 3, state)
     write_parquet(tmp_path, [5] * 9)
     with pytest.raises(ValueError, match=r"has 9 shards, and the run began with 8; give it the same ones"):
-        feeds(given, 1, state)
+        loaders(given, 1, state)
 
 
 @pytest.mark.parametrize(
@@ -232,19 +235,19 @@ def test_readers_are_shared_evenly(num_shards: int, wanted: int, num_processes: 
 
 
 def test_fewer_workers_start_where_readers_are_few(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (feed,) = feeds(config(write_parquet(tmp_path, [5] * 5)))
-    assert feed.choose_num_workers(3, 8) == 2
-    assert feed.choose_num_workers(9, 8) == 4
-    assert feed.choose_num_workers(9, 6) == 2
-    assert feed.choose_num_workers(0, 8) == 0
-    steps([feed], 1, num_workers=3)
+    (loader,) = loaders(config(write_parquet(tmp_path, [5] * 5)))
+    assert loader.choose_num_workers(3, 8) == 2
+    assert loader.choose_num_workers(9, 8) == 4
+    assert loader.choose_num_workers(9, 6) == 2
+    assert loader.choose_num_workers(0, 8) == 0
+    steps([loader], 1, num_workers=3)
     assert "2 of 3 loader workers start" in capsys.readouterr().out
 
 
 def test_blocks_are_shuffled_anew_and_crops_with_them(tmp_path: Path) -> None:
     stream = open_stream(config(write_parquet(tmp_path, [24])))
-    walk = Walk(stream, seed=0, num_readers=1, block_size=8)
-    drawn = [(sample.row, sample.key) for sample, _ in islice(walk.samples(0, Place()), 48)]
+    schedule = ShardSchedule(stream, seed=0, num_readers=1, block_size=8)
+    drawn = [(sample.row, sample.key) for sample, _ in islice(schedule.samples(0, ReaderState()), 48)]
     rows = [row for row, _ in drawn]
     for start in range(0, 48, 8):  # no sample leaves its block
         assert sorted(rows[start : start + 8]) == list(range(start % 24, start % 24 + 8))
@@ -257,8 +260,8 @@ def test_blocks_are_shuffled_anew_and_crops_with_them(tmp_path: Path) -> None:
 def test_bad_pictures_are_passed_over_and_named(tmp_path: Path, num_workers: int) -> None:
     given = config(write_parquet(tmp_path, [6, 6], bad=(2, 3, 7)))
     whole_bad: list[BadSample] = []
-    whole = steps(feeds(given), 9, batch_size=4, bad=whole_bad, num_workers=num_workers)
-    counts = Counter(numbers(whole))  # of nine good pictures, which two readers walk through at their own pace
+    whole = steps(loaders(given), 9, batch_size=4, bad=whole_bad, num_workers=num_workers)
+    counts = Counter(numbers(whole))  # of nine good pictures, which two readers schedule through at their own pace
     assert set(counts) == set(range(12)) - {2, 3, 7}
     assert max(counts.values()) - min(counts.values()) <= 2
     assert {(Path(str(bad.shard)).name, bad.row, bad.path) for bad in whole_bad} == {
@@ -269,24 +272,24 @@ def test_bad_pictures_are_passed_over_and_named(tmp_path: Path, num_workers: int
     assert "no image" not in whole_bad[0].reason
     assert whole_bad[0].reason
     bad: list[BadSample] = []
-    opened = feeds(given)
+    opened = loaders(given)
     found = steps(opened, 4, batch_size=4, bad=bad, num_workers=num_workers)
-    found += steps(feeds(given, state=state_of(opened)), 9, start_step=4, batch_size=4, bad=bad)
+    found += steps(loaders(given, state=state_of(opened)), 9, start_step=4, batch_size=4, bad=bad)
     assert found == whole
     assert bad == whole_bad
     with pytest.raises(ValueError, match=r"part-0\d.parquet, row \d \(\d.png\): ") as caught:
-        steps(feeds(given), 9, num_workers=num_workers)
+        steps(loaders(given), 9, num_workers=num_workers)
     assert "\n" not in str(caught.value)
 
 
 def test_a_stream_of_bad_pictures_alone_stops(tmp_path: Path) -> None:
     given = config(write_parquet(tmp_path, [6], bad=tuple(range(6))))
     with pytest.raises(ValueError, match=r"row \d .*; nor can any of the next 49 be decoded"):
-        steps(feeds(given), 1, bad=[])
+        steps(loaders(given), 1, bad=[])
 
 
 def test_readers_that_are_given_nothing_stop(tmp_path: Path) -> None:
-    opened = feeds(config(write_tars(tmp_path, [5]), num_samples=5))
+    opened = loaders(config(write_tars(tmp_path, [5]), num_samples=5))
     write_tars(tmp_path, [0])
     with pytest.raises(ValueError, match="holds too few samples for 1 readers"):
         steps(opened, 2)
@@ -298,7 +301,7 @@ def test_a_shard_that_is_damaged_further_on_is_named(tmp_path: Path) -> None:
     path = tmp_path / "part-01.tar"
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"^data.source='.*': .*/part-01.tar cannot be read: "):
-        steps(feeds(given), 3)
+        steps(loaders(given), 3)
     with pytest.raises(
         ValueError, match=r"part-01.tar is not a tar file, or is empty or damaged: unexpected end of data"
     ):
@@ -358,7 +361,7 @@ def test_a_hub_data_set_is_streamed_and_its_number_of_images_is_its_own(
     def stand_in(name: str) -> Any:
         calls.append(name)
         builder = load("parquet", data_files={"validation": pattern})
-        monkeypatch.setattr(stream, "check_own_files", lambda *_: None)  # those of a folder here
+        monkeypatch.setattr(streams, "check_own_files", lambda *_: None)  # those of a folder here
         builder.info.splits = datasets.SplitDict({"validation": datasets.SplitInfo("validation", num_examples=8)})
         return builder
 
@@ -367,7 +370,7 @@ def test_a_hub_data_set_is_streamed_and_its_number_of_images_is_its_own(
     stream = open_stream(given)
     assert calls == ["someone/pictures"]
     assert (stream.num_samples, stream.counts, stream.shards) == (8, None, ("shard 0", "shard 1"))
-    assert sorted(numbers(steps(feeds(given), 1))) == list(range(8))
+    assert sorted(numbers(steps(loaders(given), 1))) == list(range(8))
     assert open_stream(config("someone/pictures", split="validation", num_samples=5)).num_samples == 5
 
 

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate, get_w
 from ssl_vit.data.config import DataConfig
 from ssl_vit.data.loader import read_batches
 from ssl_vit.data.sampler import sample_rng
-from ssl_vit.data.sources.source import MAX_TRIES
-from ssl_vit.data.sources.stream import BadSample, Place, Sample, Stream, Walk, choose_num_readers
+from ssl_vit.data.sources.source import decode_first
+from ssl_vit.data.sources.stream import BadSample, ReaderState, Sample, ShardSchedule, Stream, choose_num_readers
 from ssl_vit.data.transform import Transform
 from ssl_vit.data.workers import leave_signals_to_the_main_process
 
@@ -28,11 +28,11 @@ class Chunk(NamedTuple):
 
     samples: dict[str, Tensor]
     bad: list[BadSample]  # passed over on the way to them
-    places: Int64[Tensor, "r 5"]  # of the worker's readers after them
+    states: Int64[Tensor, "r 5"]  # of the worker's readers after them
 
 
 @dataclass
-class Feed:
+class StreamLoader:
     """The readers of a process, and how far they have come by the last batch that was taken.
 
     Sample n of the run belongs to reader n % num_readers, and that reader to process n % num_processes and to one of
@@ -40,11 +40,11 @@ class Feed:
     divides its number of readers.
     """
 
-    walk: Walk
+    schedule: ShardSchedule
     process_index: int
     num_processes: int
-    places: Int64[np.ndarray, "r 5"]
-    """A `Place` for each of the process's readers."""
+    states: Int64[np.ndarray, "r 5"]
+    """A `ReaderState` for each of the process's readers."""
 
     @classmethod
     def open(
@@ -55,7 +55,7 @@ class Feed:
         process_index: int,
         num_processes: int,
         state: dict[str, Any] | None = None,
-    ) -> "Feed":
+    ) -> "StreamLoader":
         """Begin, or go on from a checkpoint's `state`.
 
         Raises:
@@ -63,9 +63,9 @@ class Feed:
         """
         if state is None:
             num_readers = choose_num_readers(len(stream.shards), config.num_readers, num_processes)
-            places = np.tile(np.array(Place(), dtype=np.int64), (num_readers, 1))
+            states = np.tile(np.array(ReaderState(), dtype=np.int64), (num_readers, 1))
         else:
-            num_readers, places = state["num_readers"], np.array(state["places"], dtype=np.int64)
+            num_readers, states = state["num_readers"], np.array(state["places"], dtype=np.int64)
             if state["num_shards"] != len(stream.shards):
                 raise ValueError(
                     f"data.source={stream.name!r}: has {len(stream.shards)} shards, and the run began with "
@@ -77,13 +77,13 @@ class Feed:
                     f"data.streaming=True: {num_processes} processes cannot share the {num_readers} readers that the "
                     f"run began with; start one of these numbers of processes: {fits}"
                 )
-        walk = Walk(stream, seed, num_readers, -(-config.shuffle_buffer // num_readers))
-        return cls(walk, process_index, num_processes, places[process_index::num_processes])
+        schedule = ShardSchedule(stream, seed, num_readers, -(-config.shuffle_buffer // num_readers))
+        return cls(schedule, process_index, num_processes, states[process_index::num_processes])
 
     def notes(self) -> list[str]:
-        """What is worth saying before the first batch."""
-        num_shards, num_readers = len(self.walk.stream.shards), self.walk.num_readers
-        if self.walk.stream.counts is None and (num_shards % num_readers or num_shards < num_readers):
+        """What the user should know before the first batch."""
+        num_shards, num_readers = len(self.schedule.stream.shards), self.schedule.num_readers
+        if self.schedule.stream.counts is None and (num_shards % num_readers or num_shards < num_readers):
             return [
                 f"{num_shards} shards do not divide among {num_readers} readers, so that some begin their next epoch "
                 "earlier than others"
@@ -91,15 +91,16 @@ class Feed:
         return []
 
     def state(self) -> dict[str, Any]:
-        """Where all readers of all processes are, for `open`; every process calls this."""
-        found = gather_object([(self.process_index, self.places.tolist())])
-        by_process = [places for _, places in sorted(found)]
-        places = [place for together in zip(*by_process, strict=True) for place in together]
-        return {"num_readers": self.walk.num_readers, "num_shards": len(self.walk.stream.shards), "places": places}
+        """The state of all readers of all processes, for `open`; every process calls this."""
+        gathered = gather_object([(self.process_index, self.states.tolist())])
+        by_process = [states for _, states in sorted(gathered)]
+        states = [state for together in zip(*by_process, strict=True) for state in together]
+        num_readers, num_shards = self.schedule.num_readers, len(self.schedule.stream.shards)
+        return {"num_readers": num_readers, "num_shards": num_shards, "places": states}
 
     def choose_num_workers(self, wanted: int, size: int) -> int:
         """The most workers, up to `wanted`, that share the readers and micro-batches of `size` samples evenly."""
-        most = math.gcd(len(self.places), size)
+        most = math.gcd(len(self.states), size)
         return max((n for n in range(1, wanted + 1) if most % n == 0), default=0)
 
     def batches(
@@ -121,7 +122,7 @@ class Feed:
 
         Args:
             num_workers: the most that are started.
-            note_bad: given the pictures passed over since they cannot be decoded. None = they raise.
+            note_bad: called with the images passed over because they cannot be decoded. None = they raise.
 
         Raises:
             ValueError: a shard cannot be read, or an image cannot be decoded.
@@ -131,7 +132,7 @@ class Feed:
         if fitting < num_workers and self.process_index == 0:
             print(f"note       {fitting} of {num_workers} loader workers start, so that they share the stream evenly")
         parts = max(fitting, 1)
-        reading = _Reading(
+        chunks = _Chunks(
             self,
             transform,
             num_channels=num_channels,
@@ -141,17 +142,17 @@ class Feed:
             skip_bad=note_bad is not None,
         )
         loader = DataLoader(
-            reading,
+            chunks,
             batch_size=None,
-            collate_fn=_as_it_is,
+            collate_fn=_unchanged,
             num_workers=fitting,
             prefetch_factor=4 if fitting else None,
             worker_init_fn=leave_signals_to_the_main_process,
         )
-        chunks: Iterator[Chunk] = read_batches(loader)
-        while taken := [chunk for _, chunk in zip(range(parts), chunks, strict=False)]:
+        read: Iterator[Chunk] = read_batches(loader)
+        while taken := list(itertools.islice(read, parts)):
             for worker, chunk in enumerate(taken):
-                self.places[worker::parts] = chunk.places.numpy()
+                self.states[worker::parts] = chunk.states.numpy()
             if note_bad is not None:
                 note_bad([bad for chunk in taken for bad in chunk.bad])
             batch = {
@@ -163,16 +164,16 @@ class Feed:
             yield transform.on_device(batch, device)
 
 
-def _as_it_is(chunk: Any) -> Chunk:
+def _unchanged(chunk: Any) -> Chunk:
     return chunk
 
 
-class _Reading(IterableDataset[Chunk]):
+class _Chunks(IterableDataset[Chunk]):
     """The chunks of one worker, or of the process where there is none."""
 
     def __init__(
         self,
-        feed: Feed,
+        loader: StreamLoader,
         transform: Transform,
         *,
         num_channels: int,
@@ -182,42 +183,43 @@ class _Reading(IterableDataset[Chunk]):
         skip_bad: bool,
     ) -> None:
         """Begin after `first` samples of each worker."""
-        self.feed, self.transform, self.num_channels = feed, transform, num_channels
+        self.loader, self.transform, self.num_channels = loader, transform, num_channels
         self.first, self.num_chunks, self.chunk_size, self.skip_bad = first, num_chunks, chunk_size, skip_bad
 
     def __iter__(self) -> Iterator[Chunk]:
         info = get_worker_info()
         worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
-        feed = self.feed
-        places = feed.places[worker::num_workers].copy()
-        numbers = range(feed.process_index, feed.walk.num_readers, feed.num_processes)[worker::num_workers]
+        loader, schedule = self.loader, self.loader.schedule
+        states = loader.states[worker::num_workers].copy()
+        numbers = range(loader.process_index, schedule.num_readers, loader.num_processes)[worker::num_workers]
         readers = [
-            feed.walk.samples(number, Place(*place)) for number, place in zip(numbers, places.tolist(), strict=True)
+            schedule.samples(number, ReaderState(*state))
+            for number, state in zip(numbers, states.tolist(), strict=True)
         ]
         draws = itertools.count(self.first)
         for _ in range(self.num_chunks):
             samples, bad = [], []
             for _ in range(self.chunk_size):
                 reader = next(draws) % len(readers)
-                sample, places[reader] = self._next_good(readers[reader], bad)
+                sample, states[reader] = self._next_good(readers[reader], bad)
                 samples.append(sample)
-            yield Chunk(default_collate(samples), bad, torch.from_numpy(places.copy()))
+            yield Chunk(default_collate(samples), bad, torch.from_numpy(states.copy()))
 
     def _next_good(
-        self, reader: Iterator[tuple[Sample, Place]], bad: list[BadSample]
-    ) -> tuple[dict[str, Tensor], Place]:
-        """The reader's next sample that can be decoded, transformed; those before it go into `bad`."""
-        stream, first = self.feed.walk.stream, None
-        for _ in range(MAX_TRIES):
-            sample, place = next(reader)
-            try:
-                image = stream.decode(sample.shard, sample.row, sample.stored, self.num_channels)
-            except ValueError as error:
-                if not self.skip_bad:
-                    raise
-                first = first or error
-                reason = str(error.__cause__ or error)
-                bad.append(BadSample(stream.shards[sample.shard], sample.row, sample.stored.get("path"), reason))
-                continue
-            return self.transform(image, sample_rng(self.feed.walk.seed, sample.key)), place
-        raise ValueError(f"{first}; nor can any of the next {MAX_TRIES - 1} be decoded") from first
+        self, reader: Iterator[tuple[Sample, ReaderState]], bad: list[BadSample]
+    ) -> tuple[dict[str, Tensor], ReaderState]:
+        """The reader's next sample that can be decoded, transformed; those before it are added to `bad`."""
+        stream, seed = self.loader.schedule.stream, self.loader.schedule.seed
+
+        def decode(read: tuple[Sample, ReaderState]) -> Tensor:
+            sample = read[0]
+            return stream.decode(sample.shard, sample.row, sample.stored, self.num_channels)
+
+        def note(read: tuple[Sample, ReaderState], error: ValueError) -> None:
+            if not self.skip_bad:
+                raise error
+            sample, reason = read[0], str(error.__cause__ or error)
+            bad.append(BadSample(stream.shards[sample.shard], sample.row, sample.stored.get("path"), reason))
+
+        image, (sample, state) = decode_first(reader, decode, note)
+        return self.transform(image, sample_rng(seed, sample.key)), state
