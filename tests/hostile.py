@@ -19,6 +19,7 @@ from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.runs.checkpoint import save_checkpoint
 from ssl_vit.training.config import RunConfig, write_config
 from tests.conftest import TINY
+from tests.specs import GREY
 
 SECRET = b"user: alice\npassword: swordfish-0000\n"
 
@@ -39,7 +40,7 @@ def small_run(folder: Path) -> Path:
     for step in (0, 3):
         Image.new("RGB", (40, 20), (step, 0, 0)).save(folder / "pictures" / f"step-{step:08d}.webp")
     provenance = {"objective": "MAE", "source": "/home/alice/photos", "steps": 3}
-    export_backbone(model.backbone(), folder, mean=(0.5,) * 3, std=(0.5,) * 3, provenance=provenance)
+    export_backbone(model.backbone(), folder, normalization=GREY, provenance=provenance)
     score = {"knn": {"accuracy": 0.5, "low": 0.4, "high": 0.6, "n": 40}}
     replace_json(folder / "results.json", {"step": 3, "scores": {"trained": score}})
     return folder

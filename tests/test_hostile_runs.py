@@ -43,6 +43,7 @@ from tests import hostile
 from tests.conftest import TINY
 from tests.hostile import PLANTED, SECRET, guarded, plant, small_run
 from tests.runs.test_folder import config
+from tests.specs import GREY
 
 Plants = Callable[[Path, Path], None]
 
@@ -82,7 +83,7 @@ def encode(run: Path) -> None:
 
 def write_backbone(run: Path) -> None:
     encoder = ViTConfig(image_size=32, **{**TINY, "depth": 1}).build()
-    export_backbone(encoder, run, mean=(0.5,) * 3, std=(0.5,) * 3, provenance={})
+    export_backbone(encoder, run, normalization=GREY, provenance={})
 
 
 # What a run writes by each name. Of folders below it, a link in their place counts as well.

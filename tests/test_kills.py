@@ -29,6 +29,7 @@ from ssl_vit.models.vit import ViT, ViTConfig
 from ssl_vit.runs.checkpoint import find_damage, list_checkpoints
 from ssl_vit.training.loop import main
 from tests.conftest import SMALL_DINO, SMALL_RUN, TINY
+from tests.specs import grey
 from tests.test_resume import losses
 
 STEPS, EVERY = 40, 2
@@ -202,7 +203,7 @@ def build(seed: int) -> ViT:
 
 
 def export(encoder: ViT, folder: Path) -> None:
-    export_backbone(encoder, folder, mean=(0.1 * encoder.vit.num_features / 32,) * 3, std=(0.5,) * 3, provenance={})
+    export_backbone(encoder, folder, normalization=grey(mean=0.1 * encoder.vit.num_features / 32), provenance={})
 
 
 @pytest.mark.parametrize("other_width", [False, True])

@@ -1,6 +1,5 @@
 """Features that were extracted once are read the next time, as long as nothing they follow from has changed."""
 
-import dataclasses
 import hashlib
 import json
 import tempfile
@@ -83,7 +82,7 @@ def feature_key(
         "backbone": backbone,
         "encoder": dict(encoder),
         "source": fingerprint(source, rows),
-        "transform": dataclasses.asdict(transform),
+        "transform": transform.as_plain(),
         "dtype": str(dtype),
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]

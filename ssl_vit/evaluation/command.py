@@ -174,11 +174,11 @@ class Backbone:
         device = cast(torch.device, PartialState().device)
         size = encoder.image_size if config.image_size is None else _pair(config.image_size)
         size, padding = fit_size(size, encoder.patch_size, config.indivisible)
-        mean, std, own_crop_pct = read_normalisation(described, file.parent / CONFIG_FILE)
+        normalization, own_crop_pct = read_normalisation(described, file.parent / CONFIG_FILE)
         crop_pct = config.crop_pct if config.crop_pct is not None else own_crop_pct
         dtype = autocast_dtype(resolve_precision(config.precision, device))
         settings = EncodeSettings(config.batch_size, device, choose_num_workers(config.num_workers, device), dtype)
-        transform = EvalTransform(size, mean, std, crop_pct, padding)
+        transform = EvalTransform(size, normalization, crop_pct, padding)
         return cls(file, encoder.to(device), transform, settings, described["ssl_vit"])
 
 
@@ -191,7 +191,7 @@ def data_config(backbone: Backbone, config: PicturesConfig, label_column: str | 
     source = config.source or own_source(backbone.folder, asked=config.open_source)
     if source is None:
         raise ValueError("--source: name the pictures")
-    mean, std = backbone.transform.mean, backbone.transform.std
+    mean, std = backbone.transform.normalization
     outside, pages = config.allow_outside_paths, config.pages
     return DataConfig(source, config.split, config.image_column, label_column, mean, std, outside, pages=pages)
 

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -133,7 +133,7 @@ def _describe(backbone: Backbone, source: Source, config: ExtractConfig) -> dict
         "source": source.name,
         "num_rows": len(source),
         "key": feature_key(digest, settings, source, rows, backbone.transform, backbone.settings.autocast_dtype),
-        "transform": json.loads(json.dumps(asdict(backbone.transform))),
+        "transform": json.loads(json.dumps(backbone.transform.as_plain())),
         "precision": str(backbone.settings.autocast_dtype),
         "feature": feature,
         "patch_grid": list(grid) if config.patches else None,

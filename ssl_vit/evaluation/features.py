@@ -16,6 +16,7 @@ from ssl_vit.core.distributed import gather_with_gradient, process_index, world_
 from ssl_vit.data.augment.evaluation import EvalTransform
 from ssl_vit.data.loader import read_batches
 from ssl_vit.data.sources.source import Source
+from ssl_vit.data.transform import Normalization
 from ssl_vit.data.workers import leave_signals_to_the_main_process
 from ssl_vit.evaluation.left_out import without_bad
 from ssl_vit.models.encoder import Encoder
@@ -201,7 +202,7 @@ def pixel_features(
     Raises:
         ValueError: no rows, or images that cannot be decoded; see `extract_features`.
     """
-    transform = EvalTransform((size, size), (0.0,) * num_channels, (1.0,) * num_channels, crop_pct)
+    transform = EvalTransform((size, size), Normalization((0.0,) * num_channels, (1.0,) * num_channels), crop_pct)
     loader = _loader(_Images(source, indices, num_channels, transform, max_bad_share is not None), 256, num_workers, 1)
     batches = ({"mean": images.flatten(1).float() / 255, "good": good} for images, good in read_batches(loader))
     return without_bad(batches, source, indices, num_channels, max_bad_share)

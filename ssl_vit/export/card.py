@@ -73,7 +73,8 @@ def _describe(trained: Trained) -> Iterator[tuple[str, Any]]:
     size = (
         f"{height} x {width} pixels, {encoder.in_chans} channels, patches of {' x '.join(map(str, encoder.patch_size))}"
     )
-    yield "input", f"{size}; scaled to [0, 1], mean {list(trained.mean)}, deviation {list(trained.std)}"
+    mean, std = map(list, trained.normalization)
+    yield "input", f"{size}; scaled to [0, 1], mean {mean}, deviation {std}"
     yield "features", f"{encoder.embed_dim} wide; class token and {encoder.num_patches} patch tokens"
     yield "parameters", f"{sum(value.numel() for value in encoder.parameters()) / 1e6:.1f} M"
     objective = known.get("objective")

@@ -7,6 +7,7 @@ from typing import Any
 import timm
 import torch
 
+from ssl_vit.data.transform import Normalization
 from ssl_vit.models.vit import ViT, set_fused_attention
 from ssl_vit.models.weights.backbone import TOLERANCE, describe, write_pair
 from ssl_vit.objectives.finetune import FineTune
@@ -19,8 +20,7 @@ def export_classifier(
     folder: Path,
     *,
     class_names: Sequence[str],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    normalization: Normalization,
     crop_pct: float,
     provenance: dict[str, Any],
 ) -> Path:
@@ -34,7 +34,7 @@ def export_classifier(
     """
     encoder, classifier = objective.backbone(), objective.tested_classifier()
     assert isinstance(encoder, ViT)
-    described = describe(encoder, mean=mean, std=std, provenance=provenance, crop_pct=crop_pct)
+    described = describe(encoder, normalization=normalization, provenance=provenance, crop_pct=crop_pct)
     num_classes = classifier.head.out_features
     described["num_classes"] = described["pretrained_cfg"]["num_classes"] = num_classes
     described["global_pool"] = "avg" if objective.config.pool == "mean" else "token"

@@ -5,6 +5,7 @@ from typing import Any
 
 from ssl_vit.core.reading import entry, read_tensors, settings_of
 from ssl_vit.core.settings import section
+from ssl_vit.data.transform import Normalization
 from ssl_vit.export.classifier import export_classifier
 from ssl_vit.models.vit import ViTConfig
 from ssl_vit.models.weights.backbone import export_backbone, load_strictly
@@ -32,8 +33,7 @@ def export_run(path: Path, weights: str | None = None, out: Path | None = None) 
     return export_backbone(
         trained.encoder,
         out or path,
-        mean=trained.mean,
-        std=trained.std,
+        normalization=trained.normalization,
         provenance=trained.provenance,
         crop_pct=trained.crop_pct,
     )
@@ -58,8 +58,7 @@ def export_settings(config: dict[str, Any], class_names: tuple[str, ...], step: 
     """What `export_classifier` is told, out of a run's plain settings."""
     return {
         "class_names": class_names,
-        "mean": tuple(config["data"]["mean"]),
-        "std": tuple(config["data"]["std"]),
+        "normalization": Normalization(tuple(config["data"]["mean"]), tuple(config["data"]["std"])),
         "crop_pct": config["evaluation"]["crop_pct"],
         "provenance": {
             "objective": "FineTune",

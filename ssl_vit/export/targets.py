@@ -178,7 +178,7 @@ def proof_images(trained: Trained, source: str | None = None, *, asked: bool = F
         coarse = torch.rand(_NUM_IMAGES, encoder.in_chans, 8, 8, generator=torch.Generator().manual_seed(0))
         smooth = F.interpolate(coarse, encoder.image_size, mode="bicubic").clamp(0, 1)
         images, name, why = (255 * smooth).to(torch.uint8), f"{_NUM_IMAGES} generated images", str(error)
-    return Proof(normalize(images, trained.mean, trained.std), name, why)
+    return Proof(normalize(images, trained.normalization), name, why)
 
 
 def push(folder: Path, repo: str, *, private: bool) -> str:

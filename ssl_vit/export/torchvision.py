@@ -77,8 +77,8 @@ def write(trained: Trained, folder: Path) -> None:
             "hidden_dim": shape.width,
             "mlp_dim": shape.hidden,
         },
-        "mean": list(trained.mean),
-        "std": list(trained.std),
+        "mean": list(trained.normalization.mean),
+        "std": list(trained.normalization.std),
         "crop_pct": trained.crop_pct,
         "interpolation": "bicubic",
     }

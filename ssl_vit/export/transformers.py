@@ -250,6 +250,6 @@ def _preprocessing(trained: Trained) -> dict[str, Any]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(trained.mean),
-        "image_std": list(trained.std),
+        "image_mean": list(trained.normalization.mean),
+        "image_std": list(trained.normalization.std),
     }

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ssl_vit.core.distributed import mean_over_processes, sum_over_processes
 from ssl_vit.core.schedules import cosine, warmup_linear
 from ssl_vit.data.augment.multicrop import MultiCropConfig
+from ssl_vit.data.transform import Normalization
 from ssl_vit.models.encoder import Encoder, Features
 from ssl_vit.objectives.collapse import PrototypeUse, diagnose, feature_std, rankme
 from ssl_vit.objectives.heads import DINOHead
@@ -278,8 +279,7 @@ class DINO(Objective):
         images: Float[Tensor, "b c h w"],
         path: Path,
         *,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        normalization: Normalization,
         rng: np.random.Generator,
     ) -> bool:
         from ssl_vit.visualize.attention import (  # matplotlib takes a second to import
@@ -291,7 +291,7 @@ class DINO(Objective):
         if not shows_attention(self.teacher_encoder):
             return False
         attention = cls_attention(self.teacher_encoder, images)
-        draw_attention(images.cpu(), attention.float().cpu(), mean=mean, std=std, path=path)
+        draw_attention(images.cpu(), attention.float().cpu(), normalization=normalization, path=path)
         return True
 
     def _schedules(self, progress: float, device: torch.device) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from ssl_vit.data.augment.crops import OrientationConfig, random_view
 from ssl_vit.data.augment.device import flip_horizontally, normalize
 from ssl_vit.data.augment.masking import draw_keep, draw_predicted, num_kept
 from ssl_vit.data.config import clamp_rounding
-from ssl_vit.data.transform import InputSpec
+from ssl_vit.data.transform import InputSpec, Normalization
 from ssl_vit.models.blocks import run_blocks, run_in_turn
 from ssl_vit.models.cross_attention import CrossBlock
 from ssl_vit.models.encoder import Encoder, Features
@@ -125,7 +125,7 @@ class MAETransform:
     def on_device(self, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         images = flip_horizontally(batch["images"].to(device, non_blocking=True), batch["flip"])
         indices = {name: batch[name].to(device, non_blocking=True) for name in ("keep", "predict") if name in batch}
-        return {"images": normalize(images, *self.spec.normalization), **indices}
+        return {"images": normalize(images, self.spec.normalization), **indices}
 
 
 class MAE(Objective):
@@ -204,8 +204,7 @@ class MAE(Objective):
         images: Float[Tensor, "b c h w"],
         path: Path,
         *,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        normalization: Normalization,
         rng: np.random.Generator,
     ) -> bool:
         from ssl_vit.visualize.reconstructions import (
@@ -221,8 +220,7 @@ class MAE(Objective):
             reconstruction.float().cpu(),
             keep,
             patch_size=self.encoder.patch_size,
-            mean=mean,
-            std=std,
+            normalization=normalization,
             norm_pix_loss=self.config.norm_pix_loss,
             path=path,
             title=f"{mask_ratio:.0%} of the patches removed",

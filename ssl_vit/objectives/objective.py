@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ssl_vit.data.transform import InputSpec, Transform
+from ssl_vit.data.transform import InputSpec, Normalization, Transform
 from ssl_vit.models.encoder import Encoder
 
 Taken = Bool[Tensor, ""] | None
@@ -145,8 +145,7 @@ class Objective(nn.Module):
         images: Float[Tensor, "b c h w"],
         path: Path,
         *,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        normalization: Normalization,
         rng: np.random.Generator,
     ) -> bool:
         """Write a picture of what was learned about normalised `images`; False where there is nothing to show."""

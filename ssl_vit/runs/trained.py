@@ -14,6 +14,7 @@ from ssl_vit.core.reading import entry, read_json, read_tensors, read_yaml, sett
 from ssl_vit.core.settings import section
 from ssl_vit.data.augment.evaluation import CROP_PCT
 from ssl_vit.data.sources.source import DataConfig
+from ssl_vit.data.transform import Normalization
 from ssl_vit.models.vit import ViT, ViTConfig
 from ssl_vit.models.weights.backbone import (
     BACKBONE_FILE,
@@ -43,8 +44,7 @@ class Trained:
 
     encoder: ViT
     """In eval mode, on the CPU."""
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    normalization: Normalization
     crop_pct: float
     """Share of a resized picture's sides that its evaluation keeps."""
     provenance: dict[str, Any]
@@ -56,7 +56,7 @@ class Trained:
     def config_json(self, weights: Path | None = None) -> str:
         """The content of a timm folder's config.json, with the SHA-256 of its weights."""
         described = describe(
-            self.encoder, mean=self.mean, std=self.std, provenance=self.provenance, crop_pct=self.crop_pct
+            self.encoder, normalization=self.normalization, provenance=self.provenance, crop_pct=self.crop_pct
         )
         if weights is not None:
             described["ssl_vit"][WEIGHTS_HASH] = hash_file(weights)
@@ -108,8 +108,7 @@ def open_trained(path: str | Path, weights: str | None = None) -> Trained:
     data = _data_config(settings)
     return Trained(
         encoder=encoder.eval(),
-        mean=data.mean,
-        std=data.std,
+        normalization=data.normalization,
         crop_pct=entry(settings, "evaluation.crop_pct", float, folder / CONFIG_FILE),
         provenance=known,
         folder=folder,
@@ -178,7 +177,7 @@ def data_settings(trained: Trained, source: str | None = None, *, asked: bool = 
         named = own
     if named is None:
         raise ValueError(f"{trained.folder}: does not say where the images lie that it was trained on; name some")
-    return DataConfig(named, mean=trained.mean, std=trained.std, pages=known.pages, label_column="none")
+    return DataConfig(named, **trained.normalization._asdict(), pages=known.pages, label_column="none")
 
 
 def is_fine_tuned(path: Path) -> bool:
@@ -261,6 +260,5 @@ def _open_published(name: str) -> Trained:
         raise ValueError(f"{name}: the architecture cannot be told from the weights; only the papers' widths are known")
     encoder = found.config.build()
     load_pretrained(encoder, name)
-    usual = DataConfig()
-    mean, std = found.mean or usual.mean, found.std or usual.std
-    return Trained(encoder.eval(), mean, std, found.crop_pct or CROP_PCT, {"pretrained": name}, Path(name))
+    normalization = found.normalization or DataConfig().normalization
+    return Trained(encoder.eval(), normalization, found.crop_pct or CROP_PCT, {"pretrained": name}, Path(name))

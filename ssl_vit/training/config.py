@@ -295,8 +295,8 @@ def _start_from(defaults: RunConfig, path: str) -> RunConfig:
         grad_checkpointing=own.grad_checkpointing,
         pretrained=path,
     )
-    if found.mean is not None and found.std is not None:
-        data = dataclasses.replace(data, mean=found.mean, std=found.std)
+    if found.normalization is not None:
+        data = dataclasses.replace(data, **found.normalization._asdict())
     crop_pct = found.crop_pct or defaults.evaluation.crop_pct
     evaluation = dataclasses.replace(defaults.evaluation, crop_pct=crop_pct)
     return dataclasses.replace(defaults, encoder=encoder, data=data, evaluation=evaluation)

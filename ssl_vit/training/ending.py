@@ -103,8 +103,7 @@ def finish(
         export_backbone(
             backbone,
             folder,
-            mean=config.data.mean,
-            std=config.data.std,
+            normalization=config.data.normalization,
             provenance=provenance(as_stored(config), {**known, "step": step, "faults": {"collapse": collapse}}),
             crop_pct=config.evaluation.crop_pct,
         )
@@ -157,8 +156,8 @@ def draw(
     images = torch.stack([centre_crop(picture, size, crop_pct) for picture in decoded])
     objective.eval()
     try:
-        normalised = normalize(images.to(device), config.data.mean, config.data.std)
-        return objective.draw(normalised, path, mean=config.data.mean, std=config.data.std, rng=rng)
+        normalised = normalize(images.to(device), config.data.normalization)
+        return objective.draw(normalised, path, normalization=config.data.normalization, rng=rng)
     finally:
         objective.train()
 
@@ -323,7 +322,7 @@ def _evaluate(encoder: Encoder, config: RunConfig, judges: Judges, accelerator: 
 
 def eval_transform(config: RunConfig, encoder: Encoder) -> EvalTransform:
     """The centre crop that images are evaluated on."""
-    return EvalTransform(encoder.image_size, config.data.mean, config.data.std, config.evaluation.crop_pct)
+    return EvalTransform(encoder.image_size, config.data.normalization, config.evaluation.crop_pct)
 
 
 def encode_settings(config: RunConfig, accelerator: Accelerator) -> EncodeSettings:

@@ -13,6 +13,7 @@ from matplotlib import colormaps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssl_vit.data.transform import Normalization
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.vit import ViT
 from ssl_vit.visualize.grid import Scale, channel_caption, draw_grid, enlarge, to_rgb
@@ -147,8 +148,7 @@ def draw_attention(
     images: Float[Tensor, "b c h w"],
     attention: Float[Tensor, "b heads rows columns"],
     *,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    normalization: Normalization,
     path: Path,
     mass: float | None = None,
     max_heads: int = 6,
@@ -158,7 +158,7 @@ def draw_attention(
     """Write a picture with a row for each image: the image, the mean over heads, and the first heads.
 
     Args:
-        images: normalised by `mean` and `std`.
+        images: normalised by `normalization`.
         path: PNG or WebP by its suffix.
         mass: lay the maps over the image, and dim all but the patches that hold this share of a map's attention;
             None shows the maps alone, all of them.
@@ -166,7 +166,7 @@ def draw_attention(
     """
     images = images.detach().float().cpu()
     maps = torch.cat([attention.mean(dim=1, keepdim=True), attention[:, :max_heads]], dim=1).float().cpu()
-    shown = to_rgb(images, mean, std)[:, None]
+    shown = to_rgb(images, normalization)[:, None]
     scaled = maps / maps.amax(dim=(-2, -1), keepdim=True).clamp_min(1e-12)  # each map has its own scale
     colours = colour(F.interpolate(scaled, size=images.shape[-2:], mode="nearest"), "inferno")
     if mass is None:

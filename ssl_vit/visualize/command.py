@@ -2,7 +2,6 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -76,7 +75,7 @@ def _possible(trained: Trained) -> list[str]:
 
 def _draw(what: str, trained: Trained, pictures: Pictures, out: Path, args: argparse.Namespace) -> list[Path]:
     encoder, images = trained.encoder, pictures.images
-    normalisation: dict[str, Any] = {"mean": trained.mean, "std": trained.std}
+    normalization = trained.normalization
     grid = images.shape[-2] // encoder.patch_size[0], images.shape[-1] // encoder.patch_size[1]
     path = out / f"{what}.{args.format}"
     patches = args.patches or [grid[0] // 2 * grid[1] + grid[1] // 2]
@@ -87,8 +86,8 @@ def _draw(what: str, trained: Trained, pictures: Pictures, out: Path, args: argp
         maps = attention_from(encoder, images, layer=args.layer)
         title = f"Attention of the class token in {block}"
         kept = path.with_stem(f"{what}_{100 * args.mass:.0f}")
-        draw_attention(images, maps, path=path, title=title, **normalisation)
-        draw_attention(images, maps, path=kept, title=title, mass=args.mass, **normalisation)
+        draw_attention(images, maps, path=path, title=title, normalization=normalization)
+        draw_attention(images, maps, path=kept, title=title, mass=args.mass, normalization=normalization)
         return [path, kept]
     if what == "patch_attention":
         written = []
@@ -96,7 +95,7 @@ def _draw(what: str, trained: Trained, pictures: Pictures, out: Path, args: argp
             maps = attention_from(encoder, images, patch=patch, layer=args.layer)
             written.append(path.with_stem(f"{what}_{patch}"))
             title = f"Attention of patch {patch} in {block}"
-            draw_attention(images, maps, path=written[-1], title=title, patch=patch, **normalisation)
+            draw_attention(images, maps, path=written[-1], title=title, patch=patch, normalization=normalization)
         return written
     if what == "positions":
         draw_positions(encoder, path)
@@ -109,9 +108,9 @@ def _draw(what: str, trained: Trained, pictures: Pictures, out: Path, args: argp
     with torch.inference_mode():
         tokens = encoder(images).patches
     if what == "pca":
-        draw_pca(images, tokens, grid, path=path, foreground=args.foreground, **normalisation)
+        draw_pca(images, tokens, grid, path=path, foreground=args.foreground, normalization=normalization)
     else:
-        draw_similarity(images, tokens, grid, patches, path=path, **normalisation)
+        draw_similarity(images, tokens, grid, patches, path=path, normalization=normalization)
     return [path]
 
 
@@ -140,5 +139,5 @@ def _reconstructions(
     written = []
     for kind, keeps in masks.items():
         written.append(out / f"reconstructions_{kind}.{args.format}")
-        draw_masks(mae, images, keeps, written[-1], mean=trained.mean, std=trained.std)
+        draw_masks(mae, images, keeps, written[-1], normalization=trained.normalization)
     return written

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ssl_vit.core.writing import replacing
 from ssl_vit.data.outputs import mark
+from ssl_vit.data.transform import Normalization
 
 _WIDTH_INCHES = 6.5  # text width of a paper, so that the font sizes below are what a reader gets
 _MIN_CELL_PIXELS = 280  # a picture is enlarged by a whole factor to at least this width
@@ -87,9 +88,10 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(unfinished, format="webp" if webp else "png", pil_kwargs={"quality": 85} if webp else None)
 
 
-def to_rgb(images: Float[Tensor, "b c h w"], mean: Sequence[float], std: Sequence[float]) -> Float[Tensor, "b h w 3"]:
+def to_rgb(images: Float[Tensor, "b c h w"], normalization: Normalization) -> Float[Tensor, "b h w 3"]:
     """Normalised images as RGB in [0, 1]: of one or two channels the first, as grey; of more than three, three."""
-    pixels = (images * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)).clamp(0, 1)
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in normalization)
+    pixels = (images * std + mean).clamp(0, 1)
     pixels = pixels[:, :3] if pixels.shape[1] >= 3 else repeat(pixels[:, :1], "b 1 h w -> b 3 h w")
     return rearrange(pixels, "b c h w -> b h w c")
 

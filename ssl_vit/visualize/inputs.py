@@ -68,7 +68,7 @@ def open_pictures(
         decoded, rows = list(found.values()), tuple(found)
         names = tuple(_name(source, row) for row in rows)
     images = torch.stack([centre_crop(picture, size, trained.crop_pct) for picture in decoded])
-    return Pictures(normalize(images, trained.mean, trained.std), names, source, rows)
+    return Pictures(normalize(images, trained.normalization), names, source, rows)
 
 
 @contextmanager

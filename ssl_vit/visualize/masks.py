@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ssl_vit.data.augment.masking import draw_block_mask, draw_keep, num_kept
+from ssl_vit.data.transform import Normalization
 from ssl_vit.objectives.mae import MAE
 from ssl_vit.visualize.grid import draw_grid
 from ssl_vit.visualize.reconstructions import caption_of, reconstruction_panels
@@ -59,14 +60,13 @@ def draw_masks(
     keeps: Mapping[str, Int[Tensor, "b k"]],
     path: Path,
     *,
-    mean: Sequence[float],
-    std: Sequence[float],
+    normalization: Normalization,
 ) -> None:
     """Write a picture with a row for each image: the image, and for each mask what is seen of it and what becomes of
     that.
 
     Args:
-        images: normalised by `mean` and `std`.
+        images: normalised by `normalization`.
         keeps: patches to keep, by the name that the columns get.
     """
     columns, parts = ["original"], []
@@ -76,8 +76,7 @@ def draw_masks(
             mae.reconstruct(images, keep),
             keep,
             patch_size=mae.encoder.patch_size,
-            mean=mean,
-            std=std,
+            normalization=normalization,
             norm_pix_loss=mae.config.norm_pix_loss,
         )
         if not parts:

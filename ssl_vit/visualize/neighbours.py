@@ -59,7 +59,7 @@ def draw_neighbours(
     encoder, height_width = trained.encoder, (pictures.images.shape[-2], pictures.images.shape[-1])
     feature = "mean" if trained.provenance.get("objective") == "MAE" or not encoder.has_cls_token else "cls"
     rows = np.sort(np.random.default_rng(seed).choice(len(gallery), min(most, len(gallery)), replace=False))
-    transform = EvalTransform(height_width, trained.mean, trained.std, trained.crop_pct)
+    transform = EvalTransform(height_width, trained.normalization, trained.crop_pct)
     settings = EncodeSettings(batch_size=64, device=torch.device("cpu"))
     pieces = extract_features(encoder, gallery, rows, transform, settings, max_bad_share=1.0)
     rows = rows[pieces["places"].numpy()]
@@ -79,13 +79,13 @@ def draw_neighbours(
     panels, cells = [], []
     for query, (values, chosen) in enumerate(zip(similarity.tolist(), rows[places.numpy()], strict=True)):
         decoded = [centre_crop(gallery.image(int(row), encoder.in_chans), height_width, 1.0) for row in chosen]
-        neighbours = normalize(torch.stack(decoded), trained.mean, trained.std)
+        neighbours = normalize(torch.stack(decoded), trained.normalization)
         panels.append(torch.cat([pictures.images[query : query + 1], neighbours]))
         own_row = [pictures.rows[query]] if own else []
         labels = [_label(gallery, int(row)) for row in [*own_row, *chosen]]
         first = labels.pop(0) if own else _short(pictures.names[query])
         cells.append([first, *(f"{value:.3f}\n{name}".strip() for value, name in zip(values, labels, strict=True))])
-    flat = to_rgb(torch.cat(panels), trained.mean, trained.std)
+    flat = to_rgb(torch.cat(panels), trained.normalization)
     what = "class tokens" if feature == "cls" else "mean patch tokens"
     draw_grid(
         rearrange(flat, "(q v) h w k -> q v h w k", q=len(panels)),

@@ -44,7 +44,7 @@ def panel_data(trained: Trained, pictures: Pictures, *, most_bytes: int = 6_000_
         tokens = encoder(images).patches
     unit = F.normalize(tokens.float(), dim=-1)
     similarity = _bytes(torch.einsum("bnd,bmd->bnm", unit, unit).clamp(0, 1))
-    shown = to_rgb(images, trained.mean, trained.std)
+    shown = to_rgb(images, trained.normalization)
     data: dict[str, Any] = {
         "grid": list(grid),
         "has_cls": encoder.has_cls_token,
@@ -118,8 +118,7 @@ def _add_steps(
         reconstruction,
         keep,
         patch_size=mae.encoder.patch_size,
-        mean=trained.mean,
-        std=trained.std,
+        normalization=trained.normalization,
         norm_pix_loss=mae.config.norm_pix_loss,
     )
     data["steps"] = {

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from ssl_vit.data.transform import Normalization
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.vit import ViT
 from ssl_vit.visualize.attention import colour, frame
@@ -100,8 +101,7 @@ def draw_pca(
     patches: Float[Tensor, "b n d"],
     grid_size: tuple[int, int],
     *,
-    mean: Sequence[float],
-    std: Sequence[float],
+    normalization: Normalization,
     path: Path,
     foreground: bool = False,
 ) -> None:
@@ -112,7 +112,7 @@ def draw_pca(
     if foreground:
         found.append(patch_pca(patches, grid_size, foreground=True))
         columns.append("foreground")
-    panels = [to_rgb(images.cpu(), mean, std)]
+    panels = [to_rgb(images.cpu(), normalization)]
     for item in found:
         # Black is what is left out, and no colour of what is shown.
         colours = item.colours if item.foreground.all() else (0.2 + 0.8 * item.colours) * item.foreground[..., None]
@@ -142,12 +142,11 @@ def draw_similarity(
     grid_size: tuple[int, int],
     chosen: Sequence[int],
     *,
-    mean: Sequence[float],
-    std: Sequence[float],
+    normalization: Normalization,
     path: Path,
 ) -> None:
     """Write a picture with a row for each image: for each chosen patch the image with its frame, and the map."""
-    shown = enlarge(to_rgb(images.cpu(), mean, std)[:, None])
+    shown = enlarge(to_rgb(images.cpu(), normalization)[:, None])
     size = shown.shape[2] // grid_size[0], shown.shape[3] // grid_size[1]
     panels, columns = [], []
     for patch in chosen:

@@ -8,6 +8,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ssl_vit.data.transform import Normalization
 from ssl_vit.visualize.grid import channel_caption, draw_grid, to_rgb
 
 COLUMNS = ("original", "masked", "reconstruction", "reconstruction + visible")
@@ -21,8 +22,7 @@ def draw_reconstructions(
     keep: Int[Tensor, "b k"],
     *,
     patch_size: tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
+    normalization: Normalization,
     norm_pix_loss: bool,
     path: Path,
     title: str,
@@ -40,8 +40,7 @@ def draw_reconstructions(
         reconstruction,
         keep,
         patch_size=patch_size,
-        mean=mean,
-        std=std,
+        normalization=normalization,
         norm_pix_loss=norm_pix_loss,
     )
     draw_grid(panels, COLUMNS, path, title=title, caption=caption_of(images.shape[1], norm_pix_loss))
@@ -53,8 +52,7 @@ def reconstruction_panels(
     keep: Int[Tensor, "b k"],
     *,
     patch_size: tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
+    normalization: Normalization,
     norm_pix_loss: bool,
 ) -> Float[Tensor, "b 4 h w 3"]:
     """The four pictures of `COLUMNS` for each image, RGB in [0, 1], on the CPU.
@@ -62,11 +60,10 @@ def reconstruction_panels(
     Images of one or two channels are shown by their first, as grey; of more than three, by their first three.
 
     Args:
-        images: normalised images.
+        images: normalised by `normalization`.
         reconstruction: predicted patches, row-major; a patch's pixels in the order (row, column, channel).
         keep: indices of the visible patches.
         patch_size: (height, width) in pixels.
-        mean, std: with which the images were normalised.
         norm_pix_loss: the prediction is of patches normalised by their own mean and deviation. These are not
             predicted, so they are taken from the original.
 
@@ -88,7 +85,7 @@ def reconstruction_panels(
         reconstruction = reconstruction * deviation + patches.mean(dim=-1, keepdim=True)
 
     def show(shown: Tensor) -> Tensor:
-        return to_rgb(_unpatchify(shown, images.shape, patch_size), mean, std)
+        return to_rgb(_unpatchify(shown, images.shape, patch_size), normalization)
 
     visible = torch.zeros(patches.shape[:2]).scatter_(1, keep.cpu(), 1.0)[..., None]
     visible_pixels = rearrange(

@@ -12,6 +12,7 @@ from ssl_vit.export.targets import export_to, proof_images
 from ssl_vit.models.vit import ViTConfig
 from tests.conftest import TINY
 from tests.export.test_targets import build
+from tests.specs import GREY
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ KNOWN = {
 
 def test_an_export_names_no_folder(tmp_path: Path) -> None:
     encoder = ViTConfig(image_size=32, pretrained="/home/alice/old.pth", **TINY).build()
-    export_backbone(encoder, tmp_path / "out", mean=(0.5,) * 3, std=(0.5,) * 3, provenance=KNOWN)
+    export_backbone(encoder, tmp_path / "out", normalization=GREY, provenance=KNOWN)
     text = (tmp_path / "out" / "config.json").read_text()
     assert "alice" not in text
     own = json.loads(text)["ssl_vit"]

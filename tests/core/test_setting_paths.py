@@ -9,6 +9,7 @@ import yaml
 from ssl_vit.core.setting_paths import absolute, is_same
 from ssl_vit.core.settings import as_plain
 from ssl_vit.data.config import DataConfig
+from ssl_vit.data.transform import Normalization
 from ssl_vit.evaluation.evaluate import EvaluationConfig
 from ssl_vit.models.vit import ViTConfig
 from ssl_vit.models.weights.backbone import export_backbone
@@ -130,7 +131,9 @@ def test_an_older_config_with_relative_paths_still_goes_on(project: Path) -> Non
 def test_print_config_shows_what_the_weights_decide(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     encoder = ViTConfig(image_size=32, in_chans=5, **TINY).build()
     mean, std = (0.1,) * 5, (0.2,) * 5
-    export_backbone(encoder, project / "mine", mean=mean, std=std, provenance={"objective": "MAE"}, crop_pct=1.0)
+    export_backbone(
+        encoder, project / "mine", normalization=Normalization(mean, std), provenance={"objective": "MAE"}, crop_pct=1.0
+    )
     for depth, words in ((2, ["--print_config"]), (1, ["--print_config", "--encoder.depth=1"])):
         with pytest.raises(SystemExit):
             parse_run(DEFAULTS, ["--encoder.pretrained=mine", *words])

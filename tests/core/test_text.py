@@ -38,6 +38,7 @@ from ssl_vit.runs.record import read_run
 from ssl_vit.runs.trained import Trained
 from ssl_vit.training.describe import describe
 from ssl_vit.visualize.report import render
+from tests.specs import grey
 
 HOSTILE = {
     "clears the screen": "cat\x1b[2J\x1b[H",
@@ -272,7 +273,7 @@ def test_the_card(text: str, tmp_path: Path, tiny_encoder: ViT) -> None:
         "objective_config": {text: text},
         "optim": {"base_lr": text},
     }
-    trained = Trained(tiny_encoder, (0.5,) * 3, (0.2,) * 3, 0.875, known, folder)
+    trained = Trained(tiny_encoder, grey(std=0.2), 0.875, known, folder)
     card = write_card(
         trained,
         library="timm",

@@ -13,8 +13,9 @@ from ssl_vit.data.augment.evaluation import EvalTransform
 from ssl_vit.data.sources.source import DataConfig, open_source
 from ssl_vit.evaluation import cache
 from ssl_vit.evaluation.cache import cached_features, feature_key, fingerprint
+from tests.specs import GREY
 
-TRANSFORM = EvalTransform((32, 32), (0.5,) * 3, (0.5,) * 3)
+TRANSFORM = EvalTransform((32, 32), GREY)
 
 
 class Extract:

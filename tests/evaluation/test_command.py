@@ -26,6 +26,7 @@ from ssl_vit.evaluation.probes import (
 from ssl_vit.export import export_backbone
 from ssl_vit.models.vit import ViT, ViTConfig
 from tests.conftest import ROOT, TINY
+from tests.specs import GREY, grey
 
 SCRIPTS: dict[str, tuple[Callable[..., None], dict]] = {
     "knn": (evaluate_knn, {"": KNNConfig()}),
@@ -41,7 +42,7 @@ def run(name: str, *args: object) -> int:
 
 @pytest.fixture
 def backbone(tiny_encoder: ViT, tmp_path: Path) -> Path:
-    export_backbone(tiny_encoder, tmp_path / "backbone", mean=(0.5,) * 3, std=(0.5,) * 3, provenance={})
+    export_backbone(tiny_encoder, tmp_path / "backbone", normalization=GREY, provenance={})
     return tmp_path / "backbone"
 
 
@@ -133,7 +134,7 @@ def test_another_split_of_a_folder_is_tested_on(
 def test_the_feature_follows_from_the_objective(tiny_encoder: ViT, photo_folder: Path, tmp_path: Path) -> None:
     for objective, feature in (("MAE", "mean"), ("DINO", "cls")):
         folder = tmp_path / objective
-        export_backbone(tiny_encoder, folder, mean=(0.5,) * 3, std=(0.5,) * 3, provenance={"objective": objective})
+        export_backbone(tiny_encoder, folder, normalization=GREY, provenance={"objective": objective})
         assert run("knn", folder, f"--source={photo_folder}", "--baselines=[]") == 0
         assert json.loads((folder / "knn.json").read_text())["feature"] == feature
 
@@ -249,7 +250,7 @@ def test_pictures_of_other_channels_than_the_backbones_are_refused(
     photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], num_workers: int, baselines: str
 ) -> None:
     encoder = ViTConfig(image_size=32, in_chans=5, **TINY).build()
-    export_backbone(encoder, tmp_path / "five", mean=(0.5,) * 5, std=(0.5,) * 5, provenance={})
+    export_backbone(encoder, tmp_path / "five", normalization=grey(5), provenance={})
     flags = [f"--source={photo_folder}", f"--num_workers={num_workers}", f"--baselines={baselines}"]
     assert run("knn", tmp_path / "five", *flags) == 2
     text = capsys.readouterr().err
@@ -346,8 +347,7 @@ def test_a_mixture_is_taken_as_in_training(backbone: Path, photo_folder: Path, t
 def test_the_crop_is_the_exports_unless_it_is_given(
     tiny_encoder: ViT, photo_folder: Path, tmp_path: Path, flags: list[str]
 ) -> None:
-    normalisation = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "provenance": {}}
-    export_backbone(tiny_encoder, tmp_path / "b", **normalisation, crop_pct=0.6)
+    export_backbone(tiny_encoder, tmp_path / "b", normalization=GREY, provenance={}, crop_pct=0.6)
     for crop, expected, num_kept in (([], 0.6, 1), (["--crop_pct=0.6"], 0.6, 1), (["--crop_pct=1"], 1.0, 2)):
         assert run("knn", tmp_path / "b", f"--source={photo_folder}", "--baselines=[]", *flags, *crop) == 0
         assert json.loads((tmp_path / "b" / "knn.json").read_text())["crop_pct"] == expected

@@ -31,6 +31,7 @@ from ssl_vit.evaluation.scores import (
     scores_to_json,
     wilson_interval,
 )
+from tests.specs import grey
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +56,7 @@ def clusters(labels, spread=0.3, seed=0):
     return torch.eye(5)[np.maximum(labels, 0)] + spread * noise
 
 
-ENCODING = EvalTransform((32, 32), (0.5,) * 3, (0.25,) * 3), EncodeSettings(8, torch.device("cpu"))
+ENCODING = EvalTransform((32, 32), grey(std=0.25)), EncodeSettings(8, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,9 @@ from ssl_vit.evaluation.features import EncodeSettings, extract_features, select
 from ssl_vit.export import export_backbone, load_backbone
 from ssl_vit.models.vit import ViTConfig
 from tests.conftest import ROOT, TINY
+from tests.specs import GREY
 
-TRANSFORM = EvalTransform((32, 32), (0.5,) * 3, (0.5,) * 3)
+TRANSFORM = EvalTransform((32, 32), GREY)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("backbone")
     torch.manual_seed(0)
     encoder = ViTConfig(image_size=32, **TINY).build()
-    export_backbone(encoder, folder, mean=(0.5,) * 3, std=(0.5,) * 3, provenance={})
+    export_backbone(encoder, folder, normalization=GREY, provenance={})
     return folder
 
 
@@ -100,7 +101,7 @@ def test_patches_are_a_grid(backbone: Path, photo_folder: Path, tmp_path: Path, 
     flags = ["--patches=true", "--image_size=[32,48]", "--crop_pct=1", "--dtype=float16", "--rows_per_part=15"]
     assert run(backbone, photo_folder, file, *flags) == 0
     source = open_source(DataConfig(source=str(photo_folder)))
-    transform = EvalTransform((32, 48), (0.5,) * 3, (0.5,) * 3, crop_pct=1.0)
+    transform = EvalTransform((32, 48), GREY, crop_pct=1.0)
     images = transform.on_device(transform(source.image(33, 3), 33)[None], torch.device("cpu"))
     tokens = load_backbone(backbone)(images).patches[0].detach().view(4, 6, 32)
     if suffix == "safetensors":

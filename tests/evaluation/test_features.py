@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ssl_vit.data.augment.evaluation import EvalTransform, fit_size
 from ssl_vit.data.sources.source import Source
+from ssl_vit.data.transform import Normalization
 from ssl_vit.evaluation.features import (
     EncodeSettings,
     extract_features,
@@ -16,6 +17,7 @@ from ssl_vit.evaluation.features import (
     stream_features,
 )
 from ssl_vit.models.encoder import Encoder, Features
+from tests.specs import GREY, grey
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Averager(Encoder):
         return Features(cls=self.dropout(quarters).amax(dim=1), patches=self.dropout(quarters))
 
 
-PLAIN = EvalTransform((8, 16), (0.0,) * 3, (1.0,) * 3, crop_pct=1.0)
+RAW = grey(mean=0.0, std=1.0)
+PLAIN = EvalTransform((8, 16), RAW, crop_pct=1.0)
 
 
 def settings(transform=PLAIN, num_layers=1, **changes):
@@ -69,7 +72,7 @@ def plain(*colour: int) -> Tensor:
 def test_features_follow_the_indices_and_are_normalised():
     source = source_of(plain(0, 0, 0), plain(51, 102, 153), plain(255, 255, 255))
     indices = np.array([2, 1, 0, 1, 1])
-    transform = EvalTransform((8, 16), (0.2, 0.4, 0.6), (0.1, 0.5, 1.0), crop_pct=1.0)
+    transform = EvalTransform((8, 16), Normalization((0.2, 0.4, 0.6), (0.1, 0.5, 1.0)), crop_pct=1.0)
     features = extract_features(Averager(), source, indices, **settings(transform=transform))
     expected = torch.tensor([[8.0, 1.2, 0.4], [0, 0, 0], [-2.0, -0.8, -0.6], [0, 0, 0], [0, 0, 0]])
     torch.testing.assert_close(features["mean"], expected, atol=1e-5, rtol=0)
@@ -145,7 +148,7 @@ def test_kinds_of_features_are_put_together_from_the_pieces():
 
 def test_class_tokens_of_the_last_blocks_and_patches(tiny_encoder):
     source = source_of(*(torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8) for _ in range(3)))
-    transform = EvalTransform((32, 32), (0.5,) * 3, (0.5,) * 3, crop_pct=1.0)
+    transform = EvalTransform((32, 32), GREY, crop_pct=1.0)
     given = settings(transform=transform, num_layers=2)
     features = extract_features(tiny_encoder, source, np.arange(3), **given)
     images = torch.stack(source.pictures).float() / 255 * 2 - 1
@@ -160,11 +163,8 @@ def test_class_tokens_of_the_last_blocks_and_patches(tiny_encoder):
 def test_views_are_random_crops_that_follow_from_view_and_row():
     source = source_of(*(torch.randint(0, 256, (3, 30, 40), dtype=torch.uint8) for _ in range(2)))
     pictures = [source.image(row, 3) for row in (0, 1)]
-    views = {
-        view: [EvalTransform((8, 16), (0.0,) * 3, (1.0,) * 3, view=view)(pictures[row], row) for row in (0, 1)]
-        for view in (0, 1)
-    }
-    again = EvalTransform((8, 16), (0.0,) * 3, (1.0,) * 3, view=0)
+    views = {view: [EvalTransform((8, 16), RAW, view=view)(pictures[row], row) for row in (0, 1)] for view in (0, 1)}
+    again = EvalTransform((8, 16), RAW, view=0)
     assert torch.equal(views[0][1], again(pictures[1], 1))
     assert views[0][0].shape == (3, 8, 16)
     assert not torch.equal(views[0][0], views[1][0])
@@ -174,7 +174,7 @@ def test_views_are_random_crops_that_follow_from_view_and_row():
 def test_another_size_and_padding_reach_the_encoder(tiny_encoder):
     picture = torch.randint(0, 256, (3, 40, 44), dtype=torch.uint8)
     size, padding = fit_size((40, 44), tiny_encoder.patch_size, "pad")
-    transform = EvalTransform(size, (0.5,) * 3, (0.5,) * 3, 1.0, padding)
+    transform = EvalTransform(size, GREY, 1.0, padding)
     found = extract_features(tiny_encoder, source_of(picture), np.array([0]), **settings(transform=transform))
     images = torch.zeros(1, 3, 40, 48)
     images[..., :44] = picture.float() / 255 * 2 - 1

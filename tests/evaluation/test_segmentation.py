@@ -23,6 +23,7 @@ from ssl_vit.evaluation.segmentation import (
 )
 from ssl_vit.export import export_backbone
 from ssl_vit.models.vit import ViT
+from tests.specs import GREY
 
 QUICK = ["--steps=60", "--batch_size=8", "--base_lrs=[0.01,0.1]", "--crop_pct=1", "--precision=no"]
 
@@ -33,7 +34,7 @@ def run(*args: object) -> int:
 
 @pytest.fixture
 def backbone(tiny_encoder: ViT, tmp_path: Path) -> Path:
-    export_backbone(tiny_encoder, tmp_path / "backbone", mean=(0.5,) * 3, std=(0.5,) * 3, provenance={})
+    export_backbone(tiny_encoder, tmp_path / "backbone", normalization=GREY, provenance={})
     return tmp_path / "backbone"
 
 
@@ -79,7 +80,7 @@ def test_iou_by_hand() -> None:
 
 @pytest.mark.parametrize(("size", "padding"), [((32, 32), (0, 0)), ((36, 44), (4, 4)), ((30, 7), (2, 1))])
 def test_the_enlargement_is_torchs_bilinear_one(size: tuple[int, int], padding: tuple[int, int]) -> None:
-    transform = EvalTransform(size, (0.5,) * 3, (0.5,) * 3, padding=padding)
+    transform = EvalTransform(size, GREY, padding=padding)
     logits = torch.randn(2, 3, 5, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
     whole = (size[0] + padding[0], size[1] + padding[1])
     expected = F.interpolate(logits, whole, mode="bilinear", align_corners=False)[..., : size[0], : size[1]]
@@ -94,7 +95,7 @@ def test_the_loss_is_that_of_known_pixels_and_sums_in_a_fixed_order_on_cuda() ->
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 3, 4, 4, generator=generator, requires_grad=True)
     masks = torch.randint(-1, 3, (2, 16, 16), generator=generator)
-    enlarged = _enlarge(logits, EvalTransform((16, 16), (0.5,) * 3, (0.5,) * 3))
+    enlarged = _enlarge(logits, EvalTransform((16, 16), GREY))
     loss = _loss(enlarged, masks)
     torch.testing.assert_close(loss, F.cross_entropy(enlarged, masks, ignore_index=-1))
     assert _loss(enlarged, torch.full_like(masks, -1)) == 0

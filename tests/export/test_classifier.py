@@ -11,8 +11,9 @@ from ssl_vit.export.classifier import export_classifier
 from ssl_vit.models.vit import ViTConfig
 from ssl_vit.objectives.finetune import FineTuneConfig
 from tests.conftest import TINY
+from tests.specs import grey
 
-SETTINGS = {"class_names": ("a", "b", "c"), "mean": (0.1,) * 3, "std": (0.2,) * 3, "crop_pct": 0.9, "provenance": {}}
+SETTINGS = {"class_names": ("a", "b", "c"), "normalization": grey(mean=0.1, std=0.2), "crop_pct": 0.9, "provenance": {}}
 ENCODERS = {
     "square": ViTConfig(image_size=32, pos_embed="sincos", **TINY),
     "not square": ViTConfig(image_size=(16, 48), **TINY),

@@ -16,6 +16,7 @@ from PIL import Image
 from ssl_vit.data.augment.device import normalize
 from ssl_vit.data.augment.evaluation import centre_crop
 from ssl_vit.data.decode.decode import decode
+from ssl_vit.data.transform import Normalization
 from ssl_vit.export import targets
 from ssl_vit.export.targets import TARGETS, Proof, export_to, proof_images
 from ssl_vit.models.vit import ViTConfig
@@ -73,7 +74,7 @@ def build(config: ViTConfig, objective: str = "MAE") -> Trained:
             parameter.data += 0.1 * torch.randn_like(parameter)
     (mae or encoder).eval()
     means = (0.5,) * encoder.in_chans
-    return Trained(encoder, means, means, 0.875, {"objective": objective, "steps": 3}, Path("none"), mae)
+    return Trained(encoder, Normalization(means, means), 0.875, {"objective": objective, "steps": 3}, Path("none"), mae)
 
 
 def cases() -> list[tuple[str, str]]:
@@ -195,7 +196,7 @@ def test_the_cards_code_gives_our_features_in_a_process_without_us(tmp_path: Pat
         cropped = [
             centre_crop(decode((photos / f"{n}.png").read_bytes(), 3), encoder.image_size, 0.875) for n in range(3)
         ]
-        images = normalize(torch.stack(cropped), trained.mean, trained.std)
+        images = normalize(torch.stack(cropped), trained.normalization)
         folder = export_to(trained, target, tmp_path / name, Proof(images, "pictures")).folder
         np.save(tmp_path / name / "images.npy", images.numpy())
         (tmp_path / name / "code.py").write_text(code_of(folder))

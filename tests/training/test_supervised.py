@@ -24,6 +24,7 @@ from ssl_vit.training import supervised
 from ssl_vit.training.config import RunConfig, parse_run
 from ssl_vit.training.loop import main
 from tests.conftest import ROOT, TINY
+from tests.specs import grey
 from tests.test_resume import finish, kill_at, losses, same
 
 STEPS = 12
@@ -35,7 +36,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("backbone")
     torch.manual_seed(0)
     encoder = ViTConfig(image_size=32, pos_embed="sincos", **TINY).build()
-    export_backbone(encoder, folder, mean=(0.4,) * 3, std=(0.3,) * 3, provenance={})
+    export_backbone(encoder, folder, normalization=grey(mean=0.4, std=0.3), provenance={})
     return folder
 
 

@@ -17,6 +17,7 @@ from ssl_vit.visualize.attention import (
     shows_attention,
 )
 from tests.conftest import TINY
+from tests.specs import grey
 
 ARCHS = {
     "plain": ViTConfig(image_size=32, **TINY),
@@ -106,7 +107,7 @@ def test_kept_patches_are_the_fewest_that_hold_the_mass() -> None:
 def test_a_picture_shows_image_mean_and_heads(tmp_path: Path, channels: int, mass: float | None) -> None:
     images, attention = torch.zeros(2, channels, 16, 24), torch.rand(2, 3, 2, 3)
     path = tmp_path / "new" / "attention.png"
-    draw_attention(images, attention, mean=(0.5,) * channels, std=(0.25,) * channels, path=path, mass=mass)
+    draw_attention(images, attention, normalization=grey(channels, std=0.25), path=path, mass=mass)
     pixels = np.asarray(Image.open(path).convert("RGB"))
     assert pixels.shape[1] > 5 * 280
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10
@@ -115,7 +116,7 @@ def test_a_picture_shows_image_mean_and_heads(tmp_path: Path, channels: int, mas
 def test_every_map_is_scaled_to_its_own_maximum(tmp_path: Path) -> None:
     attention = torch.tensor([[[[1e-3, 0.0]], [[0.5, 0.0]]]])
     path = tmp_path / "attention.png"
-    draw_attention(torch.zeros(1, 3, 8, 16), attention, mean=(0.5,) * 3, std=(0.25,) * 3, path=path)
+    draw_attention(torch.zeros(1, 3, 8, 16), attention, normalization=grey(std=0.25), path=path)
     pixels = np.asarray(Image.open(path).convert("RGB"))
     top, bottom = (np.round(np.array(colormaps["inferno"](end)[:3]) * 255) for end in (1.0, 0.0))
     maps = (pixels == bottom).all(axis=-1).sum(axis=1) > 100  # rows of the maps, and not of the scale below

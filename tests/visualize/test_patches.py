@@ -7,6 +7,7 @@ from PIL import Image
 
 from ssl_vit.models.vit import ViT, ViTConfig
 from ssl_vit.visualize.patches import draw_pca, draw_positions, patch_pca, patch_similarity, position_similarity
+from tests.specs import GREY
 
 
 def object_on_ground(number: int = 2, size: int = 6) -> torch.Tensor:
@@ -69,8 +70,7 @@ def test_positions_are_compared_without_those_of_prefix_tokens(tiny_encoder: ViT
 
 def test_what_is_no_foreground_is_black_and_nothing_else_is(tmp_path: Path) -> None:
     images = torch.full((1, 3, 48, 48), 0.9)
-    normalisation = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
-    draw_pca(images, object_on_ground(1), (6, 6), path=tmp_path / "pca.png", foreground=True, **normalisation)
+    draw_pca(images, object_on_ground(1), (6, 6), path=tmp_path / "pca.png", foreground=True, normalization=GREY)
     with Image.open(tmp_path / "pca.png") as picture:
         pixels = np.asarray(picture.convert("RGB"))
     panel = pixels[:, -pixels.shape[1] // 3 + 20 :].reshape(-1, 3)

@@ -3,6 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ssl_vit.data.transform import Normalization
 from ssl_vit.visualize.reconstructions import draw_reconstructions, reconstruction_panels
 
 MEAN, STD = (0.4, 0.5, 0.6, 0.3, 0.2), (0.2, 0.25, 0.3, 0.1, 0.15)
@@ -36,8 +37,7 @@ def panels_of(images, reconstruction, keep, norm_pix_loss=False):
         reconstruction,
         keep,
         patch_size=PATCH_SIZE,
-        mean=MEAN[:channels],
-        std=STD[:channels],
+        normalization=Normalization(MEAN[:channels], STD[:channels]),
         norm_pix_loss=norm_pix_loss,
     )
 
@@ -117,8 +117,7 @@ def written(path, channels=3, norm_pix_loss=False, title="title") -> np.ndarray:
         torch.zeros(2, 6, 8 * channels),
         KEEP,
         patch_size=PATCH_SIZE,
-        mean=MEAN[:channels],
-        std=STD[:channels],
+        normalization=Normalization(MEAN[:channels], STD[:channels]),
         norm_pix_loss=norm_pix_loss,
         path=path,
         title=title,

@@ -13,6 +13,8 @@ from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 from torch.nn import functional as F
 
+from ssl_vit.data.transform import Normalization
+
 # The 24 orders in which ColorJitter may apply brightness (0), contrast (1), saturation (2) and hue (3).
 JITTER_ORDERS = tuple(itertools.permutations(range(4)))
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow and torchvision weigh red, green and blue
@@ -26,21 +28,19 @@ def flip_horizontally(images: Num[Tensor, "b c h w"], rows: Bool[Tensor, " b"]) 
     return _put(images, index, chosen.flip(-1))
 
 
-def normalize(
-    images: Num[Tensor, "b c h w"], mean: tuple[float, ...], std: tuple[float, ...]
-) -> Float[Tensor, "b c h w"]:
+def normalize(images: Num[Tensor, "b c h w"], normalization: Normalization) -> Float[Tensor, "b c h w"]:
     """Scale to (x - mean) / std per channel; uint8 images are scaled to [0, 1] first.
 
     Raises:
         ValueError: mean and std do not have one value a channel.
     """
-    channels = images.shape[1]
+    channels, (mean, std) = images.shape[1], normalization
     if len(mean) != channels or len(std) != channels:
         raise ValueError(
             f"data.mean={mean!r} and data.std={std!r}: need {channels} values, one for each of the {channels} channels"
         )
     shift, scale = (
-        torch.tensor(values).reshape(-1, 1, 1).to(images.device, non_blocking=True) for values in (mean, std)
+        torch.tensor(values).reshape(-1, 1, 1).to(images.device, non_blocking=True) for values in normalization
     )
     return (to_unit(images) - shift) / scale
 

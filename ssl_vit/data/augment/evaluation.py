@@ -1,7 +1,7 @@
 """How an image is brought to the size of an encoder: cropped, resized and padded, the same each time."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torchvision.transforms import InterpolationMode
 
 from ssl_vit.data.augment.crops import random_resized_crop
 from ssl_vit.data.augment.device import normalize
+from ssl_vit.data.transform import Normalization
 
 CROP_PCT = 0.875
 """Share of a resized image's sides that the centre crop keeps, unless something else is known."""
@@ -29,10 +30,7 @@ class EvalTransform:
 
     size: tuple[int, int]
     """Height and width of what is cut out, in pixels."""
-    mean: tuple[float, ...]
-    """Of each channel, for pixel values in [0, 1]."""
-    std: tuple[float, ...]
-    """Of each channel, for pixel values in [0, 1]."""
+    normalization: Normalization
     crop_pct: float = CROP_PCT
     """Share of the covered height and width that is kept, in (0, 1]."""
     padding: tuple[int, int] = (0, 0)
@@ -51,8 +49,14 @@ class EvalTransform:
 
     def on_device(self, images: UInt8[Tensor, "b c h w"], device: torch.device) -> Float[Tensor, "b c height width"]:
         """A batch, normalised and padded, on the device."""
-        images = normalize(images.to(device, non_blocking=True), self.mean, self.std)
+        images = normalize(images.to(device, non_blocking=True), self.normalization)
         return F.pad(images, (0, self.padding[1], 0, self.padding[0])) if any(self.padding) else images
+
+    def as_plain(self) -> dict[str, Any]:
+        """The settings in the form in which caches and extracted features carry them."""
+        plain = asdict(self)
+        mean, std = plain.pop("normalization")
+        return {**plain, "mean": mean, "std": std}
 
 
 def centre_crop(

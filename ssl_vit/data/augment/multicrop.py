@@ -187,4 +187,4 @@ class MultiCropTransform:
         else:
             images = gaussian_blur(images, look[:, _SIGMA], radius=math.ceil(3 * self.config.blur_sigma[1]))
         images = solarize(images, look[:, _SOLARIZE].bool())
-        return normalize(images, *self.spec.normalization)
+        return normalize(images, self.spec.normalization)

@@ -104,7 +104,7 @@ class SupervisedTransform:
     def on_device(self, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         config = self.config
         images = flip_horizontally(batch["images"].to(device, non_blocking=True), batch["flip"])
-        images = normalize(images, *self.spec.normalization)
+        images = normalize(images, self.spec.normalization)
         if config.random_erasing:
             erase = RandomErasing(config.random_erasing, mode="pixel", device=str(device))
             for image, seed in zip(images, batch["erase_seed"].tolist(), strict=True):

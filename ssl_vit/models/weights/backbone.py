@@ -20,6 +20,7 @@ from ssl_vit.core.reading import entry, read_tensors, read_yaml
 from ssl_vit.core.writing import UNFINISHED, flush, fresh_folder, naming_full_disk, replace_folder
 from ssl_vit.data.augment.evaluation import CROP_PCT
 from ssl_vit.data.config import DataConfig
+from ssl_vit.data.transform import Normalization
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.vit import ViT, ViTConfig, set_fused_attention
 
@@ -35,8 +36,7 @@ def export_backbone(
     encoder: Encoder,
     folder: Path,
     *,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    normalization: Normalization,
     provenance: dict[str, Any],
     crop_pct: float = CROP_PCT,
 ) -> Path:
@@ -50,7 +50,7 @@ def export_backbone(
     """
     if not isinstance(encoder, ViT):
         raise ValueError(f"cannot export a {type(encoder).__name__}: only Vision Transformers of timm so far")
-    described = describe(encoder, mean=mean, std=std, provenance=provenance, crop_pct=crop_pct)
+    described = describe(encoder, normalization=normalization, provenance=provenance, crop_pct=crop_pct)
     return write_pair(
         folder, BACKBONE_FILE, encoder.vit.state_dict(), described, lambda written: _prove_equal(encoder, written)
     )
@@ -96,8 +96,7 @@ def write_pair(
 def describe(
     encoder: ViT,
     *,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    normalization: Normalization,
     provenance: dict[str, Any],
     crop_pct: float = CROP_PCT,
 ) -> dict[str, Any]:
@@ -125,8 +124,8 @@ def describe(
             "interpolation": "bicubic",
             "crop_pct": crop_pct,
             "crop_mode": "center",
-            "mean": list(mean),
-            "std": list(std),
+            "mean": list(normalization.mean),
+            "std": list(normalization.std),
             "num_classes": 0,
             "pool_size": None,
             "first_conv": "patch_embed.proj",
@@ -223,15 +222,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_normalisation(config: dict[str, Any], file: Path) -> tuple[tuple[float, ...], tuple[float, ...], float]:
-    """Mean, deviation and share of a crop, of the config.json beside a backbone."""
+def read_normalisation(config: dict[str, Any], file: Path) -> tuple[Normalization, float]:
+    """Normalisation and share of a crop, of the config.json beside a backbone."""
     cfg = {"crop_pct": CROP_PCT, **entry({"pretrained_cfg": config, **config}, "pretrained_cfg", dict, file)}
     mean, std = (tuple(entry(cfg, name, list[float], file)) for name in ("mean", "std"))
     try:
         DataConfig(mean=mean, std=std)
     except ValueError as error:
         raise ValueError(f"{file}: pretrained_cfg.{error}") from error
-    return mean, std, entry(cfg, "crop_pct", float, file)
+    return Normalization(mean, std), entry(cfg, "crop_pct", float, file)
 
 
 def own_source(folder: Path, *, asked: bool) -> str | dict[str, float] | None:

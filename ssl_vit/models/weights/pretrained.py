@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ssl_vit.core.paths import as_path
 from ssl_vit.core.reading import entry, read_tensors
+from ssl_vit.data.transform import Normalization
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.positions import sincos_positions
 from ssl_vit.models.vit import ViT, ViTConfig, pair
@@ -47,8 +48,7 @@ class Pretrained:
     """Architecture and sizes; None where they cannot be told."""
     tensors: Callable[[], Tensors]
     """Reads them, under timm's names."""
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+    normalization: Normalization | None = None
     crop_pct: float | None = None
     """Share of a resized image's sides that their own evaluation keeps; None where it is not known."""
     antialias: bool = True
@@ -172,8 +172,8 @@ def _open_folder(folder: Path) -> Pretrained:
     else:
         raise ValueError(f"{folder / CONFIG_FILE}: neither ssl_vit's, timm's nor transformers'")
     file = folder / (BACKBONE_FILE if (folder / BACKBONE_FILE).is_file() else MODEL_FILE)
-    mean, std, crop_pct = read_normalisation(described, folder / CONFIG_FILE)
-    return Pretrained(str(folder), config, lambda: _without_head(read(file)), mean, std, crop_pct)
+    normalization, crop_pct = read_normalisation(described, folder / CONFIG_FILE)
+    return Pretrained(str(folder), config, lambda: _without_head(read(file)), normalization, crop_pct)
 
 
 def _read_linked(file: Path) -> Tensors:
@@ -195,8 +195,7 @@ def _open_transformers(folder: Path, described: dict[str, Any]) -> Pretrained:
         str(folder),
         config,
         tensors,
-        None if mean is None else tuple(mean),
-        None if std is None else tuple(std),
+        None if mean is None or std is None else Normalization(tuple(mean), tuple(std)),
         _crop_of_transformers(preprocessing),
         antialias=described["model_type"] == "dinov2_with_registers",
     )
@@ -230,7 +229,7 @@ def _open_timm(name: str) -> Pretrained:
             raise ValueError(f"timm cannot load its weights: {' '.join(str(error).split())}") from error
         return dict(model.state_dict())
 
-    return Pretrained(name, config, tensors, tuple(cfg.mean), tuple(cfg.std), cfg.crop_pct)
+    return Pretrained(name, config, tensors, Normalization(tuple(cfg.mean), tuple(cfg.std)), cfg.crop_pct)
 
 
 def _crop_of_transformers(preprocessing: Mapping[str, Any]) -> float | None:

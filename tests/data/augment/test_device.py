@@ -15,6 +15,8 @@ from ssl_vit.data.augment.device import (
     to_grey,
     to_unit,
 )
+from ssl_vit.data.transform import Normalization
+from tests.specs import GREY
 
 
 def test_only_the_chosen_images_are_mirrored() -> None:
@@ -28,13 +30,13 @@ def test_only_the_chosen_images_are_mirrored() -> None:
 def test_normalising_scales_each_channel() -> None:
     images = torch.tensor([0, 255], dtype=torch.uint8).reshape(1, 2, 1, 1)
     for pixels in (images, to_unit(images)):
-        assert normalize(pixels, (0.5, 0.5), (0.5, 0.25)).flatten().tolist() == [-1.0, 2.0]
+        assert normalize(pixels, Normalization((0.5, 0.5), (0.5, 0.25))).flatten().tolist() == [-1.0, 2.0]
 
 
 def test_constants_must_fit_the_channels() -> None:
     images = torch.zeros(1, 4, 2, 2, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"data.mean=.*need 4 values"):
-        normalize(images, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+        normalize(images, GREY)
 
 
 class TestColorJitter:

@@ -6,16 +6,18 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
+from ssl_vit.data.transform import Normalization
 from ssl_vit.export import export_backbone, load_backbone
 from ssl_vit.models.vit import ViT, ViTConfig
 from ssl_vit.models.weights.pretrained import load_pretrained, open_pretrained
 from tests.conftest import TINY
+from tests.specs import GREY
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 
 
 def export(encoder: ViT, folder: Path) -> Path:
-    return export_backbone(encoder, folder, mean=MEAN, std=STD, provenance={"objective": "MAE"})
+    return export_backbone(encoder, folder, normalization=Normalization(MEAN, STD), provenance={"objective": "MAE"})
 
 
 @pytest.mark.parametrize(
@@ -34,7 +36,7 @@ def test_what_is_loaded_is_what_was_exported(tmp_path: Path, settings: dict) -> 
     config = ViTConfig(**{**TINY, **settings})
     encoder = config.build().eval()
     means = (0.5,) * config.in_chans
-    export_backbone(encoder, tmp_path, mean=means, std=means, provenance={})
+    export_backbone(encoder, tmp_path, normalization=Normalization(means, means), provenance={})
     loaded = load_backbone(tmp_path)
     images = torch.randn(2, config.in_chans, *encoder.image_size)
     with torch.no_grad():
@@ -61,7 +63,7 @@ def test_timm_loads_the_file_with_its_ordinary_call(tmp_path: Path, tiny_encoder
 
 def test_timm_reads_how_images_are_prepared_from_a_loaded_encoder(tmp_path: Path) -> None:
     encoder = ViTConfig(image_size=(16, 24), in_chans=2, **TINY).build()
-    export_backbone(encoder, tmp_path, mean=(0.1, 0.2), std=(0.3, 0.4), provenance={}, crop_pct=0.9)
+    export_backbone(encoder, tmp_path, normalization=Normalization((0.1, 0.2), (0.3, 0.4)), provenance={}, crop_pct=0.9)
     found = timm.data.resolve_model_data_config(load_backbone(tmp_path))
     assert (tuple(found["input_size"]), found["crop_pct"]) == ((2, 16, 24), 0.9)
     assert (tuple(found["mean"]), tuple(found["std"])) == ((0.1, 0.2), (0.3, 0.4))
@@ -148,7 +150,7 @@ def test_a_backbone_that_does_not_come_back_equal_is_not_handed_over(
 
 
 def test_whoever_may_read_the_description_may_read_the_weights(tmp_path: Path, tiny_encoder: ViT) -> None:
-    file = export_backbone(tiny_encoder, tmp_path, mean=(0.5,) * 3, std=(0.5,) * 3, provenance={})
+    file = export_backbone(tiny_encoder, tmp_path, normalization=GREY, provenance={})
     assert file.stat().st_mode == (tmp_path / "config.json").stat().st_mode
 
     @pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.uint8, torch.complex64])

@@ -26,6 +26,7 @@ from ssl_vit.objectives.dino import DINOConfig
 from ssl_vit.training.config import parse_run
 from tests.conftest import GOLDEN, TINY
 from tests.export.test_targets import ENCODERS, build
+from tests.specs import GREY, grey
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 
@@ -60,13 +61,13 @@ def test_what_was_exported_is_read_back(tmp_path: Path, target: str, name: str) 
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     if target == "timm":
         assert open_pretrained(str(folder)).config == ENCODERS[name]
-        assert open_pretrained(str(folder)).mean == trained.mean
+        assert open_pretrained(str(folder)).normalization == trained.normalization
 
 
 def test_a_table_that_is_not_square_is_resized(tmp_path: Path) -> None:
     config = ViTConfig(arch="vit_tiny_patch16_224", image_size=(32, 128), depth=1)
     original = perturbed(config)
-    export_backbone(original, tmp_path, mean=(0.5,) * 3, std=(0.5,) * 3, provenance={})
+    export_backbone(original, tmp_path, normalization=GREY, provenance={})
     encoder = ViTConfig(**{**vars(config), "image_size": 64}).build()  # as many patches, in other rows
     load_pretrained(encoder, str(tmp_path))
     expected = resample_abs_pos_embed(original.vit.pos_embed, [4, 4], [2, 8], num_prefix_tokens=1)
@@ -84,7 +85,7 @@ def test_a_folder_of_timms_own_is_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(described))
     found = open_pretrained(str(tmp_path))
     assert found.config == TINY_PAPER
-    assert (found.mean, found.std) == ((0.5,) * 3, (0.25,) * 3)
+    assert found.normalization == grey(std=0.25)
     encoder = found.config.build()
     load_pretrained(encoder, str(tmp_path))
     assert torch.equal(encoder.vit.norm.weight, model.norm.weight)
