@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from ssl_vit.benchmarks.step import prepare_step
 from ssl_vit.models.blocks import Block, run_blocks
 from ssl_vit.models.vit import ViTConfig
 from ssl_vit.runs.checkpoint import list_checkpoints
 from ssl_vit.training.config import parse_run
 from ssl_vit.training.device import cuda_graphs
 from ssl_vit.training.device.cuda_graphs import BlockGraphs
+from ssl_vit.training.step import prepare_step
 from tests.compiled import TINY
 from tests.conftest import OBJECTIVES, ROOT, losses
 from tests.training.device.test_cuda_graphs import check_two_passes

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from ssl_vit.benchmarks.rounds import alternate, machine
-from ssl_vit.benchmarks.step import prepare_step
 from ssl_vit.core.settings import as_plain
 from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.evaluation.evaluate import EvaluationConfig
@@ -23,6 +22,7 @@ from ssl_vit.runs.folder import METRICS_FILE
 from ssl_vit.training.config import RunConfig
 from ssl_vit.training.loop import train
 from ssl_vit.training.setup import set_up
+from ssl_vit.training.step import prepare_step
 
 MOST_WAIT = 0.1  # share of the time that waiting for data may take
 
@@ -89,10 +89,10 @@ def _measure(config: RunConfig, steps: int | None, rounds: int) -> dict:
             run.saves = False
             train(run)
         lines = (Path(folder) / METRICS_FILE).read_text().splitlines()
-    config = replace(run.config, cuda_graphs=run.block_graphs.enabled)
-    objective, num_micro = run.objective, run.num_micro
+    config = replace(run.config, cuda_graphs=run.train_step.graphs.enabled)
+    objective, num_micro = run.objective, run.train_step.num_micro
     records = [record for record in map(json.loads, lines) if "images_per_second" in record][1:]
-    run.optimizer.state.clear()
+    run.train_step.optimizer.state.clear()
     del run
     size = config.batch.size // num_micro
     work = _ready_steps(config, objective, size, num_micro, steps, device)

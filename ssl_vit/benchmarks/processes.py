@@ -108,14 +108,14 @@ def run_one(job: Path) -> None:
 
     def note(*_: Any) -> None:
         nonlocal calls
-        if calls in (WARMUP * run.num_micro, (WARMUP + asked["steps"]) * run.num_micro):
+        if calls in (WARMUP * run.train_step.num_micro, (WARMUP + asked["steps"]) * run.train_step.num_micro):
             if run.accelerator.device.type == "cuda":
                 torch.cuda.synchronize()
             used = resource.getrusage(resource.RUSAGE_SELF)
             marks.append((time.perf_counter(), used.ru_utime + used.ru_stime, used.ru_stime))
         calls += 1
 
-    run.model.register_forward_pre_hook(note)
+    run.train_step.model.register_forward_pre_hook(note)
     train(run)
     (start, cpu_start, system_start), (end, cpu_end, system_end) = marks
     found = {

@@ -20,7 +20,6 @@ from PIL import Image
 
 from ssl_vit.benchmarks.processes import measure_processes
 from ssl_vit.benchmarks.rounds import alternate, machine, ratios
-from ssl_vit.benchmarks.step import prepare_step
 from ssl_vit.core.machine import resolve_precision
 from ssl_vit.core.settings import as_plain
 from ssl_vit.data.config import DataConfig
@@ -31,6 +30,7 @@ from ssl_vit.data.sources.source import open_source
 from ssl_vit.data.transform import InputSpec
 from ssl_vit.models.vit import choose_attention, pair
 from ssl_vit.training.config import RunConfig
+from ssl_vit.training.step import prepare_step
 
 SIZE_FACTORS = (0.5, 1, 1.5, 2, 3, 4)
 LOCAL_CROPS = (0, 2, 4, 8)

@@ -4,9 +4,8 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -15,48 +14,16 @@ from ssl_vit.benchmarks.memory import peak_of
 from ssl_vit.benchmarks.peers import PEERS, kind_of
 from ssl_vit.benchmarks.peers import Step as PeerStep
 from ssl_vit.benchmarks.rounds import alternate, machine, ratios
-from ssl_vit.core.machine import autocast_dtype, resolve_precision
+from ssl_vit.core.machine import resolve_precision
 from ssl_vit.core.settings import as_plain
 from ssl_vit.data.augment.masking import num_kept
 from ssl_vit.models.vit import choose_attention, pair, set_fused_attention
 from ssl_vit.objectives.dino import DINOConfig
 from ssl_vit.objectives.mae import MAEConfig
-from ssl_vit.objectives.objective import Objective
 from ssl_vit.training.config import RunConfig
-from ssl_vit.training.device.compile import LEAST_STEPS, compile_blocks, resolve_compile
-from ssl_vit.training.device.cuda_graphs import BlockGraphs, resolve_cuda_graphs
-from ssl_vit.training.faults import step_if_finite
-from ssl_vit.training.optim import build_optimizer, clip_gradients, clip_groups, set_schedule
-
-
-class Step(NamedTuple):
-    """The two halves of a training step, ready to be called in turn."""
-
-    forward_backward: Callable[[], None]
-    """Forward and backward of one micro-batch."""
-    update: Callable[[], None]
-    """Everything that follows once all micro-batches of a step are through."""
-
-
-def prepare_step(config: RunConfig, objective: Objective, num_images: int, device: torch.device) -> Step:
-    """A training step on a micro-batch made up of noise.
-
-    Args:
-        config: a run's settings, without `auto`; with `compile` true the objective is compiled in place, and with
-            `cuda_graphs` true its blocks are recorded, where there is a GPU. By `auto` neither is done here.
-        objective: what they build, on the device.
-        num_images: size of the micro-batch.
-    """
-    encoder = objective.encoder
-    transform = config.build_transform(encoder)
-    rng = np.random.default_rng(0)
-    pixels = torch.from_numpy(rng.integers(0, 256, (encoder.in_chans, 256, 256), dtype=np.uint8))
-    samples = [transform(pixels, rng) for _ in range(num_images)]
-    collated = {name: torch.stack([item[name] for item in samples]) for name in samples[0]}
-    if device.type == "cuda":
-        collated = {name: value.pin_memory() for name, value in collated.items()}  # as a loader's are
-    collated["label"] = torch.zeros(num_images, dtype=torch.int64)  # as of a labelled source; only classifiers look
-    return _training_step(config, objective, device, lambda: transform.on_device(collated, device))
+from ssl_vit.training.device.compile import LEAST_STEPS, resolve_compile
+from ssl_vit.training.device.cuda_graphs import resolve_cuda_graphs
+from ssl_vit.training.step import prepare_step
 
 
 def own_step(config: RunConfig, batch: int, device: torch.device, dtype: torch.dtype | None) -> PeerStep:
@@ -90,44 +57,13 @@ def own_step(config: RunConfig, batch: int, device: torch.device, dtype: torch.d
             drawn["predict"] = order[:, kept : kept + round(encoder.num_patches * masked.predict_ratio)]
         return images | drawn
 
-    step = _training_step(replace(config, precision=precision), objective, device, with_masks)
+    step = prepare_step(config, objective, with_masks, device, precision)
 
     def whole() -> None:
         step.forward_backward()
         step.update()
 
     return whole
-
-
-def _training_step(
-    config: RunConfig, objective: Objective, device: torch.device, batch: Callable[[], dict[str, Tensor]]
-) -> Step:
-    """What the training loop does to an objective with a batch."""
-    precision = resolve_precision(config.precision, device)
-    dtype = autocast_dtype(precision)
-    if config.compile is True:
-        compile_blocks(objective)
-    optimizer = build_optimizer(objective.train(), config.optim, precision)
-    groups = clip_groups(objective, config.optim)
-    graphs = BlockGraphs(config.cuda_graphs is True and device.type == "cuda", must_work=True)
-
-    def forward_backward() -> None:
-        images = batch()
-        with graphs.active(), torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            loss = objective(images, 0.5)["loss"]
-        loss.backward()
-
-    def update() -> None:
-        set_schedule(optimizer, config.optim, 0.5, config.batch.size)
-        norm = clip_gradients(groups, config.optim.clip_grad)
-        if precision == "fp16":  # the scaler's, which is not here
-            optimizer.step()
-            objective.after_step(0.5)
-        else:
-            objective.after_step(0.5, step_if_finite(optimizer, norm))
-        optimizer.zero_grad()
-
-    return Step(forward_backward, update)
 
 
 def compare_attention(config: RunConfig, *, steps: int = 5, rounds: int = 5) -> dict:

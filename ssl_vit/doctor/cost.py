@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from ssl_vit.benchmarks.step import Step, prepare_step
 from ssl_vit.core.machine import num_cpus, resolve_precision
 from ssl_vit.core.settings import section
 from ssl_vit.data.sources.source import Source
@@ -22,6 +21,7 @@ from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.models.vit import choose_attention
 from ssl_vit.objectives.objective import Objective
 from ssl_vit.training.config import RunConfig
+from ssl_vit.training.step import Step, prepare_step
 
 _MIB = 2**20
 _CPU_WORK = 20_000_000_000  # parameters x patches x images that are measured at once on a CPU

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -38,41 +37,6 @@ class Faults:
     def to_plain(self) -> dict[str, Any]:
         """In a form that JSON takes."""
         return asdict(self)
-
-
-def spread(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """The same loss, whose gradients are NaN where it is not finite itself.
-
-    An infinite loss may have finite gradients, and is known to one process alone. Its gradients reach all processes in
-    the reduction that takes place anyway, so that all of them skip the step without a message of its own.
-    """
-    return loss * (1 + (loss - loss).detach())  # x 1.0, which changes no bit, or x NaN
-
-
-def take_step(
-    accelerator: Accelerator, optimizer: torch.optim.Optimizer, grad_norm: Float[Tensor, ""]
-) -> Bool[Tensor, ""]:
-    """Step the optimizer, unless a gradient is not finite; the same on all processes.
-
-    The host goes on without waiting for the backward pass, and does not know whether the step was taken. Gradients that
-    fp16 made overflow are the scaler's, which waits, skips the step and lowers its scale.
-
-    Returns:
-        Whether the step was taken, on the device.
-    """
-    if accelerator.scaler is not None:
-        optimizer.step()
-        return torch.tensor(not accelerator.optimizer_step_was_skipped, device=grad_norm.device)
-    return step_if_finite(optimizer, grad_norm)
-
-
-def step_if_finite(optimizer: torch.optim.Optimizer, grad_norm: Float[Tensor, ""]) -> Bool[Tensor, ""]:
-    """Step a fused optimizer that reads on the device whether it may; returns that."""
-    taken = torch.isfinite(grad_norm)
-    inner: Any = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's
-    inner.found_inf = (~taken).float()
-    optimizer.step()
-    return taken
 
 
 class SkippedSteps:

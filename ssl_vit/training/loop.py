@@ -1,8 +1,7 @@
 """The training loop, the same for every objective, read from top to bottom."""
 
 import sys
-import time
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -12,33 +11,37 @@ from accelerate.utils import broadcast_object_list
 
 from ssl_vit.core.distributed import end_processes, lost_process, on_main_process, when_others_hang
 from ssl_vit.core.front import stoppable
-from ssl_vit.core.settings import as_plain
 from ssl_vit.core.text import plain
 from ssl_vit.core.writing import tell_error
-from ssl_vit.data.bad_images import BadImages
 from ssl_vit.runs.checkpoint import newest_checkpoint
-from ssl_vit.runs.folder import METRICS_FILE, RESULTS_FILE, is_finished
+from ssl_vit.runs.folder import RESULTS_FILE, is_finished
 from ssl_vit.runs.heartbeat import beat
-from ssl_vit.training import ending
+from ssl_vit.training import ending as pretraining
 from ssl_vit.training.by_products import by_product
 from ssl_vit.training.config import RunConfig, parse_run
-from ssl_vit.training.device import fsdp
 from ssl_vit.training.device.micro_batch import explain_out_of_memory
-from ssl_vit.training.faults import SkippedSteps, SpikeWatch, spread, take_step
-from ssl_vit.training.observe.metrics import CollapseAlarm, MetricLog
-from ssl_vit.training.observe.profiling import StepTrace
-from ssl_vit.training.observe.tracking import start_tracker
-from ssl_vit.training.optim import clip_gradients, clip_groups, set_schedule
-from ssl_vit.training.setup import Ending, Run, as_written, build_sampler, heartbeat, open_batches, resume, save, set_up
+from ssl_vit.training.observe.metrics import MetricLog
+from ssl_vit.training.observe.monitor import Monitor
+from ssl_vit.training.setup import (
+    Ending,
+    Run,
+    build_sampler,
+    eager,
+    heartbeat,
+    open_batches,
+    resume,
+    save,
+    set_up,
+    unsharded,
+)
 from ssl_vit.training.signals import EXIT_COLLAPSED, EXIT_STOPPED, OUT_OF_TIME, StopSignal
-from ssl_vit.training.step import seed_step
 
 GO_ON = "The same command goes on from the newest checkpoint."
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-@stoppable("The same command goes on from the newest checkpoint.")
-def main(defaults: RunConfig, quickstart: str | None = None, ending: Ending = ending) -> int:
+@stoppable(GO_ON)
+def main(defaults: RunConfig, quickstart: str | None = None, ending: Ending = pretraining) -> int:
     """Entry point of the scripts that train: read the settings, train, return the exit code.
 
     Without any argument `quickstart`, a file in configs/, runs. Settings or data that cannot work end in one line and
@@ -96,157 +99,81 @@ def train(run: Run) -> int:
             finish(run, nothing_done)
         return code
     except torch.OutOfMemoryError:
-        heartbeat(run, "failed")  # and what it means is said outside, where the tensors of the step are gone
+        heartbeat(run, "failed")  # explained below, after the tensors of the step are freed
     except KeyboardInterrupt:
         heartbeat(run, "stopped")
         raise
     except BaseException:
         heartbeat(run, "failed")
         raise
-    device, num_processes = run.accelerator.device, run.accelerator.num_processes
-    per_device = run.config.batch.size // (run.num_micro * num_processes)
-    run.block_graphs.clear()
-    run.optimizer.state.clear()
-    with as_written(run):
-        why = explain_out_of_memory(run.config, run.objective, device, per_device, num_processes)
-    raise ValueError(why + ("; --cuda_graphs false needs less" if run.block_graphs.enabled else ""))
+    step, device, num_processes = run.train_step, run.accelerator.device, run.accelerator.num_processes
+    step.graphs.clear()
+    step.optimizer.state.clear()
+    with eager(run):
+        why = explain_out_of_memory(run.config, run.objective, device, run.per_device, num_processes)
+    raise ValueError(why + ("; --cuda_graphs false needs less" if step.graphs.enabled else ""))
 
 
 def train_steps(run: Run, stop: StopSignal) -> int | None:
-    """The loop, from where the run is to its end or to what stops it.
+    """The loop, from the step that the run is at to its end or to what stops it.
 
     Returns:
         The exit code, or None where the run went back to a checkpoint and is to go on from there.
     """
-    config, accelerator, objective = run.config, run.accelerator, run.objective
-    device, start_step = accelerator.device, run.step
     sampler = None if run.stream_loader is not None else build_sampler(run)
-    log = MetricLog(
-        run.folder / METRICS_FILE,
-        start_step=start_step,
-        num_steps=run.num_steps,
-        batch_size=config.batch.size,
-        log_every=config.log_every,
-        is_writer=accelerator.is_main_process,
-        quiet=config.quiet,
-        tracker=start_tracker(
-            config.tracking, run.folder, as_plain(config), start_step, is_writer=accelerator.is_main_process
-        ),
-    )
-    bad_images = None
-    if config.data.on_bad_image == "skip":
-        bad_images = BadImages(
-            run.source,
-            config.data,
-            run.folder,
-            metrics=run.folder / METRICS_FILE,
-            start_step=start_step,
-            num_channels=objective.encoder.in_chans,
-            is_writer=accelerator.is_main_process,
-        )
-    skipped = SkippedSteps(run.faults, sampler, run.folder, config.max_skipped_steps)
-    spikes = SpikeWatch(run.faults) if run.faults.rewinds < config.rewind_on_spike else None
-    clipped = clip_groups(objective, config.optim)
-    alarm = CollapseAlarm()
-    trace = StepTrace(config.profile if accelerator.is_main_process else 0, run.folder, device, log)
-    evaluate_every = config.evaluation.every_steps
-    run.model.train()
+    monitor = Monitor(run, sampler)
+    log, start_step = monitor.log, run.step
+    run.train_step.model.train()
     heartbeat(run, "training")
-    note_bad = bad_images.note if bad_images else None
-    with open_batches(run, sampler, note_bad) as batches, closing(log), closing(trace):
-        for step in range(start_step, run.num_steps):
-            trace.next_step()
-            draw_picture(run, step, log)
+    with open_batches(run, sampler, monitor.note_bad) as batches, closing(monitor):
+        batches = monitor.timed(batches)
+        while run.step < run.num_steps:
+            monitor.trace.next_step()
+            draw_figure(run, monitor)
             progress = run.progress
-            losses: dict[str, torch.Tensor] = {}
-            for micro in range(run.num_micro):
-                waiting = time.perf_counter()
-                with trace.part("data wait"):
-                    batch = next(batches)
-                log.add_data_wait(time.perf_counter() - waiting)
-                seed_step(config.seed, step, micro, accelerator.process_index)
-                last = micro == run.num_micro - 1
-                with nullcontext() if last else accelerator.no_sync(run.model):
-                    with trace.part("forward"), run.block_graphs.active():
-                        parts = run.model(batch, progress)
-                    with trace.part("backward"):
-                        accelerator.backward(spread(parts["loss"]) / run.num_micro)
-                for name, value in parts.items():
-                    share = value.detach() / run.num_micro
-                    losses[name] = losses[name] + share if name in losses else share
-            if spikes is not None and spikes.sees_spike(losses["loss"]):
-                go_back(run, step, log)
+            losses = run.train_step.forward_backward(batches, run.step, progress)
+            if monitor.sees_spike(losses):
+                go_back(run, log)
                 return None
-            settings = set_schedule(run.optimizer, config.optim, progress, config.batch.size)
-            with trace.part("optimizer"):
-                accelerator.unscale_gradients(run.optimizer)
-                losses["grad_norm"] = clip_gradients(clipped, config.optim.clip_grad)
-                taken = take_step(accelerator, run.optimizer, losses["grad_norm"])
-            with trace.part("after step"):
-                objective.after_step(progress, taken)
-            run.optimizer.zero_grad()
-            skipped.note(step, taken, losses["loss"])
-
-            run.step = done = step + 1
-            save_due = done % config.checkpoint.every_steps == 0 or done == run.num_steps
-            save_due |= spikes is not None and spikes.begins(done)  # to have something to go back to
-            if run.source.num_samples is not None:
-                settings["epoch"] = done * config.batch.size / run.source.num_samples
-            log.add_step(losses, taken)
-            signal_number = stop.agreed()
-            collapsed = False
+            settings, taken = run.train_step.update(losses, progress)
+            monitor.note_step(losses, taken)
+            run.step += 1
+            save_due, signal_number, collapsed = monitor.is_save_due(), stop.agreed(), False
             if save_due or signal_number or log.is_due():
-                skipped.settle()
-                settings["skipped_steps"] = run.faults.skipped_steps
-                costly = {name: value.item() for name, value in objective.diagnostics().items()}
-                if bad_images is not None:
-                    before = bad_images.count
-                    settings["bad_images"] = bad_images.settle(done)
-                    if bad_images.count > before == 0:
-                        log.say(f"WARNING: pictures that cannot be decoded are passed over; see {bad_images.path}")
-                values = log.write_interval(costly | settings, progress)
-                heartbeat(run, "training", values["images_per_second"])
-                # Weights that have hardly moved look like a collapse and are none.
-                judged = progress >= float(config.optim.warmup) and "loss" in values
-                known = {**as_plain(config), "num_images": run.source.num_samples}
-                diagnosis = objective.diagnose(values, known) if judged else None
-                if collapsed := alarm.raised(diagnosis):
-                    run.faults.collapse = f"step {done:,}. {diagnosis}"
-                    log.say(f"WARNING: collapse at {run.faults.collapse}")
-                    collapsed = config.on_collapse == "stop"
-                elif alarm.is_over and run.faults.collapse:
-                    run.faults.collapse = ""
-                    log.say(f"note       no sign of collapse in the last {alarm.calm} log intervals")
+                collapsed = monitor.report(settings, progress)
             if save_due or signal_number or collapsed:
-                paused = log.pause()
-                with trace.part("checkpoint"):
-                    folder = save(run, is_last=done == run.num_steps or bool(signal_number) or collapsed)
-                log.go_on(paused)
+                is_last = run.step == run.num_steps or bool(signal_number) or collapsed
+                with monitor.paused(), monitor.trace.part("checkpoint"):
+                    folder = save(run, is_last=is_last)
                 if signal_number or collapsed:
                     return stopped(run, folder, signal_number)
-            if bad_images is not None:
-                bad_images.check(done * config.batch.size)
-            if run.judges and evaluate_every and done % evaluate_every == 0 and done < run.num_steps:
-                paused = log.pause()
-                heartbeat(run, "evaluating")
-                run.block_graphs.clear()  # the memory of a step, which the evaluation may need
-                judged_objective = fsdp.whole(config, run.model, objective, device)
-                with as_written(run), by_product(f"evaluation at step {done:,}", log.say, shared=True):
-                    run.ending.evaluate_in_training(config, accelerator, judged_objective, run.judges, done, log)
-                log.go_on(paused)
+            monitor.check_bad_images()
+            evaluate(run, monitor)
         if start_step < run.num_steps:
-            draw_picture(run, run.num_steps, log)
+            draw_figure(run, monitor)
     return 0
 
 
-def draw_picture(run: Run, step: int, log: MetricLog) -> None:
-    """Draw what is known before `step`, where a picture is due."""
-    if ending.is_picture_due(run.config, step, run.num_steps):
-        paused = log.pause()
-        objective = fsdp.whole(run.config, run.model, run.objective, run.accelerator.device)
-        with as_written(run), by_product(f"figure at step {step:,}", log.say):
-            ending.draw_in_training(run.config, run.accelerator, objective, run.source, step, log)
-        log.go_on(paused)
+def evaluate(run: Run, monitor: Monitor) -> None:
+    """Score the backbone as it is now, where that is due; at the end of the run `finish` does it."""
+    every, config = run.config.evaluation.every_steps, run.config
+    if run.judges is None or every is None or run.step % every or run.step == run.num_steps:
+        return
+    with monitor.paused():
+        heartbeat(run, "evaluating")
+        run.train_step.graphs.clear()  # the memory of a step, which the evaluation may need
+        objective = unsharded(run)
+        with eager(run), by_product(f"evaluation at step {run.step:,}", monitor.log.say, shared=True):
+            run.ending.evaluate_in_training(config, run.accelerator, objective, run.judges, run.step, monitor.log)
+
+
+def draw_figure(run: Run, monitor: Monitor) -> None:
+    """Draw what is known before the next step, where a figure is due."""
+    if pretraining.is_picture_due(run.config, run.step, run.num_steps):
+        with monitor.paused():
+            objective = unsharded(run)
+            with eager(run), by_product(f"figure at step {run.step:,}", monitor.log.say):
+                pretraining.draw_in_training(run.config, run.accelerator, objective, run.source, run.step, monitor.log)
 
 
 def stopped(run: Run, folder: Path | None, signal_number: int) -> int:
@@ -263,16 +190,17 @@ def stopped(run: Run, folder: Path | None, signal_number: int) -> int:
     return EXIT_STOPPED[signal_number]
 
 
-def go_back(run: Run, step: int, log: MetricLog) -> None:
-    """Put a run whose loss jumped in `step` behind that step, with the weights of its newest checkpoint.
+def go_back(run: Run, log: MetricLog) -> None:
+    """Put a run whose loss jumped in its present step behind that step, with the weights of its newest checkpoint.
 
-    What was drawn since that checkpoint is not learned from. It is saved at once, so that the run is there to stay.
+    Nothing is learned from the samples since that checkpoint. The run is saved at once, so that a kill does not take it
+    back before the jump.
     """
-    faults = run.faults
+    faults, step = run.faults, run.step
     # There is one from `SpikeWatch.begins` on.
     checkpoint = cast(Path, on_main_process(lambda: newest_checkpoint(run.folder)))
-    run.optimizer.zero_grad()
-    run.optimizer.state.clear()
+    run.train_step.optimizer.zero_grad()
+    run.train_step.optimizer.state.clear()
     resume(run, checkpoint)
     log.say(
         f"WARNING: the loss jumped in step {step + 1:,}. Back to {checkpoint} and on from step {step + 1:,}, past the "
@@ -291,9 +219,9 @@ def finish(run: Run, nothing_done: bool) -> None:
         accelerator.print(f"This run is finished: {run.folder / RESULTS_FILE}. --fresh starts it anew.")
     else:
         heartbeat(run, "finishing")
-        run.block_graphs.clear()
-        objective = fsdp.whole(config, run.model, run.objective, accelerator.device)
-        with as_written(run):
+        run.train_step.graphs.clear()
+        objective = unsharded(run)
+        with eager(run):
             judges, collapse = run.judges, run.faults.collapse
             run.ending.finish(config, accelerator, objective, run.source, judges, run.num_steps, collapse)
     if run.faults.collapse:

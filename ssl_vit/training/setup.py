@@ -13,6 +13,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from ssl_vit.core.distributed import PATIENCE, on_main_process, start_processes
 from ssl_vit.core.machine import resolve_precision
+from ssl_vit.core.schedules import warmup_cosine
 from ssl_vit.core.settings import section
 from ssl_vit.core.text import plain
 from ssl_vit.data.bad_images import look_beforehand
@@ -22,7 +23,6 @@ from ssl_vit.data.sampler import StepSampler
 from ssl_vit.data.sources.source import Source
 from ssl_vit.data.sources.stream import Stream, open_images
 from ssl_vit.data.stream_loader import StreamLoader
-from ssl_vit.data.transform import Transform
 from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.models.vit import choose_attention
 from ssl_vit.objectives.objective import Objective
@@ -30,10 +30,9 @@ from ssl_vit.runs.checkpoint import load_checkpoint, prune_checkpoints, save_che
 from ssl_vit.runs.facts import facts
 from ssl_vit.runs.heartbeat import State, beat, end_of_start
 from ssl_vit.runs.provenance import note_session
-from ssl_vit.training import ending
+from ssl_vit.training import ending as pretraining
 from ssl_vit.training.config import RunConfig
 from ssl_vit.training.continuing import check_run_folder, go_on_as_before, open_run_folder
-from ssl_vit.training.describe import describe
 from ssl_vit.training.device import fsdp
 from ssl_vit.training.device.compile import compile_blocks, resolve_compile
 from ssl_vit.training.device.cuda_graphs import BlockGraphs, resolve_cuda_graphs
@@ -42,13 +41,14 @@ from ssl_vit.training.faults import Faults
 from ssl_vit.training.observe.metrics import MetricLog
 from ssl_vit.training.observe.tracking import check_tracker
 from ssl_vit.training.optim import build_optimizer
+from ssl_vit.training.step import TrainingStep
 
-SPARING = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no copy of gradients out of what DDP sends
+DDP_KWARGS = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # gradients are views into DDP's buckets
 
 
 @runtime_checkable
 class Ending(Protocol):
-    """What judges a run and what it ends with, given as a module: `results` for pre-training."""
+    """Evaluation and final outputs of a run, given as a module: `training.ending` for pre-training."""
 
     def prepare(self, config: RunConfig, source: Source | Stream) -> tuple[Source | Stream, Any]:
         """The pictures to learn from, and what `judges` is in the others; None where nothing can be judged."""
@@ -68,7 +68,7 @@ class Ending(Protocol):
         step: int,
         collapse: str,
     ) -> None:
-        """Write what the run ends with, and then its ending.json, by which it is known to be finished.
+        """Write what the run ends with, and then its results.json, by which it is known to be finished.
 
         Args:
             collapse: when the features collapsed and how, to be repeated; empty where they did not.
@@ -82,23 +82,26 @@ class Run:
 
     config: RunConfig
     accelerator: Accelerator
-    source: Source | Stream
-    pictures: Source | Stream  # what is trained on: the source, or its pictures decoded beforehand
-    judges: Any  # None where nothing has labels
     ending: Ending
-    transform: Transform
-    model: torch.nn.Module  # the objective as prepared by Accelerate; its forward is called through this
+    source: Source | Stream
+    images: Source | Stream
+    """What is trained on: the source, or its images decoded beforehand."""
+    judges: Any
+    """What scores the run; None where nothing has labels."""
     objective: Objective
-    optimizer: torch.optim.Optimizer
+    train_step: TrainingStep
     num_steps: int
-    num_micro: int
-    compiled: bool  # blocks are torch.compile's
-    block_graphs: BlockGraphs
-    deadline: float  # of time.monotonic
-    step: int = 0  # steps done
+    deadline: float
+    """Of time.monotonic."""
+    compiled: bool = False
+    """Whether blocks are torch.compile's."""
+    step: int = 0
+    """Steps done."""
     faults: Faults = field(default_factory=Faults)
-    stream_loader: StreamLoader | None = None  # where a stream has come to
-    saves: bool = True  # False: no checkpoint is ever written, as a benchmark wants it
+    stream_loader: StreamLoader | None = None
+    """Where a streamed source has come to."""
+    saves: bool = True
+    """False: no checkpoint is ever written, as a benchmark wants it."""
 
     @property
     def folder(self) -> Path:
@@ -109,8 +112,13 @@ class Run:
         """The share of the run that is done, by which all schedules go."""
         return self.config.progress(self.step, self.num_steps)
 
+    @property
+    def per_device(self) -> int:
+        """Images of a micro-batch."""
+        return self.config.batch.size // (self.train_step.num_micro * self.accelerator.num_processes)
 
-def set_up(config: RunConfig, ending: Ending = ending) -> Run:
+
+def set_up(config: RunConfig, ending: Ending = pretraining) -> Run:
     """Build everything a run needs, and put it where its newest checkpoint left off.
 
     Raises:
@@ -127,17 +135,9 @@ def _set_up(config: RunConfig, ending: Ending) -> Run:
     started = time.monotonic()
     check_run_folder(config)
     check_tracker(config.tracking)
-    device = cast(torch.device, start_processes(config.max_wait).device)
-    precision = resolve_precision(config.precision, device)
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=[PATIENCE, SPARING])
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
-    with section("batch"):
-        config.batch.num_micro(accelerator.num_processes)  # refuses a batch that cannot be cut
-
+    accelerator, precision = _start(config)
     with accelerator.main_process_first():  # the first one fills the caches
-        source = open_images(config.data)
-        source, judges = ending.prepare(config, source)
+        source, judges = ending.prepare(config, open_images(config.data))
     config, lengthened = go_on_as_before(config, source.num_samples)
     num_steps = config.num_steps(source.num_samples)
     config, reasons = config.resolve(source.num_samples, len(source.class_names))
@@ -147,51 +147,27 @@ def _set_up(config: RunConfig, ending: Ending) -> Run:
         reasons.append(reason)
     objective = config.build_objective()
     choose_attention(objective, objective.encoder.num_patches, accelerator.device, precision)
-    transform = config.build_transform(objective.encoder)
-    pictures, num_channels = source, objective.encoder.in_chans
-    on_main_process(lambda: look_beforehand(source, config.data, num_channels))
-    if isinstance(source, Source):
-        pictures = open_decoded(source, config.data, num_channels)
-    if pictures is not source:  # decoded beforehand, so that all of its bad images are known
-        on_main_process(lambda: look_beforehand(pictures, config.data, num_channels))
+    config.build_transform(objective.encoder)  # refuses sizes and channels that do not fit
+    images = _open_decoded(source, config, objective.encoder.in_chans)
 
     accelerator.wait_for_everyone()  # so that nobody checks a folder that is being made
     config, checkpoint = on_main_process(lambda: open_run_folder(config, lengthened))
     if accelerator.is_main_process:
         done = 0 if checkpoint is None else step_of(checkpoint)
         beat(Path(config.output_dir), "starting", done, num_steps)
-    optimizer = build_optimizer(objective, config.optim, precision)
     compiled = resolve_compile(config.compile, accelerator.device, num_steps, accelerator.is_fsdp2)
-    num_micro = config.batch.num_micro(accelerator.num_processes)
-    graphed = resolve_cuda_graphs(
-        config.cuda_graphs,
-        accelerator.device,
-        num_processes=accelerator.num_processes,
-        num_micro=num_micro,
-        fills_memory=config.batch.auto,
-        is_sharded=accelerator.is_fsdp2,
-        grad_checkpointing=config.encoder.grad_checkpointing,
-    )
-    model, optimizer = fsdp.prepare(accelerator, objective, optimizer, precision)
-    if compiled:
-        compile_blocks(objective)
-
     run = Run(
         config,
         accelerator,
-        source,
-        pictures,
-        judges,
         ending,
-        transform,
-        model,
+        source,
+        images,
+        judges,
         objective,
-        optimizer,
+        _prepare_step(config, accelerator, objective, precision, compiled=compiled),
         num_steps,
-        num_micro=num_micro,
-        compiled=compiled,
-        block_graphs=BlockGraphs(graphed, must_work=config.cuda_graphs is True),
         deadline=math.inf if config.max_hours is None else started + 3600 * config.max_hours,
+        compiled=compiled,
     )
     state = {} if checkpoint is None else resume(run, checkpoint)
     if isinstance(source, Stream):
@@ -206,16 +182,105 @@ def _set_up(config: RunConfig, ending: Ending) -> Run:
             start_step=run.step,
             num_steps=run.num_steps,
             num_processes=accelerator.num_processes,
-            num_micro=run.num_micro,
+            num_micro=run.train_step.num_micro,
             precision=precision,
         )
     accelerator.print("".join(f"auto       {plain(reason)}\n" for reason in reasons), end="")
     return run
 
 
+def _start(config: RunConfig) -> tuple[Accelerator, str]:
+    """The processes of the run and the precision that they compute in.
+
+    Raises:
+        ValueError: a precision that the device lacks, or a batch that cannot be cut among the processes.
+    """
+    device = cast(torch.device, start_processes(config.max_wait).device)
+    precision = resolve_precision(config.precision, device)
+    accelerator = Accelerator(
+        cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=[PATIENCE, DDP_KWARGS]
+    )
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+    with section("batch"):
+        config.batch.num_micro(accelerator.num_processes)
+    return accelerator, precision
+
+
+def _open_decoded(source: Source | Stream, config: RunConfig, num_channels: int) -> Source | Stream:
+    """The images to train on, decoded beforehand where `data.cache` says so; bad ones are told of once."""
+    on_main_process(lambda: look_beforehand(source, config.data, num_channels))
+    if not isinstance(source, Source):
+        return source
+    images = open_decoded(source, config.data, num_channels)
+    if images is not source:  # decoded, so all bad images are known
+        on_main_process(lambda: look_beforehand(images, config.data, num_channels))
+    return images
+
+
+def _prepare_step(
+    config: RunConfig, accelerator: Accelerator, objective: Objective, precision: str, *, compiled: bool
+) -> TrainingStep:
+    """The training step of an objective that Accelerate has prepared, compiled and recorded where settings say so."""
+    optimizer = build_optimizer(objective, config.optim, precision)
+    graphed = resolve_cuda_graphs(
+        config.cuda_graphs,
+        accelerator.device,
+        num_processes=accelerator.num_processes,
+        num_micro=config.batch.num_micro(accelerator.num_processes),
+        fills_memory=config.batch.auto,
+        is_sharded=accelerator.is_fsdp2,
+        grad_checkpointing=config.encoder.grad_checkpointing,
+    )
+    model, optimizer = fsdp.prepare(accelerator, objective, optimizer, precision)
+    if compiled:
+        compile_blocks(objective)
+    graphs = BlockGraphs(graphed, must_work=config.cuda_graphs is True)
+    return TrainingStep(config, objective, model, optimizer, graphs, accelerator=accelerator)
+
+
+def describe(run: Run, precision: str, checkpoint: Path | None) -> None:
+    """Print what is about to be trained, on what, and how."""
+    config, accelerator = run.config, run.accelerator
+    trainable = sum(parameter.numel() for parameter in run.objective.parameters() if parameter.requires_grad)
+    processes = f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}"
+    micro = f"{run.train_step.num_micro} micro-batch{'es' if run.train_step.num_micro > 1 else ''}"
+    rule = "base_lr x batch / 256" if config.optim.lr_scaling == "linear" else "base_lr x sqrt(batch / 1024)"
+    num_samples, drawn = run.source.num_samples, run.num_steps * config.batch.size
+    count = "images of unknown number" if num_samples is None else f"{num_samples:,} images"
+    accelerator.print(
+        f"data       {plain(run.source.name)}: {count}"
+        + (f", {run.source.num_classes} classes" if run.source.num_classes else ", no labels")
+        + (f"\n           {plain(run.source.attribution)}" if run.source.attribution else "")
+        + f"\nmodel      {config.encoder.arch}, {run.objective.encoder.embed_dim} wide, "
+        f"{run.objective.name}, {trainable / 1e6:.1f} M trainable parameters"
+        f"\ndevice     {processes} on {accelerator.device.type}, precision {precision}"
+        + (", compiled" if run.compiled else "")
+        + (", CUDA graphs" if run.train_step.graphs.enabled else "")
+        + f"\nbatch      {config.batch.size} = {processes} x {micro} x {run.per_device} images"
+        f"\nlr         {config.optim.peak_lr(config.batch.size):.2e} = {rule}, base_lr {config.optim.base_lr:g}"
+        f"\nlength     {run.num_steps:,} steps = "
+        + (f"{drawn:,} images" if num_samples is None else f"{drawn / num_samples:.1f} epochs")
+        + f"\nfolder     {plain(run.folder)}"
+    )
+    notes = [*run.source.notes, *(run.stream_loader.notes() if run.stream_loader is not None else ())]
+    if accelerator.is_main_process and isinstance(run.source, Source):
+        notes += [note for note in (run.source.note_of_dropped(run.objective.encoder.in_chans),) if note]
+    for note in notes:
+        accelerator.print(f"note       {plain(note)}")
+    if config.extended:
+        (step, length), peak = config.extended[-1], config.optim.peak_lr(config.batch.size)
+        done = config.progress(step, run.num_steps)
+        lr = warmup_cosine(done, float(config.optim.warmup), peak, config.optim.min_lr)
+        how = "schedules begin anew" if done == 0 else f"schedules are stretched from progress {done:.3g}"
+        accelerator.print(f"lengthened at step {step:,} of {length:,}: {how}, lr {lr:.2e}, to step {run.num_steps:,}")
+    if checkpoint is not None:
+        accelerator.print(f"Going on from {plain(checkpoint)}, step {run.step:,} of {run.num_steps:,}")
+
+
 def resume(run: Run, checkpoint: Path) -> dict[str, Any]:
     """Put a run where a checkpoint left off, but for its stream, and return what else is known of it."""
-    state = load_checkpoint(checkpoint, run.model, run.optimizer)
+    state = load_checkpoint(checkpoint, run.train_step.model, run.train_step.optimizer)
     scaler = run.accelerator.scaler
     if scaler is not None and state["scaler"] is not None:
         scaler.load_state_dict(state["scaler"])
@@ -224,9 +289,14 @@ def resume(run: Run, checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def as_written(run: Run) -> AbstractContextManager[Any]:
-    """For what is done beside training: batches of other sizes, which are not worth compiling for."""
+def eager(run: Run) -> AbstractContextManager[Any]:
+    """Run eagerly in this block: batches of other sizes would be compiled anew."""
     return torch.compiler.set_stance("force_eager") if run.compiled else nullcontext()
+
+
+def unsharded(run: Run) -> Objective:
+    """The objective with whole parameters on every process; every process calls this."""
+    return fsdp.whole(run.config, run.train_step.model, run.objective, run.accelerator.device)
 
 
 def build_sampler(run: Run) -> StepSampler:
@@ -238,7 +308,7 @@ def build_sampler(run: Run) -> StepSampler:
         num_steps=run.num_steps,
         seed=run.config.seed,
         start_step=run.step,
-        num_micro=run.num_micro,
+        num_micro=run.train_step.num_micro,
         process_index=run.accelerator.process_index,
         num_processes=run.accelerator.num_processes,
         order=run.source.mixture.order if run.source.mixture else None,
@@ -250,13 +320,14 @@ def open_batches(
 ) -> AbstractContextManager[Iterator[dict[str, torch.Tensor]]]:
     """The micro-batches of this process, from the step that the run is at; at its end the workers end."""
     num_channels, device = run.objective.encoder.in_chans, run.accelerator.device
+    transform = run.config.build_transform(run.objective.encoder)
     num_workers = choose_num_workers(run.config.data.num_workers, device)
     if run.stream_loader is None:
-        assert isinstance(run.pictures, Source)
+        assert isinstance(run.images, Source)
         assert sampler is not None
         return Batches(
-            run.pictures,
-            run.transform,
+            run.images,
+            transform,
             sampler,
             num_channels=num_channels,
             num_workers=num_workers,
@@ -265,11 +336,11 @@ def open_batches(
         )
     return closing(
         run.stream_loader.batches(
-            run.transform,
+            transform,
             batch_size=run.config.batch.size,
             num_steps=run.num_steps,
             start_step=run.step,
-            num_micro=run.num_micro,
+            num_micro=run.train_step.num_micro,
             num_channels=num_channels,
             num_workers=num_workers,
             device=device,
@@ -308,13 +379,13 @@ def save(run: Run, *, is_last: bool) -> Path | None:
     if run.stream_loader is not None:
         state["stream"] = run.stream_loader.state()
     try:
-        folder = save_checkpoint(run.folder, run.step, run.model, run.optimizer, state)
+        folder = save_checkpoint(run.folder, run.step, run.train_step.model, run.train_step.optimizer, state)
     except OSError as error:
         if not is_last:
             accelerator.print(f"WARNING: {plain(error)}; the run goes on, and the next save tries again")
             return None
         on_main_process(lambda: prune_checkpoints(run.folder, replace(config, keep=max(1, config.keep - 1))))
-        folder = save_checkpoint(run.folder, run.step, run.model, run.optimizer, state)
+        folder = save_checkpoint(run.folder, run.step, run.train_step.model, run.train_step.optimizer, state)
     on_main_process(lambda: prune_checkpoints(run.folder, config))
     return folder
 

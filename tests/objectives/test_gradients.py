@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from ssl_vit.benchmarks.step import prepare_step
 from ssl_vit.doctor.cost import _saved_for_backward
 from ssl_vit.objectives.objective import Objective
 from ssl_vit.training.config import RunConfig, parse_run
+from ssl_vit.training.step import prepare_step
 from tests.conftest import OBJECTIVES
 
 CPU = torch.device("cpu")

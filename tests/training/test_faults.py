@@ -15,7 +15,8 @@ from ssl_vit.objectives.dino import DINO
 from ssl_vit.objectives.dinov2 import DINOv2
 from ssl_vit.objectives.mae import MAE
 from ssl_vit.runs.checkpoint import checkpoint_folder, list_checkpoints
-from ssl_vit.training.faults import Faults, SpikeWatch, spike_threshold, spread, take_step
+from ssl_vit.training.faults import Faults, SpikeWatch, spike_threshold
+from ssl_vit.training.step import poison_nonfinite, take_step
 from tests.conftest import last_weights, losses
 
 KINDS = {"mae": MAE, "dino": DINO, "dinov2": DINOv2}
@@ -81,7 +82,7 @@ def test_an_infinite_loss_with_finite_gradients_spoils_them() -> None:
     (grad,) = torch.autograd.grad(loss, values, retain_graph=True)
     assert loss.isinf()
     assert grad.isfinite().all()
-    (grad,) = torch.autograd.grad(spread(loss), values)
+    (grad,) = torch.autograd.grad(poison_nonfinite(loss), values)
     assert grad.isnan().all()
 
 
@@ -89,8 +90,8 @@ def test_a_finite_loss_keeps_every_bit() -> None:
     values = torch.randn(100, requires_grad=True)
     loss = values.square().mean()
     (expected,) = torch.autograd.grad(loss / 3, values, retain_graph=True)
-    (found,) = torch.autograd.grad(spread(loss) / 3, values)
-    assert torch.equal(spread(loss), loss)
+    (found,) = torch.autograd.grad(poison_nonfinite(loss) / 3, values)
+    assert torch.equal(poison_nonfinite(loss), loss)
     assert torch.equal(found, expected)
 
 
@@ -104,7 +105,7 @@ def test_with_fp16_the_scaler_skips_and_lowers_its_scale() -> None:
     accelerator._optimizers.append(optimizer)
     for factor, taken in ((float("inf"), False), (1.0, True)):
         before = weight.detach().clone()
-        accelerator.backward(spread((weight * factor).sum()))
+        accelerator.backward(poison_nonfinite((weight * factor).sum()))
         accelerator.scaler.unscale_(inner)
         assert weight.grad is not None
         assert take_step(accelerator, optimizer, weight.grad.norm()).item() is taken

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from accelerate import Accelerator
 
-from ssl_vit.benchmarks.step import prepare_step
 from ssl_vit.core.distributed import alone, max_over_processes
 from ssl_vit.models.vit import choose_attention
 from ssl_vit.objectives.objective import Objective
 from ssl_vit.training.config import RunConfig
 from ssl_vit.training.device.fsdp import is_sharded
+from ssl_vit.training.step import prepare_step
 
 _GIB = 2**30
 _NOTHING_FITS = "not even one image fits on the device; use --encoder.grad_checkpointing true or a smaller arch"

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ssl_vit.benchmarks.step import prepare_step
 from ssl_vit.models.blocks import run_blocks, run_in_turn, runs_blocks
 from ssl_vit.training.config import parse_run
 from ssl_vit.training.device import cuda_graphs
 from ssl_vit.training.device.cuda_graphs import BlockGraphs, resolve_cuda_graphs
+from ssl_vit.training.step import prepare_step
 from tests.conftest import OBJECTIVES
 from tests.reruns import Rerun
 
