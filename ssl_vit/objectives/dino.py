@@ -4,7 +4,6 @@ import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -16,11 +15,11 @@ from torch import Tensor, nn
 from ssl_vit.core.distributed import mean_over_processes, sum_over_processes
 from ssl_vit.core.schedules import cosine, warmup_linear
 from ssl_vit.data.augment.multicrop import MultiCropConfig
-from ssl_vit.data.transform import Normalization
+from ssl_vit.models.attention_maps import attention_maps, has_cls_attention
 from ssl_vit.models.encoder import Encoder, Features
 from ssl_vit.objectives.collapse import PrototypeUse, diagnose, feature_std, rankme
 from ssl_vit.objectives.heads import DINOHead
-from ssl_vit.objectives.objective import Objective, ParamGroup, Resolved, RunSize, Taken
+from ssl_vit.objectives.objective import AttentionMaps, Objective, ParamGroup, Resolved, RunSize, Taken
 from ssl_vit.objectives.prototype_loss import cross_entropy, dino_prototype_loss, num_terms
 from ssl_vit.objectives.recipes import resolve_distillation
 from ssl_vit.objectives.teacher import MovingAverage
@@ -121,7 +120,7 @@ class DINOConfig(MultiCropConfig):
 class DINO(Objective):
     """A student that agrees, on all crops, with what a slower copy of itself makes of the global ones."""
 
-    picture_file = "attention.png"
+    figure_file = "attention.png"
     center: Tensor
 
     def __init__(self, config: DINOConfig, encoder: Encoder) -> None:
@@ -274,25 +273,9 @@ class DINO(Objective):
                     groups.append(dataclasses.replace(group, params=params, freeze_until=until))
         return groups
 
-    def draw(
-        self,
-        images: Float[Tensor, "b c h w"],
-        path: Path,
-        *,
-        normalization: Normalization,
-        rng: np.random.Generator,
-    ) -> bool:
-        from ssl_vit.visualize.attention import (  # matplotlib takes a second to import
-            cls_attention,
-            draw_attention,
-            shows_attention,
-        )
-
-        if not shows_attention(self.teacher_encoder):
-            return False
-        attention = cls_attention(self.teacher_encoder, images)
-        draw_attention(images.cpu(), attention.float().cpu(), normalization=normalization, path=path)
-        return True
+    def preview(self, images: Float[Tensor, "b c h w"], rng: np.random.Generator) -> AttentionMaps | None:
+        encoder = self.teacher_encoder
+        return AttentionMaps(attention_maps(encoder, images)) if has_cls_attention(encoder) else None
 
     def _schedules(self, progress: float, device: torch.device) -> dict[str, Tensor]:
         values = {"teacher_temp": self.teacher_temp(progress), "ema_momentum": self.ema_momentum(progress)}

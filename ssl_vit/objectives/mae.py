@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,12 +18,12 @@ from ssl_vit.data.augment.crops import OrientationConfig, random_view
 from ssl_vit.data.augment.device import flip_horizontally, normalize
 from ssl_vit.data.augment.masking import draw_keep, draw_predicted, num_kept
 from ssl_vit.data.config import clamp_rounding
-from ssl_vit.data.transform import InputSpec, Normalization
+from ssl_vit.data.transform import InputSpec
 from ssl_vit.models.blocks import run_blocks, run_in_turn
 from ssl_vit.models.cross_attention import CrossBlock
 from ssl_vit.models.encoder import Encoder, Features
 from ssl_vit.models.positions import sincos_positions
-from ssl_vit.objectives.objective import Objective, Resolved, RunSize
+from ssl_vit.objectives.objective import Objective, Reconstruction, Resolved, RunSize
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ class MAE(Objective):
     The encoder sees visible patches only; the mask token, the decoder and its positions belong to the objective.
     """
 
-    picture_file = "reconstructions.png"
+    figure_file = "reconstructions.png"
     decoder_pos_embed: Tensor
 
     def __init__(self, config: MAEConfig, encoder: Encoder) -> None:
@@ -199,33 +198,17 @@ class MAE(Objective):
     def compilable(self) -> list[nn.Module]:
         return [*super().compilable(), self.patch_error]
 
-    def draw(
-        self,
-        images: Float[Tensor, "b c h w"],
-        path: Path,
-        *,
-        normalization: Normalization,
-        rng: np.random.Generator,
-    ) -> bool:
-        from ssl_vit.visualize.reconstructions import (
-            draw_reconstructions,
-        )  # matplotlib takes a second to import
-
+    @torch.inference_mode()
+    def preview(self, images: Float[Tensor, "b c h w"], rng: np.random.Generator) -> Reconstruction:
         mask_ratio = self.config.mask_ratio
         keep = torch.stack([draw_keep(self.encoder.num_patches, mask_ratio, rng) for _ in images])
-        with torch.inference_mode():
-            reconstruction = self.reconstruct(images, keep.to(images.device))
-        draw_reconstructions(
-            images.cpu(),
-            reconstruction.float().cpu(),
-            keep,
-            patch_size=self.encoder.patch_size,
-            normalization=normalization,
-            norm_pix_loss=self.config.norm_pix_loss,
-            path=path,
-            title=f"{mask_ratio:.0%} of the patches removed",
-        )
-        return True
+        return self.fill_in(images, keep.to(images.device))._replace(title=f"{mask_ratio:.0%} of the patches removed")
+
+    def fill_in(self, images: Float[Tensor, "b c h w"], keep: Int[Tensor, "b k"]) -> Reconstruction:
+        """`reconstruct`, with what a figure of it needs."""
+        patches = self.reconstruct(images, keep)
+        visible = torch.zeros(patches.shape[:2], dtype=torch.bool, device=keep.device).scatter(1, keep, True)
+        return Reconstruction(patches, visible, self.encoder.patch_size, self.config.norm_pix_loss)
 
     def _decode(
         self, features: Features, keep: Int[Tensor, "b k"], grid_size: tuple[int, int]

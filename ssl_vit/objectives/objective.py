@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ssl_vit.data.transform import InputSpec, Normalization, Transform
+from ssl_vit.data.transform import InputSpec, Transform
 from ssl_vit.models.encoder import Encoder
 
 Taken = Bool[Tensor, ""] | None
@@ -73,11 +72,33 @@ class ObjectiveConfig(Protocol):
     def build_transform(self, spec: InputSpec) -> Transform: ...
 
 
+class Reconstruction(NamedTuple):
+    """Masked images as a model fills them in."""
+
+    patches: Float[Tensor, "b n p"]
+    """Predicted patches in row-major order, pixels of a patch in (row, column, channel) order."""
+    visible: Bool[Tensor, "b n"]
+    """Patches that the model has seen."""
+    patch_size: tuple[int, int]
+    norm_pix_loss: bool
+    """Whether each patch is predicted as normalised by its own mean and deviation."""
+    title: str = ""
+
+
+class AttentionMaps(NamedTuple):
+    """Attention of the class token to each patch in the last block."""
+
+    maps: Float[Tensor, "b heads rows columns"]
+
+
+Preview = Reconstruction | AttentionMaps
+
+
 class Objective(nn.Module):
     """An encoder with all that its training needs: heads, decoder, teacher, centre and loss."""
 
     encoder: Encoder  # the one that receives gradients
-    picture_file = "picture.png"  # what `draw` writes
+    figure_file = "figure.png"  # of what `preview` returns
 
     @property
     def name(self) -> str:
@@ -140,16 +161,9 @@ class Objective(nn.Module):
             for (scale, decay, until), params in parts.items()
         ]
 
-    def draw(
-        self,
-        images: Float[Tensor, "b c h w"],
-        path: Path,
-        *,
-        normalization: Normalization,
-        rng: np.random.Generator,
-    ) -> bool:
-        """Write a picture of what was learned about normalised `images`; False where there is nothing to show."""
-        return False
+    def preview(self, images: Float[Tensor, "b c h w"], rng: np.random.Generator) -> Preview | None:
+        """What was learned about normalised `images`, for a figure; None if there is nothing to show."""
+        return None
 
     def _trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)

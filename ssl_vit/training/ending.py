@@ -108,10 +108,10 @@ def finish(
             crop_pct=config.evaluation.crop_pct,
         )
         written = [f"backbone   {folder / BACKBONE_FILE} (+ config.json)", f"metrics    {folder / METRICS_FILE}"]
-        picture = folder / objective.picture_file
-        with by_product(f"figure {picture}"):
-            if draw(config, objective, source, picture, accelerator.device):
-                written.insert(1, f"picture    {picture}")
+        figure = folder / objective.figure_file
+        with by_product(f"figure {figure}"):
+            if draw(config, objective, source, figure, accelerator.device):
+                written.insert(1, f"figure     {figure}")
     scores: dict[str, Any] = {"scores": None}
     streamed = "a stream gives no pictures to judge by"
     why = streamed if isinstance(source, Stream) else _why_none(config, source)
@@ -139,7 +139,13 @@ def draw(
     device: torch.device,
     num_pictures: int = NUM_PICTURES,
 ) -> bool:
-    """Draw what was learned about a few images, the same ones for the same seed; of a stream, its first ones."""
+    """Draw what was learned about a few images, the same ones for the same seed; of a stream, its first ones.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    from ssl_vit.visualize.preview import draw_preview  # matplotlib takes a second to import
+
     encoder = objective.encoder
     rng = np.random.default_rng((config.seed, 2))
     if isinstance(source, Stream):
@@ -157,9 +163,13 @@ def draw(
     objective.eval()
     try:
         normalised = normalize(images.to(device), config.data.normalization)
-        return objective.draw(normalised, path, normalization=config.data.normalization, rng=rng)
+        preview = objective.preview(normalised, rng)
     finally:
         objective.train()
+    if preview is None:
+        return False
+    draw_preview(preview, normalised, config.data.normalization, path)
+    return True
 
 
 def compare(

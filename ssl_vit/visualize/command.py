@@ -8,9 +8,10 @@ import torch
 from ssl_vit.core.text import plain
 from ssl_vit.core.writing import FAULTS, own_folder, tell_error
 from ssl_vit.data.sources.source import open_source
+from ssl_vit.models.attention_maps import attention_maps, has_cls_attention, has_plain_attention
 from ssl_vit.runs.folder import CONFIG_FILE, PICTURES_FOLDER
 from ssl_vit.runs.trained import Trained, data_settings, open_trained
-from ssl_vit.visualize.attention import attention_from, draw_attention, has_plain_attention, shows_attention
+from ssl_vit.visualize.attention import draw_attention
 from ssl_vit.visualize.film import write_film
 from ssl_vit.visualize.inputs import Pictures, naming, open_pictures
 from ssl_vit.visualize.masks import block_keeps, draw_masks, hidden_keeps, parse_patches, random_keeps
@@ -64,7 +65,7 @@ def _possible(trained: Trained) -> list[str]:
     possible = {
         "reconstructions": trained.mae is not None,
         # Nothing trains the class token of an MAE.
-        "attention": shows_attention(encoder) and trained.mae is None,
+        "attention": has_cls_attention(encoder) and trained.mae is None,
         "patch_attention": has_plain_attention(encoder),
         "pca": True,
         "similarity": True,
@@ -83,7 +84,7 @@ def _draw(what: str, trained: Trained, pictures: Pictures, out: Path, args: argp
     if what == "reconstructions":
         return _reconstructions(trained, pictures, grid, out, args)
     if what == "attention":
-        maps = attention_from(encoder, images, layer=args.layer)
+        maps = attention_maps(encoder, images, layer=args.layer)
         title = f"Attention of the class token in {block}"
         kept = path.with_stem(f"{what}_{100 * args.mass:.0f}")
         draw_attention(images, maps, path=path, title=title, normalization=normalization)
@@ -92,7 +93,7 @@ def _draw(what: str, trained: Trained, pictures: Pictures, out: Path, args: argp
     if what == "patch_attention":
         written = []
         for patch in patches:
-            maps = attention_from(encoder, images, patch=patch, layer=args.layer)
+            maps = attention_maps(encoder, images, patch=patch, layer=args.layer)
             written.append(path.with_stem(f"{what}_{patch}"))
             title = f"Attention of patch {patch} in {block}"
             draw_attention(images, maps, path=written[-1], title=title, patch=patch, normalization=normalization)

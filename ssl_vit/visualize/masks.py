@@ -71,14 +71,7 @@ def draw_masks(
     """
     columns, parts = ["original"], []
     for name, keep in keeps.items():
-        panels = reconstruction_panels(
-            images,
-            mae.reconstruct(images, keep),
-            keep,
-            patch_size=mae.encoder.patch_size,
-            normalization=normalization,
-            norm_pix_loss=mae.config.norm_pix_loss,
-        )
+        panels = reconstruction_panels(images, mae.fill_in(images, keep), normalization)
         if not parts:
             parts.append(panels[:, :1])
         parts.append(panels[:, [1, 3]])

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_vit.data.augment.masking import draw_keep
+from ssl_vit.models.attention_maps import attention_weights, has_plain_attention
 from ssl_vit.objectives.mae import MAE
 from ssl_vit.runs.trained import Trained
-from ssl_vit.visualize.attention import attention_weights, has_plain_attention
 from ssl_vit.visualize.grid import to_rgb
 from ssl_vit.visualize.inputs import Pictures
 from ssl_vit.visualize.patches import patch_pca
@@ -112,15 +112,8 @@ def _add_steps(
     keep = torch.stack([draw_keep(num_patches, mae.config.mask_ratio, rng) for _ in images])
     with torch.inference_mode():
         visible = mae.encoder(images, keep=keep).patches
-        reconstruction = mae.reconstruct(images, keep)
-    panels = reconstruction_panels(
-        images,
-        reconstruction,
-        keep,
-        patch_size=mae.encoder.patch_size,
-        normalization=trained.normalization,
-        norm_pix_loss=mae.config.norm_pix_loss,
-    )
+        reconstruction = mae.fill_in(images, keep)
+    panels = reconstruction_panels(images, reconstruction, trained.normalization)
     data["steps"] = {
         "num_kept": keep.shape[1],
         "num_patches": num_patches,

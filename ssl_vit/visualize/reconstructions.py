@@ -1,14 +1,15 @@
-"""Pictures of what a masked autoencoder sees and what it makes of it, as in He et al. (2022), figure 2."""
+"""Draws what a masked autoencoder sees of an image and how it fills in the rest, as in He et al. (2022), figure 2."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from ssl_vit.data.transform import Normalization
+from ssl_vit.objectives.objective import Reconstruction
 from ssl_vit.visualize.grid import channel_caption, draw_grid, to_rgb
 
 COLUMNS = ("original", "masked", "reconstruction", "reconstruction + visible")
@@ -17,90 +18,53 @@ _REMOVED = 0.85  # light grey: black could pass for part of a dark picture
 
 
 def draw_reconstructions(
-    images: Float[Tensor, "b c h w"],
-    reconstruction: Float[Tensor, "b n p"],
-    keep: Int[Tensor, "b k"],
-    *,
-    patch_size: tuple[int, int],
-    normalization: Normalization,
-    norm_pix_loss: bool,
-    path: Path,
-    title: str,
+    images: Float[Tensor, "b c h w"], reconstruction: Reconstruction, normalization: Normalization, path: Path
 ) -> None:
-    """Write a PNG with a row for each image: original, masked, reconstruction, reconstruction + visible.
+    """Write a figure with the four columns of `reconstruction_panels` and a row for each image.
 
-    Arguments and errors are those of `reconstruction_panels`, and:
-
-    Args:
-        path: the file; its folder is made where it does not exist.
-        title: a line above the figure; "" = none.
+    Raises:
+        ValueError: see `reconstruction_panels`.
     """
-    panels = reconstruction_panels(
-        images,
-        reconstruction,
-        keep,
-        patch_size=patch_size,
-        normalization=normalization,
-        norm_pix_loss=norm_pix_loss,
-    )
-    draw_grid(panels, COLUMNS, path, title=title, caption=caption_of(images.shape[1], norm_pix_loss))
+    panels = reconstruction_panels(images, reconstruction, normalization)
+    caption = caption_of(images.shape[1], reconstruction.norm_pix_loss)
+    draw_grid(panels, COLUMNS, path, title=reconstruction.title, caption=caption)
 
 
 def reconstruction_panels(
-    images: Float[Tensor, "b c h w"],
-    reconstruction: Float[Tensor, "b n p"],
-    keep: Int[Tensor, "b k"],
-    *,
-    patch_size: tuple[int, int],
-    normalization: Normalization,
-    norm_pix_loss: bool,
+    images: Float[Tensor, "b c h w"], reconstruction: Reconstruction, normalization: Normalization
 ) -> Float[Tensor, "b 4 h w 3"]:
-    """The four pictures of `COLUMNS` for each image, RGB in [0, 1], on the CPU.
+    """The `COLUMNS` of each image, RGB in [0, 1], on the CPU; channels are shown as by `to_rgb`.
 
-    Images of one or two channels are shown by their first, as grey; of more than three, by their first three.
+    Mean and contrast of patches that are predicted normalised by their own are taken from the original.
 
     Args:
         images: normalised by `normalization`.
-        reconstruction: predicted patches, row-major; a patch's pixels in the order (row, column, channel).
-        keep: indices of the visible patches.
-        patch_size: (height, width) in pixels.
-        norm_pix_loss: the prediction is of patches normalised by their own mean and deviation. These are not
-            predicted, so they are taken from the original.
 
     Raises:
         ValueError: shapes that do not fit each other.
     """
-    images, reconstruction = images.detach().float().cpu(), reconstruction.detach().float().cpu()
-    height, width = images.shape[-2:]
+    images, predicted = images.detach().float().cpu(), reconstruction.patches.detach().float().cpu()
+    patch_size, (height, width) = reconstruction.patch_size, images.shape[-2:]
     if height % patch_size[0] or width % patch_size[1]:
         raise ValueError(f"patch_size={patch_size}: does not divide the image size {(height, width)}")
     patches = _patchify(images, patch_size)
-    if patches.shape != reconstruction.shape:
+    if patches.shape != predicted.shape:
         raise ValueError(
-            f"the reconstruction has shape {tuple(reconstruction.shape)}, "
+            f"the reconstruction has shape {tuple(predicted.shape)}, "
             f"but these images and patches make {tuple(patches.shape)}"
         )
-    if norm_pix_loss:
+    if reconstruction.norm_pix_loss:
         deviation = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
-        reconstruction = reconstruction * deviation + patches.mean(dim=-1, keepdim=True)
+        predicted = predicted * deviation + patches.mean(dim=-1, keepdim=True)
 
     def show(shown: Tensor) -> Tensor:
         return to_rgb(_unpatchify(shown, images.shape, patch_size), normalization)
 
-    visible = torch.zeros(patches.shape[:2]).scatter_(1, keep.cpu(), 1.0)[..., None]
-    visible_pixels = rearrange(
-        _unpatchify(visible.expand_as(patches), images.shape, patch_size)[:, :1], "b 1 h w -> b h w 1"
-    )
-    original, reconstructed = show(patches), show(reconstruction)
-    return torch.stack(
-        [
-            original,
-            torch.where(visible_pixels > 0, original, _REMOVED),
-            reconstructed,
-            torch.where(visible_pixels > 0, original, reconstructed),
-        ],
-        dim=1,
-    )
+    visible = reconstruction.visible.cpu()[..., None].expand_as(patches)
+    visible_pixels = rearrange(_unpatchify(visible, images.shape, patch_size)[:, :1], "b 1 h w -> b h w 1")
+    original, predicted = show(patches), show(predicted)
+    masked, filled_in = (torch.where(visible_pixels, original, hidden) for hidden in (_REMOVED, predicted))
+    return torch.stack([original, masked, predicted, filled_in], dim=1)
 
 
 def _patchify(images: Float[Tensor, "b c h w"], patch_size: tuple[int, int]) -> Float[Tensor, "b n p"]:
@@ -108,8 +72,8 @@ def _patchify(images: Float[Tensor, "b c h w"], patch_size: tuple[int, int]) -> 
 
 
 def _unpatchify(
-    patches: Float[Tensor, "b n p"], shape: Sequence[int], patch_size: tuple[int, int]
-) -> Float[Tensor, "b c h w"]:
+    patches: Shaped[Tensor, "b n p"], shape: Sequence[int], patch_size: tuple[int, int]
+) -> Shaped[Tensor, "b c h w"]:
     return rearrange(
         patches,
         "b (rows cols) (ph pw c) -> b c (rows ph) (cols pw)",

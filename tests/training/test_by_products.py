@@ -46,7 +46,7 @@ def test_one_of_several_processes_does_not_go_on_without_the_others(monkeypatch:
 @pytest.mark.parametrize(
     ("broken", "left_out", "scored"),
     [
-        ((MAE, "draw"), "figure", {"raw pixels", "untrained", "trained"}),
+        ((MAE, "preview"), "figure", {"raw pixels", "untrained", "trained"}),
         ((ending, "evaluate_pixels"), "scores of raw pixels", {"untrained", "trained"}),
         ((ending, "evaluate_encoder"), "scores", None),
     ],
@@ -71,7 +71,7 @@ def test_what_fails_in_training_changes_no_weight(start: Start, tmp_path: Path, 
     flags = ("--evaluation.every_steps=1", "--evaluation.pictures_every_steps=1", "--encoder.drop_path_rate=0.2")
     start(*flags, name="whole", steps=3, labels=True)
     monkeypatch.setattr(ending, "evaluate_encoder", fails(RuntimeError("out of memory")))
-    monkeypatch.setattr(MAE, "draw", fails(ImportError("matplotlib")))
+    monkeypatch.setattr(MAE, "preview", fails(ImportError("matplotlib")))
     assert start(*flags, steps=3, labels=True) == 0
     weights = last_weights(tmp_path / "run")
     assert all((value == weights[name]).all() for name, value in last_weights(tmp_path / "whole").items())

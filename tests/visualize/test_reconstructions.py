@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 
 from ssl_vit.data.transform import Normalization
+from ssl_vit.objectives.objective import Reconstruction
 from ssl_vit.visualize.reconstructions import draw_reconstructions, reconstruction_panels
 
 MEAN, STD = (0.4, 0.5, 0.6, 0.3, 0.2), (0.2, 0.25, 0.3, 0.1, 0.15)
@@ -30,25 +31,25 @@ def patches_by_hand(images):
     return torch.tensor(patches).view(len(images), 6, -1)
 
 
-def panels_of(images, reconstruction, keep, norm_pix_loss=False):
-    channels = images.shape[1]
-    return reconstruction_panels(
-        images,
-        reconstruction,
-        keep,
-        patch_size=PATCH_SIZE,
-        normalization=Normalization(MEAN[:channels], STD[:channels]),
-        norm_pix_loss=norm_pix_loss,
-    )
+def normalization(channels):
+    return Normalization(MEAN[:channels], STD[:channels])
 
 
-KEEP = torch.tensor([[4, 0], [2, 5]])
+def reconstruction(patches, norm_pix_loss=False, title=""):
+    return Reconstruction(patches, VISIBLE, PATCH_SIZE, norm_pix_loss, title)
+
+
+def panels_of(images, patches, norm_pix_loss=False):
+    return reconstruction_panels(images, reconstruction(patches, norm_pix_loss), normalization(images.shape[1]))
+
+
+VISIBLE = torch.zeros(2, 6, dtype=torch.bool).scatter(1, torch.tensor([[4, 0], [2, 5]]), True)
 
 
 def test_a_perfect_prediction_reproduces_the_image():
     pixels = random_pixels()
     images = normalise(pixels)
-    panels = panels_of(images, patches_by_hand(images), KEEP)
+    panels = panels_of(images, patches_by_hand(images))
     assert panels.shape == (2, 4, 8, 6, 3)
     for column in (0, 2, 3):
         torch.testing.assert_close(panels[:, column], pixels.permute(0, 2, 3, 1))
@@ -57,7 +58,7 @@ def test_a_perfect_prediction_reproduces_the_image():
 def test_masked_patches_are_light_grey_and_visible_ones_untouched():
     pixels = random_pixels()
     images = normalise(pixels)
-    masked = panels_of(images, torch.zeros(2, 6, 24), KEEP)[:, 1].permute(0, 3, 1, 2)
+    masked = panels_of(images, torch.zeros(2, 6, 24))[:, 1].permute(0, 3, 1, 2)
     expected = torch.full_like(pixels, 0.85)
     expected[0, :, 4:8, 2:4] = pixels[0, :, 4:8, 2:4]  # patch 4: second row, second column
     expected[0, :, 0:4, 0:2] = pixels[0, :, 0:4, 0:2]  # patch 0
@@ -69,7 +70,7 @@ def test_masked_patches_are_light_grey_and_visible_ones_untouched():
 def test_the_last_column_pastes_visible_patches_over_the_prediction():
     pixels = random_pixels()
     images = normalise(pixels)
-    panels = panels_of(images, torch.zeros(2, 6, 24), KEEP)
+    panels = panels_of(images, torch.zeros(2, 6, 24))
     predicted = torch.tensor(MEAN[:3]).expand(2, 8, 6, 3)  # zero is the mean colour
     torch.testing.assert_close(panels[:, 2], predicted)
     removed = panels[:, 1] == 0.85
@@ -81,10 +82,10 @@ def test_normalised_predictions_get_mean_and_contrast_of_their_patch_back():
     patches = patches_by_hand(images).numpy()
     mean, variance = patches.mean(-1, keepdims=True), patches.var(-1, ddof=1, keepdims=True)
     target = torch.from_numpy((patches - mean) / np.sqrt(variance + 1e-6))
-    panels = panels_of(images, target, KEEP, norm_pix_loss=True)
+    panels = panels_of(images, target, norm_pix_loss=True)
     torch.testing.assert_close(panels[:, 2], panels[:, 0])
-    flat = panels_of(images, torch.zeros(2, 6, 24), KEEP, norm_pix_loss=True)
-    raw = panels_of(images, torch.from_numpy(mean).expand(2, 6, 24), KEEP)
+    flat = panels_of(images, torch.zeros(2, 6, 24), norm_pix_loss=True)
+    raw = panels_of(images, torch.from_numpy(mean).expand(2, 6, 24))
     torch.testing.assert_close(flat, raw)
 
 
@@ -92,42 +93,34 @@ def test_normalised_predictions_get_mean_and_contrast_of_their_patch_back():
 def test_any_number_of_channels(channels, shown):
     pixels = random_pixels(channels)
     images = normalise(pixels)
-    panels = panels_of(images, patches_by_hand(images), KEEP)
+    panels = panels_of(images, patches_by_hand(images))
     for column in (0, 2, 3):
         torch.testing.assert_close(panels[:, column], pixels[:, shown].permute(0, 2, 3, 1))
 
 
 def test_predictions_out_of_range_are_clipped():
-    panels = panels_of(normalise(random_pixels()), torch.full((2, 6, 24), 100.0), KEEP)
+    panels = panels_of(normalise(random_pixels()), torch.full((2, 6, 24), 100.0))
     assert (panels[:, 2] == 1).all()
 
 
 def test_shapes_that_do_not_fit_are_refused():
     images = normalise(random_pixels())
     with pytest.raises(ValueError, match=r"has shape \(2, 6, 20\).*make \(2, 6, 24\)"):
-        panels_of(images, torch.zeros(2, 6, 20), KEEP)
+        panels_of(images, torch.zeros(2, 6, 20))
     with pytest.raises(ValueError, match=r"patch_size=\(4, 2\): does not divide.*\(8, 5\)"):
-        panels_of(images[..., :5], torch.zeros(2, 4, 24), KEEP)
+        panels_of(images[..., :5], torch.zeros(2, 4, 24))
 
 
 def written(path, channels=3, norm_pix_loss=False, title="title") -> np.ndarray:
     images = normalise(random_pixels(channels))
-    draw_reconstructions(
-        images,
-        torch.zeros(2, 6, 8 * channels),
-        KEEP,
-        patch_size=PATCH_SIZE,
-        normalization=Normalization(MEAN[:channels], STD[:channels]),
-        norm_pix_loss=norm_pix_loss,
-        path=path,
-        title=title,
-    )
+    filled_in = reconstruction(torch.zeros(2, 6, 8 * channels), norm_pix_loss, title)
+    draw_reconstructions(images, filled_in, normalization(channels), path)
     return np.array(Image.open(path).convert("RGB"))
 
 
 def test_every_image_pixel_is_a_square_in_the_file(tmp_path):
     figure = written(tmp_path / "new" / "folder" / "figure.png")
-    panels = panels_of(normalise(random_pixels()), torch.zeros(2, 6, 24), KEEP)
+    panels = panels_of(normalise(random_pixels()), torch.zeros(2, 6, 24))
     factor = 47  # the first whole one that makes 6 pixels at least 280 wide
     cells = np.repeat(np.repeat((panels * 255).round().byte().numpy(), factor, axis=2), factor, axis=3)
     removed = np.all(figure == 217, axis=-1)

@@ -13,10 +13,10 @@ import torch
 
 from scripts.report import main
 from ssl_vit.core.reading import read_metrics
+from ssl_vit.models.attention_maps import attention_maps
 from ssl_vit.runs.record import read_run
 from ssl_vit.runs.trained import open_trained
 from ssl_vit.visualize import report
-from ssl_vit.visualize.attention import attention_from
 from ssl_vit.visualize.inputs import open_pictures
 from ssl_vit.visualize.panel import choose_layers, panel_data
 from ssl_vit.visualize.patches import patch_similarity
@@ -90,7 +90,7 @@ def test_the_panel_holds_the_attention_and_the_similarity_of_the_model(mae_run: 
     for place in range(2):
         maps = unpack(data["images"][place]["attention"], 2, 2, 17, 16)
         for layer, patch in ((0, None), (1, 5)):
-            direct = attention_from(trained.encoder, pictures.images, layer=layer, patch=patch)[place].flatten(1)
+            direct = attention_maps(trained.encoder, pictures.images, layer=layer, patch=patch)[place].flatten(1)
             found = maps[layer, :, 0 if patch is None else patch + 1]
             torch.testing.assert_close(found, direct / direct.max(), rtol=0, atol=0.003)
         similarity = unpack(data["images"][place]["similarity"], 16, 16)

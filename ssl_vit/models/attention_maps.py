@@ -1,0 +1,113 @@
+"""Attention maps of a Vision Transformer: softmax(QK / sqrt(d)) of any block, head by head."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ssl_vit.models.encoder import Encoder
+from ssl_vit.models.vit import ViT
+
+
+def has_plain_attention(encoder: Encoder) -> bool:
+    """Whether `attention_weights` knows this encoder: a Vision Transformer with plain blocks."""
+    if not isinstance(encoder, ViT) or len(encoder.vit.blocks) == 0:
+        return False
+    return hasattr(getattr(encoder.vit.blocks[-1], "attn", None), "qkv")
+
+
+def has_cls_attention(encoder: Encoder) -> bool:
+    """Whether `attention_maps` knows this encoder: a Vision Transformer with a class token and plain blocks."""
+    return has_plain_attention(encoder) and encoder.has_cls_token
+
+
+def attention_maps(
+    encoder: Encoder, images: Float[Tensor, "b c h w"], *, patch: int | None = None, layer: int = -1
+) -> Float[Tensor, "b heads rows columns"]:
+    """Attention from one token to every patch in one block (DINO, arXiv:2104.14294, figure 1).
+
+    It is computed from the block's input, so it works with fused attention, which stores none. Attention to the class
+    token and to registers is left out; the rest is not rescaled.
+
+    Args:
+        images: of any size that the patch size divides.
+        patch: row-major index of the query patch; None = the class token.
+        layer: number of the block, from 0; negative ones count from the end.
+
+    Raises:
+        ValueError: the encoder has no such attention, or no such block or patch.
+    """
+    if patch is None and not has_cls_attention(encoder):
+        raise ValueError(
+            f"{type(encoder).__name__}: has no class token, or its blocks no attention that could be shown"
+        )
+    _check(encoder, layer)
+    rows, columns = (side // size for side, size in zip(images.shape[-2:], encoder.patch_size, strict=True))
+    if patch is not None and not 0 <= patch < rows * columns:
+        raise ValueError(f"patch={patch}: there are {rows} x {columns} patches, numbered 0 to {rows * columns - 1}")
+    vit: Any = encoder.get_submodule("vit")
+    query = 0 if patch is None else vit.num_prefix_tokens + patch
+    (weights,) = attention_weights(encoder, images, layers=[layer], queries=slice(query, query + 1))
+    return rearrange(weights[:, :, 0, -rows * columns :], "b h (r c) -> b h r c", r=rows)
+
+
+@torch.inference_mode()
+def attention_weights(
+    encoder: Encoder,
+    images: Float[Tensor, "b c h w"],
+    *,
+    layers: Sequence[int],
+    queries: slice = slice(None),
+) -> list[Float[Tensor, "b heads q t"]]:
+    """softmax(QK / sqrt(d)) of some blocks, for the tokens that `queries` takes out of [class, registers, patches].
+
+    Raises:
+        ValueError: the encoder has no such attention, or no such block.
+    """
+    for layer in layers:
+        _check(encoder, layer)
+    blocks: Any = encoder.get_submodule("vit.blocks")
+    modules = [blocks[layer].attn for layer in layers]
+    inputs: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        for place, module in enumerate(modules):
+
+            def note(_: nn.Module, args: tuple[Tensor, ...], place: int = place) -> None:
+                inputs[place] = args[0]
+
+            stack.callback(module.register_forward_pre_hook(note).remove)
+        with _eval_mode(encoder):
+            encoder(images)
+    found = []
+    for place, module in enumerate(modules):
+        packed = module.qkv(inputs[place])
+        query, key, _ = rearrange(packed, "b t (three h d) -> three b h t d", three=3, h=module.num_heads)
+        query, key = module.q_norm(query[:, :, queries]), module.k_norm(key)
+        found.append((query * module.scale @ key.transpose(-2, -1)).softmax(dim=-1))
+    return found
+
+
+def _check(encoder: Encoder, layer: int) -> None:
+    if not has_plain_attention(encoder):
+        raise ValueError(f"{type(encoder).__name__}: its blocks have no attention that could be shown")
+    if not -encoder.num_layers <= layer < encoder.num_layers:
+        raise ValueError(
+            f"layer={layer}: there are {encoder.num_layers} blocks, numbered 0 to {encoder.num_layers - 1}; "
+            "-1 is the last"
+        )
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Without dropout; each module is put back into the mode that it had."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
