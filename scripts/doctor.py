@@ -31,7 +31,7 @@ def main(args: Sequence[str] | None = None) -> int:
         "source", metavar="SOURCE", help="folder, parquet file or glob, saved or hub data set, openmoji"
     )
     parser.add_argument("--objective", choices=("mae", "dino", "dinov2"), default="mae", help="what to train [mae]")
-    parser.add_argument("--sample", type=_sample, default=1000, help="pictures to read, or all [1000]")
+    parser.add_argument("--sample", type=_sample, default=1000, help="images to read, or all [1000]")
     parser.add_argument(
         "--step",
         choices=("auto", "true", "false"),
@@ -58,7 +58,7 @@ def _sample(text: str) -> int | None:
     if text == "all":
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: give a number of pictures of at least 1, or all")
+        raise argparse.ArgumentTypeError(f"{text}: give a number of images of at least 1, or all")
     return int(text)
 
 

@@ -1,1 +1,1 @@
-"""What can be told before a run: about its pictures, its rate, its memory, and what would spoil it."""
+"""Looks at a source and a config before a run: images, rates, memory, and what would spoil the run."""

@@ -1,4 +1,4 @@
-"""What scripts/doctor.py does once it knows what was asked for."""
+"""Runs the doctor for scripts/doctor.py: prints the facts and writes a config."""
 
 import dataclasses
 import json
@@ -25,17 +25,17 @@ def examine(
     as_json: bool,
     config_file: Path | None,
 ) -> int:
-    """Print what can be told of a source and a run, and write a config where one was asked for.
+    """Print the facts of a source and a run, and write a config if one was asked for.
 
     Args:
-        defaults: of the objective's script.
+        defaults: the config of the objective's script.
         settings: flags of that script, `--data.source` among them.
-        sample: pictures to read; None for all.
-        config_file: YAML to write: the settings given, with the mean, deviation and channels that were measured; the
-            run is then judged by it. None for none.
+        sample: number of images to read; None for all.
+        config_file: YAML to write: the given settings with the mean, deviation and channels that were measured. The
+            run is then judged by these. None writes nothing.
 
     Returns:
-        The exit code: 0, 1 where something would stop or spoil a run, 2 where settings or source cannot be used.
+        Exit code 0; 1 if something would stop or spoil a run; 2 if settings or source cannot be used.
     """
     try:
         if config_file is not None and config_file.exists():
@@ -61,14 +61,14 @@ def examine(
 
 
 def write_settings(defaults: RunConfig, config: RunConfig, file: Path) -> None:
-    """Write what a run's settings have other than its script's as a config that this script takes, from any folder.
+    """Write the settings that differ from the script's defaults as a config that the script takes from any folder.
 
     Raises:
         ValueError: the file cannot be written.
     """
     values, usual = as_stored(config), as_stored(defaults)
     if config.output_dir == own_folder(config):
-        values["output_dir"] = usual["output_dir"]  # follows from the others again
+        values["output_dir"] = usual["output_dir"]  # derived from the other settings again
     changed: dict[str, Any] = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(getattr(config, name)):

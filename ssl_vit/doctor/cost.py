@@ -1,4 +1,4 @@
-"""What a run will cost on this machine: memory, input, step."""
+"""Measures what a run costs on this machine: memory, input and step."""
 
 import dataclasses
 import math

@@ -189,7 +189,7 @@ def _examine_run(
     if device.type != "cpu" and rate < cost.rate:
         warnings.append(
             f"input: {workers} loader workers, as many as there are cores for, give {rate:,.0f} images/s, and the step "
-            f"could take {cost.rate:,.0f}; store smaller pictures"
+            f"could take {cost.rate:,.0f}; store smaller images"
         )
     return run, problems, warnings
 

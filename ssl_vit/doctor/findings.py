@@ -33,16 +33,16 @@ def problems_of_images(config: RunConfig, images: Images, num_images: int, adopt
     share = images.unreadable.count / images.num_read
     if not images.num_readable:
         reason = images.unreadable.examples[0].reason
-        yield f"none of the {images.num_read:,} pictures that were looked at can be read; the first: {reason}"
+        yield f"none of the {images.num_read:,} images that were looked at can be read; the first: {reason}"
     elif share > _MOST_UNREADABLE:
         yield (
-            f"{share:.1%} of the pictures cannot be read, more than {_MOST_UNREADABLE:.0%}: "
+            f"{share:.1%} of the images cannot be read, more than {_MOST_UNREADABLE:.0%}: "
             "remove them or fetch them again"
         )
     if num_images < config.batch.size:
         fits = 2 ** max(int(np.log2(num_images)) - 1, 0)
         yield (
-            f"{num_images:,} images are fewer than batch.size {config.batch.size}: a step would see the same picture "
+            f"{num_images:,} images are fewer than batch.size {config.batch.size}: a step would see the same image "
             f"more than once; lower it, to {fits} for example"
         )
     if images.num_readable and not adopts and images.num_channels != config.encoder.in_chans:
@@ -87,8 +87,8 @@ def warnings_of_images(
         yield f"channels: every pixel has the same value in {channels} {', '.join(constant)}"
     if labels is not None and labels.num_classes == 1:
         yield (
-            f"labels: all labelled pictures are of class {labels.largest.name!r}; that is no matter for learning, but "
-            "scores need two classes: name other pictures in evaluation.source"
+            f"labels: all labelled images are of class {labels.largest.name!r}; that is no matter for learning, but "
+            "scores need two classes: name other images in evaluation.source"
         )
 
 
@@ -115,7 +115,7 @@ def warnings_of_run(config: RunConfig, encoder: Encoder, images: Images, num_ima
     yield from _warnings_of_local_crops(config, images, encoder)
     if config.encoder.in_chans == 3 and suggested_channels(config, images) == 1:
         yield (
-            "greyscale: no picture that was read has colour, and encoder.in_chans is 3; with 1 the same is learned "
+            "greyscale: no image that was read has colour, and encoder.in_chans is 3; with 1 the same is learned "
             "from a third of the input: the settings above are for that"
         )
     yield from _warnings_of_normalisation(config, images)
@@ -127,11 +127,11 @@ def _warnings_of_sizes(images: Images, encoder: Encoder) -> Iterator[str]:
     if small > _MANY_SMALL * len(sizes):
         side = int(np.median(sizes.min(axis=1)))
         patch = next((patch for patch in (16, 8, 4, 2) if side // patch >= 8), None)
-        hint = "larger pictures would suit it better"
+        hint = "larger images would suit it better"
         if patch is not None and side // patch * patch < max(height, width):
             hint = f"encoder.image_size {side // patch * patch} with encoder.patch_size {patch} would suit them"
         yield (
-            f"small pictures: {_of(small, len(sizes))} are smaller than the input of {_pixels(encoder.image_size)} and "
+            f"small images: {_of(small, len(sizes))} are smaller than the input of {_pixels(encoder.image_size)} and "
             f"are enlarged to it; the shorter side is {side} at the median: {hint}"
         )
     stretch = np.abs(np.log(sizes[:, 1] / sizes[:, 0] * height / width))
@@ -139,8 +139,8 @@ def _warnings_of_sizes(images: Images, encoder: Encoder) -> Iterator[str]:
     if long > _MANY_LONG * len(sizes):
         shape = "square" if height == width else f"of {_pixels(encoder.image_size)}"
         yield (
-            f"elongated pictures: {_of(long, len(sizes))} are more than {_LONG:g} times as long as the input's shape, "
-            f"the most {np.exp(stretch.max()):.1f} times; crops are about {shape} and see a part of such a picture: "
+            f"elongated images: {_of(long, len(sizes))} are more than {_LONG:g} times as long as the input's shape, "
+            f"the most {np.exp(stretch.max()):.1f} times; crops are about {shape} and see a part of such a image: "
             "cut it into tiles, or take an encoder.image_size of its shape"
         )
 
@@ -160,7 +160,7 @@ def _warnings_of_local_crops(config: RunConfig, images: Images, encoder: Encoder
     enlarged = (size[0] * size[1] / area) ** 0.5
     if enlarged > _MOST_ENLARGED:
         yield (
-            f"local crops: the smallest of a picture of median size have {area:,.0f} pixels and are enlarged "
+            f"local crops: the smallest of a image of median size have {area:,.0f} pixels and are enlarged "
             f"{enlarged:.1f} times, to {_pixels(size)}; raise the lower end of objective.local_crop_scale, which is "
             f"{share:g}, or lower objective.local_crop_size"
         )
@@ -176,7 +176,7 @@ def _warnings_of_normalisation(config: RunConfig, images: Images) -> Iterator[st
     if (shift > 0.5).any() or (stretch <= 2 / 3).any() or (stretch >= 1.5).any():
         yield (
             f"normalisation: data.mean {_numbers(given.mean)} and data.std {_numbers(given.std)} are far from what "
-            "these pictures have; use the settings above"
+            "these images have; use the settings above"
         )
 
 
@@ -204,7 +204,7 @@ def normalisation(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def _of(count: int, total: int) -> str:
-    return f"{count:,} of {total:,} pictures"
+    return f"{count:,} of {total:,} images"
 
 
 def _pixels(size: tuple[int, int]) -> str:

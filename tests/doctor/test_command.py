@@ -173,7 +173,7 @@ def test_a_written_config_takes_all_channels(tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        (["--batch.size=64"], "fewer than batch.size 64: a step would see the same picture more than once; lower it"),
+        (["--batch.size=64"], "fewer than batch.size 64: a step would see the same image more than once; lower it"),
         (["--encoder.image_size=33"], "encoder.image_size"),
         (["--objective.mask_ratio=0.01"], "objective.mask_ratio"),
     ],
@@ -191,7 +191,7 @@ def test_nothing_readable_writes_no_config(tmp_path: Path, capsys: pytest.Captur
     code, facts = examine(capsys, tmp_path, *QUICK, "--batch.size=1", f"--write_config={tmp_path / 'x.yaml'}")
     assert (code, facts["sizes"], facts["settings"]) == (1, None, None)
     assert facts["pixels"] == {"count": 0, "mean": [], "std": []}
-    assert "none of the 1 pictures" in facts["problems"][0]
+    assert "none of the 1 images" in facts["problems"][0]
     assert not (tmp_path / "x.yaml").exists()
 
 

@@ -65,7 +65,7 @@ def test_unused_pages_are_counted(tmp_path: Path) -> None:
     assert "encoder" not in (facts.settings or {})  # one channel would be that of the first page
     [pages] = [text for text in facts.warnings if text.startswith("pages")]
     assert pages == (
-        "pages: 8 of 8 pictures hold several pages or frames, of which the first is used; if they are channels, "
+        "pages: 8 of 8 images hold several pages or frames, of which the first is used; if they are channels, "
         "--data.pages channels and 7 values in data.mean; if each is an image, --data.pages images"
     )
     facts = look_at(folder, "--data.pages=images")
@@ -106,7 +106,7 @@ def test_more_than_one_percent_unreadable_is_a_problem(tmp_path: Path) -> None:
     assert "unreadable" in kinds(facts.warnings)
     (tmp_path / "empty.png").write_bytes(b"")
     facts = look_at(tmp_path)
-    assert "2.0% of the pictures cannot be read" in facts.problems[0]
+    assert "2.0% of the images cannot be read" in facts.problems[0]
     assert "unreadable" not in kinds(facts.warnings)
 
 
@@ -117,10 +117,10 @@ class TestWarnings:
     def test_small_and_elongated(self, tmp_path: Path) -> None:
         save_noise(tmp_path, 8, (96, 20, 3))
         warnings = look_at(tmp_path).warnings
-        assert kinds(warnings) >= {"small pictures", "elongated pictures"}
-        assert "8 of 8 pictures" in warnings[1]
+        assert kinds(warnings) >= {"small images", "elongated images"}
+        assert "8 of 8 images" in warnings[1]
         assert "the most 4.8 times" in warnings[2]
-        assert "elongated pictures" not in kinds(look_at(tmp_path, "--encoder.image_size=[96,24]").warnings)
+        assert "elongated images" not in kinds(look_at(tmp_path, "--encoder.image_size=[96,24]").warnings)
 
     def test_copies(self, tmp_path: Path) -> None:
         for name, seed in {"a": 0, "b": 0, "c": 1}.items():
@@ -143,7 +143,7 @@ class TestWarnings:
         source = open_source(DataConfig(source=str(photo_folder))).subset(np.arange(20))
         images = read_images(source, np.arange(3), 3)
         (warning,) = warnings_of_images(images, count_labels(source), 20)
-        assert warning.startswith("labels: all labelled pictures")
+        assert warning.startswith("labels: all labelled images")
         assert list(warnings_of_images(images, None, 20)) == []
 
     def test_local_crops_and_prototypes(self, photo_folder: Path) -> None:

@@ -84,7 +84,7 @@ def test_mean_and_deviation_are_those_of_all_pixels(sick_folder: Path, num_chann
     source = open_source(DataConfig(source=str(sick_folder)))
     found = read(source, num_channels)
     decoded = [source.image(row, num_channels).numpy() for row in (0, 1, 5, 6, 7, 8)]
-    pixels = np.concatenate([picture.reshape(num_channels, -1) for picture in decoded], axis=1) / 255
+    pixels = np.concatenate([image.reshape(num_channels, -1) for image in decoded], axis=1) / 255
     assert found.pixels.count == pixels.shape[1]
     np.testing.assert_allclose(found.pixels.mean, pixels.mean(axis=1), rtol=1e-12)
     np.testing.assert_allclose(found.pixels.std, pixels.std(axis=1), rtol=1e-12, atol=1e-12)
