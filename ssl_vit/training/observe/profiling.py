@@ -15,7 +15,7 @@ from ssl_vit.training.by_products import by_product
 from ssl_vit.training.observe.metrics import MetricLog
 
 WARMUP = 3  # steps before any is timed
-TELLING = 4 / 3  # times that a traced step may take as long, without a word
+NOTABLE = 4 / 3  # how many times as long a traced step must take to be warned of
 TRACE_FILE, SUMMARY_FILE = "trace.json.gz", "profile.txt"
 PARTS: tuple[str, ...] = ("data wait", "forward", "backward", "optimizer", "after step", "checkpoint")
 OTHER = "logging, other"
@@ -32,11 +32,11 @@ class Kernel(NamedTuple):
 
 
 class StepTrace:
-    """Times some steps of a run after a warm-up of a few, then traces as many, and changes nothing else.
+    """Times some steps of a run after a warm-up, then traces as many, and changes nothing else.
 
-    Tracing takes its own time, which may be many times that of a small step. So shares are those of the steps before
-    the trace, and both times are told. On a GPU the time of a part is taken between events of its stream, since the
-    host runs ahead: what the GPU spends on it, and what it waits for it.
+    Tracing takes time of its own, which may be many times that of a small step. So the shares are those of the steps
+    before the trace, and the summary gives both times. On a GPU the time of a part is taken between events of its
+    stream, since the host runs ahead: it covers what the GPU computes for the part and what it waits for it.
 
     Args:
         num_steps: steps to time, and to trace; 0 = none, and then `part` does nothing.
@@ -45,63 +45,59 @@ class StepTrace:
 
     def __init__(self, num_steps: int, folder: Path, device: torch.device, log: MetricLog) -> None:
         self.num_steps, self.folder, self.device, self.log = num_steps, folder, device, log
-        self._seen = 0  # steps begun
+        self._number = -WARMUP - 1  # of the present step; the first one that is timed has 0
         self._profiler: profile | None = None
         self._began: Any = None
         self._marks: list[tuple[str, Any, Any]] = []
-        self._timed_steps, self._untraced, self._spent = 0, 0.0, dict.fromkeys(PARTS, 0.0)
+        self._timed, self._traced = (0, 0.0), (0, 0.0)  # steps, and the milliseconds that they took
 
     def next_step(self) -> None:
         """Begin a step; timing and trace start or end here if it is time for that."""
         if self.num_steps == 0:
             return
-        paused, number = self.log.pause(), self._seen - WARMUP
-        self._seen += 1
-        if number == 0:
-            self._began = self._mark()
-        elif number == self.num_steps:
-            self._sum_up(number)
+        paused = self.log.pause()
+        self._number += 1
+        if self._number == -WARMUP:
             with by_product("trace", self.log.say):
-                self._start()
-        elif number == self.num_steps + 1 and self._profiler is not None:
-            self._profiler.step()  # the first one was its warm-up
+                self._profiler = self._start()
+        elif self._profiler is not None:
+            self._profiler.step()
+        if self._number == self.num_steps:
+            self._timed = (self.num_steps, self._since_began())
+        elif self._number in (0, self.num_steps + 1):  # the step between them is the trace's warm-up
             self._began = self._mark()
-        elif number == 2 * self.num_steps + 1:
-            self._finish(self.num_steps)
+        elif self._number == 2 * self.num_steps + 1:
+            self._traced = (self.num_steps, self._since_began())
+            self._finish()
         self.log.go_on(paused)
 
     def part(self, name: str) -> AbstractContextManager[Any]:
         """A context around a part of a step, one of `PARTS`; parts do not overlap."""
-        if self._profiler is not None:
-            return record_function(name)
-        return self._timed(name) if self._began is not None and self._timed_steps == 0 else _NOTHING
+        if 0 <= self._number < self.num_steps:
+            return self._time(name)
+        return record_function(name) if self._profiler is not None and self._number >= 0 else _NOTHING
 
     def close(self) -> None:
-        """End what is not at its end, with the steps it has."""
+        """End timing and trace with the steps they have."""
         if self.num_steps == 0:
             return
-        number = self._seen - WARMUP
-        if self._timed_steps == 0 < number:
-            self._sum_up(number)
+        number = self._number + 1  # steps begun since the warm-up
+        if 0 < number <= self.num_steps:
+            self._timed = (number, self._since_began())
         if number <= self.num_steps + 1:
             self.log.say(
                 f"WARNING: --profile {self.num_steps}: too few steps to trace any: {WARMUP} warm up, {self.num_steps} "
                 "are timed, and one begins the trace"
             )
-        self._finish(number - self.num_steps - 1)
+        else:
+            self._traced = (number - self.num_steps - 1, self._since_began())
+        self._finish()
 
     @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
+    def _time(self, name: str) -> Iterator[None]:
         before = self._mark()
         yield
         self._marks.append((name, before, self._mark()))
-
-    def _sum_up(self, num_steps: int) -> None:
-        """Add up what the steps took that were not traced."""
-        self._untraced = self._since_began()
-        for name, before, after in self._marks:
-            self._spent[name] += self._milliseconds(before, after)
-        self._timed_steps, self._began = num_steps, None
 
     def _since_began(self) -> float:
         ended = self._mark()
@@ -119,23 +115,29 @@ class StepTrace:
     def _milliseconds(self, before: Any, after: Any) -> float:
         return before.elapsed_time(after) if self.device.type == "cuda" else 1000 * (after - before)
 
-    def _start(self) -> None:
+    def _start(self) -> profile:
         os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # without a GPU it reports that as an error
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
-        self._profiler = profile(activities=activities, schedule=schedule(wait=0, warmup=1, active=self.num_steps))
-        self._profiler.start()
+        steps = schedule(wait=WARMUP + self.num_steps, warmup=1, active=self.num_steps, repeat=1)
+        profiler = profile(activities=activities, schedule=steps)
+        profiler.start()
+        return profiler
 
-    def _finish(self, num_traced: int) -> None:
+    def _finish(self) -> None:
         profiler, self._profiler, self.num_steps = self._profiler, None, 0
-        if self._timed_steps == 0:
-            return
-        lines = summarize(self._spent, self._untraced, self._timed_steps)
-        with by_product(f"trace {self.folder / TRACE_FILE}", self.log.say):
-            traced = 0.0 if self._began is None else self._since_began()
-            if profiler is not None:
+        (num_timed, untraced), (num_traced, traced) = self._timed, self._traced
+        if profiler is not None:
+            with by_product("trace", self.log.say):
                 profiler.stop()
+        if num_timed == 0:
+            return
+        spent = dict.fromkeys(PARTS, 0.0)
+        for name, before, after in self._marks:
+            spent[name] += self._milliseconds(before, after)
+        lines = summarize(spent, untraced, num_timed)
+        with by_product(f"trace {self.folder / TRACE_FILE}", self.log.say):
             if profiler is not None and num_traced > 0:
-                lines.append(compare(self._untraced / self._timed_steps, traced / num_traced))
+                lines.append(compare(untraced / num_timed, traced / num_traced))
                 if self.device.type == "cuda":
                     lines.append(name_kernels(_kernels(profiler), traced))
                 lines.append(f"trace of {num_traced} more: {self.folder / TRACE_FILE}, for ui.perfetto.dev")
@@ -163,7 +165,7 @@ def summarize(spent: dict[str, float], total: float, num_steps: int) -> list[str
 def compare(untraced: float, traced: float) -> str:
     """A line that says what tracing does to a step; both in milliseconds."""
     line = f"while traced: {traced:.1f} ms a step"
-    if traced <= untraced * TELLING:
+    if traced <= untraced * NOTABLE:
         return line
     return f"{line}, {traced / untraced:.1f} times as long: trust the shares above, not durations in the trace"
 
