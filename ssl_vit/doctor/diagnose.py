@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 import torch
 
-from ssl_vit.core.machine import num_cpus, use_all_cpus
+from ssl_vit.core.machine import device_name, num_cpus, use_all_cpus
 from ssl_vit.data.decode.formats import Contents
 from ssl_vit.data.sources.source import Source
 from ssl_vit.doctor.cost import PacedStep, build_on_meta, measure_crops, measure_step, model_memory, pace
@@ -24,7 +24,6 @@ from ssl_vit.doctor.findings import (
     warnings_of_run,
 )
 from ssl_vit.doctor.images import Images, choose_rows, count_labels, read_images
-from ssl_vit.runs.facts import device_name
 from ssl_vit.training.config import RunConfig
 
 Measure = Literal["auto", "true", "false"]

@@ -34,6 +34,7 @@ from ssl_vit.models.weights.backbone import (
     read_encoder_config,
     read_normalisation,
 )
+from ssl_vit.objectives.stored import with_traits
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -138,7 +139,7 @@ class Backbone:
     transform: EvalTransform
     settings: EncodeSettings
     provenance: dict[str, Any]
-    """What it is known to come from; see `ssl_vit.runs.facts`."""
+    """What it is known to come from; see `ssl_vit.runs.provenance`."""
 
     @property
     def folder(self) -> Path:
@@ -151,9 +152,9 @@ class Backbone:
 
     @property
     def feature(self) -> str:
-        """What stands for an image unless another feature is named: what its run was judged by; else the mean of the
-        patches of an MAE, and the class token of others."""
-        return self.provenance.get("feature") or ("mean" if self.provenance.get("objective") == "MAE" else "cls")
+        """What stands for an image unless another feature is named: what its run was judged by, else what its objective
+        pools."""
+        return self.provenance.get("feature") or self.provenance["pooled"]
 
     def untrained(self, seed: int) -> Encoder:
         """The same architecture with the weights that its training would begin with; of seed 0, those of its run."""
@@ -179,7 +180,7 @@ class Backbone:
         dtype = autocast_dtype(resolve_precision(config.precision, device))
         settings = EncodeSettings(config.batch_size, device, choose_num_workers(config.num_workers, device), dtype)
         transform = EvalTransform(size, normalization, crop_pct, padding)
-        return cls(file, encoder.to(device), transform, settings, described["ssl_vit"])
+        return cls(file, encoder.to(device), transform, settings, with_traits(described["ssl_vit"], file))
 
 
 def data_config(backbone: Backbone, config: PicturesConfig, label_column: str | None = None) -> DataConfig:

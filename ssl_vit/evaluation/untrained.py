@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.vit import ViTConfig
 from ssl_vit.objectives.finetune import SupervisedConfig
 from ssl_vit.objectives.objective import ObjectiveConfig
+from ssl_vit.objectives.stored import config_class
 
 
 def untrained_encoder(encoder: ViTConfig, objective: ObjectiveConfig | None, seed: int) -> Encoder:
@@ -31,12 +31,8 @@ def objective_of(provenance: Mapping[str, Any]) -> ObjectiveConfig | None:
         provenance: of an export. Settings that this version does not know are dropped, since none of them decides how
             an encoder is initialised.
     """
-    name, settings = str(provenance.get("objective")), provenance.get("objective_config")
-    if not name.isidentifier() or settings is None:
-        return None
-    try:
-        kind = getattr(import_module(f"ssl_vit.objectives.{name.lower()}"), f"{name}Config")
-    except (ImportError, AttributeError):
+    kind, settings = config_class(str(provenance.get("objective"))), provenance.get("objective_config")
+    if kind is None or settings is None or provenance.get("leaves", "backbone") != "backbone":
         return None
     if issubclass(kind, SupervisedConfig):
         return None

@@ -7,6 +7,7 @@ from ssl_vit.core.text import plain
 from ssl_vit.core.writing import FAULTS, tell_error
 from ssl_vit.export.run import export_fine_tuned, export_run
 from ssl_vit.export.targets import TARGETS, export_to, proof_images, push
+from ssl_vit.export.transformers import has_plain_decoder
 from ssl_vit.runs.trained import is_fine_tuned, open_trained
 
 
@@ -42,8 +43,7 @@ def _export(args: argparse.Namespace) -> int:
     if is_fine_tuned(args.path):
         return _export_fine_tuned(args, targets, out)
     trained = open_trained(args.path, args.weights)
-    has_plain_decoder = trained.mae is not None and trained.mae.config.decoder == "self"
-    if "transformers" in targets and has_plain_decoder and not args.push_to_hub:
+    if "transformers" in targets and has_plain_decoder(trained) and not args.push_to_hub:
         targets.append("transformers_mae")
     proof = proof_images(trained, args.images, asked=args.open_source)
     reason = f", since none of its own can be read: {proof.why}; name others with --images" if proof.why else ""

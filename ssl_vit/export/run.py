@@ -1,5 +1,6 @@
 """What a run leaves in our own form: its backbone, or the classifier of a fine-tuning."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,28 +46,32 @@ def export_fine_tuned(run: Path, folder: Path) -> Path:
     if checkpoint is None:
         raise ValueError(f"{run}: has no whole checkpoint yet")
     settings, state = read_settings(run), read_state(checkpoint)
-    names = entry(state, "class_names", list[str], checkpoint / STATE_FILE)
+    class_names = entry(state, "class_names", list[str], checkpoint / STATE_FILE)
     with section("encoder"):
         encoder = ViTConfig.from_plain(settings["encoder"]).build()
     with section("objective"):
         objective = FineTune(settings_of(FineTuneConfig, settings["objective"]), encoder)
     load_strictly(objective, read_tensors(checkpoint / MODEL_FILE), run)
-    return export_classifier(objective, folder, **export_settings(settings, tuple(names), state["step"]))
+    return write_classifier(objective, folder, settings, class_names, state["step"])
 
 
-def export_settings(config: dict[str, Any], class_names: tuple[str, ...], step: int) -> dict[str, Any]:
-    """What `export_classifier` is told, out of a run's plain settings."""
-    return {
-        "class_names": class_names,
-        "normalization": Normalization(tuple(config["data"]["mean"]), tuple(config["data"]["std"])),
-        "crop_pct": config["evaluation"]["crop_pct"],
-        "provenance": {
-            "objective": "FineTune",
-            "objective_config": config["objective"],
-            "pretrained": config["encoder"]["pretrained"],
-            "source": config["data"]["source"],
+def write_classifier(
+    objective: FineTune, folder: Path, settings: dict[str, Any], class_names: Sequence[str], step: int
+) -> Path:
+    """Export a fine-tuned classifier with what the plain settings of its run say of it; returns the file."""
+    return export_classifier(
+        objective,
+        folder,
+        class_names=class_names,
+        normalization=Normalization(tuple(settings["data"]["mean"]), tuple(settings["data"]["std"])),
+        crop_pct=settings["evaluation"]["crop_pct"],
+        provenance={
+            "objective": objective.name,
+            "objective_config": settings["objective"],
+            "pretrained": settings["encoder"]["pretrained"],
+            "source": settings["data"]["source"],
             "steps": step,
-            "batch_size": config["batch"]["size"],
-            "seed": config["seed"],
+            "batch_size": settings["batch"]["size"],
+            "seed": settings["seed"],
         },
-    }
+    )

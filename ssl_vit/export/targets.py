@@ -23,6 +23,7 @@ from ssl_vit.export.card import write_card
 from ssl_vit.models.encoder import Features
 from ssl_vit.models.vit import set_fused_attention
 from ssl_vit.models.weights.backbone import TOLERANCE
+from ssl_vit.objectives.mae import MAE
 from ssl_vit.runs.trained import Trained, data_settings
 
 _NUM_IMAGES = 3
@@ -132,12 +133,13 @@ def compare_mae(
     Raises:
         RuntimeError: it is above the tolerance.
     """
-    assert trained.mae is not None
+    mae = trained.objective
+    assert isinstance(mae, MAE)
     noise = torch.rand(len(images), trained.encoder.num_patches, generator=torch.Generator().manual_seed(0))
     found, masked = reconstruct(images, noise)
     keep = torch.stack([row.logical_not().nonzero()[:, 0] for row in masked])
-    set_fused_attention(trained.mae, True)
-    return _difference(trained.mae.reconstruct(images, keep), found)
+    set_fused_attention(mae, True)
+    return _difference(mae.reconstruct(images, keep), found)
 
 
 def _difference(expected: Tensor, found: Tensor) -> float:

@@ -20,6 +20,7 @@ from ssl_vit.models.weights.layouts import (
     plain_tensors,
     to_transformers,
 )
+from ssl_vit.objectives.mae import MAE
 from ssl_vit.runs.trained import Trained
 
 LIBRARY = "transformers"
@@ -81,12 +82,11 @@ def write_mae(trained: Trained, folder: Path) -> None:
     Raises:
         ValueError: no run of MAE, or ViTMAEForPreTraining is of another architecture.
     """
-    mae, encoder = trained.mae, trained.encoder
-    if mae is None:
+    mae, encoder = trained.objective, trained.encoder
+    if not isinstance(mae, MAE):
         raise ValueError(f"{trained.folder}: only a run of MAE has a decoder to export; use --to transformers")
     shape = plain_shape(encoder.vit)
-    has_cross_decoder = mae.config.decoder == "cross"
-    if shape.num_registers or shape.has_swiglu or not _is_square(encoder) or has_cross_decoder:
+    if shape.num_registers or shape.has_swiglu or not _is_square(encoder) or not has_plain_decoder(trained):
         raise ValueError(
             "transformers' ViTMAEForPreTraining cannot be this MAE: it takes square images and patches, a ViT "
             "without registers or SwiGLU, and a decoder of self-attention"
@@ -110,6 +110,11 @@ def write_mae(trained: Trained, folder: Path) -> None:
     }
     renamed = {f"vit.{name}": value for name, value in backbone.items()} | decoder_to_transformers(decoder)
     _write(folder, trained, config, renamed)
+
+
+def has_plain_decoder(trained: Trained) -> bool:
+    """Whether this is a run of MAE whose decoder ViTMAEForPreTraining has too: of self-attention."""
+    return isinstance(trained.objective, MAE) and trained.objective.config.decoder == "self"
 
 
 def load(folder: Path) -> Callable[[Tensor], Features]:

@@ -120,6 +120,7 @@ class DINOConfig(MultiCropConfig):
 class DINO(Objective):
     """A student that agrees, on all crops, with what a slower copy of itself makes of the global ones."""
 
+    pooled = "cls"
     figure_file = "attention.png"
     center: Tensor
 

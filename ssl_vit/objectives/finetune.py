@@ -107,9 +107,12 @@ class Classifier(nn.Module):
 class FineTune(Supervised):
     """Encoder and classifier, trained together with a learning rate that decays towards the input."""
 
+    leaves = "classifier"
+
     def __init__(self, config: FineTuneConfig, encoder: Encoder) -> None:
         super().__init__()
         self.config = config
+        self.pooled = config.pool
         self.encoder = encoder
         if config.pool == "mean":
             encoder.remove_norm()
@@ -207,6 +210,9 @@ class AttentiveConfig(SupervisedConfig):
 
 class AttentiveProbe(Supervised):
     """Probes of several learning rates on the patch tokens of one frozen encoder, which they share."""
+
+    pooled = "mean"
+    leaves = "nothing"
 
     def __init__(self, config: AttentiveConfig, encoder: Encoder) -> None:
         super().__init__()

@@ -133,6 +133,8 @@ class MAE(Objective):
     The encoder sees visible patches only; the mask token, the decoder and its positions belong to the objective.
     """
 
+    pooled = "mean"  # nothing trains the class token
+    reconstructs = True
     figure_file = "reconstructions.png"
     decoder_pos_embed: Tensor
 

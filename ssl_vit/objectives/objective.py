@@ -2,16 +2,19 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ssl_vit.data.transform import InputSpec, Transform
 from ssl_vit.models.encoder import Encoder
 
 Taken = Bool[Tensor, ""] | None
+Pooled = Literal["cls", "mean"]
+"""The class token, or the mean of the patch tokens."""
+Leaves = Literal["backbone", "classifier", "nothing"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,9 @@ class Objective(nn.Module):
     """An encoder with all that its training needs: heads, decoder, teacher, centre and loss."""
 
     encoder: Encoder  # the one that receives gradients
+    pooled: Pooled  # the feature that stands for an image after training: read by evaluation, export and figures
+    leaves: Leaves = "backbone"  # what a run exports
+    reconstructs = False  # whether it is a `Reconstructs`
     figure_file = "figure.png"  # of what `preview` returns
 
     @property
@@ -167,3 +173,14 @@ class Objective(nn.Module):
 
     def _trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
+
+
+@runtime_checkable
+class Reconstructs(Protocol):
+    """An objective that predicts removed patches from the kept ones, and so has reconstructions to show."""
+
+    encoder: Encoder
+    config: Any
+    """With a `mask_ratio`."""
+
+    def fill_in(self, images: Float[Tensor, "b c h w"], keep: Int[Tensor, "b k"]) -> Reconstruction: ...

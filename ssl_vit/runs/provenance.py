@@ -18,7 +18,7 @@ import psutil
 import torch
 
 import ssl_vit
-from ssl_vit.core.machine import cpu_name, num_cpus
+from ssl_vit.core.machine import cpu_name, device_name, num_cpus
 from ssl_vit.core.privacy import without_secrets
 from ssl_vit.core.reading import entry, read_json
 from ssl_vit.core.settings import differences
@@ -27,11 +27,50 @@ from ssl_vit.core.writing import free_space, replace_json
 from ssl_vit.data.sources.source import Source
 from ssl_vit.data.sources.stored import locate
 from ssl_vit.data.sources.stream import Stream
+from ssl_vit.objectives.objective import Objective
 
 PROVENANCE_FILE = "provenance.json"
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "numpy", "pillow", "safetensors", "jsonargparse")
 NUM_NAMED = 256  # rows whose names and sizes go into the data's fingerprint
 MATTERS = ("processes", "versions", "git.ssl_vit", "data")
+
+
+def facts(objective: Objective, source: Source | Stream, device: torch.device, num_processes: int) -> dict[str, Any]:
+    """What the settings of a run do not say, in a form that JSON takes."""
+    return {
+        "objective": objective.name,
+        "pooled": objective.pooled,
+        "leaves": objective.leaves,
+        "reconstructs": objective.reconstructs,
+        "num_images": source.num_samples,
+        "attribution": source.attribution,
+        "hardware": f"{num_processes} x {device_name(device)}",
+    }
+
+
+def provenance(settings: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+    """What an export is told of its run.
+
+    Args:
+        settings: the run's settings as plain values.
+        state: `facts` and "step", as `read_state` returns them.
+    """
+    return {
+        "objective": state["objective"],
+        "pooled": state["pooled"],
+        "objective_config": settings["objective"],
+        "optim": settings["optim"],
+        "source": settings["data"]["source"],
+        "num_images": state.get("num_images"),
+        "attribution": state.get("attribution"),
+        "steps": state["step"],
+        "batch_size": settings["batch"]["size"],
+        "pretrained": settings["encoder"].get("pretrained"),
+        "seed": settings["seed"],
+        "feature": settings["evaluation"]["feature"],
+        "hardware": state.get("hardware"),
+        "collapse": state.get("faults", {}).get("collapse") or None,
+    }
 
 
 def note_session(

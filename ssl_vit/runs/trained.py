@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from torch import Tensor
@@ -30,10 +30,11 @@ from ssl_vit.models.weights.backbone import (
 )
 from ssl_vit.models.weights.backbone import CONFIG_FILE as CONFIG_JSON
 from ssl_vit.models.weights.pretrained import load_pretrained, open_pretrained
-from ssl_vit.objectives.mae import MAE, MAEConfig
+from ssl_vit.objectives.objective import Pooled, Reconstructs
+from ssl_vit.objectives.stored import config_class, with_traits
 from ssl_vit.runs.checkpoint import MODEL_FILE, STATE_FILE, find_damage, list_checkpoints, newest_checkpoint
-from ssl_vit.runs.facts import provenance
 from ssl_vit.runs.folder import CONFIG_FILE
+from ssl_vit.runs.provenance import provenance
 
 AVERAGE = "average-last-"
 
@@ -50,8 +51,18 @@ class Trained:
     provenance: dict[str, Any]
     folder: Path
     """Of the run or the exported backbone, where scores lie; of published weights what names them."""
-    mae: MAE | None = None
-    """With its decoder, of a run of MAE."""
+    objective: Reconstructs | None = None
+    """With its decoder, of a run whose objective reconstructs images."""
+
+    @property
+    def pooled(self) -> Pooled:
+        """The feature that stands for an image, by the objective."""
+        return self.provenance.get("pooled", "cls")
+
+    @property
+    def feature(self) -> Pooled:
+        """The feature that the run was scored by, where that is known; else `pooled`."""
+        return self.provenance.get("feature") or self.pooled
 
     def config_json(self, weights: Path | None = None) -> str:
         """The content of a timm folder's config.json, with the SHA-256 of its weights."""
@@ -81,10 +92,10 @@ def open_trained(path: str | Path, weights: str | None = None) -> Trained:
         return _open_exported(path, weights)
     checkpoints, choice = _choose_checkpoints(folder, checkpoint, weights)
     settings, state = read_settings(folder), read_state(checkpoints[-1])
-    if state["objective"] == "AttentiveProbe":
+    if state["leaves"] == "nothing":
         backbone = settings["encoder"].get("pretrained")
         raise ValueError(f"{folder}: is an attentive probe, which leaves its backbone as it was: {backbone}")
-    if state["objective"] == "FineTune":
+    if state["leaves"] == "classifier":
         raise ValueError(f"{folder}: is a fine-tuned classifier, which leaves as a timm model: --to timm")
     tensors = average([checkpoint / MODEL_FILE for checkpoint in checkpoints])
     prefix, file = _prefix(state, choice, folder), checkpoints[-1] / MODEL_FILE
@@ -94,12 +105,11 @@ def open_trained(path: str | Path, weights: str | None = None) -> Trained:
         check_sizes(config, {name.removeprefix("vit."): value for name, value in own.items()}, file)
         encoder = config.build()
     load_strictly(encoder, own, file)
-    mae = None
-    if state["objective"] == "MAE":
+    objective, kind = None, config_class(state["objective"])
+    if state["reconstructs"] and kind is not None:
         with section("objective"):
-            mae = MAE(settings_of(MAEConfig, settings["objective"]), encoder)
-        load_strictly(mae, tensors, file)
-        mae.eval()
+            objective = settings_of(kind, settings["objective"]).build(encoder).eval()
+        load_strictly(objective, tensors, file)
     known = provenance(settings, state)
     if weights is not None:
         known["weights"] = weights
@@ -112,7 +122,7 @@ def open_trained(path: str | Path, weights: str | None = None) -> Trained:
         crop_pct=entry(settings, "evaluation.crop_pct", float, folder / CONFIG_FILE),
         provenance=known,
         folder=folder,
-        mae=mae,
+        objective=cast("Reconstructs | None", objective),
     )
 
 
@@ -147,7 +157,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
     for name, kind in {"objective": str, "backbone": str, "step": int}.items():
         entry(state, name, kind, file)
-    return state
+    return with_traits(state, file)
 
 
 def _data_config(settings: dict[str, Any]) -> DataConfig:
@@ -183,7 +193,7 @@ def data_settings(trained: Trained, source: str | None = None, *, asked: bool = 
 def is_fine_tuned(path: Path) -> bool:
     """Whether this is the folder of a fine-tuning, whose classifier is what there is to export."""
     checkpoint = newest_checkpoint(path) if (path / CONFIG_FILE).is_file() else None
-    return checkpoint is not None and read_state(checkpoint)["objective"] == "FineTune"
+    return checkpoint is not None and read_state(checkpoint)["leaves"] == "classifier"
 
 
 def average(files: Sequence[Path]) -> dict[str, Tensor]:
@@ -251,6 +261,7 @@ def _open_exported(path: Path, weights: str | None) -> Trained:
     described = read_config(file.parent)
     own = ("encoder", "version", "torch", "timm", WEIGHTS_HASH)
     known = {name: value for name, value in described["ssl_vit"].items() if name not in own}
+    known["pooled"] = with_traits(known, file.parent / CONFIG_JSON)["pooled"]
     return Trained(encoder, *read_normalisation(described, file.parent / CONFIG_JSON), known, file.parent)
 
 

@@ -26,8 +26,8 @@ from ssl_vit.evaluation.untrained import untrained_encoder
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.weights.backbone import BACKBONE_FILE, export_backbone
 from ssl_vit.objectives.objective import Objective
-from ssl_vit.runs.facts import facts, provenance
 from ssl_vit.runs.folder import METRICS_FILE, PICTURES_FOLDER, RESULTS_FILE, write_results
+from ssl_vit.runs.provenance import facts, provenance
 from ssl_vit.training.by_products import by_product
 from ssl_vit.training.config import RunConfig, as_stored
 from ssl_vit.training.observe.metrics import MetricLog

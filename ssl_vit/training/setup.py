@@ -27,9 +27,8 @@ from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.models.vit import choose_attention
 from ssl_vit.objectives.objective import Objective
 from ssl_vit.runs.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint, step_of
-from ssl_vit.runs.facts import facts
 from ssl_vit.runs.heartbeat import State, beat, end_of_start
-from ssl_vit.runs.provenance import note_session
+from ssl_vit.runs.provenance import facts, note_session
 from ssl_vit.training import ending as pretraining
 from ssl_vit.training.config import RunConfig
 from ssl_vit.training.continuing import check_run_folder, go_on_as_before, open_run_folder

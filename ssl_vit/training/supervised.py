@@ -16,8 +16,7 @@ from ssl_vit.evaluation.evaluate import align_classes, independent_rows, split_s
 from ssl_vit.evaluation.features import stream
 from ssl_vit.evaluation.logistic import stratified_folds
 from ssl_vit.evaluation.scores import Score, format_classes, format_table, per_class, scores_to_json
-from ssl_vit.export.classifier import export_classifier
-from ssl_vit.export.run import export_settings
+from ssl_vit.export.run import write_classifier
 from ssl_vit.objectives.finetune import FineTune, Supervised
 from ssl_vit.runs.folder import METRICS_FILE, RESULTS_FILE, write_results
 from ssl_vit.training.config import RunConfig
@@ -124,7 +123,7 @@ def finish(
         print(f"\n{format_classes(classes)}\nbalanced accuracy {100 * scores[best].balanced_accuracy:.1f} %")
         written = [f"scores     {folder / RESULTS_FILE}", f"metrics    {folder / METRICS_FILE}"]
         if isinstance(objective, FineTune):
-            file = export_classifier(objective, folder, **export_settings(as_plain(config), source.class_names, step))
+            file = write_classifier(objective, folder, as_plain(config), source.class_names, step)
             written.insert(0, f"classifier {file} (+ config.json)")
         results: dict[str, Any] = {
             "step": step,

@@ -63,9 +63,8 @@ def _possible(trained: Trained) -> list[str]:
     """All that this backbone can show; neighbours are left out, since a gallery has to be encoded for them."""
     encoder = trained.encoder
     possible = {
-        "reconstructions": trained.mae is not None,
-        # Nothing trains the class token of an MAE.
-        "attention": has_cls_attention(encoder) and trained.mae is None,
+        "reconstructions": trained.objective is not None,
+        "attention": has_cls_attention(encoder) and trained.pooled == "cls",
         "patch_attention": has_plain_attention(encoder),
         "pca": True,
         "similarity": True,
@@ -118,8 +117,8 @@ def _draw(what: str, trained: Trained, pictures: Pictures, out: Path, args: argp
 def _reconstructions(
     trained: Trained, pictures: Pictures, grid: tuple[int, int], out: Path, args: argparse.Namespace
 ) -> list[Path]:
-    mae, images = trained.mae, pictures.images
-    if mae is None:
+    objective, images = trained.objective, pictures.images
+    if objective is None:
         raise ValueError(
             f"--what reconstructions: {trained.folder} holds no decoder; only the folder of an MAE run with its "
             "checkpoints does"
@@ -140,5 +139,5 @@ def _reconstructions(
     written = []
     for kind, keeps in masks.items():
         written.append(out / f"reconstructions_{kind}.{args.format}")
-        draw_masks(mae, images, keeps, written[-1], normalization=trained.normalization)
+        draw_masks(objective, images, keeps, written[-1], normalization=trained.normalization)
     return written

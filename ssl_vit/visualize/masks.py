@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssl_vit.data.augment.masking import draw_block_mask, draw_keep, num_kept
 from ssl_vit.data.transform import Normalization
-from ssl_vit.objectives.mae import MAE
+from ssl_vit.objectives.objective import Reconstructs
 from ssl_vit.visualize.grid import draw_grid
 from ssl_vit.visualize.reconstructions import caption_of, reconstruction_panels
 
@@ -55,7 +55,7 @@ def hidden_keeps(number: int, num_patches: int, hidden: Sequence[int]) -> Int[Te
 
 @torch.inference_mode()
 def draw_masks(
-    mae: MAE,
+    objective: Reconstructs,
     images: Tensor,
     keeps: Mapping[str, Int[Tensor, "b k"]],
     path: Path,
@@ -71,7 +71,7 @@ def draw_masks(
     """
     columns, parts = ["original"], []
     for name, keep in keeps.items():
-        panels = reconstruction_panels(images, mae.fill_in(images, keep), normalization)
+        panels = reconstruction_panels(images, objective.fill_in(images, keep), normalization)
         if not parts:
             parts.append(panels[:, :1])
         parts.append(panels[:, [1, 3]])
@@ -81,7 +81,7 @@ def draw_masks(
         columns,
         path,
         title="What is filled in as more is removed" if len(keeps) > 1 else "What is filled in",
-        caption=caption_of(images.shape[1], mae.config.norm_pix_loss),
+        caption=caption_of(images.shape[1], objective.config.norm_pix_loss),
     )
 
 

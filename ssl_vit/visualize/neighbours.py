@@ -57,7 +57,7 @@ def draw_neighbours(
             or a variant of it are left out.
     """
     encoder, height_width = trained.encoder, (pictures.images.shape[-2], pictures.images.shape[-1])
-    feature = "mean" if trained.provenance.get("objective") == "MAE" or not encoder.has_cls_token else "cls"
+    feature = "mean" if trained.pooled == "mean" or not encoder.has_cls_token else "cls"
     rows = np.sort(np.random.default_rng(seed).choice(len(gallery), min(most, len(gallery)), replace=False))
     transform = EvalTransform(height_width, trained.normalization, trained.crop_pct)
     settings = EncodeSettings(batch_size=64, device=torch.device("cpu"))

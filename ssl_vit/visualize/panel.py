@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ssl_vit.data.augment.masking import draw_keep
 from ssl_vit.models.attention_maps import attention_weights, has_plain_attention
-from ssl_vit.objectives.mae import MAE
+from ssl_vit.objectives.objective import Reconstructs
 from ssl_vit.runs.trained import Trained
 from ssl_vit.visualize.grid import to_rgb
 from ssl_vit.visualize.inputs import Pictures
@@ -55,8 +55,8 @@ def panel_data(trained: Trained, pictures: Pictures, *, most_bytes: int = 6_000_
             for name, picture, values in zip(pictures.names, shown, similarity, strict=True)
         ],
     }
-    if trained.mae is not None:
-        _add_steps(data, trained, trained.mae, images, grid, seed)
+    if trained.objective is not None:
+        _add_steps(data, trained, trained.objective, images, grid, seed)
     used = len(json.dumps(data))
     _check_size(used, most_bytes)
     if has_plain_attention(encoder):
@@ -105,24 +105,24 @@ def _add_attention(
 
 
 def _add_steps(
-    data: dict[str, Any], trained: Trained, mae: MAE, images: Tensor, grid: tuple[int, int], seed: int
+    data: dict[str, Any], trained: Trained, objective: Reconstructs, images: Tensor, grid: tuple[int, int], seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
     num_patches = grid[0] * grid[1]
-    keep = torch.stack([draw_keep(num_patches, mae.config.mask_ratio, rng) for _ in images])
+    keep = torch.stack([draw_keep(num_patches, objective.config.mask_ratio, rng) for _ in images])
     with torch.inference_mode():
-        visible = mae.encoder(images, keep=keep).patches
-        reconstruction = mae.fill_in(images, keep)
+        visible = objective.encoder(images, keep=keep).patches
+        reconstruction = objective.fill_in(images, keep)
     panels = reconstruction_panels(images, reconstruction, trained.normalization)
     data["steps"] = {
         "num_kept": keep.shape[1],
         "num_patches": num_patches,
-        "embed_dim": mae.encoder.embed_dim,
-        "depth": mae.encoder.num_layers,
-        "decoder_depth": mae.config.decoder_depth,
-        "decoder_embed_dim": mae.config.decoder_embed_dim,
-        "pixels": mae.decoder_pred.out_features,
-        "norm_pix_loss": mae.config.norm_pix_loss,
+        "embed_dim": objective.encoder.embed_dim,
+        "depth": objective.encoder.num_layers,
+        "decoder_depth": objective.config.decoder_depth,
+        "decoder_embed_dim": objective.config.decoder_embed_dim,
+        "pixels": reconstruction.patches.shape[-1],
+        "norm_pix_loss": objective.config.norm_pix_loss,
     }
     enough = visible.shape[0] * visible.shape[1] >= 4
     colours = patch_pca(visible, (1, keep.shape[1])).colours if enough else torch.full((*keep.shape, 3), 0.5)

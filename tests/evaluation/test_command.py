@@ -131,12 +131,21 @@ def test_another_split_of_a_folder_is_tested_on(
     assert (result["num_train"], result["num_test"], result["num_classes"]) == (40, 40, 2)
 
 
-def test_the_feature_follows_from_the_objective(tiny_encoder: ViT, photo_folder: Path, tmp_path: Path) -> None:
-    for objective, feature in (("MAE", "mean"), ("DINO", "cls")):
-        folder = tmp_path / objective
-        export_backbone(tiny_encoder, folder, normalization=GREY, provenance={"objective": objective})
-        assert run("knn", folder, f"--source={photo_folder}", "--baselines=[]") == 0
-        assert json.loads((folder / "knn.json").read_text())["feature"] == feature
+@pytest.mark.parametrize(
+    ("known", "feature"),
+    [
+        ({"objective": "SomethingNew", "pooled": "mean"}, "mean"),
+        ({"objective": "SomethingNew", "pooled": "mean", "feature": "cls"}, "cls"),  # what its run was scored by
+        ({"objective": "MAE"}, "mean"),  # of versions that stored the name alone
+        ({"objective": "DINO"}, "cls"),
+    ],
+)
+def test_the_feature_follows_from_the_objective(
+    tiny_encoder: ViT, photo_folder: Path, tmp_path: Path, known: dict, feature: str
+) -> None:
+    export_backbone(tiny_encoder, tmp_path, normalization=GREY, provenance=known)
+    assert run("knn", tmp_path, f"--source={photo_folder}", "--baselines=[]") == 0
+    assert json.loads((tmp_path / "knn.json").read_text())["feature"] == feature
 
 
 def test_another_size(backbone: Path, photo_folder: Path) -> None:

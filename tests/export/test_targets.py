@@ -74,7 +74,8 @@ def build(config: ViTConfig, objective: str = "MAE") -> Trained:
             parameter.data += 0.1 * torch.randn_like(parameter)
     (mae or encoder).eval()
     means = (0.5,) * encoder.in_chans
-    return Trained(encoder, Normalization(means, means), 0.875, {"objective": objective, "steps": 3}, Path("none"), mae)
+    known = {"objective": objective, "pooled": "mean" if mae else "cls", "steps": 3}
+    return Trained(encoder, Normalization(means, means), 0.875, known, Path("none"), mae)
 
 
 def cases() -> list[tuple[str, str]]:

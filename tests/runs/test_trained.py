@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -85,12 +86,26 @@ def test_mae_has_no_teacher_and_leaves_with_its_decoder(mae_run: Path) -> None:
     with pytest.raises(ValueError, match=r"weights='student': MAE in .* has no teacher"):
         open_trained(mae_run, "student")
     trained = open_trained(mae_run)
-    assert trained.mae is not None
+    assert trained.objective is not None
     expected = saved(mae_run, 6, "")
-    assert all(torch.equal(value, expected[name]) for name, value in trained.mae.state_dict().items())
-    averaged = open_trained(mae_run, "average-last-2").mae
+    assert all(torch.equal(value, expected[name]) for name, value in trained.objective.state_dict().items())
+    averaged = open_trained(mae_run, "average-last-2").objective
     assert averaged is not None
     assert not torch.equal(averaged.decoder_pred.weight, expected["decoder_pred.weight"])
+
+
+def test_an_objective_of_another_name_is_pooled_as_its_checkpoint_says(dino_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(dino_run, tmp_path / "run")
+    for file in run.glob("checkpoints/*/manifest.json"):
+        file.unlink()
+    state_file = run / "checkpoints" / "step-00000006" / "state.json"
+    state = json.loads(state_file.read_text())
+    assert state["pooled"] == "cls"
+    state_file.write_text(json.dumps({**state, "objective": "SomethingNew", "pooled": "mean"}))
+    export_run(run)
+    described = json.loads((run / "config.json").read_text())
+    assert (described["global_pool"], described["ssl_vit"]["pooled"]) == ("avg", "mean")
+    assert open_trained(run / "backbone.safetensors").pooled == "mean"
 
 
 def test_an_exported_backbone_leaves_again(dino_run: Path) -> None:

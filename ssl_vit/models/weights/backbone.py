@@ -102,8 +102,7 @@ def describe(
 ) -> dict[str, Any]:
     """The content of config.json: timm's layout, and our own settings under "ssl_vit"."""
     config = encoder.config
-    # Nothing trains the class token of an MAE, so the mean of its patch tokens stands for an image.
-    pooling = "token" if encoder.has_cls_token and provenance.get("objective") != "MAE" else "avg"
+    pooling = "token" if encoder.has_cls_token and provenance.get("pooled", "cls") == "cls" else "avg"
     return {
         "architecture": config.arch.split(".")[0],
         "num_classes": 0,

@@ -17,7 +17,9 @@ MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 
 
 def export(encoder: ViT, folder: Path) -> Path:
-    return export_backbone(encoder, folder, normalization=Normalization(MEAN, STD), provenance={"objective": "MAE"})
+    return export_backbone(
+        encoder, folder, normalization=Normalization(MEAN, STD), provenance={"objective": "MAE", "pooled": "mean"}
+    )
 
 
 @pytest.mark.parametrize(
