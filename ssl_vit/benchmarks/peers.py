@@ -13,7 +13,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ssl_vit.models.vit import ViT, choose_attention, fuses_attention, pair
+from ssl_vit.data.transform import pair
+from ssl_vit.models.vit import ViT, choose_attention, fuses_attention
 from ssl_vit.objectives.dino import DINOConfig
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.training.config import RunConfig

@@ -27,8 +27,8 @@ from ssl_vit.data.loader import Batches
 from ssl_vit.data.outputs import mark
 from ssl_vit.data.sampler import StepSampler
 from ssl_vit.data.sources.source import open_source
-from ssl_vit.data.transform import InputSpec
-from ssl_vit.models.vit import choose_attention, pair
+from ssl_vit.data.transform import InputSpec, pair
+from ssl_vit.models.vit import choose_attention
 from ssl_vit.training.config import RunConfig
 from ssl_vit.training.step import prepare_step
 

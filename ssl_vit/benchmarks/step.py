@@ -17,7 +17,8 @@ from ssl_vit.benchmarks.rounds import alternate, machine, ratios
 from ssl_vit.core.machine import resolve_precision
 from ssl_vit.core.settings import as_plain
 from ssl_vit.data.augment.masking import num_kept
-from ssl_vit.models.vit import choose_attention, pair, set_fused_attention
+from ssl_vit.data.transform import pair
+from ssl_vit.models.vit import choose_attention, set_fused_attention
 from ssl_vit.objectives.dino import DINOConfig
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.training.config import RunConfig

@@ -8,6 +8,30 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 
+def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width; one number stands for both."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def check_divisible(setting: str, size: tuple[int, int], stride: tuple[int, int], advice: str = "") -> None:
+    """Refuse a height or width that the stride does not divide.
+
+    Args:
+        setting: what the error begins with, `name=value`.
+        advice: what the error ends with.
+
+    Raises:
+        ValueError: in that form; names the nearest lengths that are divisible.
+    """
+    for axis, length, step in zip(("height", "width"), size, stride, strict=True):
+        if length < step or length % step:
+            nearest = dict.fromkeys((max(length // step, 1) * step, (length // step + 1) * step))
+            raise ValueError(
+                f"{setting}: the {axis} {length} is not divisible by the patch size {step}; the nearest that are: "
+                f"{' and '.join(map(str, nearest))}{advice}"
+            )
+
+
 class Normalization(NamedTuple):
     """Mean and standard deviation of each channel, for pixel values in [0, 1]."""
 

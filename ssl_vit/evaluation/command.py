@@ -20,6 +20,7 @@ from ssl_vit.core.writing import FAULTS, replace_text, tell_error
 from ssl_vit.data.augment.evaluation import EvalTransform, fit_size
 from ssl_vit.data.config import clamp_rounding
 from ssl_vit.data.sources.source import DataConfig, Source
+from ssl_vit.data.transform import pair
 from ssl_vit.data.workers import check_num_workers, choose_num_workers
 from ssl_vit.evaluation.features import EncodeSettings
 from ssl_vit.evaluation.left_out import write_bad
@@ -85,7 +86,7 @@ class PicturesConfig:
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size!r}: must be at least 1")
         object.__setattr__(self, "num_workers", check_num_workers(self.num_workers))
-        if self.image_size is not None and min(_pair(self.image_size)) < 1:
+        if self.image_size is not None and min(pair(self.image_size)) < 1:
             raise ValueError(f"image_size={self.image_size!r}: must be at least 1 pixel")
 
     @property
@@ -173,7 +174,7 @@ class Backbone:
         encoder = load_backbone(file)
         described = read_config(file.parent)
         device = cast(torch.device, PartialState().device)
-        size = encoder.image_size if config.image_size is None else _pair(config.image_size)
+        size = encoder.image_size if config.image_size is None else pair(config.image_size)
         size, padding = fit_size(size, encoder.patch_size, config.indivisible)
         normalization, own_crop_pct = read_normalisation(described, file.parent / CONFIG_FILE)
         crop_pct = config.crop_pct if config.crop_pct is not None else own_crop_pct
@@ -291,7 +292,3 @@ def write_result(
         reason = error.strerror or error
         raise ValueError(f"{file}: the result cannot be written ({reason}); name another file with --output") from error
     print(f"written to {plain(file)}")
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])

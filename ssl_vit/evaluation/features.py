@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ from ssl_vit.data.sources.source import Source
 from ssl_vit.data.transform import Normalization
 from ssl_vit.data.workers import leave_signals_to_the_main_process
 from ssl_vit.evaluation.left_out import without_bad
-from ssl_vit.models.encoder import Encoder
+from ssl_vit.models.encoder import Encoder, eval_mode
 
 FEATURES = ("cls", "mean", "cls+mean", "cls4", "cls4+mean")
 """Kinds of features: class token, mean of the patch tokens, class tokens of the last four blocks, and combinations."""
@@ -169,7 +168,7 @@ def stream(
     loader.pin_memory = settings.device.type == "cuda"
     left, device, dtype = len(indices), settings.device, settings.autocast_dtype
     hidden = process_index() != 0 or not sys.stderr.isatty()
-    with _eval_mode(module), tqdm(total=left, desc="features", unit="image", leave=False, disable=hidden) as bar:
+    with eval_mode(module), tqdm(total=left, desc="features", unit="image", leave=False, disable=hidden) as bar:
         for pixels, good in read_batches(loader):
             with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
                 found = compute(transform.on_device(pixels, device))
@@ -247,15 +246,3 @@ def _loader(images: _Images, batch_size: int, num_workers: int, num_processes: i
         worker_init_fn=leave_signals_to_the_main_process,
         generator=torch.Generator(),  # without its own generator a loader draws from the global one
     )
-
-
-@contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
-    # Module by module, because parts of a model in training may deliberately be in eval mode.
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes.items():
-            part.training = training

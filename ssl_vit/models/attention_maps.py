@@ -1,7 +1,7 @@
 """Attention maps of a Vision Transformer: softmax(QK / sqrt(d)) of any block, head by head."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ssl_vit.models.encoder import Encoder
+from ssl_vit.models.encoder import Encoder, eval_mode
 from ssl_vit.models.vit import ViT
 
 
@@ -80,7 +80,7 @@ def attention_weights(
                 inputs[place] = args[0]
 
             stack.callback(module.register_forward_pre_hook(note).remove)
-        with _eval_mode(encoder):
+        with eval_mode(encoder):
             encoder(images)
     found = []
     for place, module in enumerate(modules):
@@ -99,15 +99,3 @@ def _check(encoder: Encoder, layer: int) -> None:
             f"layer={layer}: there are {encoder.num_layers} blocks, numbered 0 to {encoder.num_layers - 1}; "
             "-1 is the last"
         )
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Without dropout; each module is put back into the mode that it had."""
-    training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_vit.core.reading import settings_of
+from ssl_vit.data.transform import check_divisible, pair
 from ssl_vit.models.blocks import make_packable, run_blocks, run_packed_blocks
 from ssl_vit.models.encoder import Encoder, Features
 from ssl_vit.models.positions import sincos_positions
@@ -160,16 +161,7 @@ class ViT(Encoder):
         positions.requires_grad_(False)
 
     def _check_size(self, height: int, width: int) -> None:
-        for axis, size, patch in (
-            ("height", height, self.patch_size[0]),
-            ("width", width, self.patch_size[1]),
-        ):
-            if size % patch or size < patch:
-                below, above = max(size // patch, 1) * patch, (size // patch + 1) * patch
-                raise ValueError(
-                    f"image_size={(height, width)}: the {axis} {size} is not divisible by the patch size {patch}; "
-                    f"the nearest that are: {below} and {above}"
-                )
+        check_divisible(f"image_size={(height, width)}", (height, width), self.patch_size)
 
     def remove_norm(self) -> None:
         self.vit.norm = nn.Identity()
@@ -276,11 +268,6 @@ def set_fused_attention(model: nn.Module, fused: bool) -> None:
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = fused
-
-
-def pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """Height and width, of which one number gives both."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _check_widths(config: ViTConfig) -> None:

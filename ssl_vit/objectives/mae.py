@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from einops import rearrange, repeat
+from einops import repeat
 from jaxtyping import Float, Int, UInt8
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
@@ -22,6 +22,7 @@ from ssl_vit.data.transform import InputSpec
 from ssl_vit.models.blocks import run_blocks, run_in_turn
 from ssl_vit.models.cross_attention import CrossBlock
 from ssl_vit.models.encoder import Encoder, Features
+from ssl_vit.models.patches import patchify
 from ssl_vit.models.positions import sincos_positions
 from ssl_vit.objectives.objective import Objective, Reconstruction, Resolved, RunSize
 
@@ -311,11 +312,6 @@ def initialize(objective: MAE) -> None:
     for name, parameter in objective.encoder.named_parameters():
         if name.endswith("cls_token") and not kept:
             nn.init.normal_(parameter, std=0.02)
-
-
-def patchify(images: Float[Tensor, "b c h w"], patch_size: tuple[int, int]) -> Float[Tensor, "b n p"]:
-    """Cut images into patches, row-major, pixels of a patch in (row, column, channel) order."""
-    return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch_size[0], q=patch_size[1])
 
 
 def normalize_patches(patches: Float[Tensor, "b n p"]) -> Float[Tensor, "b n p"]:

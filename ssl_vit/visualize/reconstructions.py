@@ -1,14 +1,14 @@
 """Draws what a masked autoencoder sees of an image and how it fills in the rest, as in He et al. (2022), figure 2."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor
 
 from ssl_vit.data.transform import Normalization
+from ssl_vit.models.patches import patchify, unpatchify
 from ssl_vit.objectives.objective import Reconstruction
 from ssl_vit.visualize.grid import channel_caption, draw_grid, to_rgb
 
@@ -47,7 +47,7 @@ def reconstruction_panels(
     patch_size, (height, width) = reconstruction.patch_size, images.shape[-2:]
     if height % patch_size[0] or width % patch_size[1]:
         raise ValueError(f"patch_size={patch_size}: does not divide the image size {(height, width)}")
-    patches = _patchify(images, patch_size)
+    patches = patchify(images, patch_size)
     if patches.shape != predicted.shape:
         raise ValueError(
             f"the reconstruction has shape {tuple(predicted.shape)}, "
@@ -58,29 +58,13 @@ def reconstruction_panels(
         predicted = predicted * deviation + patches.mean(dim=-1, keepdim=True)
 
     def show(shown: Tensor) -> Tensor:
-        return to_rgb(_unpatchify(shown, images.shape, patch_size), normalization)
+        return to_rgb(unpatchify(shown, images.shape, patch_size), normalization)
 
     visible = reconstruction.visible.cpu()[..., None].expand_as(patches)
-    visible_pixels = rearrange(_unpatchify(visible, images.shape, patch_size)[:, :1], "b 1 h w -> b h w 1")
+    visible_pixels = rearrange(unpatchify(visible, images.shape, patch_size)[:, :1], "b 1 h w -> b h w 1")
     original, predicted = show(patches), show(predicted)
     masked, filled_in = (torch.where(visible_pixels, original, hidden) for hidden in (_REMOVED, predicted))
     return torch.stack([original, masked, predicted, filled_in], dim=1)
-
-
-def _patchify(images: Float[Tensor, "b c h w"], patch_size: tuple[int, int]) -> Float[Tensor, "b n p"]:
-    return rearrange(images, "b c (rows ph) (cols pw) -> b (rows cols) (ph pw c)", ph=patch_size[0], pw=patch_size[1])
-
-
-def _unpatchify(
-    patches: Shaped[Tensor, "b n p"], shape: Sequence[int], patch_size: tuple[int, int]
-) -> Shaped[Tensor, "b c h w"]:
-    return rearrange(
-        patches,
-        "b (rows cols) (ph pw c) -> b c (rows ph) (cols pw)",
-        rows=shape[-2] // patch_size[0],
-        ph=patch_size[0],
-        pw=patch_size[1],
-    )
 
 
 def caption_of(num_channels: int, norm_pix_loss: bool) -> str:

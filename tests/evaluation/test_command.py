@@ -198,7 +198,10 @@ def test_a_result_that_cannot_be_written_ends_in_one_line(
         (["--source=PHOTOS", "--ks=[0]"], "ks=(0,): give numbers of at least 1"),
         (["--source=PHOTOS", "--feature=patch"], "feature='patch': no such feature; choose one of cls, mean"),
         (["--source=PHOTOS", "--baselines=[random]"], "no 'random'; choose of pixels, untrained"),
-        (["--source=PHOTOS", "--image_size=30"], "not divisible by the patch size 8 x 8; the nearest are: 24 x 24 and"),
+        (
+            ["--source=PHOTOS", "--image_size=30"],
+            "the height 30 is not divisible by the patch size 8; the nearest that are: 24 and 32. indiv",
+        ),
         (["--source=PHOTOS", "--crop_pct=0"], "crop_pct=0"),
         (["--source=PHOTOS", "--split=test"], "--split='test'"),
         (["--source=PHOTOS", "--test_source=/nowhere"], "--test_source='/nowhere': no such file or folder"),

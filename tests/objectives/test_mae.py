@@ -7,8 +7,9 @@ from safetensors.torch import load_file
 
 from ssl_vit.export.interop import load_reference
 from ssl_vit.models.encoder import Encoder
+from ssl_vit.models.patches import patchify
 from ssl_vit.models.vit import ViT, ViTConfig, set_fused_attention
-from ssl_vit.objectives.mae import MAE, MAEConfig, normalize_patches, patchify
+from ssl_vit.objectives.mae import MAE, MAEConfig, normalize_patches
 from tests.conftest import GOLDEN, TINY
 from tests.specs import grey, spec
 
@@ -119,14 +120,6 @@ class TestLoss:
 
     def test_a_flat_patch_stays_finite(self) -> None:
         assert torch.equal(normalize_patches(torch.full((1, 1, 12), 0.5)), torch.zeros(1, 1, 12))
-
-
-def test_patches_are_row_major_and_channels_last() -> None:
-    images = torch.arange(2 * 4 * 6).reshape(1, 2, 4, 6).float()
-    patches = patchify(images, (2, 3))
-    assert patches.shape == (1, 4, 12)
-    expected = [images[0, channel, row, column] for row in (0, 1) for column in (3, 4, 5) for channel in (0, 1)]
-    assert patches[0, 1].tolist() == [float(value) for value in expected]  # the patch to the right of the first
 
 
 def test_other_image_sizes_can_be_reconstructed(tiny_encoder: ViT) -> None:

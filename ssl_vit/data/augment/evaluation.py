@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode
 
 from ssl_vit.data.augment.crops import random_resized_crop
 from ssl_vit.data.augment.device import normalize
-from ssl_vit.data.transform import Normalization
+from ssl_vit.data.transform import Normalization, check_divisible
 
 CROP_PCT = 0.875
 """Share of a resized image's sides that the centre crop keeps, unless something else is known."""
@@ -114,15 +114,8 @@ def fit_size(
         return size, (0, 0)
     if indivisible == "pad":
         return size, (padding[0], padding[1])
-    below = [max(side // patch, 1) * patch for side, patch in zip(size, patch_size, strict=True)]
-    above = [-(-side // patch) * patch for side, patch in zip(size, patch_size, strict=True)]
-    if indivisible == "resize":
-        nearest = [
-            low if side - low < high - side else high for side, low, high in zip(size, below, above, strict=True)
-        ]
-        return (nearest[0], nearest[1]), (0, 0)
-    shown = [" x ".join(map(str, sides)) for sides in (below, above)]
-    raise ValueError(
-        f"image_size={size!r}: not divisible by the patch size {patch_size[0]} x {patch_size[1]}; the nearest are: "
-        f"{' and '.join(dict.fromkeys(shown))}. indivisible='resize' takes the nearer one, 'pad' fills up to the next"
-    )
+    if indivisible == "refuse":
+        advice = ". indivisible='resize' takes the nearer one, 'pad' fills up to the next"
+        check_divisible(f"image_size={size!r}", size, patch_size, advice)
+    height, width = (max(1, (side + patch // 2) // patch) * patch for side, patch in zip(size, patch_size, strict=True))
+    return (height, width), (0, 0)

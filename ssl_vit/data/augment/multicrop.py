@@ -23,7 +23,7 @@ from ssl_vit.data.augment.device import (
     to_unit,
 )
 from ssl_vit.data.config import clamp_rounding
-from ssl_vit.data.transform import InputSpec
+from ssl_vit.data.transform import InputSpec, check_divisible, pair
 
 # Probability of blur for the first global crop, the second, and local crops. DINOv2's released code hands on 1 - p
 # where p is meant (dinov2 pull request 342), and its released models were trained so.
@@ -88,8 +88,7 @@ class MultiCropConfig(OrientationConfig):
     @property
     def local_size(self) -> tuple[int, int]:
         """Height and width of a local crop in pixels."""
-        size = self.local_crop_size
-        return (size, size) if isinstance(size, int) else size
+        return pair(self.local_crop_size)
 
     def build_transform(self, spec: InputSpec) -> "MultiCropTransform":
         """Global crops as `spec` says, and local crops of `local_crop_size` pixels.
@@ -97,13 +96,8 @@ class MultiCropConfig(OrientationConfig):
         Raises:
             ValueError: the stride does not divide the local crops, or these are larger than the global ones.
         """
-        for axis, size, patch in zip(("height", "width"), self.local_size, spec.stride, strict=True):
-            if self.num_local_crops and (size < patch or size % patch):
-                below, above = max(size // patch, 1) * patch, (size // patch + 1) * patch
-                raise ValueError(
-                    f"local_crop_size={self.local_crop_size!r}: the {axis} {size} is not divisible by the patch size "
-                    f"{patch}; the nearest that are: {below} and {above}"
-                )
+        if self.num_local_crops:
+            check_divisible(f"local_crop_size={self.local_crop_size!r}", self.local_size, spec.stride)
         if self.num_local_crops and any(map(operator.gt, self.local_size, spec.image_size)):
             sizes = [
                 max(1, round(size * 96 / 224 / patch)) * patch
