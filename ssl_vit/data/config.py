@@ -1,17 +1,18 @@
-"""Settings that say which images to use, and how they are refused."""
+"""Settings that say which images to use, and errors about them."""
 
 import difflib
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ssl_vit.core.paths import as_path
+from ssl_vit.core.settings import check_ranges
 from ssl_vit.data.decode.bounds import MAX_IMAGE_BYTES
 from ssl_vit.data.mixture import as_text, check_weights
 from ssl_vit.data.transform import Normalization
 from ssl_vit.data.workers import check_num_workers
 
 KINDS = (
-    "'openmoji' (built-in demo pictures), a folder of images, a parquet file or a quoted glob of them, "
+    "'openmoji' (built-in demo images), a folder of images, a parquet file or a quoted glob of them, "
     "a folder written by datasets' save_to_disk, the id of a data set on the Hugging Face hub, with "
     "--data.streaming true a WebDataset .tar or a quoted glob of them, or a mapping of several to their weights"
 )
@@ -50,73 +51,68 @@ class DataConfig:
     """Of files of several pages or frames (TIFF, GIF, WebP, PNG, MPO): the first; all of a TIFF's as channels of one
     image; or each as an image of its own, for which every file is opened at the start."""
     on_bad_image: Literal["skip", "raise"] = "skip"
-    """When training draws a picture that cannot be decoded: take the next good one and note it, or stop."""
+    """When training draws an image that cannot be decoded: take the next good one and note it, or stop."""
     max_bad_share: float = 0.05
-    """Stop when more than this share of the pictures drawn, or of the source, cannot be decoded."""
+    """Stop when more than this share of the images drawn, or of the source, cannot be decoded."""
     num_workers: int | Literal["auto"] = "auto"
     """Loader processes of each training process; auto = chosen from the machine."""
     cache: Literal["none", "ram", "disk"] = "none"
     """Decode each image once, before the first step, and keep it small: in a temporary file that the system keeps in
     memory, for the run alone (ram), or in `cache_dir` (disk)."""
     cache_side: int | Literal["auto"] = "auto"
-    """Most pixels of a kept picture's shorter side. auto: 8/7 of the encoder's, 256 for 224."""
+    """Most pixels of a decoded image's shorter side. auto: 8/7 of the encoder's, 256 for 224."""
     cache_dir: str | None = None
-    """Folder of what is kept on disk; null = ssl_vit/decoded in the user's cache folder."""
+    """Folder of decoded images and lists of copies; null = ssl_vit/decoded in the user's cache folder."""
     streaming: bool = False
     """Read hub ids, parquet files and WebDataset tars from front to back, without a copy of the data set."""
     shuffle_buffer: int = 4000
-    """Undecoded pictures that a streamed run shuffles among, over all its processes."""
+    """Undecoded images that a streamed run shuffles among, over all its processes."""
     num_readers: int = 32
     """Shards that a streamed run reads at once, over all its processes. More of them mix better, allow more loader
     processes and take more memory."""
     num_samples: int | None = None
-    """Pictures of a streamed source that cannot tell, for epochs and `auto`. Given, tars are not counted."""
+    """Images of a streamed source that cannot tell their number, for epochs and `auto`. Given, tars are not counted."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.source, dict):
-            check_weights(self.source)
-            if self.streaming:
-                raise ValueError(
-                    f"streaming=True: a mixture is not streamed ({as_text(self.source)}); leave this setting out, or "
-                    "stream one source"
-                )
-        elif self.source.startswith("{") and self.source.endswith("}") and not as_path(self.source).exists():
-            raise ValueError(f"source={self.source!r}: a mixture is {{SOURCE: WEIGHT, ...}} with numbers as weights")
-        for name in ("shuffle_buffer", "num_readers", "num_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value!r}: must be at least 1")
-        if self.num_samples is not None and not self.streaming:
-            raise ValueError(f"num_samples={self.num_samples!r}: only streamed sources need it; leave this setting out")
-        clamp_rounding(self, "mean", "std", "max_bad_share")
-        if not self.split:
-            raise ValueError(f"split={self.split!r}: name a split, such as 'train'")
-        if not self.mean or not all(0 <= value <= 1 for value in self.mean):
-            raise ValueError(f"mean={self.mean!r}: give one number in [0, 1] per channel; divide 0-255 by 255")
-        if not all(0 < value <= 1 for value in self.std):
-            raise ValueError(f"std={self.std!r}: give one number in (0, 1] per channel; divide 0-255 by 255")
-        if len(self.std) != len(self.mean):
-            raise ValueError(f"std={self.std!r}: give as many numbers as in mean={self.mean!r}")
+        object.__setattr__(self, "num_workers", check_num_workers(self.num_workers))
         if self.max_pixels is not None:  # of settings written before
             object.__setattr__(self, "max_image_bytes", bytes_of_pixels(self.max_pixels))
             object.__setattr__(self, "max_pixels", None)
-        if self.max_image_bytes < 1:
-            raise ValueError(f"max_image_bytes={self.max_image_bytes!r}: must be at least 1")
-        if self.pages not in ("first", "channels", "images"):
-            raise ValueError(f"pages={self.pages!r}: choose 'first', 'channels' or 'images'")
-        if self.pages == "images" and self.streaming:
+        if isinstance(self.source, dict):
+            check_weights(self.source)
+        elif self.source.startswith("{") and self.source.endswith("}") and not as_path(self.source).exists():
+            raise ValueError(f"source={self.source!r}: a mixture is {{SOURCE: WEIGHT, ...}} with numbers as weights")
+        if not self.split:
+            raise ValueError(f"split={self.split!r}: name a split, such as 'train'")
+        check_ranges(
+            self,
+            mean="[0, 1]; one number per channel, divide 0-255 by 255",
+            std="(0, 1]; one number per channel, divide 0-255 by 255",
+            max_image_bytes="[1, inf)",
+            max_bad_share="[0, 1]; 1 never stops",
+            cache_side="[1, inf); auto = 8/7 of the encoder's",
+            shuffle_buffer="[1, inf)",
+            num_readers="[1, inf)",
+            num_samples="[1, inf)",
+        )
+        if not self.mean:
+            raise ValueError("mean=(): give one number per channel")
+        if len(self.std) != len(self.mean):
+            raise ValueError(f"std={self.std!r}: give as many numbers as in mean={self.mean!r}")
+        if not self.streaming:
+            if self.num_samples is not None:
+                what = "only streamed sources need it; leave this setting out"
+                raise ValueError(f"num_samples={self.num_samples!r}: {what}")
+            return
+        if isinstance(self.source, dict):
+            what = f"a mixture is not streamed ({as_text(self.source)}); leave this setting out, or stream one source"
+            raise ValueError(f"streaming=True: {what}")
+        if self.pages == "images":
             raise ValueError("pages='images': pages of a stream are not counted; leave this or streaming out")
-        if self.on_bad_image not in ("skip", "raise"):
-            raise ValueError(f"on_bad_image={self.on_bad_image!r}: choose 'skip' or 'raise'")
-        if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"max_bad_share={self.max_bad_share!r}: must lie between 0 and 1; 1 never stops")
-        object.__setattr__(self, "num_workers", check_num_workers(self.num_workers))
-        if self.streaming and self.cache != "none":
+        if self.cache != "none":
             raise ValueError(f"cache={self.cache!r}: a stream is not decoded beforehand; leave out this or streaming")
-        if self.streaming and self.drop_duplicates:
+        if self.drop_duplicates:
             raise ValueError("drop_duplicates=True: a stream is not read beforehand; leave out this or streaming")
-        if self.cache_side != "auto" and self.cache_side < 1:
-            raise ValueError(f"cache_side={self.cache_side!r}: must be at least 1 pixel, or auto")
 
     @property
     def normalization(self) -> Normalization:

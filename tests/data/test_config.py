@@ -30,5 +30,5 @@ def test_settings_that_rounding_put_a_hair_outside_are_clamped():
 )  # fmt: skip
 def test_settings_far_outside_are_refused_with_what_they_are(settings: dict):
     name = next(iter(settings))
-    with pytest.raises(ValueError, match=rf"^{name}=.*(in [\[(]0, 1\] per channel|between 0 and 1)"):
+    with pytest.raises(ValueError, match=rf"^{name}=.*must lie in [\[(]0, 1\]; (one number per channel|1 never)"):
         DataConfig(source="x", **settings)
