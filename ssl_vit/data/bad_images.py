@@ -2,15 +2,14 @@
 
 import math
 import time
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from jaxtyping import Int64
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from ssl_vit.core.distributed import process_index, world_size
 from ssl_vit.core.reading import entry, read_metrics, read_records
@@ -21,7 +20,7 @@ from ssl_vit.data.decode.headers import JPEG_SIGNATURE, PNG_SIGNATURE, read_jpeg
 from ssl_vit.data.decoded import DecodedSource
 from ssl_vit.data.sources.source import MAX_TRIES, DataConfig, Source
 from ssl_vit.data.sources.stream import BadSample, Stream
-from ssl_vit.data.workers import leave_signals_to_the_main_process
+from ssl_vit.data.workers import in_workers
 
 BAD_IMAGES_FILE = "bad_images.jsonl"
 JUDGED_FROM = 100  # samples; the share among fewer is chance
@@ -197,15 +196,9 @@ def _find_problem(source: Source, row: int, num_channels: int) -> str | None:
 
 def leave_out_bad(source: Source, num_channels: int, num_workers: int) -> Source:
     """The rows of a source that can be decoded, found by decoding all of them, shared among the processes."""
-    mine = np.arange(process_index(), len(source), world_size())
-    loader = DataLoader(
-        _Good(source, mine, num_channels),
-        batch_size=256,
-        num_workers=num_workers,
-        worker_init_fn=leave_signals_to_the_main_process,
-    )
-    good = torch.cat([torch.empty(0, dtype=torch.bool), *loader]).numpy()
-    bad = gather_object(mine[~good].tolist())
+    rows = range(process_index(), len(source), world_size())
+    with in_workers(partial(_is_good, source, num_channels), rows, source.where, num_workers=num_workers) as good:
+        bad = gather_object([row for row, is_good in zip(rows, good, strict=True) if not is_good])
     if not bad:
         return source
     if process_index() == 0:
@@ -213,18 +206,9 @@ def leave_out_bad(source: Source, num_channels: int, num_workers: int) -> Source
     return source.subset(np.setdiff1d(np.arange(len(source)), bad))
 
 
-class _Good(Dataset):
-    """Whether rows of a source can be decoded."""
-
-    def __init__(self, source: Source, rows: np.ndarray, num_channels: int) -> None:
-        self.source, self.rows, self.num_channels = source, rows, num_channels
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, position: int) -> bool:
-        try:
-            self.source.image(int(self.rows[position]), self.num_channels)
-        except ValueError:
-            return False
-        return True
+def _is_good(source: Source, num_channels: int, row: int) -> bool:
+    try:
+        source.image(row, num_channels)
+    except ValueError:
+        return False
+    return True

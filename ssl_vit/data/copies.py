@@ -5,26 +5,22 @@ import json
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import replace
-from functools import lru_cache
-from itertools import chain
-from typing import Any, NamedTuple
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-from ssl_vit.core.machine import num_cpus
 from ssl_vit.core.reading import entry, read_json
 from ssl_vit.core.writing import replace_json
 from ssl_vit.data.config import DataConfig, setting_error
 from ssl_vit.data.decoded import cache_folder
 from ssl_vit.data.sources.fingerprint import fingerprint
 from ssl_vit.data.sources.source import Source
-from ssl_vit.data.workers import CurrentRows, leave_signals_to_the_main_process, naming_killed_workers, shut_down
+from ssl_vit.data.workers import in_workers
 
 try:
     import imagehash
@@ -140,39 +136,22 @@ def leave_out_copies(source: Source, config: DataConfig) -> Source:
 
 def _find_all(source: Source, num_channels: int) -> dict[str, list[int]]:
     """Rows that are copies, by kind."""
-    num_workers = num_cpus() if num_cpus() > 1 else 0
-    prints, copies = _Prints(source, num_channels, num_workers), Copies(source, num_channels)
-    how: Any = {"batch_size": 64, "collate_fn": list, "worker_init_fn": leave_signals_to_the_main_process}
-    iterator = iter(DataLoader(prints, num_workers=num_workers, **how))
-    found: dict[str, list[int]] = {"exact": [], "near": []}
+
+    copies, kinds = Copies(source, num_channels), {"exact": [], "near": []}
+    with in_workers(
+        partial(_print_of, source, num_channels), range(len(source)), source.where, doing="looking for copies"
+    ) as prints:
+        for row, image in enumerate(prints):
+            copy = None if image is None else copies.find(row, image)
+            if copy is not None:
+                kinds["exact" if copy.is_exact else "near"].append(row)
+    return kinds
+
+
+def _print_of(source: Source, num_channels: int, row: int) -> Print | None:
+    """The print of a row; None where it cannot be decoded."""
     try:
-        with (
-            naming_killed_workers(prints.current, source.where),
-            tqdm(total=len(source), desc="looking for copies", unit="image", leave=False, disable=None) as bar,
-        ):
-            for row, image in enumerate(chain.from_iterable(iterator)):
-                copy = None if image is None else copies.find(row, image)
-                if copy is not None:
-                    found["exact" if copy.is_exact else "near"].append(row)
-                bar.update()
-    finally:
-        shut_down(iterator)
-    return found
-
-
-class _Prints(Dataset[Print | None]):
-    """Prints of rows; None where there is nothing to see."""
-
-    def __init__(self, source: Source, num_channels: int, num_workers: int) -> None:
-        self.source, self.num_channels, self.current = source, num_channels, CurrentRows(num_workers)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, row: int) -> Print | None:
-        self.current.note(row)
-        try:
-            data = self.source.encoded(row)
-            return take_print(self.source, row, data, self.source.decode(row, data, self.num_channels))
-        except (ValueError, OSError):
-            return None
+        data = source.encoded(row)
+        return take_print(source, row, data, source.decode(row, data, num_channels))
+    except (ValueError, OSError):
+        return None

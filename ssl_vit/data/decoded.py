@@ -7,14 +7,13 @@ import multiprocessing
 import os
 import secrets
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import PIL
@@ -25,13 +24,10 @@ from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 from jaxtyping import Int64, UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
-from tqdm import tqdm
 
 from ssl_vit.core.distributed import process_index
-from ssl_vit.core.machine import num_cpus
 from ssl_vit.core.manifest import hash_file
 from ssl_vit.core.paths import as_path
 from ssl_vit.core.reading import open_regular, read_json
@@ -39,12 +35,11 @@ from ssl_vit.core.writing import UNFINISHED, flush, fresh_folder, replace_json
 from ssl_vit.data.outputs import mark
 from ssl_vit.data.sources.fingerprint import fingerprint
 from ssl_vit.data.sources.source import DataConfig, Source
-from ssl_vit.data.workers import CurrentRows, leave_signals_to_the_main_process, naming_killed_workers, shut_down
+from ssl_vit.data.workers import in_workers
 
 _FORMAT = 2  # raised when images are kept otherwise
 _PIXELS, _TABLE, _ABOUT = "pixels.bin", "table.npy", "about.json"
 _GIB = 2**30
-_CHUNK = 64  # rows that a worker decodes at once
 _NUM_BLOCKS, _BLOCK = 64, 2**16  # blocks of the pixels that are compared at each start, and bytes of each
 _SAMPLE, _SAMPLE_SECONDS = 256, 5.0  # rows, at most, that the size is estimated from
 
@@ -289,27 +284,12 @@ def _estimate(source: Source, num_channels: int, side: int) -> int:
 
 def _decode_all(source: Source, num_channels: int, side: int, folder: Path, where: str) -> int:
     """Fill the files of `folder` with all CPUs, images in any order; returns how many cannot be decoded."""
-    num_workers = num_cpus() if num_cpus() > 1 else 0
     pixels = folder / _PIXELS
     pixels.touch()
-    chunks = _Chunks(source, num_channels, side, pixels, num_workers)
-    loader = DataLoader(
-        chunks, batch_size=None, num_workers=num_workers, worker_init_fn=leave_signals_to_the_main_process
-    )
-    table = np.full((len(source), 3), -1, dtype=np.int64)
+    writer = _Writer(source, num_channels, side, pixels)
     start = time.perf_counter()
-    every = 0.5 if sys.stderr.isatty() else 30.0  # a log file gets a line now and then
-    iterator = iter(loader)
-    try:
-        with (
-            naming_killed_workers(chunks.current, source.where),
-            tqdm(total=len(source), desc="decoding", unit="image", mininterval=every, leave=False) as bar,
-        ):
-            for chunk, places in enumerate(iterator):
-                table[chunk * _CHUNK : (chunk + 1) * _CHUNK] = places
-                bar.update(len(places))
-    finally:
-        shut_down(iterator)
+    with in_workers(writer.decode, range(len(source)), source.where, doing="decoding") as places:
+        table = np.fromiter(places, np.dtype((np.int64, 3)), len(source))
     np.save(folder / _TABLE, table)
     seconds, num_bad = time.perf_counter() - start, int((table[:, 0] < 0).sum())
     bad = f", {num_bad:,} of them bad" if num_bad else ""
@@ -321,24 +301,15 @@ def _decode_all(source: Source, num_channels: int, side: int, folder: Path, wher
     return num_bad
 
 
-class _Chunks(Dataset[Int64[Tensor, "r 3"]]):
-    """Decodes some rows at a time into the file of pixels, and gives their rows of the table."""
+class _Writer:
+    """Decodes rows into the file of pixels, several processes at once."""
 
-    def __init__(self, source: Source, num_channels: int, side: int, pixels: Path, num_workers: int) -> None:
+    def __init__(self, source: Source, num_channels: int, side: int, pixels: Path) -> None:
         self.source, self.num_channels, self.side, self.pixels = source, num_channels, side, pixels
-        self.current = CurrentRows(num_workers)
         self._end = multiprocessing.Value("q", 0)
 
-    def __len__(self) -> int:
-        return -(-len(self.source) // _CHUNK)
-
-    def __getitem__(self, chunk: int) -> Int64[Tensor, "r 3"]:
-        rows = range(chunk * _CHUNK, min((chunk + 1) * _CHUNK, len(self.source)))
-        with self.pixels.open("r+b") as file:
-            return torch.tensor([self._keep(row, file) for row in rows], dtype=torch.int64)
-
-    def _keep(self, row: int, file: BinaryIO) -> tuple[int, int, int]:
-        self.current.note(row)
+    def decode(self, row: int) -> tuple[int, int, int]:
+        """Append the image of a row; returns its row of the table."""
         try:
             image = shrink(self.source.image(row, self.num_channels), self.side)
         except ValueError:
@@ -347,6 +318,7 @@ class _Chunks(Dataset[Int64[Tensor, "r 3"]]):
         with self._end.get_lock():
             start = self._end.value
             self._end.value += values.nbytes
-        file.seek(start)
-        file.write(values.data)
+        with self.pixels.open("r+b") as file:
+            file.seek(start)
+            file.write(values.data)
         return start, image.shape[1], image.shape[2]

@@ -1,22 +1,26 @@
-"""Loader processes: how many, the signals they get, what each is at, and what is said when one dies."""
+"""Loader processes: how many, which signals they heed, which row each is at, and the error when one is killed."""
 
 import os
 import re
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
-from torch.utils.data import get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+from tqdm import tqdm
 
 from ssl_vit.core.machine import num_cpus, num_local_processes
 
+_Result = TypeVar("_Result")
+
 
 def check_num_workers(num_workers: int | str) -> int | Literal["auto"]:
-    """A number of loader processes as settings give it; -1, the older way of writing `auto`, becomes that.
+    """A number of loader processes as settings give it; -1, the former spelling of `auto`, becomes `auto`.
 
     Raises:
         ValueError: no number of processes.
@@ -29,10 +33,9 @@ def check_num_workers(num_workers: int | str) -> int | Literal["auto"]:
 
 
 def choose_num_workers(num_workers: int | Literal["auto"], device: torch.device) -> int:
-    """Loader processes of each training process; auto means chosen from the machine.
+    """Loader processes of each training process; `auto` chooses from the machine.
 
-    None where the CPU trains: every core is busy with the step, and a worker that takes one away costs more than it
-    hides.
+    0 where the CPU trains: every core is busy with the step, and a worker that takes one away costs more than it hides.
     """
     if num_workers != "auto":
         return num_workers
@@ -42,9 +45,9 @@ def choose_num_workers(num_workers: int | Literal["auto"], device: torch.device)
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:
-    """Ctrl-C, and SIGTERM or SIGUSR1 to the whole group, must not end the workers under a run that is about to save.
+    """Let Ctrl-C, and SIGTERM or SIGUSR1 to the whole group, not end the workers of a run that is about to save.
 
-    A SIGTERM is heeded a minute late, and a second one at once: it may come from a main process that ends.
+    A first SIGTERM ends the worker a minute later, a second one at once: it may come from a main process that ends.
     """
 
     def heed_later(*_: object) -> None:
@@ -54,16 +57,15 @@ def leave_signals_to_the_main_process(worker: int) -> None:
         timer.start()
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGUSR1"):  # not on Windows
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, heed_later)
 
 
 def shut_down(iterator: object) -> None:
     """End the workers of a loader's iterator, if it has any.
 
-    Not left to the garbage collector: the traceback of an error would keep the workers alive, and the end of each of
-    them would be one more error.
+    The garbage collector would be too late: an error's traceback keeps the workers alive, and each of them would raise
+    one more error when it ends.
     """
     if hasattr(iterator, "_shutdown_workers"):
         with suppress(RuntimeError):
@@ -71,18 +73,18 @@ def shut_down(iterator: object) -> None:
 
 
 class CurrentRows:
-    """The row that each worker of a loader is at, in memory that they share with the main process."""
+    """The row that each worker of a loader is at, in memory that the workers share with the main process."""
 
     def __init__(self, num_workers: int) -> None:
         # Process id and row of each worker; -1 before it has begun.
         self._rows = torch.full((max(1, num_workers), 2), -1, dtype=torch.int64).share_memory_()
 
     def note(self, row: int) -> None:
-        """Say what is read next; without workers nobody needs to know."""
+        """Note the row that is read next; without workers nobody needs it."""
         worker = get_worker_info()
         if worker is not None:
-            place = self._rows[worker.id]
-            place[0], place[1] = os.getpid(), row
+            entry = self._rows[worker.id]
+            entry[0], entry[1] = os.getpid(), row
 
     def of(self, process: int) -> int | None:
         """The row that a worker was at last, by its process id."""
@@ -92,7 +94,7 @@ class CurrentRows:
         """A worker that a signal has ended: its process id, and the signal's name."""
         for process in self._rows[:, 0].tolist():
             try:
-                # Without taking the news away from those who wait for it.
+                # WNOWAIT: others that wait for this process still learn of its end.
                 ended = os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) if process > 0 else None
             except ChildProcessError:
                 continue
@@ -102,14 +104,68 @@ class CurrentRows:
 
 
 @contextmanager
+def in_workers(
+    work: Callable[[int], _Result],
+    rows: Sequence[int],
+    where: Callable[[int], str],
+    *,
+    num_workers: int | None = None,
+    doing: str | None = None,
+) -> Iterator[Iterator[_Result]]:
+    """Call `work` with each row in loader processes; the context gives the results in the order of rows.
+
+    Args:
+        where: the beginning of an error about a row; see `naming_killed_workers`.
+        num_workers: None = one for each CPU.
+        doing: the name of a progress bar; None = no bar.
+    """
+    if num_workers is None:
+        num_workers = num_cpus() if num_cpus() > 1 else 0
+    loader = DataLoader(
+        dataset := _Rows(work, rows, num_workers),
+        batch_size=64,
+        collate_fn=list,
+        num_workers=num_workers,
+        worker_init_fn=leave_signals_to_the_main_process,
+    )
+    iterator = iter(loader)
+    every = 0.5 if sys.stderr.isatty() else 30.0  # a log file gets a line now and then
+    bar = tqdm(total=len(rows), desc=doing, unit="image", mininterval=every, leave=False, disable=doing is None)
+
+    def results() -> Iterator[Any]:
+        for batch in iterator:
+            yield from batch
+            bar.update(len(batch))
+
+    try:
+        with naming_killed_workers(dataset.current, where), bar:
+            yield results()
+    finally:
+        shut_down(iterator)
+
+
+class _Rows(Dataset[Any]):
+    def __init__(self, work: Callable[[int], Any], rows: Sequence[int], num_workers: int) -> None:
+        self.work, self.rows, self.current = work, rows, CurrentRows(num_workers)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: int) -> Any:
+        row = int(self.rows[position])
+        self.current.note(row)
+        return self.work(row)
+
+
+@contextmanager
 def naming_killed_workers(rows: CurrentRows, where: Callable[[int], str]) -> Iterator[None]:
     """Turn the error about a worker that was killed into one that names the row it was at.
 
-    torch raises it wherever the main process happens to be when the worker ends, in the middle of a step as well; or
+    torch raises it wherever the main process happens to be when the worker ends, also in the middle of a step; or
     reading what the worker has sent fails first.
 
     Args:
-        where: the beginning of the message for a row: where the picture is.
+        where: the beginning of the message for a row: where the image is.
 
     Raises:
         ValueError: a worker was killed, by the system or by what it was decoding.
@@ -117,15 +173,13 @@ def naming_killed_workers(rows: CurrentRows, where: Callable[[int], str]) -> Ite
     try:
         yield
     except (RuntimeError, OSError, EOFError) as error:
-        found = _find_killed(rows, error)
-        if found is None:
+        killed = _find_killed(rows, error)
+        if killed is None:
             raise
-        process, name = found
+        process, name = killed
         row = rows.of(process)
-        begin = (
-            "data.num_workers: a loader worker" if row is None else f"{where(row)}: the loader worker at this picture"
-        )
-        advice = "its decoder crashed: remove the picture or convert it"
+        begin = "data.num_workers: a loader worker" if row is None else f"{where(row)}: the loader worker at this image"
+        advice = "its decoder crashed: remove the image or convert it"
         if name == signal.strsignal(signal.SIGKILL):
             advice = (
                 "the system does so where memory runs out: set fewer --data.num_workers or a smaller "
@@ -135,23 +189,23 @@ def naming_killed_workers(rows: CurrentRows, where: Callable[[int], str]) -> Ite
 
 
 def _find_killed(rows: CurrentRows, error: BaseException) -> tuple[int, str] | None:
-    """The worker that an error comes from: its process id, and the name of the signal; None if it comes from none."""
+    """The worker whose end caused an error: its process id, and the name of the signal; None if there is none."""
     for _ in range(20):
         try:
-            found = _said_to_be_killed(error) or rows.find_killed()
-            if found is not None or not isinstance(error, ConnectionError | EOFError):
-                return found
+            killed = _killed_by_message(error) or rows.find_killed()
+            if killed is not None or not isinstance(error, ConnectionError | EOFError):
+                return killed
             time.sleep(0.1)  # a connection breaks a little before its process counts as ended
         except RuntimeError as news:
             error = news
     return None
 
 
-def _said_to_be_killed(error: BaseException | None) -> tuple[int, str] | None:
-    """A killed worker as torch's message names it, or that of an error before it: process id, and the signal's name."""
+def _killed_by_message(error: BaseException | None) -> tuple[int, str] | None:
+    """The killed worker that torch's message, or that of an error before it, names: process id, and signal."""
     while error is not None:
-        said = re.match(r"DataLoader worker \(pid (\d+)\) is killed by signal: (.*?)\.? *$", str(error))
-        if said is not None:
-            return int(said[1]), said[2]
+        match = re.match(r"DataLoader worker \(pid (\d+)\) is killed by signal: (.*?)\.? *$", str(error))
+        if match is not None:
+            return int(match[1]), match[2]
         error = error.__cause__ or error.__context__
     return None

@@ -174,5 +174,5 @@ sys.exit(main(DEFAULTS))
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
-    assert "07.png): the loader worker at this picture was killed (Killed); " in lines[0]
+    assert "07.png): the loader worker at this image was killed (Killed); " in lines[0]
     assert "Traceback" not in done.stderr
