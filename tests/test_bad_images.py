@@ -37,7 +37,7 @@ def photos(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "whole"
     text = finish([sys.executable, *command(photos, run)])
-    assert text.count("WARNING: pictures that cannot be decoded are passed over") == 1
+    assert text.count("WARNING: images that cannot be decoded are passed over") == 1
     assert text.count("note       2 of the source's 40 images cannot be decoded; the first: ") == 1
     return run
 
@@ -119,7 +119,7 @@ def test_a_run_of_too_many_stops_and_goes_on_where_more_are_allowed(
     monkeypatch.setattr(run_module, "look_beforehand", lambda *_: None)  # as where headers tell nothing
     assert start(photos, run, monkeypatch, every, few) == 1
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: data.max_bad_share=0.02: 2 of the source's 40 pictures cannot be decoded; ")
+    assert line.startswith("error: data.max_bad_share=0.02: 2 of the source's 40 images cannot be decoded; ")
     assert line.endswith("The checkpoints before it are whole.")
     assert list((run / "checkpoints").iterdir())
     assert start(photos, run, monkeypatch, every, "--data.on_bad_image=raise") == 1
@@ -155,7 +155,7 @@ def test_a_run_that_ends_by_bad_images_after_its_last_step_leaves_its_checkpoint
         spoil_pixels(tmp_path / "photos" / name)
     run, flags = tmp_path / "run", ["--steps=5", "--log_every=5", "--checkpoint.every_steps=100"]
     assert start(tmp_path / "photos", run, monkeypatch, *flags, "--data.max_bad_share=0.02") == 1
-    assert "2 of the source's 40 pictures cannot be decoded" in capsys.readouterr().err
+    assert "2 of the source's 40 images cannot be decoded" in capsys.readouterr().err
     assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["step-00000005"]
     assert start(tmp_path / "photos", run, monkeypatch, *flags) == 0
     assert len(losses(run)) == 1

@@ -44,7 +44,7 @@ def whole(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert f"data       {shards}: 40 images, no labels" in text
     assert "no scores at the end: a stream is judged by evaluation.source, which names none" in text
     assert "12 steps = 2.4 epochs" in text
-    assert text.count("WARNING: pictures that cannot be decoded are passed over") == 1
+    assert text.count("WARNING: images that cannot be decoded are passed over") == 1
     return run
 
 

@@ -1,4 +1,4 @@
-"""Pictures that cannot be decoded: passed over where that is wanted, counted, and written down with the reason."""
+"""Images that cannot be decoded: counted and listed with the reason, and looked for before the first step."""
 
 import math
 import time
@@ -23,16 +23,16 @@ from ssl_vit.data.sources.stream import BadSample, Stream
 from ssl_vit.data.workers import in_workers
 
 BAD_IMAGES_FILE = "bad_images.jsonl"
-JUDGED_FROM = 100  # samples; the share among fewer is chance
-LOOKED_AT, SECONDS = 256, 2.0  # images, at most, that are looked at before the first step
-CHANCE = 1e-4  # with which a source of just the allowed share may be refused by that look
+JUDGED_FROM = 100  # samples; the share among fewer says little
+LOOKED_AT, SECONDS = 256, 2.0  # most images, and most time, for the look before the first step
+CHANCE = 1e-4  # that this look refuses a source with just the allowed share of bad images
 
 
 class BadImages:
     """Rows that a run drew and could not decode, over all its processes.
 
-    Count and rows are those of an undisturbed run: what a killed one noted after its last checkpoint is forgotten,
-    since those steps are done again.
+    Count and rows are those of an undisturbed run: what a killed run noted after its last checkpoint is dropped, since
+    those steps are done again.
     """
 
     def __init__(
@@ -46,38 +46,38 @@ class BadImages:
         num_channels: int,
         is_writer: bool,
     ) -> None:
-        """Go on at `start_step`; every process calls this.
+        """Continue at `start_step`; every process calls this.
 
         Args:
-            folder: of the run.
-            metrics: the run's metrics.jsonl, whose last count is the one to go on from.
+            folder: the run's.
+            metrics: the run's metrics.jsonl, whose last count is continued.
             is_writer: True in the main process alone.
         """
         self.source, self.num_channels, self.max_share = source, num_channels, config.max_bad_share
         self.path, self.is_writer = folder / BAD_IMAGES_FILE, is_writer
         self._file = JsonLines(self.path)
-        found: list[tuple[set, int]] = [(set(), 0)]
+        noted: list[tuple[set, int]] = [(set(), 0)]
         if is_writer:
             forget_after(self.path, start_step)
             known = {(record.get("shard"), entry(record, "row", int, self.path)) for record in read_records(self.path)}
             counts = [r["bad_images"] for r in read_metrics(metrics) if "bad_images" in r and r["step"] <= start_step]
-            found = [(known, counts[-1] if counts else 0)]
-        # By shard, None where there are none, and row.
-        self.rows, self.count = broadcast_object_list(found)[0]
+            noted = [(known, counts[-1] if counts else 0)]
+        # (shard, row); the shard is None where there are none.
+        self.rows, self.count = broadcast_object_list(noted)[0]
         self._drawn: list[BadSample] = []
 
     def note(self, bad: Int64[Tensor, " b"] | list[BadSample]) -> None:
-        """Note what was bad in a batch of this process.
+        """Note the bad images of a batch of this process.
 
         Args:
-            bad: of a stream, those that were passed over; else row numbers, -1 = a sample whose own picture was good.
+            bad: of a stream, the images passed over; else row numbers, -1 = a sample whose own image was good.
         """
         if isinstance(bad, Tensor):
             bad = [BadSample(None, row) for row in bad[bad >= 0].tolist()]
         self._drawn += bad
 
     def settle(self, step: int) -> int:
-        """Write down new rows and return how many samples were bad so far; every process calls this."""
+        """Write new rows and return how many samples were bad so far; every process calls this."""
         drawn = gather_object(self._drawn)
         self._drawn = []
         self.count += len(drawn)
@@ -88,7 +88,7 @@ class BadImages:
         return self.count
 
     def check(self, num_drawn: int) -> None:
-        """Stop a run that learns from too little of its source.
+        """Stop a run of which too many images are bad.
 
         Args:
             num_drawn: samples so far, over all processes.
@@ -98,9 +98,9 @@ class BadImages:
         """
         what, num_samples = None, self.source.num_samples
         if num_samples is not None and len(self.rows) > self.max_share * num_samples:
-            what = f"{len(self.rows):,} of the source's {num_samples:,} pictures"
+            what = f"{len(self.rows):,} of the source's {num_samples:,} images"
         elif num_drawn >= JUDGED_FROM and self.count > self.max_share * num_drawn:
-            what = f"{self.count:,} of the {num_drawn:,} pictures drawn so far"
+            what = f"{self.count:,} of the {num_drawn:,} images drawn so far"
         if what is not None:
             raise ValueError(
                 f"data.max_bad_share={self.max_share}: {what} cannot be decoded; {self.path} says which and why. "
@@ -125,13 +125,13 @@ def describe_bad(source: Source, row: int, num_channels: int) -> dict[str, objec
 
 
 def look_beforehand(source: Source | Stream, config: DataConfig, num_channels: int) -> None:
-    """Look at headers of a seeded sample of a source, and decode what they cannot judge, before anything is written.
+    """Check a seeded sample of a source by its headers, and by decoding where headers do not tell, before a run begins.
 
-    Of images that were decoded beforehand all are known; of a stream the first few are looked at.
+    All images that were decoded beforehand are known; of a stream the first few are decoded.
 
     Raises:
-        ValueError: none of them can be decoded, such as with another number of channels than the encoder has; or so
-            many cannot that the source has more than `max_bad_share` of them, by more than chance.
+        ValueError: none can be decoded, such as with another number of channels than the encoder has; or so many
+            cannot that the source has more than `max_bad_share` of them, by more than chance.
     """
     start, num_seen, bad = time.perf_counter(), 0, []
     if isinstance(source, DecodedSource):
@@ -160,18 +160,18 @@ def look_beforehand(source: Source | Stream, config: DataConfig, num_channels: i
             f"{bad[0]}; none of the {num_seen:,} images looked at can be decoded with encoder.in_chans={num_channels}"
         )
     found = f"{num_bad:,} of " + (f"the source's {num_seen:,} images" if is_all else f"{num_seen:,} images looked at")
-    too_many = num_bad > share * num_seen and (is_all or _by_chance(num_bad, num_seen, share) < CHANCE)
+    too_many = num_bad > share * num_seen and (is_all or _chance_of(num_bad, num_seen, share) < CHANCE)
     if config.on_bad_image == "skip" and too_many:
         raise ValueError(
             f"data.max_bad_share={share}: {found} cannot be decoded; the first: {bad[0]}. Repair or remove them, or "
             "allow more with --data.max_bad_share"
         )
-    if not isinstance(source, DecodedSource):  # which was looked at before it was decoded
+    if not isinstance(source, DecodedSource):  # whose images were looked at before they were decoded
         print(f"note       {found} cannot be decoded; the first: {plain(bad[0])}")
 
 
-def _by_chance(num_bad: int, num_seen: int, share: float) -> float:
-    """The probability that at least so many of those seen are bad, where `share` of all are."""
+def _chance_of(num_bad: int, num_seen: int, share: float) -> float:
+    """The probability that at least `num_bad` of `num_seen` images are bad, where `share` of all are."""
     return sum(math.comb(num_seen, k) * share**k * (1 - share) ** (num_seen - k) for k in range(num_bad, num_seen + 1))
 
 
@@ -179,14 +179,14 @@ def _find_problem(source: Source, row: int, num_channels: int) -> str | None:
     """Why the image of a row cannot be decoded, as far as its header tells; None where it seems sound."""
     try:
         data = source.encoded(row)
-        if num_channels in (1, 3, 4):  # which any image is converted to
+        if num_channels in (1, 3, 4):  # any image is converted to these
             if data.startswith(PNG_SIGNATURE):
                 png = read_png(data)
                 return check_size(png.height, png.width, png.bytes_a_pixel, source.max_image_bytes)
             if data.startswith(JPEG_SIGNATURE) and (jpeg := read_jpeg(data)) is not None:
                 return check_size(jpeg.height, jpeg.width, jpeg.bytes_a_pixel, source.max_image_bytes)
     except Exception:
-        pass  # said in full below
+        pass  # the full error follows
     try:
         source.image(row, num_channels)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Images that repeat one before them, byte for byte or to the eye, and sources without them."""
+"""Images that repeat one before them, byte for byte or nearly, and sources without them."""
 
 import hashlib
 import json
@@ -28,37 +28,37 @@ except ImportError:
     imagehash = None
 
 INSTALL = "pip install 'ssl-vit[dedup]'"
-# What they take for copies: nine of 20,000 images of CIFAR-10 (200 million pairs), all of them the same photograph as
-# another; 266 of 2,465 OpenMoji drawings, many of which differ by a detail. Of 150 photographs saved again as JPEG of
-# quality 20 to 90, as WebP or at half the size they find all, of images of 32 pixels 97 % at quality 50.
+# These thresholds find nine copies in 20,000 images of CIFAR-10 (200 million pairs), each the same photograph as
+# another; 266 in 2,465 OpenMoji drawings, many of which differ by a detail. Of 150 photographs saved again as JPEG of
+# quality 20 to 90, as WebP or at half the size they find all; of images of 32 pixels at quality 50, 97 %.
 _MOST_BITS = 4  # of a hash's 64 that differ
 _BANDS = tuple(13 * band for band in range(5))  # where four bits differ, one of five bands of bits is the same
 _MOST_DIFFERENCE = 0.15  # of thumbnails: root mean square, over the deviation of the image's pixels
-_MOST_COMPARED = 32  # images of much the same hashes, as blank ones are, whose thumbnails are compared
-_FORMAT = 1  # raised when copies are found otherwise
+_MOST_COMPARED = 32  # images of similar hashes (blank ones have them) whose thumbnails are compared
+_FORMAT = 1  # raised when copies are found by other rules
 
 
 class Print(NamedTuple):
-    """What is kept of an image."""
+    """What is kept of an image to compare it by."""
 
     digest: bytes
-    """Of its file, and the page in it where pages are images."""
-    looks: tuple[int, ...]
-    """pHash and dHash, perceptual hashes of 64 bits: dHash for what is smooth, on which pHash sees noise. () without
-    the library."""
+    """Hash of its file, and of the page in it where pages are images."""
+    hashes: tuple[int, ...]
+    """pHash and dHash, perceptual hashes of 64 bits: dHash for smooth images, where pHash sees noise. () without the
+    library."""
 
 
 class Copy(NamedTuple):
-    """An image that is there before."""
+    """What a copy repeats."""
 
     first: int
-    """Row of the one before."""
+    """Row of the image that it repeats."""
     is_exact: bool
-    """Byte for byte; else to the eye."""
+    """Byte for byte; else nearly."""
 
 
 def take_print(source: Source, row: int, data: bytes, pixels: UInt8[Tensor, "c h w"]) -> Print:
-    """What the image of a row is compared by, its file and what that was decoded to; in 2 ms at 500 x 375 pixels."""
+    """The print of a row's image, given its file and pixels; takes 2 ms at 500 x 375 pixels."""
     page = b"" if isinstance(source.pages, str) else str(source.pages[row]).encode()
     digest = hashlib.blake2b(data + page, digest_size=16).digest()
     if imagehash is None:
@@ -71,7 +71,7 @@ def take_print(source: Source, row: int, data: bytes, pixels: UInt8[Tensor, "c h
 
 
 class Copies:
-    """Tells of images, in the order of their rows, which are copies; each is compared with those that are none."""
+    """Finds copies among images, in the order of rows; each image is compared with those that are no copies."""
 
     def __init__(self, source: Source, num_channels: int) -> None:
         self.source, self.num_channels = source, num_channels
@@ -80,56 +80,56 @@ class Copies:
         self._thumbnail = lru_cache(4096)(self._shrink)
 
     def find(self, row: int, image: Print) -> Copy | None:
-        """What a row is a copy of, None if of none; each row once."""
+        """What a row is a copy of, or None; call this once for each row."""
         first = self._by_digest.setdefault(image.digest, row)
         if first != row:
             return Copy(first, True)
         bands = [
-            (look, self._by_band[number, shift, look >> shift & 0x1FFF])
-            for number, look in enumerate(image.looks)
+            (own, self._by_band[number, shift, own >> shift & 0x1FFF])
+            for number, own in enumerate(image.hashes)
             for shift in _BANDS
         ]
-        near = {((own ^ look).bit_count(), other) for own, band in bands for other, look in band}
+        near = {((own ^ their).bit_count(), other) for own, band in bands for other, their in band}
         for _, other in sorted(pair for pair in near if pair[0] <= _MOST_BITS)[:_MOST_COMPARED]:
-            # Few are compared: they are decoded again, rather than thumbnails of millions kept.
-            (own, contrast), (its, _) = self._thumbnail(row), self._thumbnail(other)
-            if (own - its).square().mean().sqrt() <= _MOST_DIFFERENCE * contrast:
+            # So few are compared that decoding them again beats keeping thumbnails of millions.
+            (thumbnail, contrast), (before, _) = self._thumbnail(row), self._thumbnail(other)
+            if (thumbnail - before).square().mean().sqrt() <= _MOST_DIFFERENCE * contrast:
                 return Copy(other, False)
-        for look, band in bands:
-            band.append((row, look))
+        for own, band in bands:
+            band.append((row, own))
         return None
 
     def _shrink(self, row: int) -> tuple[Float[Tensor, "c 8 8"], float]:
-        """Thumbnail and contrast, the deviation of its pixels, of at least 1."""
+        """The thumbnail of a row and its contrast: the standard deviation of its pixels, at least 1."""
         image = self.source.image(row, self.num_channels).float()
         return F.adaptive_avg_pool2d(image, 8), max(image.std().item(), 1.0)
 
 
 def leave_out_copies(source: Source, config: DataConfig) -> Source:
-    """The source without images that repeat one before them, over all its parts; what cannot be decoded stays.
+    """The source without images that repeat one before them in any of its parts; undecodable images stay.
 
-    All images are read, with all CPUs, and the copies found are kept in `data.cache_dir` for the next start.
+    Reads all images, with all CPUs, and keeps the list of copies in `data.cache_dir` for the next start.
 
     Raises:
-        ValueError: the library for near-duplicates is missing, or a part of a mixture has nothing of its own.
+        ValueError: the library for near-duplicates is missing, or all images of a part of a mixture are copies.
     """
     if imagehash is None:
         raise setting_error(config, "drop_duplicates", f"near-duplicates are found by ImageHash: {INSTALL}")
     about = [fingerprint(source, np.arange(len(source))), len(config.mean), source.max_image_bytes, _FORMAT]
     file = cache_folder(config) / f"copies-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]}.json"
     try:
-        found = {kind: entry(read_json(file), kind, list[int], file) for kind in ("exact", "near")}
+        copies = {kind: entry(read_json(file), kind, list[int], file) for kind in ("exact", "near")}
     except (OSError, ValueError):
-        found = _find_all(source, len(config.mean))
-        with suppress(OSError):  # else they are found again at the next start
+        copies = _find_all(source, len(config.mean))
+        with suppress(OSError):  # then the next start searches again
             file.parent.mkdir(parents=True, exist_ok=True)
-            replace_json(file, found)
-    kept = np.setdiff1d(np.arange(len(source)), np.array(found["exact"] + found["near"], dtype=np.int64))
+            replace_json(file, copies)
+    kept = np.setdiff1d(np.arange(len(source)), np.array(copies["exact"] + copies["near"], dtype=np.int64))
     if source.mixture is not None:
         for number, name in enumerate(source.mixture.names):
             if not (source.mixture.origin[kept] == number).any():
                 raise setting_error(config, "drop_duplicates", f"all images of {name!r} are copies; leave it out")
-    counts = f"{len(found['exact']):,} byte for byte the same as another, {len(found['near']):,} nearly so"
+    counts = f"{len(copies['exact']):,} byte for byte the same as another, {len(copies['near']):,} nearly so"
     note = f"data.drop_duplicates: {len(source) - len(kept):,} of {len(source):,} images are left out ({counts})"
     return replace(source.subset(kept), notes=(*source.notes, note))
 

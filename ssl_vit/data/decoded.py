@@ -289,7 +289,7 @@ def _decode_all(source: Source, num_channels: int, side: int, folder: Path, wher
     writer = _Writer(source, num_channels, side, pixels)
     start = time.perf_counter()
     with in_workers(writer.decode, range(len(source)), source.where, doing="decoding") as places:
-        table = np.fromiter(places, np.dtype((np.int64, 3)), len(source))
+        table: Int64[np.ndarray, "n 3"] = np.fromiter(places, np.dtype((np.int64, 3)), len(source))
     np.save(folder / _TABLE, table)
     seconds, num_bad = time.perf_counter() - start, int((table[:, 0] < 0).sum())
     bad = f", {num_bad:,} of them bad" if num_bad else ""

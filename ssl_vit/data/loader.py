@@ -18,8 +18,8 @@ from ssl_vit.data.workers import CurrentRows, leave_signals_to_the_main_process,
 class TransformedSource(Dataset[dict[str, Tensor]]):
     """Samples of a source by key: decoded, then transformed with the sample's own generator.
 
-    Where the source has labels, a sample holds its `label` too (-1 = none). With `skip_bad` a picture that cannot be
-    decoded is replaced by the next good one, and the sample's `bad_row` names the bad one's row (-1 = was good).
+    Where the source has labels, a sample holds its `label` too (-1 = none). With `skip_bad` an image that cannot be
+    decoded is replaced by the next good one, and the sample's `bad_row` is the bad one's row (-1 = it was good).
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class TransformedSource(Dataset[dict[str, Tensor]]):
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """A worker's ValueError as it would be without workers: torch puts its whole traceback into the message."""
+    """Raise a worker's ValueError as it was: torch puts the worker's whole traceback into the message."""
     try:
         yield
     except ValueError as error:
@@ -66,16 +66,20 @@ def plain_errors() -> Iterator[None]:
 
 
 def read_batches(loader: DataLoader) -> Iterator[Any]:
-    """The batches of a loader, see `plain_errors`."""
-    with plain_errors():
-        yield from loader
+    """The batches of a loader, with `plain_errors`; its workers end with the iteration, also after an error."""
+    iterator = iter(loader)
+    try:
+        with plain_errors():
+            yield from iterator
+    finally:
+        shut_down(iterator)
 
 
 class Batches:
     """Micro-batches in the sampler's order, on `device`, as the objective takes them.
 
-    A context: at its end the workers end, and inside it a worker that was killed is a ValueError that names the picture
-    it was at, wherever the news of it arrives.
+    A context: its end ends the workers, and inside it a killed worker becomes a ValueError that names the image it was
+    at, wherever torch raises the news.
     """
 
     def __init__(
@@ -89,10 +93,10 @@ class Batches:
         device: torch.device,
         note_bad: Callable[[Tensor], None] | None = None,
     ) -> None:
-        """No worker is started before the first batch.
+        """Start no worker before the first batch.
 
         Args:
-            note_bad: given the `bad_row` of each batch; pictures that cannot be decoded are replaced. None: they raise.
+            note_bad: called with the `bad_row` of each batch; undecodable images are replaced. None = they raise.
         """
         self.source, self.transform, self.device, self.note_bad = source, transform, device, note_bad
         self._samples = TransformedSource(

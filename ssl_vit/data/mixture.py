@@ -1,4 +1,4 @@
-"""Several sources drawn from by weight, as a pure function of seed and epoch."""
+"""Several sources, drawn from by weight as a pure function of seed and epoch."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from ssl_vit.data.sampler import epoch_order
 
 
 def check_weights(weights: Mapping[Any, float]) -> None:
-    """Refuse weights of which no mixture can be made.
+    """Refuse weights that make no mixture.
 
     Raises:
         ValueError: begins with `source=`.
@@ -38,8 +38,8 @@ def as_text(weights: Mapping[Any, float]) -> str:
 class Mixture:
     """Which source each row comes from, and how often each source is drawn from.
 
-    An epoch has as many draws as there are rows. Each source has its share of them, to the nearest whole number, and
-    walks through shuffled epochs of its own, so that its pictures are seen equally often whatever its weight.
+    An epoch has as many draws as there are rows. Each source gets its share of them, to the nearest whole number, and
+    goes through shuffled epochs of its own, so that all its images are seen equally often whatever its weight.
     """
 
     names: tuple[str, ...]
@@ -48,11 +48,11 @@ class Mixture:
     """Index into `names` of each row."""
 
     def subset(self, rows: Int64[np.ndarray, " r"]) -> "Mixture":
-        """The mixture of some rows, in this order."""
+        """The mixture of the given rows, in their order."""
         return replace(self, origin=self.origin[rows])
 
     def alike(self, row: int) -> Int64[np.ndarray, " s"]:
-        """The rows of a row's own source, beginning with it and going on round the end."""
+        """Rows of the same source, starting at `row`, wrapping around."""
         rows = np.flatnonzero(self.origin == self.origin[row])
         return np.roll(rows, -int(np.searchsorted(rows, row)))
 
@@ -72,7 +72,7 @@ class Mixture:
         return np.concatenate(drawn)[epoch_order(len(self.origin), seed, epoch)]
 
     def _drawn(self, source: int, count: int, seed: int, epoch: int) -> Int64[np.ndarray, " m"]:
-        """What a source gives to an epoch: the next `count` rows of its own endless sequence."""
+        """Rows that a source gives to an epoch: the next `count` of its own endless sequence."""
         if count == 0:
             return np.empty(0, dtype=np.int64)
         rows = np.flatnonzero(self.origin == source)

@@ -1,4 +1,4 @@
-"""What this package writes, told by the names of files, so that none of it is ever taken for an image to learn from."""
+"""Recognises by file names what this package wrote, so that none of it is taken for an image to learn from."""
 
 import os
 from collections.abc import Collection
@@ -9,9 +9,9 @@ from ssl_vit.core.reading import MAX_JSON, open_regular, read_bytes
 from ssl_vit.core.writing import UNFINISHED
 
 MARKER = ".ssl_vit"
-"""File in which names of files of the same folder stand that this package wrote, or a dot for the whole folder."""
+"""File that lists files of its folder that this package wrote; a dot stands for the whole folder."""
 
-# What hardly any other program writes, and what tells a run beside one of them.
+# Files that hardly any other program writes, and those that prove a run beside one of them.
 _OF_A_RUN = {"run.lock", "heartbeat.json", "provenance.json", "bad_images.jsonl", "backbone.safetensors"}
 _BESIDE = {"config.yaml", "config.json", "metrics.jsonl", "results.json", "skipped_steps.json", "checkpoints"}
 _WEIGHTS = {"backbone.safetensors", "model.safetensors", "model.onnx", "model.pt2"}
@@ -20,7 +20,7 @@ _DECODED = {"about.json", "table.npy", "pixels.bin"}
 
 
 def mark(folder: Path, name: str = ".") -> None:
-    """Note in a folder that a file of it, or the whole of it, was written by this package and by no user.
+    """Note that this package, and no user, wrote a file of a folder, or the whole folder.
 
     A folder that cannot be written is no error.
     """
@@ -31,24 +31,24 @@ def mark(folder: Path, name: str = ".") -> None:
 
 
 def is_output(folder: Path, names: Collection[str], *, named: bool = False) -> bool:
-    """Whether a folder is a run's, an export's, a checkpoint's or a cache's; some of its files may have been deleted.
+    """Whether a folder is a run, export, checkpoint or cache, of which some files may have been deleted.
 
     Args:
-        names: of all that the folder holds.
-        named: whether the user named this very folder. What any project's folder could hold is then no sign.
+        names: of all files and folders in it.
+        named: whether the user named this very folder. File names that any project may use then prove nothing.
     """
-    found = set(names)
+    held = set(names)
     return (
-        (MARKER in found and "." in _marked(folder))
-        or (bool(found & _OF_A_RUN) and len(found & (_OF_A_RUN | _BESIDE)) > 1)
-        or (not named and bool(found & _WEIGHTS) and bool(found & _ABOUT_WEIGHTS))
-        or (not named and "table.npy" in found and len(found & _DECODED) > 1)
-        or (not named and {"config.yaml", "checkpoints"} <= found)
+        (MARKER in held and "." in _marked(folder))
+        or (bool(held & _OF_A_RUN) and len(held & (_OF_A_RUN | _BESIDE)) > 1)
+        or (not named and bool(held & _WEIGHTS) and bool(held & _ABOUT_WEIGHTS))
+        or (not named and "table.npy" in held and len(held & _DECODED) > 1)
+        or (not named and {"config.yaml", "checkpoints"} <= held)
     )
 
 
 def written_files(folder: Path, names: Collection[str]) -> set[str]:
-    """Those of a folder's files that this package wrote into it, whole or in part."""
+    """Files that this package wrote into a folder, finished or not."""
     if MARKER not in names:
         return set()
     marked = _marked(folder)

@@ -1,4 +1,4 @@
-"""Which samples each process trains on, as a pure function of seed and step."""
+"""The samples that each process trains on, as a pure function of seed and step."""
 
 from collections.abc import Callable, Iterator
 from copy import copy
@@ -24,7 +24,7 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> Int64[np.ndarray, " 
 
 
 def sample_rng(seed: int, key: SampleKey) -> np.random.Generator:
-    """The sample's own generator: crops, colours and masks depend on seed, epoch and position alone."""
+    """The sample's own generator: its crops, colours and masks depend on seed, epoch and position alone."""
     # The fourth word keeps these streams apart from those of epoch_order.
     return np.random.default_rng((seed, key.epoch, key.position, 1))
 
@@ -54,7 +54,7 @@ class StepSampler(Sampler[list[SampleKey]]):
         """Begin at `start_step`.
 
         Args:
-            order: the rows of an epoch by seed and epoch, `num_samples` of them; None = all of them, shuffled.
+            order: gives the `num_samples` rows of an epoch by seed and epoch; None = all rows, shuffled.
         """
         if num_samples < 1:
             raise ValueError("num_samples=0: there is nothing to train on")
@@ -71,7 +71,7 @@ class StepSampler(Sampler[list[SampleKey]]):
         return (self.num_steps - self.start_step) * self.num_micro
 
     def of_step(self, step: int) -> list[list[SampleKey]]:
-        """The micro-batches of this process in one step, whatever the step that the sampler starts at."""
+        """The micro-batches of this process in one step, wherever the sampler starts."""
         one = copy(self)
         one.start_step, one.num_steps = step, step + 1
         return list(one)

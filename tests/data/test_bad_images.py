@@ -129,12 +129,12 @@ def test_a_run_that_draws_too_many_is_stopped(tmp_path: Path) -> None:
     bad.note(torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1]))
     bad.settle(1)
     bad.check(99)  # too few to judge by
-    with pytest.raises(ValueError, match=r"^data.max_bad_share=0.1: 11 of the 109 pictures drawn so far .*jsonl says"):
+    with pytest.raises(ValueError, match=r"^data.max_bad_share=0.1: 11 of the 109 images drawn so far .*jsonl says"):
         bad.check(109)
     bad.check(110)
     bad.note(torch.tensor([2]))
     bad.settle(2)
-    with pytest.raises(ValueError, match=r"3 of the source's 20 pictures cannot be decoded"):
+    with pytest.raises(ValueError, match=r"3 of the source's 20 images cannot be decoded"):
         bad.check(10_000)
     lenient = bad_images(source, tmp_path, start_step=2, max_bad_share=1.0)
     assert lenient.rows == {(None, 0), (None, 1), (None, 2)}

@@ -1,4 +1,4 @@
-"""What tells the pictures of a source from others, and from themselves after a change."""
+"""A hash that changes with the images of a source."""
 
 import hashlib
 import os
@@ -14,13 +14,13 @@ from jaxtyping import Int
 from ssl_vit.data.sources.source import Source
 from ssl_vit.data.sources.stored import locate
 
-_ROWS = 100_000  # looked at together
+_ROWS = 100_000  # rows that are read at once
 
 
 def fingerprint(source: Source, rows: Int[np.ndarray, " n"]) -> str:
-    """What tells these rows of a source from others, and from themselves after a change.
+    """A hash that tells these rows of a source from others, and from themselves after a change.
 
-    Of each image in a file of its own it is path, size and time of change; of all others the data set's own
+    It covers path, size and time of change of each image in a file of its own; for all others the data set's own
     fingerprint, and size and time of its files.
     """
     digest = hashlib.sha256(np.ascontiguousarray(rows, dtype=np.int64).tobytes())
@@ -30,18 +30,18 @@ def fingerprint(source: Source, rows: Int[np.ndarray, " n"]) -> str:
         digest.update(f"{_size_and_time(file['filename'])}\n".encode())
     for part, path in _files(source, rows):
         roots = source.roots[part]
-        told = f"{roots} {path!r} {_size_and_time(locate(path, roots))}\n"
-        digest.update(told.encode(errors="surrogateescape"))
+        line = f"{roots} {path!r} {_size_and_time(locate(path, roots))}\n"
+        digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
 def _files(source: Source, rows: Int[np.ndarray, " n"]) -> Iterator[tuple[int, str]]:
-    """Path of each row that has one and no bytes, and which source of the mixture the row is of, in a fixed order.
+    """The source of the mixture and the path of each row that has a path and no bytes, in a fixed order.
 
-    In Arrow, where no image is touched: there may be millions.
+    Read in Arrow without touching an image: there may be millions.
     """
     indices = source.rows._indices
-    parts = np.full(source.rows.data.num_rows, -1)  # of the rows that are not asked for
+    parts = np.full(source.rows.data.num_rows, -1)  # -1: not among `rows`
     places = rows if indices is None else np.asarray(indices.column(0))[rows]
     parts[places] = 0 if source.mixture is None else source.mixture.origin[rows]
     column = source.rows.data.column(source.image_column)

@@ -1,4 +1,4 @@
-"""Where the images come from: every kind of source as an indexable set of undecoded images."""
+"""Every kind of source as an indexable set of undecoded images."""
 
 import glob
 from collections.abc import Callable, Iterator
@@ -21,20 +21,25 @@ from ssl_vit.data.decode.decode import decode
 from ssl_vit.data.decode.formats import note_of_dropped, page_numbers
 from ssl_vit.data.mixture import Mixture, as_text
 from ssl_vit.data.sources import openmoji
-from ssl_vit.data.sources.columns import find_image_column, find_label_column, notes_on_other_columns
+from ssl_vit.data.sources.columns import (
+    find_image_column,
+    find_label_column,
+    integers,
+    notes_on_other_columns,
+    read_labels,
+)
 from ssl_vit.data.sources.folders import UNASKED, find_images
-from ssl_vit.data.sources.labels import integers, read_labels
 from ssl_vit.data.sources.stored import Roots, find_stored
 from ssl_vit.data.sources.tables import check_cache, is_saved_dataset, load_from_hub, load_parquet, load_saved
 
 MAX_TRIES = 50  # rows among which an image that can be decoded is sought
-_LOOKED_AT = 32  # images whose headers tell what of them is not used
+_LOOKED_AT = 32  # images whose headers show which of their contents are not used
 _Candidate = TypeVar("_Candidate")
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """An indexable set of images, undecoded."""
+    """An indexable set of undecoded images."""
 
     name: str
     """`data.source` as the user wrote it."""
@@ -43,45 +48,45 @@ class Source:
     image_column: str
     """Name of that column."""
     labels: Int64[np.ndarray, " n"] | None = None
-    """Index into `class_names` of each row, -1 = no label. None if no row has a label."""
+    """Index into `class_names` of each row, -1 = no label; None if no row has a label."""
     class_names: tuple[str, ...] = ()
     """Names of the classes; () when there are no labels."""
     groups: Int64[np.ndarray, " n"] | None = None
-    """Rows of one group are variants of one picture and stay on one side of any split. None: no variants."""
+    """Rows of one group are variants of one image and stay on one side of any split; None = no variants."""
     columns: datasets.Dataset | None = None
     """The other columns of the same rows; None where there are none."""
     attribution: str | None = None
-    """Text that the pictures' licence asks to be shown with them."""
+    """Text that the images' licence asks to be shown with them."""
     max_image_bytes: int = MAX_IMAGE_BYTES
     """Images that take more are refused."""
     pages: Literal["first", "channels"] | Int64[np.ndarray, " n"] = "first"
-    """What of an image of several pages is decoded; numbers are those of each row's page."""
+    """What of an image of several pages is decoded; an array holds the page of each row."""
     mixture: Mixture | None = None
-    """Which source each row comes from; None where there is only one."""
+    """The source that each row comes from; None where there is only one."""
     roots: tuple[Roots, ...] = ((),)
-    """Which files rows may open, of each source of the mixture or of the one there is."""
+    """The files that rows may open, for each source of the mixture or the only one."""
     notes: tuple[str, ...] = ()
-    """What the user should know before the first step, a sentence each: files left aside, classes found."""
+    """Sentences for the user before the first step: files left aside, classes found."""
     unlabelled: str = ""
     """Why there are no labels, and what to do; "" where there are."""
     root: str | None = None
-    """Folder of images, or of its split, below which their paths tell them apart; None for other sources."""
+    """The folder of images, or of its split, below which paths tell them apart; None for other sources."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def num_samples(self) -> int:
-        """Images of an epoch."""
+        """Images in an epoch."""
         return len(self)
 
     @property
     def num_classes(self) -> int:
-        """Classes that have images."""
+        """Number of classes that have images."""
         return 0 if self.labels is None else len(np.unique(self.labels[self.labels >= 0]))
 
     def subset(self, rows: Int64[np.ndarray, " r"]) -> "Source":
-        """Some rows of the source, in this order."""
+        """The source with the given rows alone, in their order."""
         return replace(
             self,
             rows=self.rows.select(rows),
@@ -96,7 +101,7 @@ class Source:
         """Decode the image of one row, see `decode`.
 
         Raises:
-            ValueError: the image cannot be decoded. Names the source, the row and, if any, the path.
+            ValueError: the image cannot be decoded; names the source, the row and, if any, the path.
         """
         try:
             return self.decode(index, self.file(index), num_channels)
@@ -104,25 +109,25 @@ class Source:
             raise ValueError(f"{self.where(index)}: {error}") from error
 
     def file(self, index: int) -> bytes | Path:
-        """The encoded image of a row, or the file that it lies in; raises the reason alone, see `find_stored`."""
+        """The encoded image of a row, or its file; errors hold the reason alone, see `find_stored`."""
         return find_stored(self.rows[index][self.image_column], self.roots[self.part(index)])
 
     def encoded(self, index: int) -> bytes:
-        """The encoded image of a row, read where it lies in a file of its own."""
-        found = self.file(index)
-        return found if isinstance(found, bytes) else read_file(found, self.max_image_bytes)
+        """The encoded image of a row, read from its file if it has one."""
+        data = self.file(index)
+        return data if isinstance(data, bytes) else read_file(data, self.max_image_bytes)
 
     def part(self, index: int) -> int:
-        """Which source of the mixture a row is of; 0 where there is only one."""
+        """The number of a row's source in the mixture; 0 where there is only one."""
         return 0 if self.mixture is None else int(self.mixture.origin[index])
 
     def decode(self, index: int, data: bytes | Path, num_channels: int) -> UInt8[Tensor, "{num_channels} h w"]:
-        """Decode the file of a row by the source's settings; raises the reason alone."""
+        """Decode the file of a row by the source's settings; errors hold the reason alone."""
         pages = self.pages if isinstance(self.pages, str) else int(self.pages[index])
         return decode(data, num_channels, self.max_image_bytes, pages)
 
     def note_of_dropped(self, num_channels: int) -> str | None:
-        """A sentence on what is not used of a few images of the source, by their headers; None where all is."""
+        """A sentence on contents of a few images that are not used, by their headers; None where all are."""
         if not isinstance(self.pages, str):
             return None
         rows = np.unique(np.linspace(0, len(self) - 1, _LOOKED_AT).astype(int)).tolist()
@@ -135,14 +140,14 @@ class Source:
             return None
 
     def _origin(self, index: int) -> tuple[str, int]:
-        """The source that a row comes from, and its number there."""
+        """The name of a row's source, and the row's number there."""
         if self.mixture is None:
             return self.name, index
         origin = self.mixture.origin
         return self.mixture.names[origin[index]], int((origin[:index] == origin[index]).sum())
 
     def where(self, index: int) -> str:
-        """What an error about the picture of a row begins with: source, row and, if any, path."""
+        """The beginning of an error about the image of a row: source, row and, if any, path."""
         path = (self.rows[index][self.image_column] or {}).get("path")
         name, row = self._origin(index)
         page = "" if isinstance(self.pages, str) else f", page {self.pages[index]}"
@@ -200,13 +205,13 @@ def decode_first(
 
 
 def open_source(config: DataConfig) -> Source:
-    """Open the images that `config` names. None is decoded yet.
+    """Open the images that `config` names, without decoding any.
 
     Raises:
-        ValueError: nothing usable there. The text begins with the setting at fault: `data.source='...': ...`.
+        ValueError: there are no usable images. The text begins with the setting at fault: `data.source='...': ...`.
     """
     if config.streaming:
-        raise setting_error(config, "streaming", "pictures are needed here in any order; leave this setting out")
+        raise setting_error(config, "streaming", "images are needed here in any order; leave this setting out")
     opened = _open_mixture(config) if isinstance(config.source, dict) else _open(config)
     if config.pages == "images":
         opened = _with_row_for_each_page(opened)
@@ -216,7 +221,7 @@ def open_source(config: DataConfig) -> Source:
 
 
 def _with_row_for_each_page(source: Source) -> Source:
-    """The source with each page or frame of its files as an image; those of one file stay on one side of any split."""
+    """The source with each page or frame of its files as an image; pages of one file are one group."""
     numbers = []
     for row in tqdm(range(len(source)), desc="counting pages", unit="file", leave=False, disable=None):
         numbers.append(page_numbers(source._file_or_none(row) or b""))
@@ -229,7 +234,7 @@ def _with_row_for_each_page(source: Source) -> Source:
 
 
 def _open_mixture(config: DataConfig) -> Source:
-    """All sources of a mixture as one, their rows one after another."""
+    """The sources of a mixture as one, their rows one after another."""
     weights = cast("dict[str, float]", config.source)
     parts = [_open(_own_settings(config, name), in_mixture=True) for name in weights]
     mixture = Mixture(tuple(weights), tuple(weights.values()), np.repeat(np.arange(len(parts)), list(map(len, parts))))
@@ -259,7 +264,7 @@ def _open_mixture(config: DataConfig) -> Source:
 
 
 def _own_settings(config: DataConfig, name: str) -> DataConfig:
-    """The settings of one source of a mixture: what is said of splits and columns is not said of those without."""
+    """The settings of one source of a mixture: settings of splits and columns skip sources without them."""
     path = as_path(name)
     if name == "openmoji" or (path.is_dir() and not is_saved_dataset(path)):
         label_column = "none" if config.label_column == "none" else None
@@ -269,17 +274,17 @@ def _own_settings(config: DataConfig, name: str) -> DataConfig:
 
 
 def _labels_among(class_names: tuple[str, ...], part: Source) -> Int64[np.ndarray, " n"]:
-    """A source's labels as those of the mixture: classes of the same name are the same."""
+    """A source's labels in the mixture's numbers: classes of the same name are one class."""
     if part.labels is None:
         return np.full(len(part), -1, dtype=np.int64)
     index = {name: number for number, name in enumerate(class_names)}
-    # -1 stays -1: the last entry is where it points.
+    # -1 stays -1: it points to the last entry.
     numbers = [*(index[normalize("NFC", name)] for name in part.class_names), -1]
     return np.array(numbers, dtype=np.int64)[part.labels]
 
 
 def _join_groups(parts: list[Source]) -> Int64[np.ndarray, " n"] | None:
-    """Groups that stay apart; a row of a source without groups is one of its own."""
+    """The groups of all sources, numbered apart; each row of a source without groups is a group of its own."""
     if all(part.groups is None for part in parts):
         return None
     joined, used = [], 0
@@ -312,7 +317,7 @@ def _open(config: DataConfig, in_mixture: bool = False) -> Source:
 
 
 def _refuse_columns(config: DataConfig, what: str) -> None:
-    """Refuse settings that would have no effect on a source that has no columns."""
+    """Refuse settings that have no effect on a source without columns."""
     for field, values in {"image_column": (None,), "label_column": (None, "none")}.items():
         if getattr(config, field) not in values:
             raise setting_error(config, field, f"{what} has no columns; leave this setting out")

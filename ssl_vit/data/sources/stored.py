@@ -1,4 +1,4 @@
-"""From a row of a table to the encoded image: its bytes, or the file that it names where that may be opened."""
+"""From a row of a table to the encoded image: its bytes, or the file that it names if that may be opened."""
 
 import os
 from collections.abc import Mapping
@@ -12,24 +12,24 @@ from ssl_vit.data.decode.bounds import MAX_IMAGE_BYTES
 
 _HUB = "hf://"
 Roots = tuple[str, ...] | None
-"""Folders that the files of rows must lie below, links followed; relative paths begin at the first. (): the paths were
-found by walking a folder, and all are opened. None: rows open no files."""
+"""Folders that the files of rows must lie below, with links followed; relative paths begin at the first. (): the paths
+were found by walking a folder, and all may be opened. None: rows open no files."""
 
 
 def find_stored(stored: Mapping[str, Any] | None, roots: Roots, max_image_bytes: int = MAX_IMAGE_BYTES) -> bytes | Path:
-    """The encoded image of a row, or the file that it lies in, which `read_file` opens if it is a regular one.
+    """The encoded image of a row, or its file, which `read_file` opens if it is a regular one.
 
-    A path in a row is data, and data opens nothing but what belongs to its own source: no address of any kind, no
-    device, no file outside `roots`.
+    A path in a row is data, and data may open only what belongs to its own source: no address of any kind, no device,
+    no file outside `roots`.
 
     Args:
-        stored: `{"bytes": ..., "path": ...}`; a path counts where there are no bytes. `{"problem": ...}` says why there
-            is no image.
-        max_image_bytes: of a file of the hub.
+        stored: `{"bytes": ..., "path": ...}`; the path is used where there are no bytes. `{"problem": ...}` says why
+            there is no image.
+        max_image_bytes: most bytes of a file of the hub.
 
     Raises:
-        ValueError: the row holds no image, names what may not be opened, or a file of the hub that cannot be read. The
-            text is the reason only.
+        ValueError: the row holds no image, names what may not be opened, or names a file of the hub that cannot be
+            read. The text is the reason alone.
     """
     stored = stored or {}
     data, path = stored.get("bytes"), stored.get("path")
@@ -53,18 +53,18 @@ def find_stored(stored: Mapping[str, Any] | None, roots: Roots, max_image_bytes:
 
 
 def locate(path: str, roots: Roots) -> str:
-    """Where the file that a row names lies."""
+    """The full path of the file that a row names."""
     return os.path.join(roots[0], path) if roots else path_from_text(path)  # noqa: PTH118  # a Path for each of millions is slow
 
 
 def is_of_hub(path: str, repository: str) -> bool:
-    """Whether an address is that of a file of a repository, `hf://datasets/OWNER/NAME`, and of nothing beside it."""
+    """Whether an address is that of a file inside a repository, `hf://datasets/OWNER/NAME`."""
     inside = path.startswith((f"{repository}@", f"{repository}/")) and ".." not in path.split("/")
     return inside and "::" not in path
 
 
 def _read_from_hub(path: str, repository: str, max_image_bytes: int) -> bytes:
-    """A file of the streamed repository itself, as `datasets` names those of a folder of images."""
+    """Read a file of the streamed repository; `datasets` gives images in folders there by such addresses."""
     if not is_of_hub(path, repository):
         raise ValueError(
             f"the row names a file that is none of {repository}, and no other is opened; leave data.streaming out "

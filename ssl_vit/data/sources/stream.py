@@ -1,4 +1,4 @@
-"""Images read from front to back: hub data sets, parquet files and WebDataset tars, without a copy of them."""
+"""Images read from front to back, without a copy: hub data sets, parquet files and WebDataset tars."""
 
 import glob
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,25 +33,25 @@ from ssl_vit.data.sources.tables import (
 )
 from ssl_vit.data.sources.tars import count_samples, read_tar, wanted_kinds
 
-_READ_ROWS = 32  # taken from a shard at once
+_READ_ROWS = 32  # rows taken from a shard at once
 
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """A set of undecoded images in shards, each of which can be read from front to back only."""
+    """Undecoded images in shards, each of which can only be read from front to back."""
 
     name: str
     """`data.source` as the user wrote it."""
     images: Callable[[int, int], Iterator[dict[str, Any] | None]]
-    """Undecoded images (`{"bytes": ..., "path": ...}`) of a shard, given its number, after so many of its rows."""
+    """Undecoded images (`{"bytes": ..., "path": ...}`) of a shard, given its number and the first row to read."""
     shards: tuple[str, ...]
-    """What to call each shard."""
+    """The name of each shard."""
     roots: Roots = None
-    """Which files rows may open."""
+    """The files that rows may open."""
     counts: Int64[np.ndarray, " s"] | None = None
-    """Rows of each shard; None where they are not known."""
+    """Rows of each shard; None where unknown."""
     num_samples: int | None = None
-    """Images of an epoch; None where that is not known."""
+    """Images in an epoch; None where unknown."""
     max_image_bytes: int = MAX_IMAGE_BYTES
     """Images that take more are refused."""
     pages: Pages = "first"
@@ -61,7 +61,7 @@ class Stream:
     """No labels are read."""
     attribution: str | None = None
     notes: tuple[str, ...] = ()
-    """What the user should know before the first step, a sentence each."""
+    """Sentences for the user before the first step."""
 
     def read(
         self, shard: int, start: int = 0, stop: int | None = None, step: int = 1
@@ -85,7 +85,7 @@ class Stream:
         """Decode an image that was read.
 
         Raises:
-            ValueError: it cannot be decoded. Names the source, the shard, the row and, if any, the path.
+            ValueError: it cannot be decoded; names the source, the shard, the row and, if any, the path.
         """
         path = stored.get("path")
         try:
@@ -96,7 +96,7 @@ class Stream:
             raise ValueError(f"data.source={self.name!r}: {self.shards[shard]}, {where}: {error}") from error
 
     def first_images(self, count: int, num_channels: int) -> list[UInt8[Tensor, "{num_channels} h w"]]:
-        """The first pictures that can be decoded, up to `count`, of the first shard that has any."""
+        """The first images that can be decoded, up to `count`, of the first shard that has any."""
         for shard in range(len(self.shards)):
             found = []
             for row, stored in islice(self.read(shard), count + MAX_TRIES):
@@ -108,11 +108,11 @@ class Stream:
                     break
             if found:
                 return found
-        raise ValueError(f"data.source={self.name!r}: no picture can be decoded")
+        raise ValueError(f"data.source={self.name!r}: no image can be decoded")
 
 
 def open_images(config: DataConfig) -> Source | Stream:
-    """Open the images that `config` names to learn from, as a stream or without copies where it asks for that.
+    """Open the images to learn from, as a stream or without copies if `config` asks for that.
 
     Raises:
         ValueError: see `open_source`, `open_stream` and `leave_out_copies`.
@@ -124,17 +124,17 @@ def open_images(config: DataConfig) -> Source | Stream:
 
 
 def open_stream(config: DataConfig) -> Stream:
-    """Open the shards that `config` names. Nothing but their headers is read.
+    """Open the shards that `config` names, reading their headers alone.
 
     Raises:
-        ValueError: nothing usable there. The text begins with the setting at fault: `data.source='...': ...`.
+        ValueError: there are no usable images. The text begins with the setting at fault: `data.source='...': ...`.
     """
     source = cast(str, config.source)
     if not source:
         raise setting_error(config, "source", f"name the images: {KINDS}")
     path = as_path(source)
     if source == "openmoji" or path.is_dir():
-        what = "the built-in source is" if source == "openmoji" else "the pictures of a folder are"
+        what = "the built-in source is" if source == "openmoji" else "the images of a folder are"
         hint = "" if source == "openmoji" else ", and for shards in it give a quoted glob"
         raise setting_error(config, "streaming", f"{what} read one by one anyway; leave this setting out{hint}")
     if path.exists() or glob.has_magic(source):
@@ -153,7 +153,7 @@ def _open_files(config: DataConfig) -> Stream:
         features, counts = read_footers(files, config)
         if config.num_samples not in (None, sum(counts)):
             raise setting_error(config, "num_samples", f"the files hold {sum(counts)} rows; leave this setting out")
-        find_label_column(features, config)  # finds a mistyped setting
+        find_label_column(features, config)  # refuses a mistyped setting
         images = partial(read_parquet, tuple(files), find_image_column(features, config), config.max_image_bytes)
         notes = ()
         roots = folder_of(files, config)
@@ -185,8 +185,8 @@ def _open_hub(config: DataConfig) -> Stream:
     if features is None:
         raise setting_error(config, "source", "does not say what its columns hold; store it as parquet or WebDataset")
     column = find_image_column(features, config)
-    find_label_column(features, config)  # finds a mistyped setting
-    # A split of the hub says how many rows it has, unless nobody counted them.
+    find_label_column(features, config)  # refuses a mistyped setting
+    # A split of the hub knows how many rows it has, unless nobody counted them.
     known = (rows.info.splits or {}).get(str(rows.split))
     images = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     return Stream(
@@ -201,7 +201,7 @@ def _open_hub(config: DataConfig) -> Stream:
 
 
 def _open_hub_tars(config: DataConfig, found: Mapping[Any, Sequence[str]]) -> Stream:
-    """Tars of the hub are read as local ones are. Their headers are not read beforehand: that would take a download."""
+    """Open tars of the hub, read as local ones are, but not their headers: that would take a download."""
     files = tuple(found.get(config.split, ()))
     if not files:
         names = list(map(str, found))
@@ -338,7 +338,7 @@ class ShardSchedule:
 
 
 def choose_num_readers(num_shards: int, wanted: int, num_processes: int) -> int:
-    """Readers of a run: as many as there may be, in equal parts for the processes and, by halves, for their workers."""
+    """Readers of a run: the most that processes, and by powers of two their workers, can share evenly."""
     readers = num_processes
     while 2 * readers <= min(num_shards, wanted):
         readers *= 2

@@ -23,7 +23,7 @@ from ssl_vit.core.paths import as_path
 from ssl_vit.core.reading import read_json
 from ssl_vit.data.config import KINDS, DataConfig, near_match, setting_error
 from ssl_vit.data.decode.formats import IMAGE_SUFFIXES
-from ssl_vit.data.sources.labels import type_name
+from ssl_vit.data.sources.columns import type_name
 from ssl_vit.data.sources.parquet_builder import ParquetFiles, read_batches
 from ssl_vit.data.sources.stored import Roots, is_of_hub
 

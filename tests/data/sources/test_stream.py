@@ -384,7 +384,7 @@ def test_a_hub_data_set_is_streamed_and_its_number_of_images_is_its_own(
         ("FOLDER/words.tar", {}, "no sample holds an image; there are: cls"),
         ("FOLDER/packed.tar", {}, "packed.tar is not a tar file, or is empty or damaged"),
         ("FOLDER/fake.parquet", {}, "fake.parquet is not a readable parquet file"),
-        ("FOLDER", {}, "data.streaming=True: the pictures of a folder are read one by one anyway; leave this setting"),
+        ("FOLDER", {}, "data.streaming=True: the images of a folder are read one by one anyway; leave this setting"),
         ("openmoji", {}, "data.streaming=True: the built-in source is read one by one anyway"),
         ("", {}, "data.source='': name the images"),
         ("FOLDER/good.tar", {"split": "train[:10%]"}, "data.split='train[:10%]': streamed files are the split 'train'"),
@@ -424,7 +424,7 @@ def test_what_needs_pictures_in_any_order_says_so(tmp_path: Path) -> None:
         open_source(DataConfig(source=pattern))
     with pytest.raises(ValueError, match=r"for its tar files, give --data.streaming true and a quoted glob: '.*.tar'"):
         open_source(DataConfig(source=str(tmp_path)))
-    with pytest.raises(ValueError, match=r"^data.streaming=True: pictures are needed here in any order"):
+    with pytest.raises(ValueError, match=r"^data.streaming=True: images are needed here in any order"):
         open_source(config(pattern))
     with pytest.raises(ValueError, match=r"^streaming=True: a mixture is not streamed \({a: 1, b: 1}\)"):
         DataConfig(source={"a": 1.0, "b": 1.0}, streaming=True)
