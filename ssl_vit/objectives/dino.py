@@ -1,6 +1,5 @@
 """DINO: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021 (arXiv:2104.14294)."""
 
-import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -12,17 +11,18 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ssl_vit.core.distributed import mean_over_processes, sum_over_processes
+from ssl_vit.core.distributed import mean_over_processes
 from ssl_vit.core.schedules import cosine, warmup_linear
 from ssl_vit.data.augment.multicrop import MultiCropConfig
 from ssl_vit.models.attention_maps import attention_maps, has_cls_attention
 from ssl_vit.models.encoder import Encoder, Features
+from ssl_vit.objectives.centering import Centering, RunningMean, centered_probs
 from ssl_vit.objectives.collapse import PrototypeUse, diagnose, feature_std, rankme
 from ssl_vit.objectives.heads import DINOHead
 from ssl_vit.objectives.objective import AttentionMaps, Objective, ParamGroup, Resolved, RunSize, Taken
 from ssl_vit.objectives.prototype_loss import cross_entropy, dino_prototype_loss, num_terms
 from ssl_vit.objectives.recipes import resolve_distillation
-from ssl_vit.objectives.teacher import MovingAverage
+from ssl_vit.objectives.teacher import Teacher
 
 Auto = Literal["auto"]
 
@@ -52,7 +52,7 @@ class DINOConfig(MultiCropConfig):
     """Temperature of the teacher's softmax at the start."""
     teacher_temp_warmup: float | Auto = 0.3
     """Share of the run over which the teacher's temperature goes from the one to the other, or auto."""
-    centering: Literal["center", "sinkhorn", "none"] = "center"
+    centering: Centering = "center"
     """What keeps the teacher from one answer for all: a moving centre (DINO), Sinkhorn-Knopp (DINOv2), or nothing."""
     sinkhorn_iterations: int = 3
     """Rounds of Sinkhorn-Knopp."""
@@ -122,6 +122,9 @@ class DINO(Objective):
 
     pooled = "cls"
     figure_file = "attention.png"
+    teacher: Teacher
+    teacher_encoder: Encoder
+    teacher_head: DINOHead
     center: Tensor
 
     def __init__(self, config: DINOConfig, encoder: Encoder) -> None:
@@ -133,10 +136,8 @@ class DINO(Objective):
             for name, parameter in encoder.named_parameters():
                 if name.endswith("cls_token"):
                     nn.init.trunc_normal_(parameter, std=config.cls_token_std)
-        self.teacher_encoder = freeze(copy.deepcopy(encoder))
-        self.teacher_head = freeze(copy.deepcopy(self.head))
+        self.teacher = Teacher(self, "teacher_", "encoder", "head")
         self.register_buffer("center", torch.zeros(1, self.num_prototypes))
-        self._averages: list[MovingAverage] = []
         self._teacher_sums = RunningMean()
         self._prototype_use = PrototypeUse()
         self._teacher_cls: list[Tensor] = []  # of the micro-batches of the step at `_seen_at`
@@ -155,14 +156,6 @@ class DINO(Objective):
             bottleneck_dim=config.bottleneck_dim,
             norm_last_layer=config.norm_last_layer,
         )
-
-    def train(self, mode: bool = True) -> "DINO":
-        """As of any module, but the teacher always stays in eval mode, without drop path."""
-        super().train(mode)
-        for name, module in self.named_children():
-            if name.startswith("teacher_"):
-                module.eval()
-        return self
 
     def forward(self, batch: Mapping[str, Tensor], progress: float) -> dict[str, Tensor]:
         temp = self.teacher_temp(progress)
@@ -199,12 +192,9 @@ class DINO(Objective):
         self, logits: Float[Tensor, "v b k"], center: Float[Tensor, "1 k"], temp: float
     ) -> Float[Tensor, "v b k"]:
         """The teacher's probabilities, centred as `centering` says; Sinkhorn-Knopp over all views together."""
-        if self.config.centering == "sinkhorn":
-            from ssl_vit.objectives.dinov2 import sinkhorn_knopp  # which builds on this module
-
-            rows = rearrange(logits, "v b k -> (v b) k")
-            return sinkhorn_knopp(rows, temp, self.config.sinkhorn_iterations).reshape(logits.shape)
-        return ((logits.float() - center) / temp).softmax(dim=-1)
+        config, rows = self.config, rearrange(logits, "v b k -> (v b) k")
+        probs = centered_probs(rows, center, temp, config.centering, config.sinkhorn_iterations)
+        return probs.reshape(logits.shape)
 
     def teacher_temp(self, progress: float) -> float:
         """Temperature of the teacher at this point of the run."""
@@ -217,17 +207,9 @@ class DINO(Objective):
         return cosine(progress, float(self.config.ema_momentum), self.config.ema_momentum_end)
 
     def after_step(self, progress: float, taken: Taken = None) -> None:
-        momentum = self.ema_momentum(progress)
-        if not self._averages:
-            self._averages = [MovingAverage(teacher, student) for teacher, student in self._teachers()]
-        for average in self._averages:
-            average.update(momentum, taken)
+        self.teacher.update(self.ema_momentum(progress), taken)
         if self.config.centering == "center":
             self._teacher_sums.move(self.center, self.config.center_momentum, taken)
-
-    def _teachers(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Each part of the teacher, and whose average it is."""
-        return [(self.teacher_encoder, self.encoder), (self.teacher_head, self.head)]
 
     def observe(
         self,
@@ -287,45 +269,6 @@ def by_size(batch: Mapping[str, Tensor]) -> list[Float[Tensor, "b v c h w"]]:
     """All crops, global ones first, as few tensors as their sizes allow."""
     crops = [batch[name] for name in ("global_crops", "local_crops") if name in batch]
     return [torch.cat(crops, dim=1)] if len({views.shape[-2:] for views in crops}) == 1 else crops
-
-
-def freeze(module: Any) -> Any:
-    """A module as a teacher: it learns nothing, and is in eval mode."""
-    return module.requires_grad_(False).eval()
-
-
-class RunningMean:
-    """Mean of rows over the micro-batches of a step and all processes.
-
-    A step that was skipped (fp16 overflow) leaves rows behind; the next step, at another progress, drops them.
-    """
-
-    def __init__(self) -> None:
-        self._progress: float | None = None
-        self._sum: Tensor | None = None
-        self._count = 0
-
-    def add(self, rows: Float[Tensor, "n k"], progress: float) -> None:
-        """Take the rows of a micro-batch of the step at `progress`."""
-        if progress != self._progress or self._sum is None:
-            self._progress, self._sum, self._count = progress, rows.new_zeros(1, rows.shape[-1], dtype=torch.float32), 0
-        self._sum += rows.sum(dim=0, keepdim=True, dtype=torch.float32)
-        self._count += len(rows)
-
-    def move(self, center: Float[Tensor, "1 k"], momentum: float, taken: Taken = None) -> None:
-        """center = momentum x center + (1 - momentum) x mean; starts anew.
-
-        Without any row the centre stays, and where `taken`, a scalar on the device, is False.
-        """
-        assert self._sum is not None, "nothing was added"
-        count = torch.full_like(self._sum[:, :1], self._count)
-        total = sum_over_processes(torch.cat([self._sum, count], dim=1))
-        mean = total[:, :-1] / total[:, -1:].clamp(min=1)
-        moves = total[:, -1:] > 0
-        if taken is not None:
-            moves = moves & taken
-        center.lerp_(torch.where(moves, mean, center), 1 - momentum)
-        self._sum = None
 
 
 def dino_loss(

@@ -1,6 +1,5 @@
 """DINOv2: Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", 2023 (arXiv:2304.07193)."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -14,17 +13,17 @@ from torch.nn import functional as F
 
 from ssl_vit.core.distributed import (
     gather_with_gradient,
-    max_over_processes,
     process_index,
-    sum_over_processes,
-    world_size,
 )
 from ssl_vit.data.augment.masking import draw_block_mask
 from ssl_vit.data.augment.multicrop import MultiCropTransform
 from ssl_vit.data.config import clamp_rounding
 from ssl_vit.data.transform import InputSpec
 from ssl_vit.models.encoder import Encoder
-from ssl_vit.objectives.dino import DINO, DINOConfig, RunningMean, freeze
+from ssl_vit.objectives.centering import Centering, RunningMean, centered_probs
+from ssl_vit.objectives.centering import sinkhorn_knopp as sinkhorn_knopp
+from ssl_vit.objectives.dino import DINO, DINOConfig
+from ssl_vit.objectives.heads import DINOHead
 from ssl_vit.objectives.objective import ParamGroup, Taken
 from ssl_vit.objectives.prototype_loss import (
     cross_entropy,
@@ -48,7 +47,7 @@ class DINOv2Config(DINOConfig):
     local_crop_scale: tuple[float, float] = (0.05, 0.32)
     norm_last_layer: bool = False
     teacher_temp: float | Literal["auto"] = 0.07
-    centering: Literal["center", "sinkhorn", "none"] = "sinkhorn"
+    centering: Centering = "sinkhorn"
     ema_momentum: float | Literal["auto"] = 0.992
     ibot_weight: float = 1.0
     """Weight of the loss on masked patches (iBOT); 0 masks nothing."""
@@ -127,7 +126,8 @@ class DINOv2(DINO):
                 "Vision Transformer, or DINO (or ibot_weight 0)"
             )
         super().__init__(config, encoder)
-        self.patch_head = self.teacher_patch_head = None
+        self.patch_head: DINOHead | None = None
+        self.teacher_patch_head: DINOHead | None = None
         if config.ibot_weight:
             self.mask_token = nn.Parameter(
                 torch.zeros(1, encoder.embed_dim)
@@ -136,7 +136,7 @@ class DINOv2(DINO):
             self._patch_sums = RunningMean()
             if config.ibot_separate_head:
                 self.patch_head = self._build_head(encoder.embed_dim)
-                self.teacher_patch_head = freeze(copy.deepcopy(self.patch_head))
+                self.teacher.add("patch_head")
 
     def forward(self, batch: Mapping[str, Tensor], progress: float) -> dict[str, Tensor]:
         config, temp = self.config, self.teacher_temp(progress)
@@ -163,7 +163,9 @@ class DINOv2(DINO):
             masked = batch["masked"] if "masked" in batch else masked_indices(batch["masks"])
             with torch.no_grad():
                 patch_logits = (self.teacher_patch_head or self.teacher_head)(take_patches(teacher.patches, masked))
-                patch_probs = self._patch_probs(patch_logits, temp)
+                patch_probs = centered_probs(
+                    patch_logits, self.patch_center, temp, config.centering, config.sinkhorn_iterations
+                )
                 self._patch_sums.add(patch_logits, progress)
             patches = take_patches(student.patches, masked)
             bottleneck, prototypes = (self.patch_head or self.head)(patches, as_factors=True)
@@ -177,23 +179,10 @@ class DINOv2(DINO):
             parts["loss_koleo"] = koleo.detach()
         return {**parts, **self._schedules(progress, loss.device)}
 
-    def _patch_probs(self, logits: Float[Tensor, "m k"], temp: float) -> Float[Tensor, "m k"]:
-        if self.config.centering == "sinkhorn":
-            return sinkhorn_knopp(logits, temp, self.config.sinkhorn_iterations)
-        return ((logits.float() - self.patch_center) / temp).softmax(dim=-1)
-
     def after_step(self, progress: float, taken: Taken = None) -> None:
         super().after_step(progress, taken)
         if self.config.ibot_weight and self.config.centering == "center":
             self._patch_sums.move(self.patch_center, self.config.center_momentum, taken)
-
-    def _teachers(self) -> list[tuple[nn.Module, nn.Module]]:
-        own = (
-            []
-            if self.patch_head is None or self.teacher_patch_head is None
-            else [(self.teacher_patch_head, self.patch_head)]
-        )
-        return [*super()._teachers(), *own]
 
     def param_groups(self) -> list[ParamGroup]:
         """DINO's groups, split by the learning rate's factor: layer_decay to the power of the blocks that follow."""
@@ -218,32 +207,6 @@ def masked_indices(masks: Bool[Tensor, "b v n"]) -> Int[Tensor, " m"]:
 def take_patches(patches: Float[Tensor, "v b n d"], indices: Int[Tensor, " m"]) -> Float[Tensor, "m d"]:
     """Some patches of all crops together."""
     return rearrange(patches, "v b n d -> (v b n) d").index_select(0, indices)
-
-
-@torch.no_grad()
-def sinkhorn_knopp(logits: Float[Tensor, "b k"], temp: float, num_iterations: int = 3) -> Float[Tensor, "b k"]:
-    """The teacher's probabilities, balanced so that all prototypes get the same share of the batch (SwAV,
-    arXiv:2006.09882, section 3; DINOv2, section 4).
-
-    Works on logarithms, so that no exponential over- or underflows, and over the rows of all processes, however many
-    each of them has. Rows sum to one.
-    """
-    scaled = logits.float() / temp
-    # A factor for each prototype and one for each row are all that changes; rows come last in each iteration: softmax.
-    log_share = -_logsumexp_over_processes(scaled)
-    for _ in range(num_iterations - 1):
-        log_norm = (scaled + log_share).logsumexp(dim=-1, keepdim=True)
-        log_share = -_logsumexp_over_processes(scaled - log_norm)
-    return (scaled + log_share).softmax(dim=-1)
-
-
-def _logsumexp_over_processes(rows: Float[Tensor, "b k"]) -> Float[Tensor, " k"]:
-    """logsumexp over the rows of all processes."""
-    local = rows.logsumexp(dim=0)
-    if world_size() == 1:
-        return local
-    largest = max_over_processes(local.clone())
-    return sum_over_processes((local - largest).exp()).log() + largest
 
 
 def ibot_loss(

@@ -15,7 +15,7 @@ from ssl_vit.data.augment.supervised import AugmentConfig, SupervisedTransform
 from ssl_vit.data.transform import InputSpec
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.objectives.objective import Objective, ParamGroup, Resolved, RunSize, Taken
-from ssl_vit.objectives.teacher import MovingAverage
+from ssl_vit.objectives.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,7 @@ class FineTune(Supervised):
         self.ema_encoder: Encoder | None = None
         self.ema_classifier: Classifier | None = None
         if config.model_ema is not None:
-            self.ema_encoder = copy.deepcopy(encoder).requires_grad_(False)
-            self.ema_classifier = copy.deepcopy(self.classifier).requires_grad_(False)
-        self._averages: list[MovingAverage] = []
+            self.teacher = Teacher(self, "ema_", "encoder", "classifier")
 
     def forward(self, batch: Mapping[str, Tensor], progress: float) -> dict[str, Tensor]:
         logits = self.classifier(self._pool(self.encoder, batch["images"]))
@@ -138,12 +136,8 @@ class FineTune(Supervised):
         return {"head": self.tested_classifier()(self._pool(self.backbone(), images))}
 
     def after_step(self, progress: float, taken: Taken = None) -> None:
-        if self.ema_encoder is not None and self.ema_classifier is not None and self.config.model_ema is not None:
-            if not self._averages:
-                pairs = (self.ema_encoder, self.encoder), (self.ema_classifier, self.classifier)
-                self._averages = [MovingAverage(*pair) for pair in pairs]
-            for average in self._averages:
-                average.update(self.config.model_ema, taken)
+        if self.teacher is not None and self.config.model_ema is not None:
+            self.teacher.update(self.config.model_ema, taken)
 
     def backbone(self) -> Encoder:
         return self.encoder if self.ema_encoder is None else self.ema_encoder
@@ -151,13 +145,6 @@ class FineTune(Supervised):
     def tested_classifier(self) -> Classifier:
         """The classifier that belongs to `backbone`."""
         return self.classifier if self.ema_classifier is None else self.ema_classifier
-
-    def train(self, mode: bool = True) -> "FineTune":
-        super().train(mode)
-        for average in (self.ema_encoder, self.ema_classifier):
-            if average is not None:
-                average.eval()
-        return self
 
     def param_groups(self) -> list[ParamGroup]:
         """Groups with the decayed learning rate of their layer; tokens and positions have no weight decay."""

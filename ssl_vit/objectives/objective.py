@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ssl_vit.data.transform import InputSpec, Transform
 from ssl_vit.models.encoder import Encoder
+from ssl_vit.objectives.teacher import Teacher
 
 Taken = Bool[Tensor, ""] | None
 Pooled = Literal["cls", "mean"]
@@ -104,12 +105,20 @@ class Objective(nn.Module):
     pooled: Pooled  # the feature that stands for an image after training: read by evaluation, export and figures
     leaves: Leaves = "backbone"  # what a run exports
     reconstructs = False  # whether it is a `Reconstructs`
+    teacher: Teacher | None = None
     figure_file = "figure.png"  # of what `preview` returns
 
     @property
     def name(self) -> str:
         """Name of the class, also where FSDP has put its own before it."""
         return type(self).__name__.removeprefix("FSDP")
+
+    def train(self, mode: bool = True) -> "Objective":
+        """As of any module, but a teacher stays in eval mode."""
+        super().train(mode)
+        for module in self.teacher.modules() if self.teacher is not None else ():
+            module.eval()
+        return self
 
     def forward(self, batch: Mapping[str, Tensor], progress: float) -> dict[str, Tensor]:
         """Losses of a batch, a deterministic function of (parameters, batch, progress).

@@ -1,5 +1,6 @@
-"""Exponential moving average of one module in another."""
+"""Teachers: copies of modules that follow them as exponential moving averages."""
 
+import copy
 from typing import Any
 
 import torch
@@ -41,3 +42,35 @@ class MovingAverage:
             foreach._foreach_add_(self._averages, steps)
         for buffer, value in self._buffers:
             buffer.copy_(value if taken is None else torch.where(taken, value, buffer))
+
+
+class Teacher:
+    """Copies of an objective's modules that learn nothing and follow them as moving averages.
+
+    The copy of `objective.NAME` becomes `objective.PREFIXNAME`, so that checkpoints hold it under that name. It is
+    always in eval mode, without drop path.
+    """
+
+    def __init__(self, objective: nn.Module, prefix: str, *names: str) -> None:
+        self._objective, self._prefix, self._names = objective, prefix, []
+        self._averages: list[MovingAverage] = []
+        self.add(*names)
+
+    def add(self, *names: str) -> None:
+        """Copy further modules of the objective."""
+        for name in names:
+            module = copy.deepcopy(self._objective.get_submodule(name))
+            setattr(self._objective, self._prefix + name, module.requires_grad_(False).eval())
+        self._names += names
+
+    def modules(self) -> list[nn.Module]:
+        """The copies, in the order in which they were made."""
+        return [self._objective.get_submodule(self._prefix + name) for name in self._names]
+
+    def update(self, momentum: float, taken: Bool[Tensor, ""] | None = None) -> None:
+        """Move the copies by a step; see `MovingAverage.update`."""
+        if not self._averages:  # looked up after the modules were put on their device, and sharded
+            followed = [self._objective.get_submodule(name) for name in self._names]
+            self._averages = [MovingAverage(*pair) for pair in zip(self.modules(), followed, strict=True)]
+        for average in self._averages:
+            average.update(momentum, taken)

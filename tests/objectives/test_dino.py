@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from ssl_vit.export.interop import load_reference
 from ssl_vit.models.vit import ViT, ViTConfig
-from ssl_vit.objectives.dino import DINO, DINOConfig, RunningMean, dino_loss
-from ssl_vit.objectives.dinov2 import DINOv2Config, sinkhorn_knopp
+from ssl_vit.objectives.centering import RunningMean, sinkhorn_knopp
+from ssl_vit.objectives.dino import DINO, DINOConfig, dino_loss
+from ssl_vit.objectives.dinov2 import DINOv2Config
 from ssl_vit.objectives.objective import RunSize
 from tests.conftest import GOLDEN, TINY
 from tests.specs import grey, spec

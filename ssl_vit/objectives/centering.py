@@ -1,0 +1,86 @@
+"""What keeps a teacher from giving one answer for all images: a moving centre, or Sinkhorn-Knopp."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ssl_vit.core.distributed import max_over_processes, sum_over_processes, world_size
+from ssl_vit.objectives.objective import Taken
+
+Centering = Literal["center", "sinkhorn", "none"]
+
+
+@torch.no_grad()
+def centered_probs(
+    logits: Float[Tensor, "b k"], center: Float[Tensor, "1 k"], temp: float, centering: Centering, iterations: int
+) -> Float[Tensor, "b k"]:
+    """The teacher's probabilities, centred as `centering` says; a centre that nothing moves is 0.
+
+    Args:
+        iterations: rounds of Sinkhorn-Knopp.
+    """
+    if centering == "sinkhorn":
+        return sinkhorn_knopp(logits, temp, iterations)
+    return ((logits.float() - center) / temp).softmax(dim=-1)
+
+
+class RunningMean:
+    """Mean of rows over the micro-batches of a step and all processes.
+
+    A step that was skipped (fp16 overflow) leaves rows behind; the next step, at another progress, drops them.
+    """
+
+    def __init__(self) -> None:
+        self._progress: float | None = None
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    def add(self, rows: Float[Tensor, "n k"], progress: float) -> None:
+        """Take the rows of a micro-batch of the step at `progress`."""
+        if progress != self._progress or self._sum is None:
+            self._progress, self._sum, self._count = progress, rows.new_zeros(1, rows.shape[-1], dtype=torch.float32), 0
+        self._sum += rows.sum(dim=0, keepdim=True, dtype=torch.float32)
+        self._count += len(rows)
+
+    def move(self, center: Float[Tensor, "1 k"], momentum: float, taken: Taken = None) -> None:
+        """center = momentum x center + (1 - momentum) x mean; starts anew.
+
+        Without any row the centre stays, and where `taken`, a scalar on the device, is False.
+        """
+        assert self._sum is not None, "nothing was added"
+        count = torch.full_like(self._sum[:, :1], self._count)
+        total = sum_over_processes(torch.cat([self._sum, count], dim=1))
+        mean = total[:, :-1] / total[:, -1:].clamp(min=1)
+        moves = total[:, -1:] > 0
+        if taken is not None:
+            moves = moves & taken
+        center.lerp_(torch.where(moves, mean, center), 1 - momentum)
+        self._sum = None
+
+
+@torch.no_grad()
+def sinkhorn_knopp(logits: Float[Tensor, "b k"], temp: float, num_iterations: int = 3) -> Float[Tensor, "b k"]:
+    """The teacher's probabilities, balanced so that all prototypes get the same share of the batch (SwAV,
+    arXiv:2006.09882, section 3; DINOv2, section 4).
+
+    Works on logarithms, so that no exponential over- or underflows, and over the rows of all processes, however many
+    each of them has. Rows sum to one.
+    """
+    scaled = logits.float() / temp
+    # A factor for each prototype and one for each row are all that changes; rows come last in each iteration: softmax.
+    log_share = -_logsumexp_over_processes(scaled)
+    for _ in range(num_iterations - 1):
+        log_norm = (scaled + log_share).logsumexp(dim=-1, keepdim=True)
+        log_share = -_logsumexp_over_processes(scaled - log_norm)
+    return (scaled + log_share).softmax(dim=-1)
+
+
+def _logsumexp_over_processes(rows: Float[Tensor, "b k"]) -> Float[Tensor, " k"]:
+    """logsumexp over the rows of all processes."""
+    local = rows.logsumexp(dim=0)
+    if world_size() == 1:
+        return local
+    largest = max_over_processes(local.clone())
+    return sum_over_processes((local - largest).exp()).log() + largest
