@@ -75,7 +75,9 @@ def _describe(trained: Trained) -> Iterator[tuple[str, Any]]:
     )
     mean, std = map(list, trained.normalization)
     yield "input", f"{size}; scaled to [0, 1], mean {mean}, deviation {std}"
-    yield "features", f"{encoder.embed_dim} wide; class token and {encoder.num_patches} patch tokens"
+    tokens = f"{'class token and ' if encoder.has_cls_token else ''}{encoder.num_patches} patch tokens"
+    pooled = "the class token" if trained.feature == "cls" and encoder.has_cls_token else "the mean of the patch tokens"
+    yield "features", f"{encoder.embed_dim} wide; {tokens}; {pooled} stands for an image"
     yield "parameters", f"{sum(value.numel() for value in encoder.parameters()) / 1e6:.1f} M"
     objective = known.get("objective")
     if known.get("pretrained"):

@@ -18,7 +18,8 @@ import onnxruntime
 
 session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
 images = np.random.randn(1, {in_chans}, {height}, {width}).astype(np.float32)  # normalised as config.json says
-features, patch_tokens = session.run(["cls", "patches"], {{"images": images}})
+cls, patches = session.run(["cls", "patches"], {{"images": images}})
+features = {feature}  # one vector an image
 """
 _LARGEST_SINGLE_FILE = 1_900_000_000  # bytes; ONNX's own format ends at 2 GiB
 

@@ -99,12 +99,19 @@ def export_to(
 
 
 def fill_in(loading_code: str, trained: Trained) -> str:
-    """The loading code of a library with a backbone's sizes."""
+    """The loading code of a library with a backbone's sizes, and with the feature that it was scored by."""
     encoder = trained.encoder
     height, width = encoder.image_size
-    number = encoder.vit.num_prefix_tokens
-    tokens = f"{number} token{'' if number == 1 else 's'}"
-    return loading_code.format(in_chans=encoder.in_chans, height=height, width=width, num_prefix=tokens)
+    feature = "cls" if trained.feature == "cls" else "patches.mean(1)"
+    is_timms_own = trained.feature == trained.pooled or not encoder.has_cls_token
+    return loading_code.format(
+        in_chans=encoder.in_chans,
+        height=height,
+        width=width,
+        num_prefix=encoder.vit.num_prefix_tokens,
+        feature=feature,
+        timm_feature="model(images)" if is_timms_own else feature,
+    )
 
 
 @torch.inference_mode()

@@ -22,8 +22,9 @@ settings = timm.data.resolve_model_data_config(model)
 transform = timm.data.create_transform(**settings, is_training=False)  # of a PIL image
 images = torch.randn(1, {in_chans}, {height}, {width})
 with torch.inference_mode():
-    features = model(images)  # one vector an image
-    tokens = model.forward_features(images)  # {num_prefix} before the patch tokens
+    tokens = model.forward_features(images)
+    cls, patches = tokens[:, 0], tokens[:, {num_prefix}:]
+    features = {timm_feature}  # one vector an image
 """
 
 

@@ -18,7 +18,8 @@ import torch
 model = torch.export.load("model.pt2").module()
 images = torch.randn(1, {in_chans}, {height}, {width})  # normalised as config.json says
 with torch.inference_mode():
-    features, patch_tokens = model(images)
+    cls, patches = model(images)
+features = {feature}  # one vector an image
 """
 
 

@@ -9,6 +9,7 @@ import torch
 import torchvision
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from ssl_vit.models.encoder import Features
 from ssl_vit.models.weights.layouts import fold_layer_scale, plain_shape, plain_tensors, to_torchvision
@@ -29,14 +30,18 @@ import json
 import torch
 import torchvision
 from safetensors.torch import load_file
+from torchvision.models.feature_extraction import create_feature_extractor
 
-settings = json.load(open("config.json"))
+with open("config.json") as file:
+    settings = json.load(file)
 model = torchvision.models.VisionTransformer(**settings["arguments"]).eval()
 model.heads = torch.nn.Identity()
 model.load_state_dict(load_file("model.safetensors"))
 images = torch.randn(1, 3, {height}, {width})  # normalised by settings["mean"] and settings["std"]
 with torch.inference_mode():
-    features = model(images)  # the class token
+    tokens = create_feature_extractor(model, ["encoder"])(images)["encoder"]
+cls, patches = tokens[:, 0], tokens[:, 1:]
+features = {feature}  # one vector an image
 """
 
 
@@ -98,9 +103,10 @@ def load(folder: Path) -> Callable[[Tensor], Features]:
     model.load_state_dict(load_file(folder / "model.safetensors"))
     model.eval()
 
+    extractor = create_feature_extractor(model, ["encoder"])
+
     def encode(images: Tensor) -> Features:
-        patches = model._process_input(images)
-        tokens = model.encoder(torch.cat([model.class_token.expand(len(images), -1, -1), patches], dim=1))
+        tokens = extractor(images)["encoder"]
         assert torch.allclose(model(images), tokens[:, 0], atol=1e-5)  # what its own forward gives
         return Features(tokens[:, 0], tokens[:, 1:])
 

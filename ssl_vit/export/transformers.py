@@ -30,10 +30,11 @@ from transformers import AutoImageProcessor, AutoModel
 
 processor = AutoImageProcessor.from_pretrained(".")  # "." is this folder, or NAMESPACE/NAME of the hub
 model = AutoModel.from_pretrained(".").eval()
-images = torch.randn(1, {in_chans}, {height}, {width})  # processor(pictures, return_tensors="pt")["pixel_values"]
+images = torch.randn(1, {in_chans}, {height}, {width})  # processor(photos, return_tensors="pt")["pixel_values"]
 with torch.inference_mode():
     outputs = model(images)
-features = outputs.pooler_output  # the class token; outputs.last_hidden_state has {num_prefix} before the patch tokens
+cls, patches = outputs.pooler_output, outputs.last_hidden_state[:, {num_prefix}:]
+features = {feature}  # one vector an image
 """
 MAE_LOADING_CODE = """\
 import torch
