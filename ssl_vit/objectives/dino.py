@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ssl_vit.core.distributed import mean_over_processes
 from ssl_vit.core.schedules import cosine, warmup_linear
+from ssl_vit.core.settings import check_ranges
 from ssl_vit.data.augment.multicrop import MultiCropConfig
 from ssl_vit.models.attention_maps import attention_maps, has_cls_attention
 from ssl_vit.models.encoder import Encoder, Features
@@ -67,27 +68,16 @@ class DINOConfig(MultiCropConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, low, high in (
-            ("num_prototypes", 2, None),
-            ("sinkhorn_iterations", 1, None),
-            ("hidden_dim", 1, None),
-            ("bottleneck_dim", 1, None),
-            ("center_momentum", 0, 1),
-            ("ema_momentum", 0, 1),
-            ("ema_momentum_end", 0, 1),
-            ("freeze_last_layer", 0, 1),
-            ("teacher_temp_warmup", 0, 1),
-        ):
-            value = getattr(self, name)
-            if value == "auto":
-                continue
-            if value < low or (high is not None and value > high):
-                allowed = f"must be at least {low}" if high is None else f"must lie in [{low}, {high}]"
-                raise ValueError(f"{name}={value!r}: {allowed}")
-        for name in ("student_temp", "teacher_temp", "warmup_teacher_temp"):
-            value = getattr(self, name)
-            if value != "auto" and not value > 0:
-                raise ValueError(f"{name}={value!r}: must be above 0")
+        shares = ("center_momentum", "ema_momentum", "ema_momentum_end", "freeze_last_layer", "teacher_temp_warmup")
+        counts = ("sinkhorn_iterations", "hidden_dim", "bottleneck_dim")
+        temperatures = ("student_temp", "teacher_temp", "warmup_teacher_temp")
+        check_ranges(
+            self,
+            num_prototypes="[2, inf)",
+            **dict.fromkeys(counts, "[1, inf)"),
+            **dict.fromkeys(shares, "[0, 1]"),
+            **dict.fromkeys(temperatures, "(0, inf)"),
+        )
 
     def resolve(self, size: RunSize) -> dict[str, Resolved]:
         """Values for those settings that are `auto`, by name, each with its reason."""

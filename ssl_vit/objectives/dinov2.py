@@ -15,9 +15,9 @@ from ssl_vit.core.distributed import (
     gather_with_gradient,
     process_index,
 )
+from ssl_vit.core.settings import check_interval, check_ranges
 from ssl_vit.data.augment.masking import draw_block_mask
 from ssl_vit.data.augment.multicrop import MultiCropTransform
-from ssl_vit.data.config import clamp_rounding
 from ssl_vit.data.transform import InputSpec
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.objectives.centering import Centering, RunningMean, centered_probs
@@ -66,17 +66,10 @@ class DINOv2Config(DINOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("ibot_weight", "koleo_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be at least 0")
-        clamp_rounding(self, "mask_prob", "layer_decay", "patch_embed_lr")
-        if not 0 <= self.mask_prob <= 1:
-            raise ValueError(f"mask_prob={self.mask_prob!r}: must lie in [0, 1]")
-        if not 0 < self.mask_ratio[0] <= self.mask_ratio[1] < 1:
-            raise ValueError(f"mask_ratio={self.mask_ratio!r}: needs 0 < smallest <= largest < 1")
-        for name in ("layer_decay", "patch_embed_lr"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must lie in (0, 1]")
+        weights = dict.fromkeys(("ibot_weight", "koleo_weight"), "[0, inf)")
+        rates = dict.fromkeys(("layer_decay", "patch_embed_lr"), "(0, 1]")
+        check_ranges(self, mask_prob="[0, 1]", mask_ratio="(0, 1)", **weights, **rates)
+        check_interval(self, "mask_ratio")
 
     def build(self, encoder: Encoder) -> "DINOv2":
         """Put the objective around an encoder; the teacher starts as its copy.

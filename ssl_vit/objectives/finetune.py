@@ -11,6 +11,7 @@ from timm.layers.attention_pool import AttentionPoolLatent
 from timm.loss.cross_entropy import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from ssl_vit.core.settings import check_ranges
 from ssl_vit.data.augment.supervised import AugmentConfig, SupervisedTransform
 from ssl_vit.data.transform import InputSpec
 from ssl_vit.models.encoder import Encoder
@@ -70,12 +71,12 @@ class FineTuneConfig(SupervisedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"layer_decay={self.layer_decay!r}: must lie in (0, 1]; 1 = the same rate in all blocks")
-        if self.model_ema is not None and not 0 <= self.model_ema < 1:
-            raise ValueError(f"model_ema={self.model_ema!r}: must lie in [0, 1); the usual value is 0.9999")
-        if self.head_init <= 0:
-            raise ValueError(f"head_init={self.head_init!r}: must be above 0")
+        check_ranges(
+            self,
+            layer_decay="(0, 1]; 1 = the same rate in all blocks",
+            model_ema="[0, 1); the usual value is 0.9999",
+            head_init="(0, inf)",
+        )
 
     def build(self, encoder: Encoder) -> "FineTune":
         """Put a head on an encoder."""
@@ -187,8 +188,7 @@ class AttentiveConfig(SupervisedConfig):
         super().__post_init__()
         if not self.lr_scales or min(self.lr_scales) <= 0 or len(set(self.lr_scales)) < len(self.lr_scales):
             raise ValueError(f"lr_scales={self.lr_scales!r}: give different numbers above 0")
-        if self.num_heads < 1:
-            raise ValueError(f"num_heads={self.num_heads!r}: must be at least 1")
+        check_ranges(self, num_heads="[1, inf)")
 
     def build(self, encoder: Encoder) -> "AttentiveProbe":
         """Put probes on a frozen encoder."""

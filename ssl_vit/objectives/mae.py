@@ -14,10 +14,10 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from ssl_vit.core.settings import check_interval, check_ranges
 from ssl_vit.data.augment.crops import OrientationConfig, random_view
 from ssl_vit.data.augment.device import flip_horizontally, normalize
 from ssl_vit.data.augment.masking import draw_keep, draw_predicted, num_kept
-from ssl_vit.data.config import clamp_rounding
 from ssl_vit.data.transform import InputSpec
 from ssl_vit.models.blocks import run_blocks, run_in_turn
 from ssl_vit.models.cross_attention import CrossBlock
@@ -50,13 +50,9 @@ class MAEConfig(OrientationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.mask_ratio < 1:
-            raise ValueError(
-                f"mask_ratio={self.mask_ratio!r}: must lie between 0 and 1, both excluded; the paper's is 0.75"
-            )
-        for name in ("decoder_embed_dim", "decoder_depth", "decoder_num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be at least 1")
+        check_interval(self, "crop_scale")
+        decoder = dict.fromkeys(("decoder_embed_dim", "decoder_depth", "decoder_num_heads"), "[1, inf)")
+        check_ranges(self, mask_ratio="(0, 1); the paper's is 0.75", **decoder)
         if self.decoder_depth > 1_000 or self.decoder_depth * 12 * self.decoder_embed_dim**2 > 25e9:
             raise ValueError(
                 f"decoder_depth={self.decoder_depth}, decoder_embed_dim={self.decoder_embed_dim}: more than 1,000 "
@@ -79,10 +75,6 @@ class MAEConfig(OrientationConfig):
                 raise ValueError(
                     f"predict_ratio={self.predict_ratio!r}: must be above 0 and at most mask_ratio={self.mask_ratio!r}"
                 )
-        clamp_rounding(self, "crop_scale")
-        low, high = self.crop_scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"crop_scale={self.crop_scale!r}: needs 0 < smallest <= largest <= 1")
 
     def resolve(self, size: RunSize) -> dict[str, Resolved]:
         """Nothing of MAE follows from the data."""

@@ -50,7 +50,7 @@ def test_the_resolved_config_is_a_config(tmp_path: Path) -> None:
         ),
         (["--mask_ratio", "0.5"], "--mask_ratio: no such flag; did you mean --objective.mask_ratio?"),
         (["--lr=1"], "--lr: no such flag"),
-        (["--objective.mask_ratio", "1.2"], "objective.mask_ratio=1.2: must lie between 0 and 1"),
+        (["--objective.mask_ratio", "1.2"], "objective.mask_ratio=1.2: must lie in (0, 1); the"),
         (["--objective.mask_ratio", "most"], "objective.mask_ratio=most: expected float"),
         (["--steps", "3.5"], "steps=3.5: expected int or null"),
         (["--steps", "0"], "steps=0: must be at least 1"),

@@ -292,7 +292,7 @@ def test_wrong_settings_end_in_one_line_and_code_2(
     monkeypatch.setattr("sys.argv", ["pretrain_mae.py", "--objective.mask_ratio=1.2"])
     assert main(DEFAULTS, quickstart="quickstart_mae.yaml") == 2
     assert capsys.readouterr().err.splitlines() == [
-        "error: objective.mask_ratio=1.2: must lie between 0 and 1, both excluded; the paper's is 0.75"
+        "error: objective.mask_ratio=1.2: must lie in (0, 1); the paper's is 0.75"
     ]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from ssl_vit.data.config import clamp_rounding
+from ssl_vit.core.settings import check_ranges
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,7 @@ class OrientationConfig:
     """Probability of a turn by 90, 180 or 270 degrees, each as often: .75 for images without an up."""
 
     def __post_init__(self) -> None:
-        probs = ("flip_prob", "flip_vertical_prob", "quarter_turn_prob")
-        clamp_rounding(self, *probs)
-        for name in probs:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must lie in [0, 1]")
+        check_ranges(self, flip_prob="[0, 1]", flip_vertical_prob="[0, 1]", quarter_turn_prob="[0, 1]")
 
 
 def draw_crop(

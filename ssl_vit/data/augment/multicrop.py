@@ -11,6 +11,7 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from ssl_vit.core.settings import check_interval, check_ranges
 from ssl_vit.data.augment.crops import OrientationConfig, random_view
 from ssl_vit.data.augment.device import (
     JITTER_ORDERS,
@@ -22,7 +23,6 @@ from ssl_vit.data.augment.device import (
     to_grey,
     to_unit,
 )
-from ssl_vit.data.config import clamp_rounding
 from ssl_vit.data.transform import InputSpec, check_divisible, pair
 
 # Probability of blur for the first global crop, the second, and local crops. DINOv2's released code hands on 1 - p
@@ -63,18 +63,9 @@ class MultiCropConfig(OrientationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_interval(self, "global_crop_scale", "local_crop_scale")
         probs = ("color_jitter_prob", "grey_prob", "blur_prob", "solarize_prob")
-        clamp_rounding(self, "global_crop_scale", "local_crop_scale", *probs)
-        for name in ("global_crop_scale", "local_crop_scale"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high <= 1:
-                raise ValueError(f"{name}={getattr(self, name)!r}: needs 0 < smallest <= largest <= 1")
-        if self.num_local_crops < 0:
-            raise ValueError(f"num_local_crops={self.num_local_crops!r}: must be at least 0")
-        for name in probs:
-            value = self.blur_probs if name == "blur_prob" else getattr(self, name)
-            if not all(0 <= prob <= 1 for prob in np.atleast_1d(value)):
-                raise ValueError(f"{name}={value!r}: must lie in [0, 1]")
+        check_ranges(self, num_local_crops="[0, inf)", **dict.fromkeys(probs, "[0, 1]"))
         if min(self.color_jitter) < 0 or self.color_jitter[3] > 0.5:
             raise ValueError(f"color_jitter={self.color_jitter!r}: must be at least 0, and hue at most 0.5")
         if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:

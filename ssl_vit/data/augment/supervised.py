@@ -17,9 +17,9 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
+from ssl_vit.core.settings import check_interval, check_ranges
 from ssl_vit.data.augment.crops import OrientationConfig, random_view
 from ssl_vit.data.augment.device import flip_horizontally, normalize
-from ssl_vit.data.config import clamp_rounding
 from ssl_vit.data.transform import InputSpec
 
 
@@ -43,17 +43,8 @@ class AugmentConfig(OrientationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        clamp_rounding(self, "crop_scale", "random_erasing")
-        low, high = self.crop_scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"crop_scale={self.crop_scale!r}: needs 0 < smallest <= largest <= 1")
-        if not 0 <= self.random_erasing <= 1:
-            raise ValueError(f"random_erasing={self.random_erasing!r}: must lie in [0, 1]")
-        for name in ("mixup", "cutmix"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be at least 0")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing={self.label_smoothing!r}: must lie in [0, 1)")
+        check_interval(self, "crop_scale")
+        check_ranges(self, random_erasing="[0, 1]", mixup="[0, inf)", cutmix="[0, inf)", label_smoothing="[0, 1)")
         if self.rand_augment is not None and not self.rand_augment.startswith("rand-"):
             raise ValueError(f"rand_augment={self.rand_augment!r}: timm's names begin with 'rand-', as rand-m9-mstd0.5")
 
