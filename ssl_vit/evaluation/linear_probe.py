@@ -17,8 +17,9 @@ from timm.optim.lars import Lars
 from torch import Tensor, nn
 
 from ssl_vit.core.schedules import warmup_cosine
+from ssl_vit.core.settings import check_ranges
 from ssl_vit.evaluation.features import FEATURES, select_feature
-from ssl_vit.evaluation.logistic import stratified_folds
+from ssl_vit.evaluation.splits import held_out_rows
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,10 @@ class LinearProbeConfig:
                 raise ValueError(f"features={self.features!r}: no feature {kind!r}; choose of {', '.join(FEATURES)}")
         if not self.features:
             raise ValueError("features=(): name at least one")
-        if not self.base_lrs or min(self.base_lrs) <= 0:
-            raise ValueError(f"base_lrs={self.base_lrs!r}: give numbers above 0")
-        for name, least in {"epochs": 1, "batch_size": 1, "views": 0, "held_out": 2}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be at least {least}")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup={self.warmup!r}: is a share of the passes, in [0, 1)")
+        if not self.base_lrs:
+            raise ValueError("base_lrs=(): give numbers above 0")
+        check_ranges(self, base_lrs="(0, inf)", epochs="[1, inf)", batch_size="[1, inf)", views="[0, inf)")
+        check_ranges(self, held_out="[2, inf)", warmup="[0, 1); it is a share of the passes")
 
 
 PRESETS = {
@@ -127,9 +125,7 @@ def linear_probe(
     labels = torch.from_numpy(train_labels).to(device)
     everything = np.arange(len(train_labels))
     settings = {"num_classes": num_classes, "seed": seed, "on_step": on_step}
-    held_out = stratified_folds(train_labels, None, config.held_out, seed) == 0
-    # A class that is only among the held-out rows cannot be learned and would say nothing about the heads.
-    held_out &= np.isin(train_labels, train_labels[~held_out])
+    held_out = held_out_rows(train_labels, None, config.held_out, seed)
     grid = [(kind, base_lr) for kind in config.features for base_lr in config.base_lrs]
     if len(grid) > 1 and held_out.any() and (~held_out).sum() > 1:
         heads = _train_heads(train, labels, everything[~held_out], grid, config, **settings)

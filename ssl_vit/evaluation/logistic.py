@@ -1,10 +1,9 @@
 """Linear classification of frozen features: multinomial logistic regression, solved to its optimum.
 
-Features are standardised as by the batch norm without affine that He et al., "Masked Autoencoders Are
-Scalable Vision Learners" (2022), put in front of their linear probe. Where MAE trains the classifier with a
-schedule of its own, here it is the minimum of a convex loss, as in Radford et al., "Learning Transferable
-Visual Models From Natural Language Supervision" (2021): no learning rate, nothing to tune but the L2
-strength, and that is chosen on a part of the training set.
+Features are standardised as by the batch norm without affine in front of the linear probe of He et al., "Masked
+Autoencoders Are Scalable Vision Learners" (2022). MAE trains the classifier with a schedule; here it is the minimum of
+a convex loss, as in Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021): no
+learning rate, and nothing to tune but the L2 strength, which is chosen on a part of the training set.
 """
 
 import numpy as np
@@ -13,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ssl_vit.evaluation.splits import held_out_rows
+
 L2_GRID = tuple(10.0 ** (exponent / 2) for exponent in range(2, -11, -1))
 """Strengths tried, 10 to 1e-5. Strongest first: each fit starts from the one before, near its solution."""
 
@@ -20,6 +21,7 @@ _HELD_OUT_FOLDS = 5  # one fifth of the training set chooses the strength
 _CHUNK_ROWS = 16384  # rows whose logits exist at once
 
 
+@torch.inference_mode(False)
 def logistic_predict(
     train: Float[Tensor, "n d"],
     train_labels: Int[Tensor, " n"],
@@ -31,62 +33,34 @@ def logistic_predict(
 ) -> Int[Tensor, " m"]:
     """Classify test rows with a logistic regression fitted to the training rows.
 
-    The loss is the mean cross-entropy plus `l2 / 2` times the squared norm of the weights (not of the
-    biases), so `l2 = 1 / (C n)` in the terms of scikit-learn. Computed in fp64; the same call gives the
-    same result.
+    The loss is the mean cross-entropy plus `l2 / 2` times the squared norm of the weights (not of the biases), so
+    `l2 = 1 / (C n)` in the terms of scikit-learn. Computed in fp64; the same call gives the same result.
 
     Args:
         train, test: finite features; both are standardised with the statistics of `train`.
         train_labels: classes, 0 to `num_classes` - 1. A class without training rows is never predicted.
         seed: draws the part of `train` that is held out to choose `l2`.
-        l2: the strength; None = the value of `L2_GRID` with the lowest loss on a held-out fifth of `train`;
-            the regression is then fitted again on all of `train`.
+        l2: the strength; None = the value of `L2_GRID` with the lowest loss on a held-out fifth of `train`; the
+            regression is then fitted again on all of `train`.
 
     Raises:
         ValueError: no training rows, or labels outside the classes.
     """
     if len(train) == 0:
         raise ValueError("the logistic regression needs at least one training row")
-    # A class that has no rows here would only send its bias towards minus infinity.
+    # Leave out classes without rows, whose biases would go to minus infinity.
     present, targets = train_labels.unique(return_inverse=True)
     if present[0] < 0 or present[-1] >= num_classes:
         raise ValueError(f"labels range from {present[0]} to {present[-1]}, but num_classes is {num_classes}")
     train, test = _standardise(train, test)
-    # A rotation to uncorrelated features: the penalty and hence the solution stay as they are, but `_fit`, which
-    # scales one feature at a time, then needs tens of steps where the correlated ones can take thousands.
+    # Rotate to uncorrelated features: penalty and solution stay the same, but `_fit`, which scales each feature by
+    # itself, then needs tens of steps where correlated features can take thousands.
     rotation = torch.linalg.eigh(train.T @ train).eigenvectors
     train, test = train @ rotation, test @ rotation
     if l2 is None:
         l2 = _choose_l2(train, targets, len(present), seed)
     weights = _fit(train, targets, l2, train.new_zeros(len(present), train.shape[1] + 1), tolerance=1e-5)
     return present[_logits(weights, test).argmax(dim=1)]
-
-
-def stratified_folds(
-    labels: Int[np.ndarray, " n"], groups: Int[np.ndarray, " n"] | None, num_folds: int, seed: int
-) -> Int[np.ndarray, " n"]:
-    """Deal rows into folds, at random but evenly: in size, and in each class.
-
-    Groups are dealt whole, by the label of their first row. Counts of groups, in all and of a class, differ
-    by at most one between folds; a class with fewer groups than folds is missing from some of them.
-
-    Args:
-        labels: class of each row.
-        groups: rows with the same number stay together; None = every row for itself.
-        num_folds: how many folds.
-        seed: decides who goes where.
-
-    Returns:
-        the fold of each row, 0 to `num_folds` - 1.
-    """
-    groups = np.arange(len(labels)) if groups is None else groups
-    _, first, group_of_row = np.unique(groups, return_index=True, return_inverse=True)
-    order = np.random.default_rng(seed).permutation(len(first))
-    order = order[np.argsort(labels[first][order], kind="stable")]
-    fold_of_group = np.empty(len(first), dtype=np.int64)
-    # Counting on from class to class, so that the remainders of many small classes do not all fall to fold 0.
-    fold_of_group[order] = np.arange(len(first)) % num_folds
-    return fold_of_group[group_of_row]
 
 
 def _standardise(
@@ -99,10 +73,7 @@ def _standardise(
 
 
 def _choose_l2(train: Float[Tensor, "n d"], targets: Int[Tensor, " n"], num_classes: int, seed: int) -> float:
-    labels = targets.cpu().numpy()
-    held_out = stratified_folds(labels, None, _HELD_OUT_FOLDS, seed) == 0
-    # A class that is only among the held-out rows cannot be learned and would say nothing about the strength.
-    held_out &= np.isin(labels, labels[~held_out])
+    held_out = held_out_rows(targets.cpu().numpy(), None, _HELD_OUT_FOLDS, seed)
     if not held_out.any():
         return L2_GRID[len(L2_GRID) // 2]
     fit, check = (torch.from_numpy(rows).to(train.device) for rows in (~held_out, held_out))
@@ -116,6 +87,7 @@ def _choose_l2(train: Float[Tensor, "n d"], targets: Int[Tensor, " n"], num_clas
     return L2_GRID[int(np.argmin(losses))]
 
 
+@torch.enable_grad()
 def _fit(
     features: Float[Tensor, "n d"],
     targets: Int[Tensor, " n"],
@@ -124,11 +96,11 @@ def _fit(
     tolerance: float,
 ) -> Float[Tensor, "classes d1"]:
     """Minimise the loss with L-BFGS from `start`; the last column of the weights holds the biases."""
-    # In units in which every weight has about the same curvature, that of the loss at equal probabilities.
+    # Scale the weights so that all have about the same curvature, that of the loss at equal probabilities.
     probability = 1 / len(start)
-    spread = max(probability * (1 - probability), 1e-3)  # a single class has none
+    spread = max(probability * (1 - probability), 1e-3)  # 0 for a single class
     unit = F.pad(features.square().mean(dim=0) * spread + l2, (0, 1), value=spread).rsqrt()
-    scaled = start / unit
+    scaled = (start / unit).requires_grad_()
     optimizer = torch.optim.LBFGS(
         [scaled],
         max_iter=500,
@@ -140,33 +112,19 @@ def _fit(
     )
 
     def closure() -> float:
-        loss, gradient = _loss_and_gradient(scaled * unit, features, targets, l2)
-        scaled.grad = gradient * unit
-        return loss
+        optimizer.zero_grad()
+        penalty = 0.5 * l2 * (scaled * unit)[:, :-1].square().sum()
+        penalty.backward()
+        total = penalty.detach()
+        for rows, labels in zip(features.split(_CHUNK_ROWS), targets.split(_CHUNK_ROWS), strict=True):
+            loss = F.cross_entropy(_logits(scaled * unit, rows), labels, reduction="sum") / len(features)
+            loss.backward()
+            total += loss.detach()
+        return float(total)
 
     optimizer.step(closure)
-    return scaled * unit
-
-
-def _loss_and_gradient(
-    weights: Float[Tensor, "classes d1"],
-    features: Float[Tensor, "n d"],
-    targets: Int[Tensor, " n"],
-    l2: float,
-) -> tuple[float, Float[Tensor, "classes d1"]]:
-    # The gradient is written out, not left to autograd, which could not work on features from inference mode.
-    penalised = weights.clone()
-    penalised[:, -1] = 0
-    loss = 0.5 * l2 * penalised.square().sum()
-    gradient = l2 * penalised
-    for rows, row_targets in zip(features.split(_CHUNK_ROWS), targets.split(_CHUNK_ROWS), strict=True):
-        log_probabilities = F.log_softmax(_logits(weights, rows), dim=1)
-        loss -= log_probabilities.gather(1, row_targets[:, None]).sum() / len(features)
-        error = log_probabilities.exp() - F.one_hot(row_targets, len(weights))
-        gradient[:, :-1] += error.T @ rows / len(features)
-        gradient[:, -1] += error.sum(dim=0) / len(features)
-    return float(loss), gradient
+    return (scaled * unit).detach()
 
 
 def _logits(weights: Float[Tensor, "classes d1"], features: Float[Tensor, "n d"]) -> Float[Tensor, "n classes"]:
-    return torch.addmm(weights[:, -1], features, weights[:, :-1].T)
+    return F.linear(features, weights[:, :-1], weights[:, -1])

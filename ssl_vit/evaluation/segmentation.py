@@ -38,10 +38,8 @@ from ssl_vit.evaluation.features import EncodeSettings
 from ssl_vit.evaluation.left_out import refuse
 from ssl_vit.evaluation.masks import MaskedSource, Problems, centre_pair, open_masked, random_pair
 from ssl_vit.evaluation.scores import lay_out
+from ssl_vit.evaluation.splits import PICK_FOLDS, TEST_FOLDS
 from ssl_vit.models.encoder import Encoder
-
-TEST_FOLDS = 5  # without a test source one part in so many of the pictures is tested
-PICK_FOLDS = 10  # one part in so many of what remains picks among the heads
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from ssl_vit.evaluation.command import (
     tell_notes,
     write_result,
 )
-from ssl_vit.evaluation.evaluate import Split, split_sources
 from ssl_vit.evaluation.features import check_finite, extract_features, pixel_features
 from ssl_vit.evaluation.left_out import check_bad_share
+from ssl_vit.evaluation.splits import Split, split_sources
 
 
 @dataclass

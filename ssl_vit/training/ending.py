@@ -19,9 +19,10 @@ from ssl_vit.data.bad_images import leave_out_bad
 from ssl_vit.data.sources.source import DataConfig, Source, open_source
 from ssl_vit.data.sources.stream import Stream
 from ssl_vit.data.workers import choose_num_workers
-from ssl_vit.evaluation.evaluate import evaluate_encoder, evaluate_pixels, split_sources
+from ssl_vit.evaluation.evaluate import evaluate_encoder, evaluate_pixels
 from ssl_vit.evaluation.features import EncodeSettings
 from ssl_vit.evaluation.scores import Score, format_table, paired_interval, scores_to_json
+from ssl_vit.evaluation.splits import split_sources
 from ssl_vit.evaluation.untrained import untrained_encoder
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.weights.backbone import BACKBONE_FILE, export_backbone

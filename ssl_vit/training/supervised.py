@@ -1,4 +1,4 @@
-"""How a run with labels is judged and what it ends with: accuracy on a test set and, fine-tuned, a classifier."""
+"""Evaluate a run with labels: accuracy on a test set and, after fine-tuning, an exported classifier."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,10 +12,16 @@ from ssl_vit.core.settings import as_plain
 from ssl_vit.core.text import plain
 from ssl_vit.data.sources.source import Source
 from ssl_vit.data.sources.stream import Stream
-from ssl_vit.evaluation.evaluate import align_classes, independent_rows, split_sources
 from ssl_vit.evaluation.features import stream
-from ssl_vit.evaluation.logistic import stratified_folds
 from ssl_vit.evaluation.scores import Score, format_classes, format_table, per_class, scores_to_json
+from ssl_vit.evaluation.splits import (
+    PICK_FOLDS,
+    TEST_FOLDS,
+    align_classes,
+    held_out_rows,
+    independent_rows,
+    split_sources,
+)
 from ssl_vit.export.run import write_classifier
 from ssl_vit.objectives.finetune import FineTune, Supervised
 from ssl_vit.runs.folder import METRICS_FILE, RESULTS_FILE, write_results
@@ -23,22 +29,19 @@ from ssl_vit.training.config import RunConfig
 from ssl_vit.training.ending import encode_settings, eval_transform, open_test_source
 from ssl_vit.training.observe.metrics import MetricLog
 
-TEST_FOLDS = 5  # without a test source one part in so many of the pictures is tested
-PICK_FOLDS = 10  # one part in so many of what remains picks among several heads
 
-
-class Judges(NamedTuple):
-    """Labelled pictures that nothing was learned from."""
+class EvalSplit(NamedTuple):
+    """Labelled images that nothing was learned from."""
 
     test: Source
     pick: Source | None
-    """Pictures that the best of several heads is picked on, no test pictures; None where there is one head."""
+    """Images that pick the best of several heads and are not tested; None with a single head."""
     test_name: str
-    """What to call the test pictures."""
+    """Name of the test images in messages."""
 
 
-def prepare(config: RunConfig, source: Source | Stream) -> tuple[Source, Judges]:
-    """Cut what is learned from, what picks among heads and what is tested, none of them overlapping.
+def prepare(config: RunConfig, source: Source | Stream) -> tuple[Source, EvalSplit]:
+    """Split a source into disjoint images to learn from, to pick among heads and to test on.
 
     Raises:
         ValueError: see `split_sources`.
@@ -55,7 +58,7 @@ def prepare(config: RunConfig, source: Source | Stream) -> tuple[Source, Judges]
     test = open_test_source(config)
     if test is not None:
         test = align_classes(source, test)
-    # Finds what is wrong with the labels. All labelled pictures are learned from, variants of one picture too.
+    # Only to check the labels: all labelled images are learned from, variants of one image too.
     split_sources(source, test, None, seed, "data.source")
     assert source.labels is not None
     train = source.subset(np.flatnonzero(source.labels >= 0))
@@ -66,31 +69,25 @@ def prepare(config: RunConfig, source: Source | Stream) -> tuple[Source, Judges]
     pick = None
     if len(getattr(config.objective, "lr_scales", ())) > 1:
         train, pick = _hold_out(train, PICK_FOLDS, seed + 1)
-    return train, Judges(_to_test(test, settings.max_images, seed), pick, name or test.name)
+    assert test.labels is not None
+    rows = independent_rows(test.labels, test.groups)
+    if settings.max_images is not None and len(rows) > settings.max_images:
+        rows = np.sort(np.random.default_rng(seed).permutation(rows)[: settings.max_images])
+    return train, EvalSplit(test.subset(rows), pick, name or test.name)
 
 
 def _hold_out(source: Source, folds: int, seed: int) -> tuple[Source, Source]:
     assert source.labels is not None
-    held_out = stratified_folds(source.labels, source.groups, folds, seed) == 0
-    # What is held out must be of classes that are learned.
-    held_out &= np.isin(source.labels, source.labels[~held_out])
+    held_out = held_out_rows(source.labels, source.groups, folds, seed)
     if not held_out.any():
-        raise ValueError(f"data.source={source.name!r}: too few pictures of each class to hold some out for a test")
+        raise ValueError(f"data.source={source.name!r}: too few images of each class to hold some out for a test")
     return source.subset(np.flatnonzero(~held_out)), source.subset(np.flatnonzero(held_out))
 
 
-def _to_test(source: Source, max_images: int | None, seed: int) -> Source:
-    assert source.labels is not None
-    rows = independent_rows(source.labels, source.groups)
-    if max_images is not None and len(rows) > max_images:
-        rows = np.sort(np.random.default_rng(seed).permutation(rows)[:max_images])
-    return source.subset(rows)
-
-
 def evaluate_in_training(
-    config: RunConfig, accelerator: Accelerator, objective: Supervised, judges: Judges, step: int, log: MetricLog
+    config: RunConfig, accelerator: Accelerator, objective: Supervised, judges: EvalSplit, step: int, log: MetricLog
 ) -> None:
-    """Test the classifier as it is now, for the log alone: nothing is picked by it."""
+    """Test the current classifier, only for the log: nothing is chosen by this score."""
     scores = _test(config, accelerator, objective, judges.test)
     if accelerator.is_main_process:
         log.write({"step": step, **{f"eval_{name}": score.accuracy for name, score in scores.items()}})
@@ -103,7 +100,7 @@ def finish(
     accelerator: Accelerator,
     objective: Supervised,
     source: Source | Stream,
-    judges: Judges,
+    judges: EvalSplit,
     step: int,
     collapse: str = "",
 ) -> None:
@@ -119,7 +116,7 @@ def finish(
         print(f"tested on {plain(judges.test_name)}\n{format_table(rows)}")
         if picked:
             shown = ", ".join(f"{name} {score.accuracy:.1%}" for name, score in picked.items())
-            print(f"{best} was picked on {len(judges.pick or ())} held-out training pictures: {shown}")
+            print(f"{best} was picked on {len(judges.pick or ())} held-out training images: {shown}")
         print(f"\n{format_classes(classes)}\nbalanced accuracy {100 * scores[best].balanced_accuracy:.1f} %")
         written = [f"scores     {folder / RESULTS_FILE}", f"metrics    {folder / METRICS_FILE}"]
         if isinstance(objective, FineTune):
@@ -143,7 +140,7 @@ def finish(
 
 
 def _test(config: RunConfig, accelerator: Accelerator, objective: Supervised, source: Source) -> dict[str, Score]:
-    """Scores of each head; every process calls this, the main one is given them."""
+    """Score each head; every process calls this, only the main one returns scores."""
     encoder = objective.encoder
 
     def classify(images: Tensor) -> dict[str, Tensor]:
@@ -164,10 +161,10 @@ def _test(config: RunConfig, accelerator: Accelerator, objective: Supervised, so
         for name, values in batch.items():
             parts.setdefault(name, []).append(values.numpy())
     found = {name: np.concatenate(values) for name, values in parts.items()}
-    good = found.pop("good", np.zeros(0, dtype=bool))  # the main process alone is given any
+    good = found.pop("good", np.zeros(0, dtype=bool))  # empty but in the main process
     assert source.labels is not None
     if len(good) and not good.any():
-        raise ValueError(f"{source.where(0)}: nor can any other image be decoded that is tested")
+        raise ValueError(f"{source.where(0)}: this and all other test images cannot be decoded")
     if not good.all():
-        print(f"note       {(~good).sum():,} of the {len(good):,} images that judge cannot be decoded and are left out")
+        print(f"note       {(~good).sum():,} of the {len(good):,} test images cannot be decoded and are left out")
     return {name: Score.of(source.labels[good], values[good]) for name, values in found.items()}

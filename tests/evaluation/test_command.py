@@ -210,7 +210,7 @@ def test_a_result_that_cannot_be_written_ends_in_one_line(
         (["--source=TAR"], "not here: streams are for training"),
         (["--max_bad_share=2"], "--max_bad_share=2.0: must lie in [0, 1]"),
         (["--source=PHOTOS/disc"], "has no labels, and evaluating needs them: images lie in "),
-        (["--source=ONE_CLASS"], "all 2 labelled pictures are of class 'disc': an evaluation needs at least two"),
+        (["--source=ONE_CLASS"], "all 2 labelled images are of class 'disc': an evaluation needs at least two"),
         (
             ["--source=PARQUET", "--label_column=lable"],
             "label_column='lable': no such column; did you mean 'label'",

@@ -101,7 +101,7 @@ def test_an_attentive_probe_picks_its_head_on_pictures_that_are_not_tested(
     run = tmp_path / "run"
     command = words("attentive_probe", backbone, photo_folder, run, "--steps=30", "--optim.base_lr=0.1")
     assert call(monkeypatch, command) == 0
-    assert re.search(r"lr_\S+ was picked on 4 held-out training pictures", capsys.readouterr().out)
+    assert re.search(r"lr_\S+ was picked on 4 held-out training images", capsys.readouterr().out)
     found = results(run)
     assert found["scores"]["attentive"]["test"]["accuracy"] > 0.8
     assert set(found["picked_on_held_out"]) == {"lr_0.1", "lr_0.3", "lr_1", "lr_3"}
