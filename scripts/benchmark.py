@@ -29,13 +29,15 @@ from ssl_vit.core.front import heed_signals, stoppable
 if __name__ == "__main__":
     heed_signals()
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where benchmarks/ and scripts/ are
+
 import torch
 
 import ssl_vit
-from ssl_vit.benchmarks import end_to_end, scaling, step_memory
-from ssl_vit.benchmarks.loader import compare_loader
-from ssl_vit.benchmarks.memory import compare_memory
-from ssl_vit.benchmarks.step import compare_attention, compare_steps
+from benchmarks import end_to_end, scaling, step_memory
+from benchmarks.loader import compare_loader
+from benchmarks.memory import compare_memory
+from benchmarks.step import compare_attention, compare_steps
 from ssl_vit.core.privacy import without_secrets
 from ssl_vit.core.text import plain
 from ssl_vit.runs.provenance import git_revision, hardware, versions
@@ -264,7 +266,6 @@ def _measure(args: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
 
 
 def _defaults(objective: str) -> RunConfig:
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     return importlib.import_module(f"scripts.pretrain_{objective}").DEFAULTS
 
 

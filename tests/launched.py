@@ -17,10 +17,10 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
-from ssl_vit.benchmarks.step import Step
 from ssl_vit.core.distributed import end_processes, process_index, start_processes
 from ssl_vit.training.config import parse_run
 from ssl_vit.training.loop import set_up, train
+from ssl_vit.training.step import Step
 from tests.conftest import OBJECTIVES
 
 

@@ -4,66 +4,26 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Int64
-from torch import Tensor
 
 from ssl_vit.core.machine import num_cpus, resolve_precision
-from ssl_vit.core.settings import section
 from ssl_vit.data.sources.source import Source
 from ssl_vit.data.transform import Transform
 from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.models.vit import choose_attention
-from ssl_vit.objectives.objective import Objective
 from ssl_vit.training.config import RunConfig
+from ssl_vit.training.device.memory import saved_for_backward
 from ssl_vit.training.step import Step, prepare_step
 
-_MIB = 2**20
 _CPU_WORK = 20_000_000_000  # parameters x patches x images that are measured at once on a CPU
 _CPU_IMAGES = 8  # but no fewer images than these
 _ROUNDS = 2  # steps that are timed at least, after one to warm up
 _SECONDS = 3.0  # that they take at least: the first ones are slow
-
-
-def build_on_meta(config: RunConfig) -> Objective:
-    """The objective of a config without `auto`, without memory for its weights.
-
-    Raises:
-        ValueError: settings that do not fit each other.
-    """
-    with torch.device("meta"):
-        with section("encoder"):
-            encoder = config.encoder.build()
-        with section("objective"):
-            return config.objective.build(encoder)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What training holds at all times, in MiB; all of it is fp32."""
-
-    parameters: float
-    """All parameters, a teacher's included."""
-    teacher: float
-    """The teacher's among them."""
-    gradients: float
-    optimizer: float
-    """AdamW's two moments."""
-    total: float
-
-
-def model_memory(objective: Objective) -> Memory:
-    """Memory of parameters and what belongs to each of them; the objective may be on the meta device."""
-    named = list(objective.named_parameters())
-    held = sum(parameter.nbytes for _, parameter in named) / _MIB
-    teacher = sum(parameter.nbytes for name, parameter in named if name.startswith("teacher_")) / _MIB
-    learns = sum(parameter.nbytes for _, parameter in named if parameter.requires_grad) / _MIB
-    return Memory(held, teacher, gradients=learns, optimizer=2 * learns, total=held + 3 * learns)
 
 
 def measure_crops(source: Source, rows: Int64[np.ndarray, " r"], transform: Transform, num_channels: int) -> float:
@@ -121,52 +81,32 @@ def measure_step(config: RunConfig, device: torch.device) -> StepCost:
     while True:
         try:
             step = prepare_step(config, objective, size, device)
-            activations = _saved_for_backward(objective, step)
+            activations = saved_for_backward(objective, step.forward_backward)
             step.update()
-            forward_backward, update = _time(step, device)
+            forward_backward, update = _seconds(step, device)
             break
         except torch.OutOfMemoryError:
             if size == 1:
-                raise ValueError(
-                    "batch.per_device: not even one image fits on the device; take a smaller arch"
-                ) from None
+                reason = "not even one image fits on the device; take a smaller arch"
+                raise ValueError(f"batch.per_device: {reason}") from None
             size //= 2
     seconds = config.batch.size * forward_backward / size + update
-    return StepCost(config.batch.size / seconds, size, precision, activations / _MIB)
+    return StepCost(config.batch.size / seconds, size, precision, activations)
 
 
-def _time(step: Step, device: torch.device) -> tuple[float, float]:
-    """Seconds of forward and backward of a micro-batch, and of the update."""
-
-    def timed(work: Callable[[], None]) -> float:
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
+def _seconds(step: Step, device: torch.device) -> list[float]:
+    """Seconds of forward and backward of a micro-batch, and of the update: the median of several steps."""
     times: list[tuple[float, float]] = []
     start = time.perf_counter()
     while len(times) < _ROUNDS or time.perf_counter() - start < _SECONDS:
-        times.append((timed(step.forward_backward), timed(step.update)))
-    forward_backward, update = zip(*times, strict=True)
-    return statistics.median_low(forward_backward), statistics.median_low(update)
-
-
-def _saved_for_backward(objective: Objective, step: Step) -> int:
-    """Bytes that the graph of a micro-batch keeps, parameters left out."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in objective.parameters()}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        step.forward_backward()
-    return sum(kept.values())
+        marks = [time.perf_counter()]
+        for half in step:
+            half()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            marks.append(time.perf_counter())
+        times.append((marks[1] - marks[0], marks[2] - marks[1]))
+    return [statistics.median_low(values) for values in zip(*times, strict=True)]
 
 
 def pace(step_rate: float, input_rate: float, device: torch.device) -> tuple[int, float]:

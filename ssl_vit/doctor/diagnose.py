@@ -13,7 +13,7 @@ import torch
 from ssl_vit.core.machine import device_name, num_cpus, use_all_cpus
 from ssl_vit.data.decode.formats import Contents
 from ssl_vit.data.sources.source import Source
-from ssl_vit.doctor.cost import PacedStep, build_on_meta, measure_crops, measure_step, model_memory, pace
+from ssl_vit.doctor.cost import PacedStep, measure_crops, measure_step, pace
 from ssl_vit.doctor.facts import Facts, RunFacts, Sizes
 from ssl_vit.doctor.findings import (
     channels_to_read,
@@ -25,6 +25,7 @@ from ssl_vit.doctor.findings import (
 )
 from ssl_vit.doctor.images import Images, choose_rows, count_labels, read_images
 from ssl_vit.training.config import RunConfig
+from ssl_vit.training.device.memory import build_on_meta, model_memory
 
 Measure = Literal["auto", "true", "false"]
 _CROPPED = 64  # images whose crops are timed

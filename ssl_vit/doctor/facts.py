@@ -9,7 +9,8 @@ import yaml
 
 from ssl_vit.core.text import plain
 from ssl_vit.data.copies import INSTALL
-from ssl_vit.doctor.cost import Memory, PacedStep
+from ssl_vit.doctor.cost import PacedStep
+from ssl_vit.training.device.memory import Memory
 
 _LABEL = 14  # width of the page's left column
 _WIDTH = 110

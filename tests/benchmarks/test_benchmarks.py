@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.loader import compare_loader, pillow_mae, pillow_views
+from benchmarks.memory import head_and_loss, pairwise_loss, peak_of
+from benchmarks.rounds import alternate, ratios
+from benchmarks.step import compare_attention
 from scripts import benchmark
 from scripts.pretrain_dino import DEFAULTS
-from ssl_vit.benchmarks.loader import compare_loader, pillow_mae, pillow_views
-from ssl_vit.benchmarks.memory import head_and_loss, pairwise_loss, peak_of
-from ssl_vit.benchmarks.rounds import alternate, ratios
-from ssl_vit.benchmarks.step import compare_attention
 from ssl_vit.objectives.dino import dino_loss
 from ssl_vit.training.config import parse_run
 from tests.conftest import ROOT, SMALL_DINO

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_vit.benchmarks.peers import PEERS, lightly_dino
-from ssl_vit.benchmarks.step import compare_steps, count_flops, own_step
+from benchmarks.peers import PEERS, lightly_dino
+from benchmarks.step import compare_steps, count_flops, own_step
 from ssl_vit.models.vit import ViT
 from ssl_vit.training.config import RunConfig, parse_run
 from tests.conftest import OBJECTIVES

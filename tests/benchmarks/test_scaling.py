@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ssl_vit.benchmarks import scaling
-from ssl_vit.benchmarks.scaling import Series, as_lines, as_result, draw, through_ends, through_origin
+from benchmarks import scaling
+from benchmarks.scaling import Series, as_lines, as_result, draw, through_ends, through_origin
 from ssl_vit.data.config import DataConfig
 from ssl_vit.data.sources.source import open_source
 from ssl_vit.training.config import RunConfig, parse_run

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from ssl_vit.benchmarks.step_memory import _peak, as_lines, measure_step_memory, memory_table
+from benchmarks.step_memory import _peak, as_lines, measure_step_memory, memory_table
 from ssl_vit.training.config import RunConfig, parse_run
 from tests.conftest import OBJECTIVES, ROOT
 
@@ -45,7 +45,7 @@ def test_checkpointing_leaves_what_is_held_and_saves_the_rest() -> None:
 
 def test_a_batch_that_does_not_fit_is_said_to() -> None:
     with (
-        mock.patch("ssl_vit.benchmarks.step_memory._peak_on_cuda", side_effect=torch.OutOfMemoryError),
+        mock.patch("benchmarks.step_memory._peak_on_cuda", side_effect=torch.OutOfMemoryError),
         mock.patch("torch.cuda.empty_cache"),
     ):
         found = measure_step_memory(config_of("mae"), 64, torch.device("cuda"))

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ssl_vit.doctor.cost import _saved_for_backward
 from ssl_vit.objectives.objective import Objective
 from ssl_vit.training.config import RunConfig, parse_run
+from ssl_vit.training.device.memory import saved_for_backward
 from ssl_vit.training.step import prepare_step
 from tests.conftest import OBJECTIVES
 
@@ -40,7 +40,7 @@ def test_checkpointed_activations_change_no_gradient_and_keep_less(name: str, pr
         config, objective = build(name, f"--precision={precision}", grad_checkpointing=again)
         step = prepare_step(config, objective, 4, CPU)
         torch.manual_seed(1)
-        kept = _saved_for_backward(objective, step)
+        kept = saved_for_backward(objective, step.forward_backward)
         grads = {key: value.grad for key, value in objective.named_parameters() if value.requires_grad}
         found.append((kept, grads))
     (kept, grads), (kept_again, grads_again) = found

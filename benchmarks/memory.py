@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from ssl_vit.benchmarks.peers import lightly_head_and_loss
-from ssl_vit.benchmarks.rounds import alternate, machine, ratios
+from benchmarks.peers import lightly_head_and_loss
+from benchmarks.rounds import alternate, machine, ratios
 from ssl_vit.objectives.heads import DINOHead
 from ssl_vit.objectives.prototype_loss import dino_prototype_loss
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageFilter
 from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
-from ssl_vit.benchmarks.rounds import alternate, machine, ratios
+from benchmarks.rounds import alternate, machine, ratios
 from ssl_vit.data.augment.multicrop import MultiCropConfig
 from ssl_vit.data.decoded import open_decoded
 from ssl_vit.data.sources.source import DataConfig, Source, open_source

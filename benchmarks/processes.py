@@ -1,6 +1,6 @@
 """What more processes cost: real runs under torchrun, measured from inside, between steps.
 
-python -m torch.distributed.run ... -m ssl_vit.benchmarks.processes JOB.json    is one of them
+python -m torch.distributed.run ... -m benchmarks.processes JOB.json    is one of them
 """
 
 import importlib
@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ssl_vit.benchmarks.end_to_end import NoEnding
-from ssl_vit.benchmarks.rounds import turns
+from benchmarks.end_to_end import NoEnding
+from benchmarks.rounds import turns
 from ssl_vit.core.distributed import end_processes, process_index
 from ssl_vit.training.config import parse_run
 from ssl_vit.training.loop import set_up, train
 
 WARMUP = 3
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 def measure_processes(
@@ -69,7 +69,7 @@ def _measure(job: dict[str, Any], path: Path, count: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [*command, "-m", "ssl_vit.benchmarks.processes", str(path)],
+        [*command, "-m", "benchmarks.processes", str(path)],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": paths},

@@ -18,8 +18,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ssl_vit.benchmarks.processes import measure_processes
-from ssl_vit.benchmarks.rounds import alternate, machine, ratios
+from benchmarks.processes import measure_processes
+from benchmarks.rounds import alternate, machine, ratios
 from ssl_vit.core.machine import resolve_precision
 from ssl_vit.core.settings import as_plain
 from ssl_vit.data.config import DataConfig

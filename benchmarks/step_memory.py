@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import torch
 
-from ssl_vit.benchmarks.memory import peak_of
-from ssl_vit.benchmarks.rounds import machine
+from benchmarks.memory import peak_of
+from benchmarks.rounds import machine
 from ssl_vit.core.machine import resolve_precision
 from ssl_vit.core.settings import as_plain
-from ssl_vit.doctor.cost import build_on_meta, model_memory
 from ssl_vit.models.vit import choose_attention
 from ssl_vit.training.config import RunConfig
+from ssl_vit.training.device.memory import build_on_meta, model_memory
 from ssl_vit.training.step import prepare_step
 
 SMALL_BATCHES = (2, 4)  # measured on CPUs, where the batch that is asked for would take minutes

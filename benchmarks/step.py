@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from ssl_vit.benchmarks.memory import peak_of
-from ssl_vit.benchmarks.peers import PEERS, kind_of
-from ssl_vit.benchmarks.peers import Step as PeerStep
-from ssl_vit.benchmarks.rounds import alternate, machine, ratios
+from benchmarks.memory import peak_of
+from benchmarks.peers import PEERS, kind_of
+from benchmarks.peers import Step as PeerStep
+from benchmarks.rounds import alternate, machine, ratios
 from ssl_vit.core.machine import resolve_precision
 from ssl_vit.core.settings import as_plain
 from ssl_vit.data.augment.masking import num_kept

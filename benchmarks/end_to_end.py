@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ssl_vit.benchmarks.rounds import alternate, machine
+from benchmarks.rounds import alternate, machine
 from ssl_vit.core.settings import as_plain
 from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.evaluation.evaluate import EvaluationConfig

@@ -1,0 +1,65 @@
+"""Memory of a model in training: parameters, what belongs to them, and what a backward pass needs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ssl_vit.core.settings import section
+from ssl_vit.objectives.objective import Objective
+from ssl_vit.training.config import RunConfig
+
+_MIB = 2**20
+
+
+def build_on_meta(config: RunConfig) -> Objective:
+    """The objective of a config without `auto`, without memory for its weights.
+
+    Raises:
+        ValueError: settings that do not fit each other.
+    """
+    with torch.device("meta"):
+        with section("encoder"):
+            encoder = config.encoder.build()
+        with section("objective"):
+            return config.objective.build(encoder)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What training holds at all times, in MiB; all of it is fp32."""
+
+    parameters: float
+    """All parameters, a teacher's included."""
+    teacher: float
+    """The teacher's among them."""
+    gradients: float
+    optimizer: float
+    """AdamW's two moments."""
+    total: float
+
+
+def model_memory(objective: Objective) -> Memory:
+    """Memory of parameters and what belongs to each of them; the objective may be on the meta device."""
+    named = list(objective.named_parameters())
+    held = sum(parameter.nbytes for _, parameter in named) / _MIB
+    teacher = sum(parameter.nbytes for name, parameter in named if name.startswith("teacher_")) / _MIB
+    learns = sum(parameter.nbytes for _, parameter in named if parameter.requires_grad) / _MIB
+    return Memory(held, teacher, gradients=learns, optimizer=2 * learns, total=held + 3 * learns)
+
+
+def saved_for_backward(objective: Objective, forward_backward: Callable[[], None]) -> float:
+    """MiB that the graph of `forward_backward` keeps for its backward pass, parameters left out."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in objective.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        forward_backward()
+    return sum(kept.values()) / _MIB
