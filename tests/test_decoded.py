@@ -12,7 +12,8 @@ from scripts.pretrain_mae import DEFAULTS
 from ssl_vit.core.settings import as_plain
 from ssl_vit.training.config import RunConfig, parse_run, write_config
 from ssl_vit.training.continuing import check_run_folder
-from tests.test_resume import STEPS, command, finish, kill_at, losses, same, weights
+from tests.interrupted import killed_after, run
+from tests.test_resume import STEPS, command, finish, losses, same, weights
 
 BAD = ("disc/07.png", "square/19.png")
 SIDE = "--data.cache_side=36"
@@ -29,31 +30,41 @@ def photos(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "whole"
-    text = finish([sys.executable, *command(photos, run, "--data.cache=ram", SIDE, "--encoder.drop_path_rate=0")])
-    assert "cache      40 images, 2 of them bad" in text
-    return run
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert run(*settings(photos, folder), "--data.cache=ram") == 0
+    return folder
+
+
+def settings(photos: Path, folder: Path) -> list[str]:
+    given = [f"--data.source={photos}", f"--output_dir={folder}", f"--steps={STEPS}", "--data.label_column=none"]
+    return [*given, SIDE, "--encoder.drop_path_rate=0"]
 
 
 def listed(run: Path) -> str:
     return (run / "bad_images.jsonl").read_text()
 
 
+@pytest.mark.usefixtures("_fresh_state")
 def test_a_killed_run_goes_on_bit_for_bit_with_other_workers_and_from_disk(
-    photos: Path, whole: Path, tmp_path: Path
+    photos: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "run"
-    disk = ("--data.cache=disk", f"--data.cache_dir={tmp_path / 'cache'}")
-    flags = (SIDE, "--encoder.drop_path_rate=0", "--checkpoint.every_steps=3")
-    kill_at([sys.executable, *command(photos, run, *flags, *disk, "--data.num_workers=2")], 5)
-    kill_at([sys.executable, *command(photos, run, *flags, *disk, "--data.num_workers=0")], 8)
-    text = finish([sys.executable, *command(photos, run, *flags, "--data.cache=ram", "--data.num_workers=2")])
+    folder, disk = tmp_path / "run", ("--data.cache=disk", f"--data.cache_dir={tmp_path / 'cache'}")
+    flags = [*settings(photos, folder), "--checkpoint.every_steps=3"]
+    with killed_after(5):
+        run(*flags, *disk, "--data.num_workers=2")
+    assert "cache      40 images, 2 of them bad" in capsys.readouterr().out
+    with killed_after(5):  # at step 8
+        run(*flags, *disk, "--data.num_workers=0")
+    text = capsys.readouterr().out
     assert "Going on from" in text
-    assert same(weights(whole), weights(run)) == []
-    assert losses(run) == losses(whole)
-    assert listed(run) == listed(whole)
-    assert len(listed(run).splitlines()) == 2
-    assert {json.loads(line)["reason"] for line in listed(run).splitlines()} == {"the PNG file is cut off"}
+    assert "cache " not in text
+    assert run(*flags, "--data.cache=ram", "--data.num_workers=2") == 0
+    assert "cache      40 images, 2 of them bad" in capsys.readouterr().out
+    assert same(weights(whole), weights(folder)) == []
+    assert losses(folder) == losses(whole)
+    assert listed(folder) == listed(whole)
+    assert len(listed(folder).splitlines()) == 2
+    assert {json.loads(line)["reason"] for line in listed(folder).splitlines()} == {"the PNG file is cut off"}
 
 
 @pytest.mark.slow

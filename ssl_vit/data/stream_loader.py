@@ -168,23 +168,18 @@ def _unchanged(chunk: Any) -> Chunk:
     return chunk
 
 
+@dataclass(eq=False)
 class _Chunks(IterableDataset[Chunk]):
     """The chunks of one worker, or of the process where there is none."""
 
-    def __init__(
-        self,
-        loader: StreamLoader,
-        transform: Transform,
-        *,
-        num_channels: int,
-        first: int,
-        num_chunks: int,
-        chunk_size: int,
-        skip_bad: bool,
-    ) -> None:
-        """Begin after `first` samples of each worker."""
-        self.loader, self.transform, self.num_channels = loader, transform, num_channels
-        self.first, self.num_chunks, self.chunk_size, self.skip_bad = first, num_chunks, chunk_size, skip_bad
+    loader: StreamLoader
+    transform: Transform
+    num_channels: int
+    first: int
+    """Samples that each worker has given before."""
+    num_chunks: int
+    chunk_size: int
+    skip_bad: bool
 
     def __iter__(self) -> Iterator[Chunk]:
         info = get_worker_info()

@@ -1,6 +1,5 @@
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import datasets
@@ -18,9 +17,9 @@ from ssl_vit.data.sources import openmoji
 from ssl_vit.data.sources.source import DataConfig, Source, open_source
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.training.config import parse_run
-from tests.conftest import SMALL_RUN
+from tests.interrupted import killed_after, run
 from tests.specs import spec
-from tests.test_resume import finish, kill_at, losses, same, weights
+from tests.test_resume import losses, same, weights
 
 TWELVE = ("--steps=12", "--data.label_column=none")
 MIXTURE = Mixture(("a", "b", "c"), (0.7, 0.2, 0.1), np.repeat([0, 1, 2], [5, 30, 8]))
@@ -194,19 +193,18 @@ def test_batches_do_not_depend_on_workers(sources: tuple[Path, Path]) -> None:
     assert torch.equal(*found)
 
 
+@pytest.mark.usefixtures("_fresh_state")
 def test_a_killed_run_over_a_mixture_ends_with_the_same_weights_and_goes_on_with_its_own_config(
-    sources: tuple[Path, Path], tmp_path: Path
+    sources: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def command(run: Path, *flags: str) -> list[str]:
-        script = str(Path(__file__).parents[2] / "scripts" / "pretrain_mae.py")
-        return [sys.executable, script, *SMALL_RUN, f"--output_dir={run}", *TWELVE, *flags]
-
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    text = finish(command(whole, flag(sources)))
+    whole, broken = tmp_path / "whole", tmp_path / "run"
+    assert run(f"--output_dir={whole}", *TWELVE, flag(sources)) == 0
+    text = capsys.readouterr().out
     assert f"data       {{{sources[0]}: 0.75, {sources[1]}: 0.25}}: 16 images, no labels" in text
-    kill_at(command(run, flag(sources), "--checkpoint.every_steps=3"), 7)
-    finish(command(run, f"--config={run / 'config.yaml'}"))
-    assert same(weights(whole), weights(run)) == []
-    assert losses(whole) == losses(run)
-    described = json.loads((run / "config.json").read_text())["ssl_vit"]
+    with killed_after(7):
+        run(f"--output_dir={broken}", *TWELVE, flag(sources), "--checkpoint.every_steps=3")
+    assert run(f"--output_dir={broken}", *TWELVE, f"--config={broken / 'config.yaml'}") == 0
+    assert same(weights(whole), weights(broken)) == []
+    assert losses(whole) == losses(broken)
+    described = json.loads((broken / "config.json").read_text())["ssl_vit"]
     assert described["source"] == {sources[0].name: 0.75, sources[1].name: 0.25}

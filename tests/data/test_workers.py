@@ -2,11 +2,10 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,13 +16,14 @@ from torch import Tensor
 from scripts.pretrain_mae import DEFAULTS
 from ssl_vit.data.loader import Batches
 from ssl_vit.data.sampler import StepSampler
+from ssl_vit.data.sources import source as sources
 from ssl_vit.data.sources.source import DataConfig, Source, open_source
 from ssl_vit.data.transform import Transform
 from ssl_vit.data.workers import check_num_workers, choose_num_workers
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.training.config import parse_run
-from tests.conftest import ROOT
 from tests.data.broken import noise
+from tests.interrupted import run
 from tests.specs import spec
 
 CPU = torch.device("cpu")
@@ -152,27 +152,19 @@ def test_an_error_that_no_worker_died_of_is_left_alone(photo_folder: Path) -> No
         train()
 
 
-def test_a_run_whose_worker_is_killed_ends_in_one_line_and_code_1(photo_folder: Path, tmp_path: Path) -> None:
-    code = f"""
-import os, signal, sys
-from scripts.pretrain_mae import DEFAULTS
-from ssl_vit.data.sources import source as sources
-from ssl_vit.training.loop import main
-from tests.conftest import SMALL_RUN
+@pytest.mark.usefixtures("_fresh_state")
+def test_a_run_whose_worker_is_killed_ends_in_one_line_and_code_1(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decode, process = sources.decode, os.getpid()
 
-decode = sources.decode
-def crash(data, *args):
-    if str(data).endswith("07.png"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return decode(data, *args)
-sources.decode = crash
-given = ["--data.source={photo_folder}", "--output_dir={tmp_path / "run"}", "--steps=12", "--data.num_workers=1"]
-sys.argv = ["pretrain_mae.py", *SMALL_RUN, *given, "--data.label_column=none"]
-sys.exit(main(DEFAULTS))
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    assert "07.png): the loader worker at this image was killed (Killed); " in lines[0]
-    assert "Traceback" not in done.stderr
+    def crash(data: Path, *args: Any) -> Tensor:
+        if data.name == "07.png" and os.getpid() != process:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return decode(data, *args)
+
+    monkeypatch.setattr(sources, "decode", crash)
+    given = [f"--data.source={photo_folder}", f"--output_dir={tmp_path / 'run'}", "--steps=12", "--data.num_workers=1"]
+    assert run(*given, "--data.label_column=none") == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "07.png): the loader worker at this image was killed (Killed); " in line

@@ -1,4 +1,4 @@
-"""A folder of images: which of its files are images, which folders are splits or classes, and what is left aside."""
+"""A folder of images: which files are images, which folders are splits or classes, and which files are left aside."""
 
 import glob
 import os
@@ -15,24 +15,24 @@ from ssl_vit.data.decode.formats import IMAGE_SUFFIXES, hint_for
 from ssl_vit.data.outputs import is_output, written_files
 from ssl_vit.data.sources.columns import Labels, encode
 
-# What folders are called that hold a split, and which split that is.
+# Names of folders that hold a split, and the split.
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-# `train2017`, `test_set`: what may follow.
+# With what may follow: `train2017`, `test_set`.
 _SPLIT_NAME = re.compile(r"([a-z]+?)(?:[ _-]?(?:set|split|data|images?))?(?:[ _-]?(?:19|20)\d\d)?")
-_ALL, _NONE = "all", "none"  # values of data.split: every split together; folders named as splits are none
-# What operating systems and storage devices put beside files; names that begin with a dot are left out anyway.
+_ALL, _NONE = "all", "none"  # values of data.split: all splits together; no folder is a split
+# What operating systems and storage devices put beside files; hidden names are left out anyway.
 _SYSTEM = {
     *("@eadir", "@recycle", "@recently-snapshot", "@snapshot", "@tmp", "#recycle", "#snapshot"),
     *("$recycle.bin", "recycler", "recycled", "system volume information", "lost+found", "found.000"),
     *("__macosx", "network trash folder", "temporary items", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"),
 }
 UNASKED = "data.label_column is 'none'"
-"""Why there are no labels where nobody wants them."""
-_MOST_CLASSES, _MOST_SUFFIXES, _MOST_NAMES = 10, 10, 3  # that are named
+"""Why there are no labels where the user wants none."""
+_MOST_CLASSES, _MOST_SUFFIXES, _MOST_NAMES = 10, 10, 3  # most that a note lists
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class FolderImages:
     """The images of a folder, or of one of its splits."""
 
     root: str
-    """The folder, that of the split where one was chosen."""
+    """The folder, or that of the chosen split."""
     paths: list[str]
-    """Of the images, sorted, as `path_to_text` gives them."""
+    """Sorted paths of the images, as `path_to_text` gives them."""
     labels: Labels
     unlabelled: str
     """Why there are no labels; "" where there are."""
@@ -50,8 +50,8 @@ class FolderImages:
 
 
 @dataclass
-class _Walked:
-    """What lies below a folder, as paths below it."""
+class _Contents:
+    """What lies below a folder, as paths relative to it."""
 
     files: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
@@ -62,24 +62,24 @@ class _Walked:
 
 
 def find_images(folder: Path, config: DataConfig, *, split_may_be_missing: bool = False) -> FolderImages:
-    """Find the images below a folder by their names alone; nothing hidden, and nothing that this package wrote, is one.
+    """Find the images below a folder by their names alone, without hidden files and files that this package wrote.
 
-    First-level folders that are all named as splits (or some of them, as two different ones) are splits: `data.split`
-    chooses one, `all` takes them together, and `none` makes them folders like any others.
+    First-level folders are splits if all have names of splits, or some have those of two different splits:
+    `data.split` chooses one, `all` takes them together, and `none` treats them like any folders.
 
     Args:
-        split_may_be_missing: take a folder without splits whatever `data.split` says.
+        split_may_be_missing: accept a folder without splits whatever `data.split` is.
 
     Raises:
         ValueError: no images, or no such split.
     """
     prefix = str(folder).rstrip(os.sep) + os.sep
-    walked = _walk(prefix)
-    files = sorted(walked.files)
+    contents = _walk(prefix)
+    files = sorted(contents.files)
     images, others = [], []
     for file in files:
         (images if suffix(file) in IMAGE_SUFFIXES else others).append(file)
-    left_out = _left_out(walked)
+    left_out = _left_out(contents)
     if not images:
         raise setting_error(config, "source", _nothing(prefix, others, left_out))
     splits = [] if config.split == _NONE else _find_splits(images)
@@ -98,7 +98,7 @@ def find_images(folder: Path, config: DataConfig, *, split_may_be_missing: bool 
         notes += note
         if config.split != _NONE and (named := [name for name in labelled[1] if _split_of(name)]):
             notes += [f"{named[0]!r} is taken for a class, since the folders beside it are no splits"]
-    notes += _left_aside(others, walked.lost_links) + left_out
+    notes += _left_aside(others, contents.lost_links) + left_out
     paths = [prefix + name for name in images]
     texts = [path_to_text(path) for path in paths]
     for path, text in zip(paths, texts, strict=True):
@@ -108,13 +108,13 @@ def find_images(folder: Path, config: DataConfig, *, split_may_be_missing: bool 
 
 
 def suffix(file: str) -> str:
-    """What a file's name ends in, in lower case and without the dot; "" where there is none."""
+    """The suffix of a file's name in lower case, without the dot; "" where there is none."""
     return os.path.splitext(file)[1][1:].lower()  # noqa: PTH122  # a Path for each of millions is slow
 
 
-def _walk(prefix: str) -> _Walked:
-    """All files below a folder but hidden ones. Links are followed, each folder is read once."""
-    walked, pending, seen = _Walked(), [prefix], set()
+def _walk(prefix: str) -> _Contents:
+    """All files below a folder but hidden ones; follows links, and reads each folder once."""
+    contents, pending, seen = _Contents(), [prefix], set()
     while pending:
         folder = pending.pop()
         status = Path(folder).stat()
@@ -124,38 +124,38 @@ def _walk(prefix: str) -> _Walked:
         with os.scandir(folder) as scanned:
             entries = {entry.name: entry for entry in scanned}
         if is_output(Path(folder), entries, named=folder == prefix):
-            walked.outputs.append(folder.removeprefix(prefix) or ".")
+            contents.outputs.append(folder.removeprefix(prefix) or ".")
             continue
         written = written_files(Path(folder), entries)
         subfolders = []
         for name, entry in entries.items():
-            # Path's tests take a link that leads nowhere, or to itself, for no folder and no file.
+            # To Path, a link that leads nowhere or to itself is neither folder nor file.
             item = Path(entry.path) if entry.is_symlink() else entry
             if name.startswith("."):
                 continue
             below = entry.path.removeprefix(prefix)
             if name.lower() in _SYSTEM:
-                walked.system += [below] if item.is_dir() else []
+                contents.system += [below] if item.is_dir() else []
             elif item.is_dir():
                 subfolders.append(entry.path)
             elif name in written:
-                walked.outputs.append(below)
+                contents.outputs.append(below)
             elif item.is_file():
-                walked.files.append(below)
+                contents.files.append(below)
             else:
-                walked.lost_links += entry.is_symlink()
+                contents.lost_links += entry.is_symlink()
         pending += sorted(subfolders, reverse=True)  # a fixed order: of two links the same one always wins
-    return walked
+    return contents
 
 
 def _split_of(folder: str) -> str | None:
-    """Which split a folder of this name holds; None where it is not named as one."""
+    """The split that a folder of this name holds; None for other names."""
     found = _SPLIT_NAME.fullmatch(folder.lower())
     return _SPLITS.get(found[1]) if found else None
 
 
 def _find_splits(images: Sequence[str]) -> list[str]:
-    """First-level folders where all are named as splits, or two different splits stand among others, which are more."""
+    """The first-level folders if all have names of splits, or some have names of two different splits; else none."""
     counts = Counter(image.partition(os.sep)[0] if os.sep in image else "" for image in images)
     kinds = {_split_of(name) for name in counts}
     are_splits = None not in kinds or len(kinds - {None}) > 1
@@ -165,7 +165,7 @@ def _find_splits(images: Sequence[str]) -> list[str]:
 def _choose_split(
     splits: list[str], images: Sequence[str], config: DataConfig, may_be_missing: bool
 ) -> tuple[list[str], list[str]]:
-    """The first-level folders that `data.split` names, and what to say of them."""
+    """The first-level folders that `data.split` names, and notes for the user."""
     wanted = config.split
     if not splits:
         if wanted not in ("train", _ALL, _NONE) and not may_be_missing:
@@ -198,9 +198,9 @@ def _choose_split(
 
 
 def _label(below: Sequence[str], root: str) -> tuple[Labels, str, list[str]]:
-    """Labels by first-level folder, if every image lies in one and there are at least two; why not, and what to say."""
+    """Labels by first-level folder, if all images lie in at least two; else why not; and notes for the user."""
     folders = [image.partition(os.sep)[0] for image in below if os.sep in image]
-    # Names typed on a Mac are decomposed, others are not: the same class in either form.
+    # A Mac decomposes names: the same class in either form.
     names = {name: unicodedata.normalize("NFC", path_to_text(name)) for name in set(folders)}
     root = path_to_text(root)
     if not folders:
@@ -220,7 +220,7 @@ def _label(below: Sequence[str], root: str) -> tuple[Labels, str, list[str]]:
 
 
 def _left_aside(files: Sequence[str], lost_links: int) -> list[str]:
-    """Files that are not taken for images, by what their names end in, most frequent first."""
+    """Notes on files that are not taken for images, by suffix, most frequent first."""
     counts = Counter(_kind(file) for file in files)
     shown = []
     for kind, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
@@ -238,16 +238,16 @@ def _kind(file: str) -> str:
     return found if re.fullmatch(r"\w[\w+~-]{0,11}", found, re.ASCII) else "without a suffix"
 
 
-def _left_out(walked: _Walked) -> list[str]:
-    """What is said of what is not the user's."""
-    written = [path_to_text(path) for path in sorted(walked.outputs)]
-    system = [path_to_text(path) for path in sorted(walked.system)]
+def _left_out(contents: _Contents) -> list[str]:
+    """Notes on files and folders that are not the user's."""
+    written = [path_to_text(path) for path in sorted(contents.outputs)]
+    system = [path_to_text(path) for path in sorted(contents.system)]
     notes = [f"left out, since ssl_vit wrote it: {_listed(written, _MOST_NAMES)}"] if written else []
     return notes + ([f"left out, folders of the system: {_listed(system, _MOST_NAMES)}"] if system else [])
 
 
 def _nothing(prefix: str, files: Sequence[str], left_out: list[str]) -> str:
-    """Why a folder without images cannot be used, and what to do."""
+    """The error about a folder without images, and what to do."""
     kinds = {suffix(file) for file in files}
     prefix = path_to_text(prefix)
     found = "; ".join([*_left_aside(files, 0), *left_out])

@@ -1,6 +1,6 @@
-"""Parquet files by their names into the cache of `datasets`, whose own reader takes names for patterns and addresses.
+"""Copies parquet files into the cache of `datasets`, whose own reader takes file names for patterns and addresses.
 
-`datasets` replaces what a builder's module calls `open` or `Path`: nothing else belongs in this one.
+`datasets` replaces `open` and `Path` in a builder's module: nothing else belongs in this one.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from datasets.table import table_cast
 
 from ssl_vit.data.decode.bounds import MAX_IMAGE_BYTES
 
-_ROWS = 256  # written at once
+_ROWS = 256  # rows written at once
 
 
 class ParquetFiles(datasets.ArrowBasedBuilder):
@@ -41,9 +41,9 @@ class ParquetFiles(datasets.ArrowBasedBuilder):
 def read_batches(
     file: pq.ParquetFile, size: int, most: int, start: int = 0, columns: list[str] | None = None
 ) -> Iterator[pa.RecordBatch]:
-    """The rows of a file from `start` on, up to `size` at once: fewer where they could take more than `most` bytes.
+    """The rows of a file from `start` on, up to `size` at once; fewer where they could take more than `most` bytes.
 
-    A value that stands once in a file, in a dictionary, may be that of a thousand rows.
+    A value that a file holds once, in a dictionary, may be the value of a thousand rows.
     """
     for group in range(file.num_row_groups):
         about = file.metadata.row_group(group)

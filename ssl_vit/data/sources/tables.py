@@ -27,7 +27,7 @@ from ssl_vit.data.sources.columns import type_name
 from ssl_vit.data.sources.parquet_builder import ParquetFiles, read_batches
 from ssl_vit.data.sources.stored import Roots, is_of_hub
 
-_READ_ROWS = 32  # taken from a streamed file at once
+_READ_ROWS = 32  # rows taken from a streamed file at once
 _ARCHIVE = "unpack it and name the folder"
 _TABLE = (
     "write a parquet file with the images' paths or bytes in one column and the classes in another, as "
@@ -35,7 +35,7 @@ _TABLE = (
 )
 _VIDEO = "write its frames into a folder, as `ffmpeg -i VIDEO FOLDER/%06d.png` does, and name that"
 _ARRAYS = "save each image as a .npy file, all in one folder, and name that"
-# What to do with a file that is no source, by the end of its name; a missing one is no name on the hub.
+# What to do with a file that is no source, by the end of its name; a missing file so named is no id of the hub.
 _ADVICE = {
     **dict.fromkeys(("zip", "tar.gz", "tgz", "tar.bz2", "tar.xz", "tar.zst", "7z", "rar", "gz"), _ARCHIVE),
     **dict.fromkeys(("csv", "tsv", "txt", "json", "jsonl", "xlsx"), _TABLE),
@@ -50,7 +50,7 @@ _ADVICE = {
 
 
 def find_files(config: DataConfig) -> list[str]:
-    """The files that a path or pattern names; a path that exists is no pattern.
+    """The files that a path or pattern names; a path that exists is not taken for a pattern.
 
     Raises:
         ValueError: there are none.
@@ -61,27 +61,27 @@ def find_files(config: DataConfig) -> list[str]:
     if not files:
         raise setting_error(config, "source", "no file matches this pattern")
     for file in files:
-        if not os.path.isfile(file):  # noqa: PTH113  # of which reading may never end
+        if not os.path.isfile(file):  # noqa: PTH113  # reading others may never end
             raise setting_error(config, "source", f"{file} is not a regular file")
-    return [os.path.abspath(file) for file in files]  # noqa: PTH100  # links stay as they are
+    return [os.path.abspath(file) for file in files]  # noqa: PTH100  # keeps links
 
 
 def folder_of(files: list[str], config: DataConfig) -> tuple[str, ...]:
-    """Where the paths in the rows of files begin and must stay: the deepest folder that holds all of the files."""
+    """The folder where paths in the rows begin and must stay: the deepest one that holds all files."""
     folder = os.path.commonpath([str(Path(file).parent) for file in files])
     return allowed(os.path.realpath(folder), config)
 
 
 def allowed(folder: str, config: DataConfig, *more: str) -> tuple[str, ...]:
-    """The folders that a source's rows may open files of; see `Roots`."""
+    """The folders whose files a source's rows may open; see `Roots`."""
     return (folder, *more, *((Path(folder).anchor or os.sep,) if config.allow_outside_paths else ()))
 
 
 def read_footers(files: list[str], config: DataConfig) -> tuple[datasets.Features, list[int]]:
-    """The columns that all files share, and the rows of each file.
+    """The columns that all files share, and the number of rows in each file.
 
     Raises:
-        ValueError: a file is not parquet, there are no rows in any, or their columns or class names differ.
+        ValueError: a file is not parquet, no file has rows, or columns or class names differ.
     """
     features, counts = datasets.Features(), []
     for file in files:
@@ -97,7 +97,7 @@ def read_footers(files: list[str], config: DataConfig) -> tuple[datasets.Feature
             raise setting_error(config, "source", " ".join(what.split())) from error
         counts.append(footer.num_rows)
         features = features or found
-        _check_alike(files[0], features, file, found, config)
+        _check_same_columns(files[0], features, file, found, config)
         empty = [name for name, kind in features.items() if isinstance(kind, datasets.Value) and kind.dtype == "null"]
         features = datasets.Features({**features, **{name: found[name] for name in empty}})
     if sum(counts) == 0:
@@ -105,10 +105,10 @@ def read_footers(files: list[str], config: DataConfig) -> tuple[datasets.Feature
     return features, counts
 
 
-def _check_alike(
+def _check_same_columns(
     first: str, features: datasets.Features, file: str, found: datasets.Features, config: DataConfig
 ) -> None:
-    """Files of one source have the same columns, and the same classes under the same numbers."""
+    """Refuse files of one source that have other columns, or other classes under the same numbers."""
     both = f"{first} and {file}"
     differing = sorted(set(features) ^ set(found))
     if differing:
@@ -118,8 +118,8 @@ def _check_alike(
     for name, kind in features.items():
         other = found[name]
         if datasets.ClassLabel in (type(kind), type(other)) and kind != other:
-            told = " and ".join(_classes(item) for item in (kind, other))
-            what = f"{both} differ in the classes of column {name!r}: {told}; a mixture unites them: {{A: 1, B: 1}}"
+            classes = " and ".join(_classes(item) for item in (kind, other))
+            what = f"{both} differ in the classes of column {name!r}: {classes}; a mixture unites them: {{A: 1, B: 1}}"
             raise setting_error(config, "source", what)
 
 
@@ -130,7 +130,7 @@ def _classes(kind: Any) -> str:
 
 
 def load_parquet(config: DataConfig) -> tuple[datasets.Dataset, Roots]:
-    """The rows of parquet files, copied to the cache of `datasets`, and where their paths may lead."""
+    """The rows of parquet files, copied to the cache of `datasets`, and the files that they may open."""
     files = find_files(config)
     features, _ = read_footers(files, config)
     check_cache()
@@ -143,7 +143,7 @@ def load_parquet(config: DataConfig) -> tuple[datasets.Dataset, Roots]:
         )
         builder.download_and_prepare()
         rows = builder.as_dataset(split=cast(Any, config.split))
-    except ValueError as error:  # what `datasets` raises for an unknown split, or a slice it cannot parse
+    except ValueError as error:  # of `datasets`: an unknown split, or a slice that it cannot parse
         raise setting_error(config, "split", f"{error} Parquet files are the split 'train'") from error
     except Exception as error:
         reason = " ".join(str(error.__cause__ or error).split())  # the outer error only says that there was one
@@ -155,7 +155,7 @@ def read_parquet(
     files: tuple[str, ...], column: str, max_image_bytes: int, shard: int, start: int
 ) -> Iterator[dict[str, Any] | None]:
     """Undecoded images of a parquet file from its row `start` on."""
-    # A buffer of its own, or each open file would hold all of a row group.
+    # With a buffer, or each open file would hold a whole row group.
     with pq.ParquetFile(files[shard], buffer_size=2**20) as file:
         for batch in read_batches(file, _READ_ROWS, max_image_bytes, start, [column]):
             for value in batch.column(column).to_pylist():
@@ -168,7 +168,7 @@ def is_saved_dataset(folder: Path) -> bool:
 
 
 def load_saved(folder: Path, config: DataConfig) -> tuple[datasets.Dataset, Roots]:
-    """The rows of a folder that `save_to_disk` wrote, and where their paths may lead."""
+    """The rows of a folder that `save_to_disk` wrote, and the files that they may open."""
     roots = allowed(os.path.realpath(folder), config)
     try:
         if (folder / "dataset_dict.json").is_file():
@@ -182,7 +182,7 @@ def load_saved(folder: Path, config: DataConfig) -> tuple[datasets.Dataset, Root
             if config.split in ("train", split):
                 return rows, roots
             problem = "data.source is one data set without splits; leave data.split out"
-    except Exception as error:  # whatever a half-written folder makes the reader stumble over
+    except Exception as error:  # a half-written folder raises anything
         raise setting_error(config, "source", f"this save_to_disk folder is empty or incomplete: {error}") from error
     raise setting_error(config, "split", problem)
 
@@ -196,7 +196,7 @@ def _read_saved(folder: Path) -> tuple[datasets.Dataset, str | None]:
         if file.name != name or not file.is_file():
             raise ValueError(f"state.json names {name!r}, which is no file of this folder")
         rows = datasets.Dataset.from_file(str(file), info=info.copy())
-        rows.data.table.validate(full=True)  # or places outside the file would be read
+        rows.data.table.validate(full=True)  # or damaged offsets would read outside the file
         tables.append(rows)
     return datasets.concatenate_datasets(tables), state.get("_split")
 
@@ -224,7 +224,7 @@ def hub_id(config: DataConfig) -> str:
 
 
 def _near_path(path: Path) -> str:
-    """What there is of nearly the same name, as the end of an error."""
+    """The end of an error that names a file of nearly the same name, if there is one."""
     try:
         names = {entry.name.lower(): entry.name for entry in islice(os.scandir(path.parent), 10_000)}
     except OSError:
@@ -234,10 +234,10 @@ def _near_path(path: Path) -> str:
 
 
 def check_hub(config: DataConfig) -> str:
-    """Ask the hub once for a data set, since `datasets` would ask six times where nothing answers; returns its id.
+    """Ask the hub for a data set once (`datasets` would ask six times where nothing answers); returns its id.
 
     Raises:
-        ValueError: there is no such data set, or no hub and no copy of it here.
+        ValueError: there is no such data set, or neither a hub nor a local copy.
     """
     name = hub_id(config)
     try:
@@ -254,10 +254,10 @@ def check_hub(config: DataConfig) -> str:
 
 
 def check_own_files(name: str, files: Mapping[Any, Sequence[str]] | None) -> None:
-    """Refuse a data set whose description names files that are none of its own: addresses, or paths of this machine.
+    """Refuse a data set whose description names files outside its repository: addresses, or paths of this machine.
 
     Raises:
-        ValueError: such a file.
+        ValueError: it names such a file.
     """
     for file in (file for split in (files or {}).values() for file in split):
         if not is_of_hub(file, f"hf://datasets/{name}"):
@@ -270,12 +270,12 @@ def hub_error(config: DataConfig, what: str) -> ValueError:
 
 
 def load_from_hub(config: DataConfig) -> tuple[datasets.Dataset, Roots]:
-    """The rows of a data set on the hub, and where their paths may lead: to what was downloaded."""
+    """The rows of a data set on the hub, and the files that they may open: those that were downloaded."""
     name = check_hub(config)
     check_cache()
     try:
         rows = load_split(name, split=config.split)
-    except Exception as error:  # not allowed, offline, unknown split, a format that needs code ...
+    except Exception as error:  # no access, offline, unknown split, a format that needs code ...
         what = f"loading split {config.split!r} of the data set of this name from the Hugging Face hub failed: {error}"
         raise hub_error(config, what) from error
     repository = Path(huggingface_hub.constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
@@ -284,7 +284,7 @@ def load_from_hub(config: DataConfig) -> tuple[datasets.Dataset, Roots]:
 
 
 def load_split(name: str, split: str) -> datasets.Dataset:
-    """What `datasets.load_dataset` gives, out of files of the repository itself alone."""
+    """What `datasets.load_dataset` gives, from files of the repository alone."""
     builder = datasets.load_dataset_builder(name)
     check_own_files(name, builder.config.data_files)
     builder.download_and_prepare()
@@ -292,10 +292,10 @@ def load_split(name: str, split: str) -> datasets.Dataset:
 
 
 def check_cache() -> None:
-    """Refuse to go on where `datasets` cannot write its copies.
+    """Refuse a cache folder in which `datasets` cannot write its copies.
 
     Raises:
-        ValueError: names the variable that says where they go.
+        ValueError: names the environment variable that sets the folder.
     """
     folder = Path(datasets.config.HF_DATASETS_CACHE)
     try:

@@ -1,4 +1,4 @@
-"""WebDataset tars: which member of a sample is its image, and no other is read."""
+"""WebDataset tars: finds the member of each sample that is its image, and reads no other."""
 
 import bz2
 import gzip
@@ -18,15 +18,15 @@ from ssl_vit.core.reading import open_regular
 from ssl_vit.data.config import DataConfig, near_match, setting_error
 from ssl_vit.data.decode.formats import IMAGE_SUFFIXES
 
-_MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # the members of a sample share what is before the first dot
-_NAMED = 20  # kinds of members that an error names
+_MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # members of a sample share the name before the first dot
+_NAMED = 20  # most kinds of members that an error names
 _LONGEST_NAME, _LONGEST_HEADER = 4096, 2**20  # bytes
-_MOST_INFLATED = 100  # bytes that a byte of a compressed tar may become; images are compressed already
+_MOST_INFLATED = 100  # most bytes that a byte of a compressed tar may become; images are compressed already
 _COMPRESSED = {b"\x1f\x8b": gzip.GzipFile, b"BZh": bz2.BZ2File, b"\xfd7zXZ\0": lzma.LZMAFile}
 
 
 class _Archive:
-    """The bytes of a tar, inflated: neither a header nor all of them together may be more than they are worth."""
+    """The inflated bytes of a tar, with bounds for each header and for all bytes together."""
 
     def __init__(self, file: Any) -> None:
         self.file, self.end = file, float("inf")
@@ -70,33 +70,33 @@ class _Archive:
 
 @dataclass
 class Samples:
-    """The samples of a tar, found by its headers: those next to each other whose names share a key.
+    """Finds the samples of a tar by its headers: neighbouring members whose names share a key.
 
-    The image of a sample is its first member with a suffix of an image, in upper or lower case; where `wanted` names
-    kinds, the first of these. Links, devices, folders and hidden files are no members.
+    The image of a sample is its first member with a suffix of an image, in upper or lower case; if `wanted` names
+    kinds, its first member of these. Links, devices, folders and hidden files are no members.
     """
 
     wanted: tuple[str, ...] = ()
-    """All that follows the first dot of the image's name, in lower case: `jpg`, `left.png`; () = any image."""
+    """What may follow the first dot of an image's name, in lower case: `jpg`, `left.png`; () = any image."""
     kinds: dict[str, None] = field(default_factory=dict)
-    """Kinds of members that were met, as far as an error would name them."""
+    """Kinds of members that were met, up to the number that an error names."""
     num_further: int = 0
-    """Members that were met and would have been their sample's image had there been none before them."""
+    """Members that could be their sample's image, but follow one that is."""
 
     def of(self, file: Any) -> Iterator[tuple[str, Callable[[int], bytes] | None]]:
-        """Each sample's image, its name and what reads it (see `_Archive.member`), or the sample's key and None.
+        """For each sample the image's name and a function that reads it (see `_Archive.member`), or its key and None.
 
         Args:
-            file: the archive, opened to read bytes, compressed or not.
+            file: the archive, opened for reading bytes, compressed or not.
 
         Raises:
             tarfile.TarError: the archive is cut off or damaged, or inflates without end.
         """
         archive = _Archive(file)
         tar = tarfile.open(fileobj=cast(Any, archive), mode="r:")  # noqa: SIM115  # closes nothing
-        key, is_told, end = "", True, -1
+        key, is_found, end = "", True, -1
         while (member := tar.next()) is not None:
-            cast(Any, tar).members = []  # or all of them would be kept
+            cast(Any, tar).members = []  # or it would keep all of them
             if tar.offset <= end or member.size < 0:
                 raise tarfile.ReadError("a header leads back")
             end = tar.offset
@@ -104,35 +104,35 @@ class Samples:
             if not member.isreg() or match is None or member.name.rpartition("/")[2].startswith((".", "__")):
                 continue
             if match[1] != key:
-                if not is_told:
+                if not is_found:
                     yield key, None
-                key, is_told = match[1], False
+                key, is_found = match[1], False
             kind = match[2].lower()
             if len(self.kinds) < _NAMED:
                 self.kinds[kind] = None
             if kind in self.wanted if self.wanted else kind.rpartition(".")[2] in IMAGE_SUFFIXES:
-                self.num_further += is_told
-                if not is_told:
-                    is_told = True
+                self.num_further += is_found
+                if not is_found:
+                    is_found = True
                     yield member.name, partial(archive.member, member)
-        if not is_told:
+        if not is_found:
             yield key, None
-        if archive.file is file:  # Python ends at a damaged header as it does at the end of the archive
+        if archive.file is file:  # tarfile stops at a damaged header as at the end of the archive
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
                 raise tarfile.ReadError(f"the header at byte {tar.offset:,} is damaged")
 
 
 def wanted_kinds(config: DataConfig) -> tuple[str, ...]:
-    """What `data.image_column` says of a tar: `jpg`, or several kinds as `jpg;png`."""
+    """The kinds of members that `data.image_column` names: `jpg`, or several as `jpg;png`."""
     return tuple(kind.strip().lower() for kind in (config.image_column or "").split(";") if kind.strip())
 
 
 def count_samples(files: list[str], config: DataConfig) -> tuple[list[int] | None, tuple[str, ...]]:
-    """Samples of each tar by its headers, None where `data.num_samples` says how many; and what a user should know.
+    """Samples of each tar by its headers, None where `data.num_samples` gives the number; and notes for the user.
 
     Raises:
-        ValueError: no tar, a damaged one, or none with an image.
+        ValueError: a file is no tar or damaged, or no tar holds an image.
     """
     samples = Samples(wanted_kinds(config))
     counts, num_images = [], 0
@@ -179,7 +179,7 @@ def _check_kinds(samples: Samples, num_images: int, config: DataConfig) -> None:
 def read_tar(
     files: tuple[str, ...], wanted: tuple[str, ...], max_image_bytes: int, shard: int, start: int
 ) -> Iterator[dict[str, Any]]:
-    """Undecoded images of a tar, here or on the hub, from its sample `start` on; without bytes where it has none."""
+    """Undecoded images of a tar, local or on the hub, from sample `start` on; bytes are None where one has no image."""
     name = files[shard]
     with fsspec.open(name, "rb") if "://" in name else os.fdopen(open_regular(Path(name), links=True), "rb") as file:
         for number, (path, read) in enumerate(Samples(wanted).of(file)):
