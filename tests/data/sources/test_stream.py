@@ -178,14 +178,14 @@ def test_any_step_can_be_gone_on_from_with_other_numbers_of_processes_and_worker
     # Blocks of three, and steps after which another reader is next.
     sizes, settings = [7, 5, 6, 6, 9, 4, 8, 3], {"batch_size": 12}
     given = config(write_tars(tmp_path, sizes), shuffle_buffer=24, num_samples=None if known else 48)
-    whole = steps(loaders(given, num_processes=2), 10, **settings)
+    whole = steps(loaders(given, num_processes=2), 8, **settings)
     for stop in (1, 4) if num_workers else (0, 1, 3, 4, 7):
         opened = loaders(given, num_processes=2)
         assert steps(opened, stop, num_workers=num_workers, **settings) == whole[:stop]
         state = state_of(opened)
         for num_processes in (1, 2) if num_workers else (1, 2, 4):
             again = loaders(given, num_processes, state)
-            found = steps(again, 10, start_step=stop, num_workers=num_workers, **settings)
+            found = steps(again, 8, start_step=stop, num_workers=num_workers, **settings)
             assert found == whole[stop:], (stop, num_processes)
 
 
