@@ -1,4 +1,4 @@
-"""Crops, in uint8, in the loader's workers. Everything random comes from the sample's own generator."""
+"""Random crops, in uint8, in the loader's workers; every draw comes from the sample's own generator."""
 
 import math
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from ssl_vit.core.settings import check_ranges
 
 @dataclass(frozen=True)
 class OrientationConfig:
-    """Which way up an image may be."""
+    """How images are flipped and turned."""
 
     flip_prob: float = 0.5
     """Probability of a horizontal flip."""
     flip_vertical_prob: float = 0.0
-    """Probability of a vertical flip: for images without an up, of microscopes or satellites."""
+    """Probability of a vertical flip, for images without an up, such as those of microscopes and satellites."""
     quarter_turn_prob: float = 0.0
-    """Probability of a turn by 90, 180 or 270 degrees, each as often: .75 for images without an up."""
+    """Probability of a turn by 90, 180 or 270 degrees, equally often: .75 for images without an up."""
 
     def __post_init__(self) -> None:
         check_ranges(self, flip_prob="[0, 1]", flip_vertical_prob="[0, 1]", quarter_turn_prob="[0, 1]")
@@ -37,7 +37,7 @@ def draw_crop(
 ) -> tuple[int, int, int, int]:
     """Draw a box as Inception does: area uniform in `scale`, log aspect ratio uniform in `ratio`.
 
-    Ten draws that do not fit end in the largest centred box whose aspect ratio is allowed.
+    After ten draws that do not fit, take the largest centred box whose aspect ratio is allowed.
 
     Returns:
         top, left, height and width of the box in pixels.
@@ -61,9 +61,9 @@ def random_resized_crop(
     rng: np.random.Generator,
     scale: tuple[float, float],
 ) -> UInt8[Tensor, "c {size[0]} {size[1]}"]:
-    """A random box of the image, resized to `size` (height, width) pixels: bicubic, antialiased.
+    """Cut out a random box and resize it to `size` (height, width) pixels: bicubic, antialiased.
 
-    The aspect ratio is drawn around that of `size`, so that a non-square size does not distort.
+    The aspect ratio is drawn around that of `size`, so that a non-square size does not distort the image.
     """
     stretch = size[1] / size[0]
     box = draw_crop(image.shape[1], image.shape[2], rng, scale, (3 / 4 * stretch, 4 / 3 * stretch))
@@ -77,18 +77,14 @@ def random_view(
     scale: tuple[float, float],
     orientation: OrientationConfig,
 ) -> UInt8[Tensor, "c {size[0]} {size[1]}"]:
-    """A random crop, turned and flipped upside down as often as `orientation` says.
+    """A random crop with the turns and vertical flips of `orientation`; horizontal flips happen on the device.
 
-    Horizontal flips are left to the device. What has probability 0 draws nothing, so that crops stay what they are
-    without it.
+    A probability of 0 draws no number, so that crops are the same as without the setting.
     """
-    turns, is_flipped = 0, False
-    if orientation.quarter_turn_prob and rng.random() < orientation.quarter_turn_prob:
-        turns = int(rng.integers(1, 4))
-    if orientation.flip_vertical_prob:
-        is_flipped = rng.random() < orientation.flip_vertical_prob
-    # A crop that will lie on its side is cut on its side.
+    turned = orientation.quarter_turn_prob and rng.random() < orientation.quarter_turn_prob
+    turns = int(rng.integers(1, 4)) if turned else 0
+    is_flipped = orientation.flip_vertical_prob and rng.random() < orientation.flip_vertical_prob
+    # A quarter turn swaps height and width.
     crop = random_resized_crop(image, (size[1], size[0]) if turns % 2 else size, rng, scale)
-    if turns:
-        crop = torch.rot90(crop, turns, (1, 2))
+    crop = torch.rot90(crop, turns, (1, 2)) if turns else crop
     return crop.flip(1) if is_flipped else crop

@@ -1,7 +1,7 @@
-"""Transforms of whole batches on the training device, with parameters drawn per sample in the workers.
+"""Augmentation of whole batches on the training device, with parameters drawn per sample in the workers.
 
-Images are floats in [0, 1]. Parameters stay on the CPU, so that which images an operation touches is known there and
-no operation waits for the device.
+Images are floats in [0, 1]. Parameters stay on the CPU: the host knows which images an operation changes and never
+waits for the device.
 """
 
 import itertools
@@ -24,7 +24,7 @@ def flip_horizontally(images: Num[Tensor, "b c h w"], rows: Bool[Tensor, " b"]) 
     """Mirror the images where `rows` (on the CPU) is True."""
     if not rows.any():
         return images
-    chosen, index = _take(images, rows.nonzero().flatten())
+    chosen, index = _take(images, rows)
     return _put(images, index, chosen.flip(-1))
 
 
@@ -55,13 +55,14 @@ def color_jitter(
     factors: Float[Tensor, "b 4"],
     orders: Int[Tensor, " b"],
 ) -> Float[Tensor, "b c h w"]:
-    """Brightness, contrast, saturation and hue by each image's own factors, in its own order. It is
-    what torchvision's ColorJitter does, image by image.
+    """Change brightness, contrast, saturation and hue of each image by its own factors, in its own order.
 
-    Images of other than three channels have no saturation and no hue: those two are skipped.
+    The same as torchvision's ColorJitter, image by image. Saturation and hue are skipped unless there are three
+    channels.
 
     Args:
-        factors: on the CPU; 1 leaves brightness, contrast and saturation as they are; the hue's is 0, in turns.
+        factors: on the CPU; brightness, contrast and saturation are multiplied by theirs (1 changes nothing), the hue
+            turns by its own, a share of the colour wheel (0 changes nothing).
         orders: on the CPU; index into JITTER_ORDERS.
     """
     images = images.clone()
@@ -72,10 +73,10 @@ def color_jitter(
         wanted[:, 2:] = False
     for position in range(4):
         for operation in range(4):
-            rows = ((order[:, position] == operation) & wanted[:, operation]).nonzero().flatten()
-            if not len(rows):
+            rows = (order[:, position] == operation) & wanted[:, operation]
+            if not rows.any():
                 continue
-            chosen, index = _take(images, rows)  # ours alone, so it may be changed in place
+            chosen, index = _take(images, rows)  # a copy, which may be changed in place
             factor = factors[rows, operation].to(images.device, non_blocking=True)[:, None, None, None]
             if operation == 0:
                 chosen.mul_(factor).clamp_(0, 1)
@@ -95,18 +96,18 @@ def color_jitter(
 
 
 def to_grey(images: Float[Tensor, "b c h w"], rows: Bool[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
-    """Replace the colours of the images where `rows` (on the CPU) is True by their luma; three channels only."""
+    """Make the images grey where `rows` (on the CPU) is True; of other than three channels none."""
     if images.shape[1] != 3 or not rows.any():
         return images
-    chosen, index = _take(images, rows.nonzero().flatten())
+    chosen, index = _take(images, rows)
     return _put(images, index, luma(chosen).expand_as(chosen))
 
 
 def solarize(images: Float[Tensor, "b c h w"], rows: Bool[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
-    """Invert the pixels at or above one half in the images where `rows` (on the CPU) is True."""
+    """Invert the pixels of at least 128 / 255 in the images where `rows` (on the CPU) is True."""
     if not rows.any():
         return images
-    chosen, index = _take(images, rows.nonzero().flatten())
+    chosen, index = _take(images, rows)
     return _put(images, index, torch.where(chosen >= 128 / 255, 1 - chosen, chosen))
 
 
@@ -116,18 +117,18 @@ def gaussian_blur(
     radius: int,
     borders: Literal["replicate", "reflect"] = "replicate",
 ) -> Float[Tensor, "b c h w"]:
-    """Blur each image with its own deviation.
+    """Blur each image with its own standard deviation.
 
     Args:
-        sigmas: deviations in pixels, on the CPU; 0 = not at all.
-        radius: where the kernels are cut off, in pixels; three times the largest deviation loses nothing.
-        borders: what lies beyond them: their pixels again (Pillow), or the image mirrored (torchvision).
+        sigmas: standard deviations in pixels, on the CPU; 0 = no blur.
+        radius: half the kernel's width in pixels; three times the largest deviation loses nothing.
+        borders: padding: the outermost pixels repeated (Pillow), or the image mirrored (torchvision).
     """
-    rows = (sigmas > 0).nonzero().flatten()
-    if not len(rows):
+    rows = sigmas > 0
+    if not rows.any():
         return images
     if radius >= min(images.shape[-2:]):
-        borders = "replicate"  # too small to be mirrored
+        borders = "replicate"  # mirroring needs an image larger than the radius
     chosen, index = _take(images, rows)
     sigma = sigmas[rows]
     taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma[:, None]) ** 2)
@@ -142,7 +143,7 @@ def gaussian_blur(
 
 
 def luma(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h w"]:
-    """Brightness of each pixel: ITU-R BT.601 for three channels, else the mean of the channels."""
+    """Luma of each pixel: ITU-R BT.601 for three channels, else the mean of the channels."""
     if images.shape[1] != 3:
         return images.mean(dim=1, keepdim=True)
     red, green, blue = images.unbind(dim=1)
@@ -152,15 +153,15 @@ def luma(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h w"]:
 def shift_hue(images: Float[Tensor, "b 3 h w"], turns: Float[Tensor, "b 1 1"]) -> Float[Tensor, "b 3 h w"]:
     """Turn the hue by a share of the colour wheel; saturation and value (of HSV) stay.
 
-    With the hue H in sixths of the wheel and chroma C, a channel is its least value + C x clamp(w, 0, 1), where w is
-    |H - 3| - 1 for red, 2 - |H - 2| for green and 2 - |H - 4| for blue.
+    With hue H in sixths of the wheel and chroma C, a channel is the pixel's smallest value + C x clamp(w, 0, 1), where
+    w is |H - 3| - 1 for red, 2 - |H - 2| for green and 2 - |H - 4| for blue.
     """
     red, green, blue = images.unbind(dim=1)
     value = torch.maximum(torch.maximum(red, green), blue)
     least = torch.minimum(torch.minimum(red, green), blue)
     chroma = value - least
-    # Which channel is the largest decides; where all are equal chroma is 0 and the hue does not matter. Masks are made
-    # by arithmetic: torch.where and comparisons take ten times as long on CPUs.
+    # The largest channel decides; where all are equal, chroma is 0 and the hue does not matter. Masks are made by
+    # arithmetic: torch.where and comparisons take ten times as long on CPUs.
     not_red, not_green = ((value - red) * 1e12).clamp_(max=1), ((value - green) * 1e12).clamp_(max=1)
     to_red, to_green, to_blue = green - blue, blue - red, red - green
     hue = to_red.add_(not_red * (to_green - to_red + not_green * (to_blue - to_green)))
@@ -173,11 +174,11 @@ def shift_hue(images: Float[Tensor, "b 3 h w"], turns: Float[Tensor, "b 1 1"]) -
     return changed
 
 
-def _take(images: Tensor, rows: Int[Tensor, " r"]) -> tuple[Tensor, Int[Tensor, " r"] | None]:
-    """The chosen images and their index on the device; None where all are chosen."""
-    if len(rows) == len(images):
+def _take(images: Tensor, rows: Bool[Tensor, " b"]) -> tuple[Tensor, Int[Tensor, " r"] | None]:
+    """The chosen images and their index on the device; None and the batch itself where all are chosen."""
+    if rows.all():
         return images, None
-    index = rows.to(images.device, non_blocking=True)
+    index = rows.nonzero().flatten().to(images.device, non_blocking=True)
     return images[index], index
 
 

@@ -1,4 +1,4 @@
-"""How an image is brought to the size of an encoder: cropped, resized and padded, the same each time."""
+"""Deterministic crops that bring images to an encoder's size."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -17,30 +17,30 @@ from ssl_vit.data.transform import Normalization, check_divisible
 
 CROP_PCT = 0.875
 """Share of a resized image's sides that the centre crop keeps, unless something else is known."""
-_ELONGATED = 8  # how much longer than its crop an image is resized
+_ELONGATED = 8  # an image is resized to at most so many times the length of its crop
 
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """How a picture is brought to an encoder's size, without any randomness.
+    """Centre crop of an encoder's size, without randomness.
 
-    The picture is resized (bicubic, antialiased, aspect ratio kept) until it just covers `size / crop_pct`, and the
-    centre of that size is cut out. 224 pixels at .875 is the usual "resize 256, centre crop 224".
+    The image is resized (bicubic, antialiased, aspect ratio kept) until it just covers `size / crop_pct`, and the
+    centre of `size` is cut out. 224 pixels at .875 is the usual "resize 256, centre crop 224".
     """
 
     size: tuple[int, int]
-    """Height and width of what is cut out, in pixels."""
+    """Height and width of the crop in pixels."""
     normalization: Normalization
     crop_pct: float = CROP_PCT
     """Share of the covered height and width that is kept, in (0, 1]."""
     padding: tuple[int, int] = (0, 0)
-    """Rows put below and columns put to the right, in pixels, of the channels' mean."""
+    """Rows added below and columns added at the right, filled with the channels' mean."""
     view: int | None = None
-    """None = the centre; a number = that one of a series of random crops and flips (area .08-1), as the papers'
-    linear probes are trained on; the crops of a row follow from `view` and the row alone."""
+    """None = the centre crop; a number = one of a series of random crops and flips (area .08-1), on which the papers'
+    linear probes are trained. The crop follows from `view` and the row alone."""
 
     def __call__(self, image: UInt8[Tensor, "c h w"], row: int) -> UInt8[Tensor, "c height width"]:
-        """One picture, from row `row` of its source."""
+        """Crop the image of row `row` of its source."""
         if self.view is None:
             return centre_crop(image, self.size, self.crop_pct)
         rng = np.random.default_rng((self.view, row))
@@ -48,7 +48,7 @@ class EvalTransform:
         return image.flip(-1) if rng.random() < 0.5 else image
 
     def on_device(self, images: UInt8[Tensor, "b c h w"], device: torch.device) -> Float[Tensor, "b c height width"]:
-        """A batch, normalised and padded, on the device."""
+        """Move a batch to the device, normalise and pad it."""
         images = normalize(images.to(device, non_blocking=True), self.normalization)
         return F.pad(images, (0, self.padding[1], 0, self.padding[0])) if any(self.padding) else images
 
@@ -62,7 +62,7 @@ class EvalTransform:
 def centre_crop(
     image: UInt8[Tensor, "c h w"], size: tuple[int, int], crop_pct: float
 ) -> UInt8[Tensor, "c height width"]:
-    """Resize and centre-crop a picture, see `EvalTransform`."""
+    """Resize and centre-crop an image, see `EvalTransform`."""
     image = TF.center_crop_image(image, middle((image.shape[1], image.shape[2]), size))
     resized = cover((image.shape[1], image.shape[2]), size, crop_pct)
     image = TF.resize_image(image, resized, interpolation=InterpolationMode.BICUBIC, antialias=True)
@@ -70,13 +70,13 @@ def centre_crop(
 
 
 def middle(shape: tuple[int, int], size: tuple[int, int]) -> list[int]:
-    """Height and width of the middle of an image that is all that its centre crop of `size` is cut from.
+    """Height and width of the middle part of an image from which its centre crop of `size` is cut.
 
-    All of it but where its longer side is more than `_ELONGATED` times what the crop takes of it: 1 x 100,000 pixels
-    would else be resized to 224 x 22,400,000.
+    This is the whole image unless its longer side is more than `_ELONGATED` times what the crop takes of it: 1 x
+    100,000 pixels would be resized to 224 x 22,400,000.
     """
     height, width = shape
-    # An even number of pixels is left out, so that the middle stays where it was.
+    # An even number of pixels is left out, so that the centre stays the centre.
     longest_height = _ELONGATED * -(-width * size[0] // size[1])
     longest_width = _ELONGATED * -(-height * size[1] // size[0])
     return [
@@ -85,10 +85,10 @@ def middle(shape: tuple[int, int], size: tuple[int, int]) -> list[int]:
 
 
 def cover(shape: tuple[int, int], size: tuple[int, int], crop_pct: float) -> list[int]:
-    """Height and width to which a picture is resized so that it just covers `size / crop_pct`."""
+    """Height and width to which an image is resized so that it just covers `size / crop_pct`."""
     height, width = shape
     box_height, box_width = (int(side / crop_pct) for side in size)
-    # In whole numbers: rounding must never leave the picture a pixel smaller than what is cut out of it.
+    # In whole numbers: rounding must never make the image a pixel smaller than its crop.
     if box_height * width >= box_width * height:
         return [box_height, width * box_height // height]
     return [height * box_width // width, box_width]
@@ -97,17 +97,18 @@ def cover(shape: tuple[int, int], size: tuple[int, int], crop_pct: float) -> lis
 def fit_size(
     size: tuple[int, int], patch_size: tuple[int, int], indivisible: Literal["refuse", "resize", "pad"] = "refuse"
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """What to do with an image size that the patch size does not divide.
+    """Fit an image size to the patch size.
 
     Args:
         size, patch_size: height and width in pixels.
-        indivisible: refuse it; resize pictures to the nearest size that is divisible; or pad them up to the next.
+        indivisible: refuse a size that the patch size does not divide; take the nearest one that it divides; or pad
+            the crops up to the next one.
 
     Returns:
-        the size that pictures are cut to, and the rows and columns to pad: see `EvalTransform`.
+        `size` and `padding` of an `EvalTransform`.
 
     Raises:
-        ValueError: it is to be refused; names the nearest sizes.
+        ValueError: the size is refused; names the nearest ones.
     """
     padding = tuple(-side % patch for side, patch in zip(size, patch_size, strict=True))
     if not any(padding):

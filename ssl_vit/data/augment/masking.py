@@ -1,4 +1,4 @@
-"""Masks, drawn on the data side from the sample's own generator."""
+"""Random masks, drawn in the loader's workers from the sample's own generator."""
 
 import numpy as np
 import torch
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def num_kept(num_patches: int, mask_ratio: float) -> int:
-    """Patches that stay visible: rounded, since truncation loses one to float error (100 patches at .8 are 20)."""
+    """Number of visible patches, rounded: truncation would lose one to float error (20 of 100 patches at .8)."""
     return round(num_patches * (1 - mask_ratio))
 
 
 def draw_keep(num_patches: int, mask_ratio: float, rng: np.random.Generator) -> Int[Tensor, " k"]:
-    """Indices of the patches to keep, a uniform draw without replacement, in ascending order (MAE)."""
+    """Indices of the patches to keep, drawn uniformly without replacement, ascending (MAE)."""
     keep = rng.permutation(num_patches)[: num_kept(num_patches, mask_ratio)]
     return torch.from_numpy(np.sort(keep))
 
@@ -20,7 +20,7 @@ def draw_keep(num_patches: int, mask_ratio: float, rng: np.random.Generator) -> 
 def draw_predicted(
     num_patches: int, keep: Int[Tensor, " k"], predict_ratio: float, rng: np.random.Generator
 ) -> Int[Tensor, " m"]:
-    """Indices of the removed patches to predict: round(ratio x n) of them but at least one, in ascending order."""
+    """Indices of the removed patches to predict, round(ratio x n) but at least one, ascending (CrossMAE)."""
     removed = np.setdiff1d(np.arange(num_patches), keep.numpy())
     count = min(max(1, round(num_patches * predict_ratio)), len(removed))
     return torch.from_numpy(np.sort(rng.permutation(removed)[:count]))
@@ -31,8 +31,8 @@ def draw_block_mask(
 ) -> Bool[Tensor, " n"]:
     """Mask exactly round(ratio x n) patches in rectangles (BEiT, arXiv:2106.08254, algorithm 1; iBOT, DINOv2).
 
-    Rectangles of at least `min_block` patches and an aspect ratio in [0.3, 1 / 0.3] are laid down until one more would
-    mask too much; single patches make up what is still missing.
+    Rectangles of at least `min_block` patches and an aspect ratio in [0.3, 1 / 0.3] are added until none fits in what
+    is still to be masked; single patches make up the rest.
     """
     rows, columns = grid_size
     mask = np.zeros(grid_size, dtype=bool)

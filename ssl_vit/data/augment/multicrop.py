@@ -25,12 +25,12 @@ from ssl_vit.data.augment.device import (
 )
 from ssl_vit.data.transform import InputSpec, check_divisible, pair
 
-# Probability of blur for the first global crop, the second, and local crops. DINOv2's released code hands on 1 - p
-# where p is meant (dinov2 pull request 342), and its released models were trained so.
+# Probability of blur for the first global crop, the second, and local crops. DINOv2's released code passes 1 - p where
+# p is meant (dinov2 pull request 342), and its released models were trained that way.
 BLUR_PRESETS = {"dino": (1.0, 0.1, 0.5), "dinov2": (0.0, 0.9, 0.5)}
-_DINOV2_RADIUS = 4  # its kernel has 9 pixels, whatever the deviation
-_CACHED_PIXELS = 600_000  # values of a part of a batch on a CPU: four views of 224 pixels
-# Columns of a view's appearance, a row of floats that travels with the batch.
+_DINOV2_RADIUS = 4  # DINOv2's kernel has 9 pixels, whatever the deviation
+_CACHED_VALUES = 600_000  # numbers augmented at once on a CPU, which stay in its cache: four views of 224 pixels
+# Columns of a view's parameters, a row of floats that travels with the batch.
 _FLIP, _BRIGHTNESS, _HUE, _ORDER, _GREY, _SIGMA, _SOLARIZE = 0, 1, 4, 5, 6, 7, 8
 
 
@@ -39,25 +39,25 @@ class MultiCropConfig(OrientationConfig):
     """Views of an image: two global crops and any number of local ones; the defaults are DINO's."""
 
     global_crop_scale: tuple[float, float] = (0.4, 1.0)
-    """Smallest and largest share of the picture's area that a global crop covers."""
+    """Smallest and largest share of the image's area that a global crop covers."""
     num_local_crops: int = 8
     """Local crops of an image; 0 for none."""
     local_crop_size: int | tuple[int, int] = 96
-    """Size of a local crop in pixels: one number, or [height, width]. The patch size must divide it."""
+    """Size of a local crop in pixels: one number, or [height, width]; a multiple of the patch size."""
     local_crop_scale: tuple[float, float] = (0.05, 0.4)
-    """Smallest and largest share of the picture's area that a local crop covers."""
+    """Smallest and largest share of the image's area that a local crop covers."""
     color_jitter_prob: float = 0.8
     """Probability of colour jitter."""
     color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
-    """Strength of brightness, contrast, saturation and hue; the last two need 3 channels and are skipped for others."""
+    """Strength of brightness, contrast, saturation and hue; the last two are for images of 3 channels only."""
     grey_prob: float = 0.2
-    """Probability of losing all colour; images of other than 3 channels keep theirs."""
+    """Probability of becoming grey; images of other than 3 channels never do."""
     blur_prob: Literal["dino", "dinov2"] | tuple[float, float, float] = "dino"
     """Probability of blur for the first global crop, the second, and local crops, or a preset: dino = [1, .1, .5];
-    dinov2 = [0, .9, .5], which is what its released models were trained with by an oversight, with its kernel of 9
-    pixels, which cuts the widest blurs off."""
+    dinov2 = [0, .9, .5], with which its released models were trained by an oversight, and its kernel of 9 pixels, which
+    truncates the widest blurs."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """Smallest and largest deviation of the blur in pixels."""
+    """Smallest and largest standard deviation of the blur in pixels."""
     solarize_prob: tuple[float, float, float] = (0.0, 0.2, 0.0)
     """Probability of solarisation for the first global crop, the second, and local crops."""
 
@@ -90,10 +90,8 @@ class MultiCropConfig(OrientationConfig):
         if self.num_local_crops:
             check_divisible(f"local_crop_size={self.local_crop_size!r}", self.local_size, spec.stride)
         if self.num_local_crops and any(map(operator.gt, self.local_size, spec.image_size)):
-            sizes = [
-                max(1, round(size * 96 / 224 / patch)) * patch
-                for size, patch in zip(spec.image_size, spec.stride, strict=True)
-            ]
+            sides = zip(spec.image_size, spec.stride, strict=True)
+            sizes = [max(1, round(size * 96 / 224 / stride)) * stride for size, stride in sides]
             raise ValueError(
                 f"local_crop_size={self.local_crop_size!r}: larger than the global crops, {spec.image_size}; "
                 f"{sizes} would be in the papers' proportion"
@@ -102,7 +100,7 @@ class MultiCropConfig(OrientationConfig):
 
 
 class MultiCropTransform:
-    """One decoded image to `global_crops [v c h w]` and `local_crops [w c h w]`, and a row of floats for each view.
+    """Turns an image into `global_crops [v c h w]` and `local_crops [w c h w]`, with a row of parameters for each view.
 
     On the device the views are flipped, jittered, made grey, blurred, solarised and normalised, in this order.
     """
@@ -113,63 +111,57 @@ class MultiCropTransform:
     def __call__(self, image: UInt8[Tensor, "c h w"], rng: np.random.Generator) -> dict[str, Tensor]:
         config = self.config
         crops = [random_view(image, self.spec.image_size, rng, config.global_crop_scale, config) for _ in range(2)]
-        sample = {"global_crops": torch.stack(crops), "global_looks": self._draw_looks((0, 1), rng)}
-        if config.num_local_crops:
-            crops = [
-                random_view(image, config.local_size, rng, config.local_crop_scale, config)
-                for _ in range(config.num_local_crops)
-            ]
-            sample["local_crops"] = torch.stack(crops)
-            sample["local_looks"] = self._draw_looks((2,) * config.num_local_crops, rng)
+        sample = {"global_crops": torch.stack(crops), "global_params": self._draw_params((0, 1), rng)}
+        if num := config.num_local_crops:
+            crops = [random_view(image, config.local_size, rng, config.local_crop_scale, config) for _ in range(num)]
+            sample |= {"local_crops": torch.stack(crops), "local_params": self._draw_params((2,) * num, rng)}
         return sample
 
     def on_device(self, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-        done = {"global_crops": self._dress(batch["global_crops"], batch["global_looks"], device)}
-        if "local_crops" in batch:
-            done["local_crops"] = self._dress(batch["local_crops"], batch["local_looks"], device)
-        return done
+        return {
+            f"{kind}_crops": self._augment(batch[f"{kind}_crops"], batch[f"{kind}_params"], device)
+            for kind in ("global", "local")
+            if f"{kind}_crops" in batch
+        }
 
-    def _draw_looks(self, kinds: tuple[int, ...], rng: np.random.Generator) -> Float[Tensor, "v 9"]:
-        """What happens to each view; kind 0 is the first global crop, 1 the second, 2 a local one."""
+    def _draw_params(self, kinds: tuple[int, ...], rng: np.random.Generator) -> Float[Tensor, "v 9"]:
+        """Draw the parameters of each view; kind 0 is the first global crop, 1 the second, 2 a local one."""
         config = self.config
-        looks = np.zeros((len(kinds), 9), dtype=np.float32)
-        looks[:, _BRIGHTNESS : _HUE + 1] = 1, 1, 1, 0
-        for look, kind in zip(looks, kinds, strict=True):
-            look[_FLIP] = rng.random() < config.flip_prob
+        params = np.zeros((len(kinds), 9), dtype=np.float32)
+        params[:, _BRIGHTNESS : _HUE + 1] = 1, 1, 1, 0
+        for row, kind in zip(params, kinds, strict=True):
+            row[_FLIP] = rng.random() < config.flip_prob
             if rng.random() < config.color_jitter_prob:
                 *strengths, hue = config.color_jitter
                 for column, strength in enumerate(strengths, start=_BRIGHTNESS):
-                    look[column] = rng.uniform(max(0.0, 1 - strength), 1 + strength)
-                look[_HUE] = rng.uniform(-hue, hue)
-                look[_ORDER] = rng.integers(len(JITTER_ORDERS))
-            look[_GREY] = rng.random() < config.grey_prob
+                    row[column] = rng.uniform(max(0.0, 1 - strength), 1 + strength)
+                row[_HUE] = rng.uniform(-hue, hue)
+                row[_ORDER] = rng.integers(len(JITTER_ORDERS))
+            row[_GREY] = rng.random() < config.grey_prob
             if rng.random() < config.blur_probs[kind]:
-                look[_SIGMA] = rng.uniform(*config.blur_sigma)
-            look[_SOLARIZE] = rng.random() < config.solarize_prob[kind]
-        return torch.from_numpy(looks)
+                row[_SIGMA] = rng.uniform(*config.blur_sigma)
+            row[_SOLARIZE] = rng.random() < config.solarize_prob[kind]
+        return torch.from_numpy(params)
 
-    def _dress(
-        self, crops: UInt8[Tensor, "b v c h w"], looks: Float[Tensor, "b v 9"], device: torch.device
+    def _augment(
+        self, crops: UInt8[Tensor, "b v c h w"], params: Float[Tensor, "b v 9"], device: torch.device
     ) -> Float[Tensor, "b v c h w"]:
-        num_views = crops.shape[1]
         images = rearrange(crops.to(device, non_blocking=True), "b v c h w -> (b v) c h w")
-        look = rearrange(looks, "b v p -> (b v) p")
-        if device.type == "cpu":
-            # A few images at a time stay in the cache through all operations.
-            size = max(1, _CACHED_PIXELS // images[0].numel())
-            parts = zip(images.split(size), look.split(size), strict=True)
-            images = torch.cat([self._dress_views(*part) for part in parts])
-        else:
-            images = self._dress_views(images, look)
-        return rearrange(images, "(b v) c h w -> b v c h w", v=num_views)
+        params = rearrange(params, "b v p -> (b v) p")
+        size = max(1, _CACHED_VALUES // images[0].numel()) if device.type == "cpu" else len(images)
+        parts = [self._augment_views(*part) for part in zip(images.split(size), params.split(size), strict=True)]
+        images = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return rearrange(images, "(b v) c h w -> b v c h w", v=crops.shape[1])
 
-    def _dress_views(self, images: UInt8[Tensor, "b c h w"], look: Float[Tensor, "b 9"]) -> Float[Tensor, "b c h w"]:
-        images = to_unit(flip_horizontally(images, look[:, _FLIP].bool()))
-        images = color_jitter(images, look[:, _BRIGHTNESS : _HUE + 1], look[:, _ORDER].long())
-        images = to_grey(images, look[:, _GREY].bool())
+    def _augment_views(
+        self, images: UInt8[Tensor, "b c h w"], params: Float[Tensor, "b 9"]
+    ) -> Float[Tensor, "b c h w"]:
+        images = to_unit(flip_horizontally(images, params[:, _FLIP].bool()))
+        images = color_jitter(images, params[:, _BRIGHTNESS : _HUE + 1], params[:, _ORDER].long())
+        images = to_grey(images, params[:, _GREY].bool())
         if self.config.blur_prob == "dinov2":
-            images = gaussian_blur(images, look[:, _SIGMA], _DINOV2_RADIUS, "reflect")
+            images = gaussian_blur(images, params[:, _SIGMA], _DINOV2_RADIUS, "reflect")
         else:
-            images = gaussian_blur(images, look[:, _SIGMA], radius=math.ceil(3 * self.config.blur_sigma[1]))
-        images = solarize(images, look[:, _SOLARIZE].bool())
+            images = gaussian_blur(images, params[:, _SIGMA], radius=math.ceil(3 * self.config.blur_sigma[1]))
+        images = solarize(images, params[:, _SOLARIZE].bool())
         return normalize(images, self.spec.normalization)

@@ -1,4 +1,4 @@
-"""Pictures for supervised training: timm's RandAugment, random erasing and Mixup/CutMix, drawn per sample."""
+"""Augmentation for supervised training: timm's RandAugment, random erasing and Mixup/CutMix, drawn per sample."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -25,21 +25,21 @@ from ssl_vit.data.transform import InputSpec
 
 @dataclass(frozen=True)
 class AugmentConfig(OrientationConfig):
-    """What happens to pictures and labels in supervised training."""
+    """How images and labels are augmented in supervised training."""
 
     crop_scale: tuple[float, float] = (0.08, 1.0)
-    """Share of the picture's area that a crop has: smallest and largest."""
+    """Smallest and largest share of the image's area that a crop covers."""
     rand_augment: str | None = "rand-m9-mstd0.5-inc1"
-    """timm's name of a RandAugment (arXiv:1909.13719); three channels only; null = none.
-    Geometric operations are bicubic, as in MAE's fine-tuning."""
+    """timm's name of a RandAugment (arXiv:1909.13719), for three channels only; null = none. Geometric operations are
+    bicubic, as in MAE's fine-tuning."""
     random_erasing: float = 0.25
-    """How often a box is replaced by noise (arXiv:1708.04896)."""
+    """Probability that a box is replaced by noise (arXiv:1708.04896)."""
     mixup: float = 0.8
     """Alpha of Mixup (arXiv:1710.09412); 0 = none."""
     cutmix: float = 1.0
-    """Alpha of CutMix (arXiv:1905.04899); 0 = none. With both, each batch has the one or the other."""
+    """Alpha of CutMix (arXiv:1905.04899); 0 = none. With both, each batch gets one of them."""
     label_smoothing: float = 0.1
-    """Share of a label that is spread over all classes."""
+    """Share of a label that is spread evenly over all classes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,18 +50,13 @@ class AugmentConfig(OrientationConfig):
 
 
 class SupervisedTransform:
-    """One crop and one label for each picture: `images [b c h w]` and `targets [b classes]`, which sum to one.
+    """Turns labelled images into `images [b c h w]` and `targets [b classes]`, each row of which sums to one.
 
-    Everything is drawn from the sample's own generator, but for Mixup, which looks at what a device takes at once: it
-    is seeded by the first of these samples.
+    Everything is drawn from the sample's own generator. Mixup mixes the images of one device's batch, so it is seeded
+    by the first sample of that batch.
     """
 
-    def __init__(
-        self,
-        config: AugmentConfig,
-        num_classes: int,
-        spec: InputSpec,
-    ) -> None:
+    def __init__(self, config: AugmentConfig, num_classes: int, spec: InputSpec) -> None:
         self.config, self.num_classes, self.spec = config, num_classes, spec
         self.augment = None
         if config.rand_augment is not None:
@@ -74,7 +69,7 @@ class SupervisedTransform:
                 {
                     "translate_const": int(min(spec.image_size) * 0.45),
                     "img_mean": fill,
-                    "interpolation": Image.Resampling.BICUBIC,  # else bilinear or bicubic, at random
+                    "interpolation": Image.Resampling.BICUBIC,  # timm's default draws bilinear or bicubic
                 },
             )
             for operation in self.augment.ops:
@@ -84,7 +79,7 @@ class SupervisedTransform:
     def __call__(self, image: UInt8[Tensor, "c h w"], rng: np.random.Generator) -> dict[str, Tensor]:
         crop = random_view(image, self.spec.image_size, rng, self.config.crop_scale, self.config)
         flip = torch.tensor(rng.random() < self.config.flip_prob)
-        # A seed for each: whether one image is erased must not follow from how it was augmented, nor what is mixed.
+        # Three seeds, so that augmentation, erasing and mixing are independent.
         augment_seed, erase_seed, mix_seed = rng.integers(2**31, size=3).tolist()
         if self.augment is not None:
             with _seeded(augment_seed):
@@ -103,7 +98,7 @@ class SupervisedTransform:
                     erase(image)  # in place
         labels = batch["label"].to(device, non_blocking=True)
         targets = mixup_target(labels, self.num_classes, smoothing=config.label_smoothing)
-        # In pairs from both ends, so of an odd number one picture stays as it is.
+        # Mixup pairs images from both ends, so the last of an odd number stays unmixed.
         even = len(images) // 2 * 2
         if even and (config.mixup or config.cutmix):
             mix = Mixup(
@@ -115,19 +110,19 @@ class SupervisedTransform:
 
 
 def _keep_a_bit(level_fn: Callable[..., tuple[int]], level: float, hparams: dict[str, Any]) -> tuple[int]:
-    """timm's strongest posterisation keeps no bit of a pixel, which newer versions of Pillow refuse."""
+    """Keep at least one bit: timm's strongest posterisation keeps none, which newer versions of Pillow refuse."""
     return (max(1, level_fn(level, hparams)[0]),)
 
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators that timm draws from, and put back those whose state others rely on."""
+    """Seed the global generators that timm draws from, and restore their states afterwards."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    # A seed for each: with the same one numpy and torch draw the same numbers.
-    of_python, of_numpy, of_torch = np.random.SeedSequence(seed).generate_state(3).tolist()
-    random.seed(of_python)
-    np.random.seed(of_numpy)  # noqa: NPY002
-    torch.manual_seed(of_torch)
+    # Three seeds: from the same one numpy and torch would draw the same numbers.
+    python_seed, numpy_seed, torch_seed = np.random.SeedSequence(seed).generate_state(3).tolist()
+    random.seed(python_seed)
+    np.random.seed(numpy_seed)  # noqa: NPY002
+    torch.manual_seed(torch_seed)
     try:
         yield
     finally:

@@ -25,11 +25,11 @@ def test_boxes_lie_inside_and_have_the_drawn_area_and_aspect() -> None:
     assert 1.31 < max(aspects) < 1.35
 
 
-def test_a_picture_too_long_for_any_box_gives_its_middle() -> None:
+def test_an_image_too_long_for_any_box_gives_its_middle() -> None:
     assert draw_crop(10, 1000, np.random.default_rng(0), scale=(0.9, 1.0)) == (0, 493, 10, 13)
 
 
-def test_a_tiny_picture_still_gives_a_box() -> None:
+def test_a_tiny_image_still_gives_a_box() -> None:
     top, left, height, width = draw_crop(1, 1, np.random.default_rng(0), scale=(0.2, 1.0))
     assert (top, left, height, width) == (0, 0, 1, 1)
 

@@ -21,7 +21,7 @@ def test_centre_crop_covers_the_crop_at_any_shape(image_size, size):
     for crop_pct in (0.7, 1.0):
         cropped = centre_crop(image, image_size, crop_pct)
         assert cropped.shape == (1, *image_size)
-        assert (cropped == 200).all()  # a picture too small for the crop would be padded with 0
+        assert (cropped == 200).all()  # an image too small for the crop would be padded with 0
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 100_000), (100_000, 1), (3, 40_000), (200_001, 2)])

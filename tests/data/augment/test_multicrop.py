@@ -19,9 +19,9 @@ def draw(transform: MultiCropTransform, seed: int, channels: int = 3) -> dict[st
     return transform(image, np.random.default_rng(seed))
 
 
-def looks(transform: MultiCropTransform, num: int = 2000) -> np.ndarray:
+def params_of(transform: MultiCropTransform, num: int = 2000) -> np.ndarray:
     rng = np.random.default_rng(0)
-    return torch.stack([transform._draw_looks((0, 1, 2), rng) for _ in range(num)]).numpy()
+    return torch.stack([transform._draw_params((0, 1, 2), rng) for _ in range(num)]).numpy()
 
 
 def test_crops_are_uint8_and_follow_from_the_samples_generator() -> None:
@@ -32,7 +32,7 @@ def test_crops_are_uint8_and_follow_from_the_samples_generator() -> None:
     assert first["global_crops"].dtype == first["local_crops"].dtype == torch.uint8
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["global_crops"], other["global_crops"])
-    assert not torch.equal(first["global_looks"], other["global_looks"])
+    assert not torch.equal(first["global_params"], other["global_params"])
 
 
 def test_a_sample_looks_the_same_in_any_batch() -> None:
@@ -59,7 +59,7 @@ def test_without_augmentation_crops_are_only_normalised() -> None:
 
 
 def test_probabilities_of_each_view_are_the_papers() -> None:
-    drawn = looks(build())
+    drawn = params_of(build())
     assert (drawn[:, :, 7] > 0).mean(axis=0) == pytest.approx([1.0, 0.1, 0.5], abs=0.04)  # blur
     assert drawn[:, :, 8].mean(axis=0) == pytest.approx([0.0, 0.2, 0.0], abs=0.04)  # solarisation
     assert drawn[:, :, 6].mean() == pytest.approx(0.2, abs=0.03)  # grey
@@ -77,7 +77,7 @@ def test_probabilities_of_each_view_are_the_papers() -> None:
 
 
 def test_the_published_blur_of_dinov2_is_a_preset() -> None:
-    drawn = looks(build(blur_prob="dinov2"))
+    drawn = params_of(build(blur_prob="dinov2"))
     assert (drawn[:, :, 7] > 0).mean(axis=0) == pytest.approx([0.0, 0.9, 0.5], abs=0.04)
 
 

@@ -196,7 +196,7 @@ def test_mixed_images_have_mixed_targets(kind: str) -> None:
         assert own == pytest.approx(float(share), abs=0.02)
 
 
-def test_of_an_odd_number_one_picture_stays_as_it_is() -> None:
+def test_of_an_odd_number_one_image_stays_unmixed() -> None:
     plain, mixed = (batch_of(build(**settings), [0, 1, 2]) for settings in ({}, {"mixup": 1.0}))
     assert torch.equal(plain["images"][2], mixed["images"][2])
     assert torch.equal(plain["targets"][2], mixed["targets"][2])
