@@ -86,14 +86,15 @@ def check_ranges(settings: object, **allowed: str) -> None:
     [0, 1] by no more than rounding does, 1e-6, is moved to it.
 
     Args:
-        allowed: a range for each setting: "[0, 1]", "(0, 1]", "[1, inf)"; after "; " what else the user should know:
-            "[1, inf); null sets no number".
+        allowed: a range for each setting: "[0, 1]", "(0, 1]", "[1, inf)", with a unit if there is one, "(0, 240]
+            minutes"; after "; " what else the user should know: "[1, inf); null sets no number".
 
     Raises:
         ValueError: the first number outside, in the form `name=value: must ...`.
     """
     for name, text in allowed.items():
-        bounds, _, advice = text.partition("; ")
+        given, _, advice = text.partition("; ")
+        bounds, _, unit = given.replace(", ", ",").partition(" ")
         low, high = (float(bound) for bound in bounds[1:-1].split(","))
         value = getattr(settings, name)
         if high == 1:
@@ -104,8 +105,8 @@ def check_ranges(settings: object, **allowed: str) -> None:
             below = number < high or (bounds[-1] == "]" and number == high)
             if not (above and below):
                 least = f"{'at least' if bounds[0] == '[' else 'above'} {low:g}"
-                must = f"be {least}" if high == math.inf else f"lie in {bounds}"
-                raise ValueError(f"{name}={value!r}: must {must}{advice and '; ' + advice}")
+                must = f"be {least}" if high == math.inf else f"lie in {bounds.replace(',', ', ')}"
+                raise ValueError(f"{name}={value!r}: must {must}{unit and ' ' + unit}{advice and '; ' + advice}")
 
 
 def check_interval(settings: object, *names: str) -> None:

@@ -16,15 +16,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_vit.core.reading import settings_of
+from ssl_vit.core.settings import check_ranges
 from ssl_vit.data.transform import check_divisible, pair
 from ssl_vit.models.blocks import make_packable, run_blocks, run_packed_blocks
 from ssl_vit.models.encoder import Encoder, Features
 from ssl_vit.models.positions import sincos_positions
 
-# What no plain ViT exceeds (the largest published has 22 billion parameters); a file that asks for more is a mistake,
+# No plain ViT exceeds these (the largest published has 22 billion parameters); a file that asks for more is a mistake,
 # or meant to take the machine's memory.
-_MOST = {"image_size": 65_536, "patch_size": 4_096, "in_chans": 4_096, "embed_dim": 65_536, "depth": 1_000}
-_MOST |= {"num_heads": 4_096, "mlp_ratio": 1_000}
+_ALLOWED = {
+    "image_size": "[1, 65536] pixels",
+    "patch_size": "[1, 4096] pixels",
+    "in_chans": "[1, 4096]",
+    "embed_dim": "[1, 65536]",
+    "depth": "[0, 1000]",
+    "num_heads": "[1, 4096]",
+    "mlp_ratio": "(0, 1000]",
+    "layer_scale": "(0, inf)",
+    "drop_path_rate": "[0, 1)",
+}
 _MOST_PARAMETERS = 25e9
 _WIDEST, _SMALLEST_PATCH = 1_664, 8  # of timm's, for what is left to the architecture
 
@@ -64,23 +74,7 @@ class ViTConfig:
     Settings not given are its own."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "patch_size"):
-            value = getattr(self, name)
-            if value is not None and min(pair(value)) < 1:
-                raise ValueError(f"{name}={value!r}: must be at least 1 pixel")
-        for name, least in {"in_chans": 1, "embed_dim": 1, "depth": 0, "num_heads": 1}.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value!r}: must be at least {least}")
-        if not 0 <= self.drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate={self.drop_path_rate!r}: must lie in [0, 1)")
-        for name in ("mlp_ratio", "layer_scale"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be above 0")
-        for name, most in _MOST.items():
-            value = getattr(self, name)
-            if value is not None and max(pair(value) if name.endswith("_size") else (value,)) > most:
-                raise ValueError(f"{name}={value!r}: must be at most {most:,}")
+        check_ranges(self, **_ALLOWED)
         if (number := self._most_parameters()) > _MOST_PARAMETERS:
             raise ValueError(
                 f"embed_dim={self.embed_dim}, depth={self.depth}, image_size={self.image_size}: would be up to "

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 from ssl_vit.core.distributed import on_main_process
 from ssl_vit.core.manifest import MANIFEST_FILE, find_difference, write_manifest
 from ssl_vit.core.reading import check_header, read_json, read_tensors
+from ssl_vit.core.settings import check_ranges
 from ssl_vit.core.text import plain
 from ssl_vit.core.writing import UNFINISHED, error_number, flush, free_space, own_folder, remove
 
@@ -45,10 +46,7 @@ class CheckpointConfig:
     """Checkpoints at multiples of this many steps stay for good."""
 
     def __post_init__(self) -> None:
-        for name in ("every_steps", "keep", "keep_every_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value!r}: must be at least 1")
+        check_ranges(self, every_steps="[1, inf)", keep="[1, inf)", keep_every_steps="[1, inf)")
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:

@@ -17,7 +17,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 from ssl_vit.core.reading import MAX_YAML, read_bytes, read_yaml
 from ssl_vit.core.schedules import progress_at
 from ssl_vit.core.setting_paths import PATHS, absolute
-from ssl_vit.core.settings import as_plain, check_file, in_one_line, section, split_config_files
+from ssl_vit.core.settings import as_plain, check_file, check_ranges, in_one_line, section, split_config_files
 from ssl_vit.core.watch import MAX_WAIT
 from ssl_vit.core.writing import replace_text
 from ssl_vit.data.sources.source import DataConfig
@@ -52,10 +52,7 @@ class BatchConfig:
     """Find the most images that fit on the GPU, up to per_device, by trying a few sizes before the run starts."""
 
     def __post_init__(self) -> None:
-        for name in ("size", "per_device"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value!r}: must be at least 1")
+        check_ranges(self, size="[1, inf)", per_device="[1, inf)")
 
     def num_micro(self, num_processes: int) -> int:
         """Micro-batches of a step.
@@ -137,29 +134,23 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps={self.steps!r}: must be at least 1")
-        if self.epochs is not None and not 0 < self.epochs < float("inf"):
-            raise ValueError(f"epochs={self.epochs!r}: must be above 0")
+        check_ranges(
+            self,
+            steps="[1, inf)",
+            epochs="(0, inf)",
+            log_every="[1, inf)",
+            max_skipped_steps="[1, inf)",
+            rewind_on_spike="[0, inf); 0 never goes back",
+            profile="[0, inf); 0 traces nothing",
+            max_hours="(0, inf]",
+            max_wait=f"(0, {MAX_WAIT:g}] minutes",
+            seed="[0, inf)",
+        )
         if self.extend and self.fresh:
             raise ValueError("extend=True: lengthens a run, and fresh starts anew; leave one of them out")
         starts = [0, *(step for step, _ in self.extended)]
         if any(not start < step <= length for start, (step, length) in zip(starts, self.extended, strict=False)):
             raise ValueError(f"extended={self.extended!r}: is written by --extend; leave this setting out")
-        if self.log_every < 1:
-            raise ValueError(f"log_every={self.log_every!r}: must be at least 1")
-        if self.max_skipped_steps < 1:
-            raise ValueError(f"max_skipped_steps={self.max_skipped_steps!r}: must be at least 1")
-        if self.rewind_on_spike < 0:
-            raise ValueError(f"rewind_on_spike={self.rewind_on_spike!r}: must be at least 0; 0 never goes back")
-        if self.profile < 0:
-            raise ValueError(f"profile={self.profile!r}: must be at least 0; 0 traces nothing")
-        if self.max_hours is not None and not self.max_hours > 0:
-            raise ValueError(f"max_hours={self.max_hours!r}: must be above 0")
-        if not 0 < self.max_wait <= MAX_WAIT:
-            raise ValueError(f"max_wait={self.max_wait!r}: must lie between 0 and {MAX_WAIT:g} minutes")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed!r}: must be at least 0")
 
     def num_steps(self, num_samples: int | None) -> int:
         """Optimizer steps of the whole run over a source of `num_samples` images (None: unknown)."""

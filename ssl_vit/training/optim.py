@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ssl_vit.core.schedules import cosine, warmup_cosine
+from ssl_vit.core.settings import check_ranges
 from ssl_vit.objectives.objective import Objective
 
 
@@ -37,18 +38,16 @@ class OptimConfig:
     """What has that norm: all parameters together, encoder and heads apart (DINOv2), or each parameter (DINO)."""
 
     def __post_init__(self) -> None:
-        for name in ("base_lr", "clip_grad"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name}={value!r}: must be above 0")
-        for name in ("min_lr", "weight_decay", "weight_decay_end"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{name}={value!r}: must be at least 0")
-        if self.warmup != "auto" and not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup={self.warmup!r}: is a share of the run, in [0, 1); 40 of 800 epochs are 0.05")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas={self.betas!r}: both must lie in [0, 1)")
+        check_ranges(
+            self,
+            base_lr="(0, inf)",
+            clip_grad="(0, inf)",
+            min_lr="[0, inf)",
+            weight_decay="[0, inf)",
+            weight_decay_end="[0, inf)",
+            warmup="[0, 1); it is a share of the run: 40 of 800 epochs are 0.05",
+            betas="[0, 1)",
+        )
 
     def peak_lr(self, batch_size: int) -> float:
         """Learning rate after warm-up for a global batch of `batch_size` images."""

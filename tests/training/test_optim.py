@@ -101,7 +101,7 @@ def test_an_unresolved_warm_up_is_named(objective: MAE) -> None:
     ("settings", "message"),
     [
         ({"base_lr": 0.0}, "base_lr=0.0"),
-        ({"warmup": 40.0}, r"warmup=40.0: is a share of the run"),
+        ({"warmup": 40.0}, r"warmup=40.0: must lie in \[0, 1\); it is a share of the run"),
         ({"weight_decay": -1.0}, "weight_decay=-1.0"),
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"clip_grad": 0.0}, "clip_grad=0.0"),
