@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from ssl_vit.core.reading import open_regular, read_lines
 from ssl_vit.core.text import plain
@@ -88,8 +90,27 @@ def replace_text(path: Path, text: str, *, flushed: bool = True) -> None:
 
 
 def replace_json(path: Path, content: Mapping[str, Any]) -> None:
-    """`replace_text` with a JSON object."""
-    replace_text(path, json.dumps(content, indent=2) + "\n")
+    """`write_json` to a file that keeps its old content until the new one is whole; see `replacing`."""
+    with replacing(path) as unfinished:
+        write_json(unfinished, content)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object, indented."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write a safetensors file that every library of Hugging Face reads."""
+    whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    save_file(whole, file, metadata={"format": "pt"})
+
+
+def settle(folder: Path, like: Path) -> None:
+    """Flush the files of a folder, readable for whoever may read `like`: safetensors lets only its owner read."""
+    for file in folder.iterdir():
+        file.chmod(like.stat().st_mode)
+        flush(file)
 
 
 @contextmanager

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 
 from ssl_vit.data.transform import Normalization
-from ssl_vit.models.vit import ViT, set_fused_attention
-from ssl_vit.models.weights.backbone import TOLERANCE, describe, write_pair
+from ssl_vit.models.vit import ViT
+from ssl_vit.models.weights.backbone import describe, write_pair
+from ssl_vit.models.weights.proof import prove_equal
 from ssl_vit.objectives.finetune import FineTune
 
 MODEL_FILE = "model.safetensors"
@@ -42,20 +42,9 @@ def export_classifier(
     if len(class_names) == num_classes:
         described["label_names"] = list(class_names)
     tensors = {**encoder.vit.state_dict(), **classifier.state_dict()}
-    return write_pair(folder, MODEL_FILE, tensors, described, lambda written: _prove_equal(objective, encoder, written))
 
+    def prove(written: Path) -> None:
+        loaded = timm.create_model(f"local-dir:{written}", pretrained=True)
+        prove_equal(objective, encoder, lambda images: objective.logits(images).values(), loaded, what="logits")
 
-def _prove_equal(objective: FineTune, encoder: ViT, folder: Path) -> None:
-    generator = torch.Generator().manual_seed(0)
-    device = next(encoder.parameters()).device
-    images = torch.randn(2, encoder.in_chans, *encoder.image_size, generator=generator).to(device)
-    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).to(device).eval()
-    set_fused_attention(loaded, all(part.fused_attn for part in encoder.modules() if hasattr(part, "fused_attn")))
-    training = objective.training
-    objective.eval()
-    with torch.inference_mode():
-        expected = objective.logits(images)["head"]
-        difference = float((expected - loaded(images)).abs().max())
-    objective.train(training)
-    if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
-        raise RuntimeError(f"{folder}: the exported classifier's logits differ from the trained ones by {difference}")
+    return write_pair(folder, MODEL_FILE, tensors, described, prove)

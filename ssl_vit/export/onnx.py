@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssl_vit.core.writing import write_json
 from ssl_vit.export.graph import StaticBackbone
 from ssl_vit.models.encoder import Features
 from ssl_vit.runs.trained import Trained
@@ -44,7 +45,7 @@ def write(trained: Trained, folder: Path) -> None:
     for node in program.model.graph.all_nodes():
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # names the folders of whoever exported it
     program.save(folder / "model.onnx", external_data=size > _LARGEST_SINGLE_FILE)
-    (folder / "config.json").write_text(trained.config_json())
+    write_json(folder / "config.json", trained.described())
 
 
 def load(folder: Path) -> Callable[[Tensor], Features]:

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ssl_vit.core.writing import save_tensors, write_json
 from ssl_vit.models.encoder import Features
 from ssl_vit.models.vit import set_fused_attention
 from ssl_vit.runs.trained import Trained
@@ -30,10 +30,9 @@ with torch.inference_mode():
 
 def write(trained: Trained, folder: Path) -> None:
     """Write `model.safetensors` and `config.json`."""
-    encoder = trained.encoder
-    tensors = {name: value.detach().cpu().contiguous() for name, value in encoder.vit.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(trained.config_json(folder / "model.safetensors"))
+    file = folder / "model.safetensors"
+    save_tensors(trained.encoder.vit.state_dict(), file)
+    write_json(folder / "config.json", trained.described(file))
 
 
 def load(folder: Path) -> Callable[[Tensor], Features]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ssl_vit.core.writing import write_json
 from ssl_vit.export.graph import StaticBackbone
 from ssl_vit.models.encoder import Features
 from ssl_vit.runs.trained import Trained
@@ -34,7 +35,7 @@ def write(trained: Trained, folder: Path) -> None:
     archive = io.BytesIO()
     torch.export.save(program, archive)
     (folder / "model.pt2").write_bytes(archive.getvalue())  # torch's own writer ends the process on a full disk
-    (folder / "config.json").write_text(trained.config_json())
+    write_json(folder / "config.json", trained.described())
 
 
 def load(folder: Path) -> Callable[[Tensor], Features]:

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 import torchvision
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from ssl_vit.core.writing import save_tensors, write_json
 from ssl_vit.models.encoder import Features
 from ssl_vit.models.weights.layouts import fold_layer_scale, plain_shape, plain_tensors, to_torchvision
 from ssl_vit.runs.trained import Trained
@@ -66,11 +67,7 @@ def write(trained: Trained, folder: Path) -> None:
         raise ValueError(f"torchvision's VisionTransformer cannot be this backbone: {reason}; export to timm")
     tensors = plain_tensors(encoder.vit)
     tensors = to_torchvision(fold_layer_scale(tensors) if shape.has_layer_scale else tensors)
-    save_file(
-        {name: value.contiguous() for name, value in tensors.items()},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    save_tensors(tensors, folder / "model.safetensors")
     patch_size = encoder.patch_size[0]
     described: dict[str, Any] = {
         "architecture": _NAMED.get((shape.width, shape.depth, shape.num_heads, shape.hidden, patch_size)),
@@ -87,7 +84,7 @@ def write(trained: Trained, folder: Path) -> None:
         "crop_pct": trained.crop_pct,
         "interpolation": "bicubic",
     }
-    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    write_json(folder / "config.json", described)
 
 
 def load(folder: Path) -> Callable[[Tensor], Features]:

@@ -1,14 +1,13 @@
 """A backbone as a transformers folder: ViTModel, Dinov2Model with or without registers, ViTMAEForPreTraining."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ssl_vit.core.writing import save_tensors, write_json
 from ssl_vit.models.encoder import Features
 from ssl_vit.models.vit import ViT
 from ssl_vit.models.weights.layouts import (
@@ -226,11 +225,9 @@ def _sizes(encoder: ViT, shape: Shape) -> dict[str, Any]:
 
 
 def _write(folder: Path, trained: Trained, config: dict[str, Any], tensors: Tensors) -> None:
-    plain = {name: value.contiguous() for name, value in tensors.items()}
-    save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    preprocessing = _preprocessing(trained)
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing, indent=2) + "\n")
+    save_tensors(tensors, folder / "model.safetensors")
+    write_json(folder / "config.json", config)
+    write_json(folder / "preprocessor_config.json", _preprocessing(trained))
 
 
 def _preprocessing(trained: Trained) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """What a run has learned, read from its checkpoints at any time, to be exported."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,14 +63,14 @@ class Trained:
         """The feature that the run was scored by, where that is known; else `pooled`."""
         return self.provenance.get("feature") or self.pooled
 
-    def config_json(self, weights: Path | None = None) -> str:
-        """The content of a timm folder's config.json, with the SHA-256 of its weights."""
+    def described(self, weights: Path | None = None) -> dict[str, Any]:
+        """The content of an export's config.json, with the SHA-256 of its weights."""
         described = describe(
             self.encoder, normalization=self.normalization, provenance=self.provenance, crop_pct=self.crop_pct
         )
         if weights is not None:
             described["ssl_vit"][WEIGHTS_HASH] = hash_file(weights)
-        return json.dumps(described, indent=2) + "\n"
+        return described
 
 
 def open_trained(path: str | Path, weights: str | None = None) -> Trained:

@@ -1,6 +1,5 @@
 """The result of a run: a safetensors backbone with timm's key names, and what is needed to use it."""
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict
@@ -9,27 +8,32 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 import ssl_vit
-from ssl_vit.core import reading
 from ssl_vit.core.manifest import hash_file
 from ssl_vit.core.privacy import public
-from ssl_vit.core.reading import entry, read_tensors, read_yaml
-from ssl_vit.core.writing import UNFINISHED, flush, fresh_folder, naming_full_disk, replace_folder
+from ssl_vit.core.reading import entry, read_json, read_tensors, read_yaml
+from ssl_vit.core.writing import (
+    UNFINISHED,
+    flush,
+    fresh_folder,
+    naming_full_disk,
+    replace_folder,
+    save_tensors,
+    settle,
+    write_json,
+)
 from ssl_vit.data.augment.evaluation import CROP_PCT
 from ssl_vit.data.config import DataConfig
 from ssl_vit.data.transform import Normalization
 from ssl_vit.models.encoder import Encoder
-from ssl_vit.models.vit import ViT, ViTConfig, set_fused_attention
+from ssl_vit.models.vit import ViT, ViTConfig
+from ssl_vit.models.weights.proof import prove_equal
 
 BACKBONE_FILE, CONFIG_FILE = "backbone.safetensors", "config.json"
 WEIGHTS_HASH = "weights_sha256"
 """Of config.json's part "ssl_vit": SHA-256 of the file of weights beside it."""
-TOLERANCE = 1e-4
-"""Largest difference of a feature, as a share of the largest feature where that is above 1; fp32. A convolution and the
-product that it is differ in their last bits, and so does what follows."""
 
 
 def export_backbone(
@@ -51,9 +55,11 @@ def export_backbone(
     if not isinstance(encoder, ViT):
         raise ValueError(f"cannot export a {type(encoder).__name__}: only Vision Transformers of timm so far")
     described = describe(encoder, normalization=normalization, provenance=provenance, crop_pct=crop_pct)
-    return write_pair(
-        folder, BACKBONE_FILE, encoder.vit.state_dict(), described, lambda written: _prove_equal(encoder, written)
-    )
+
+    def prove(written: Path) -> None:
+        prove_equal(encoder, encoder, encoder, load_backbone(written), tolerance=1e-5)
+
+    return write_pair(folder, BACKBONE_FILE, encoder.vit.state_dict(), described, prove)
 
 
 def write_pair(
@@ -71,19 +77,15 @@ def write_pair(
     Raises:
         OSError: they could not be written; names the file. What was there is as it was.
     """
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     is_new = not os.path.lexists(folder)
     place = folder.with_name(f"{UNFINISHED}{folder.name}") if is_new else folder / f"{UNFINISHED}export"
     with naming_full_disk(folder / name), fresh_folder(place) as unfinished:
         file, config_file = unfinished / name, unfinished / CONFIG_FILE
-        save_file(tensors, file, metadata={"format": "pt"})
+        save_tensors(tensors, file)
         described["ssl_vit"][WEIGHTS_HASH] = hash_file(file)
-        config_file.write_text(json.dumps(described, indent=2) + "\n")
-        # safetensors lets only its owner read a file; a result is for whom the folder is for.
-        file.chmod(config_file.stat().st_mode)
+        write_json(config_file, described)
         prove(unfinished)
-        for written in (config_file, file):
-            flush(written)
+        settle(unfinished, like=config_file)
         if is_new:
             replace_folder(unfinished, folder)
         else:
@@ -214,7 +216,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         ValueError: it is missing, no JSON, or not from ssl_vit.
     """
     file = folder / CONFIG_FILE
-    config = read_json(file)
+    config = read_description(file)
     own = config.get("ssl_vit")
     if not isinstance(own, dict) or not isinstance(own.get("encoder"), dict):
         raise ValueError(f"{file}: has no ssl_vit.encoder section; it was not written by ssl_vit's export")
@@ -266,14 +268,14 @@ def place_of(source: Any) -> str | dict[str, float] | None:
     return source if is_told else None
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file beside a backbone.
+def read_description(file: Path) -> dict[str, Any]:
+    """The JSON object in a file that describes the weights beside it.
 
     Raises:
         ValueError: it is missing, or no JSON object.
     """
     try:
-        return reading.read_json(file, links=True)
+        return read_json(file, links=True)
     except OSError as error:
         raise ValueError(
             f"{file}: cannot be read ({error.strerror}); a backbone needs its {file.name} beside it"
@@ -331,20 +333,3 @@ def _check_fit(module: torch.nn.Module, tensors: dict[str, Tensor], file: Path) 
             if found
         ]
         raise ValueError(f"{file}: does not fit {type(module).__name__}: {'; '.join(parts)}")
-
-
-def _prove_equal(encoder: ViT, folder: Path) -> None:
-    generator = torch.Generator().manual_seed(0)
-    device = next(encoder.parameters()).device
-    images = torch.randn(2, encoder.in_chans, *encoder.image_size, generator=generator).to(device)
-    training = encoder.training
-    encoder.eval()
-    with torch.inference_mode():
-        loaded = load_backbone(folder).to(device)
-        fused = [module.fused_attn for module in encoder.modules() if hasattr(module, "fused_attn")]
-        set_fused_attention(loaded, all(fused))  # two kernels differ in rounding
-        expected, found = encoder(images), loaded(images)
-    encoder.train(training)
-    difference = max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))
-    if not difference <= 1e-5:
-        raise RuntimeError(f"{folder}: the exported backbone's features differ from the trained ones by {difference}")

@@ -24,8 +24,8 @@ from ssl_vit.models.weights.backbone import (
     backbone_file,
     load_strictly,
     read_config,
+    read_description,
     read_encoder_config,
-    read_json,
     read_normalisation,
     read_weights,
 )
@@ -158,7 +158,7 @@ def _is_ours(folder: Path) -> bool:
 def _open_folder(folder: Path) -> Pretrained:
     if not (folder / CONFIG_FILE).is_file() or (folder / BACKBONE_FILE).is_file():
         backbone_file(folder)  # says what a run's folder lacks
-    described = read_json(folder / CONFIG_FILE)
+    described = read_description(folder / CONFIG_FILE)
     if "model_type" in described:
         return _open_transformers(folder, described)
     if _is_ours(folder):
@@ -189,7 +189,7 @@ def _open_transformers(folder: Path, described: dict[str, Any]) -> Pretrained:
     found = tensors()
     config = infer_config(found)
     processor = folder / "preprocessor_config.json"
-    preprocessing = read_json(processor) if processor.is_file() else {}
+    preprocessing = read_description(processor) if processor.is_file() else {}
     mean, std = (entry(preprocessing, name, list[float] | None, processor) for name in ("image_mean", "image_std"))
     return Pretrained(
         str(folder),
