@@ -125,7 +125,7 @@ def broken_files() -> dict[str, Broken]:
         "npy of no pixels": Broken("npy", npy(np.zeros((0, 8, 3), np.uint8)), "the image is empty"),
         "npy of one axis": Broken("npy", npy(np.zeros(8, np.uint8)), r"shape \[8\]"),
         "npy of integers": Broken("npy", npy(np.zeros((8, 8, 3), np.int64)), "type int64"),
-        "npy of other channels": Broken("npy", npy(np.zeros((8, 8, 5), np.uint8)), "3 channels .* the picture has 5"),
+        "npy of other channels": Broken("npy", npy(np.zeros((8, 8, 5), np.uint8)), "3 channels .* the image has 5"),
         "npy of NaN": Broken("npy", npy(nan), "NaN or infinite"),
         "npy of infinity": Broken("npy", npy(deep + np.inf), "NaN or infinite"),
         "npy out of range": Broken("npy", npy(deep + 255), r"from 255 to 255; scale them to \[0, 1\]"),

@@ -93,7 +93,7 @@ def test_other_channels_than_the_images_have_stop_a_run(photo_folder: Path) -> N
     assert facts.settings is not None
     assert len(facts.settings["data"]["mean"]) == 1
     facts = look_at(photo_folder, "--encoder.in_chans=5")
-    assert "5 channels were asked for and the picture has 3" in facts.problems[0]
+    assert "5 channels were asked for and the image has 3" in facts.problems[0]
     assert facts.settings is None
     assert "40 of 40, 100.00%" in str(facts)
 

@@ -20,15 +20,15 @@ except ImportError:
 NPY_SIGNATURE = b"\x93NUMPY"
 _STRIP = 2**22  # numbers that are converted at once
 ROUNDING = 1e-3
-"""By how much floats may lie outside [0, 1] and be clamped: what resizing, half precision and rounding leave."""
+"""Floats this far outside [0, 1] are clamped: resizing, half precision and rounding leave such values."""
 
 
 def to_8_bits(values: np.ndarray, bits: int | None = None) -> np.ndarray:
-    """Numbers as uint8, to the nearest: unsigned ones of b bits divided by (2^b - 1) / 255, floats times 255.
+    """Round numbers to uint8: unsigned ones of b bits are divided by (2^b - 1) / 255, floats multiplied by 255.
 
     Args:
         values: of any shape.
-        bits: of the unsigned numbers; None = those of their type.
+        bits: of unsigned numbers; None = all bits of their type.
 
     Raises:
         ValueError: floats farther outside [0, 1] than `ROUNDING`, or numbers of another type.
@@ -38,11 +38,9 @@ def to_8_bits(values: np.ndarray, bits: int | None = None) -> np.ndarray:
         return values.astype(np.uint8) * 255
     if values.dtype in (np.uint8, np.uint16):
         white = 2 ** (bits or 8 * values.dtype.itemsize) - 1
-        return (
-            values
-            if white == 255
-            else _by_strips(lambda part: (part.astype(np.int32) * 255 + white // 2) // white, values)
-        )
+        if white == 255:
+            return values
+        return by_strips(lambda part: (part.astype(np.int32) * 255 + white // 2) // white, values)
     if values.dtype.kind != "f":
         span = f" from {values.min()} to {values.max()}" if values.dtype.kind in "iu" and values.size else ""
         raise ValueError(
@@ -53,23 +51,32 @@ def to_8_bits(values: np.ndarray, bits: int | None = None) -> np.ndarray:
         raise ValueError("floating-point pixels that are NaN or infinite; replace them")
     if low < -ROUNDING or high > 1 + ROUNDING:
         raise ValueError(f"floating-point pixels from {low:g} to {high:g}; scale them to [0, 1]")
-    return _by_strips(lambda part: np.rint(np.clip(part.astype(np.float32), 0, 1) * 255), values)
+    return by_strips(lambda part: np.rint(np.clip(part.astype(np.float32), 0, 1) * 255), values)
 
 
-def _by_strips(function: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> np.ndarray:
-    """What a function gives for each number, as uint8, for some lines at a time: others would fill the memory."""
-    out = np.empty_like(values, dtype=np.uint8)
-    lines = max(1, _STRIP * len(values) // max(1, values.size))
-    for top in range(0, len(values), lines):
-        out[top : top + lines] = function(values[top : top + lines])
+def by_strips(function: Callable[..., np.ndarray], *arrays: np.ndarray) -> np.ndarray:
+    """Apply a function of pixels to a few lines at a time, since it takes several times their memory; as uint8.
+
+    Args:
+        function: takes lines of each array, returns as many.
+        arrays: of the same height, their first axis.
+    """
+    height = len(arrays[0])
+    lines = max(1, _STRIP * height // max(1, arrays[0].size))
+    first = function(*(array[:lines] for array in arrays))
+    out = np.empty((height, *first.shape[1:]), dtype=np.uint8)
+    out[:lines] = first
+    for top in range(lines, height, lines):
+        out[top : top + lines] = function(*(array[top : top + lines] for array in arrays))
     return out
 
 
 def read_npy(file: Any, num_channels: int | None = None) -> tuple[list[int], np.dtype, bool]:
-    """Shape and type of an array, and whether its channels, if any, are the last axis; the file is then at its numbers.
+    """Read the header of a .npy file, up to the first number.
 
-    Of three axes the channels are the last or the first: the one that is `num_channels` long, else the shorter one; of
-    two such axes the last.
+    Returns:
+        the array's shape, its type, and whether the last axis holds the channels, if there are any. Of three axes the
+        channels are the last or the first: the one that is `num_channels` long, else the shorter one, else the last.
 
     Raises:
         ValueError: damaged, or no image.
@@ -78,10 +85,10 @@ def read_npy(file: Any, num_channels: int | None = None) -> tuple[list[int], np.
         version = np.lib.format.read_magic(file)
         read_header = np.lib.format.read_array_header_1_0 if version[0] == 1 else np.lib.format.read_array_header_2_0
         header = read_header(file)
-    except Exception as error:  # a damaged header is evaluated as Python's literals are: SyntaxError, TypeError ...
+    except Exception as error:  # the header is a Python literal: SyntaxError, TypeError ...
         raise ValueError("not a readable .npy file: its header is damaged or cut off") from error
     shape, dtype = list(header[0]), header[2]
-    if not all(type(length) is int and length >= 0 for length in shape):  # True and -3 pass for numpy
+    if not all(type(length) is int and length >= 0 for length in shape):  # numpy accepts True and -3
         raise ValueError(f"an array of shape {str(shape)[:80]}, which no array has")
     if dtype.hasobject:
         raise ValueError("an array of Python objects, which are not loaded; store the pixels as numbers")
@@ -96,7 +103,7 @@ def read_npy(file: Any, num_channels: int | None = None) -> tuple[list[int], np.
 
 
 def decode_npy(data: bytes, num_channels: int, max_image_bytes: int) -> UInt8[Tensor, "c h w"]:
-    """Decode an array of [h, w], [h, w, c] or [c, h, w], see `read_npy`.
+    """Decode a .npy file of [h, w], [h, w, c] or [c, h, w], see `read_npy`.
 
     Raises:
         ValueError: damaged, or no image of `num_channels` channels.
@@ -139,9 +146,8 @@ def check_tiff(page: TIFFPage) -> None:
     Raises:
         ValueError: such a page.
     """
-    what = {"i": "signed integers", "c": "complex numbers", "V": "numbers of unknown or of several types"}.get(
-        page.kind
-    )
+    kinds = {"i": "signed integers", "c": "complex numbers", "V": "numbers of unknown or of several types"}
+    what = kinds.get(page.kind)
     if what is None and page.bits == 0:
         what = "samples of different bits"
     if what is None and page.kind == "u" and page.bits > 16:
@@ -156,7 +162,7 @@ def check_tiff(page: TIFFPage) -> None:
 
 
 def pillow_reads(page: TIFFPage, num_channels: int) -> bool:
-    """Whether Pillow reads this page with all that `num_channels` asks for, if it reads it at all."""
+    """Whether Pillow, if it reads this page at all, keeps everything that `num_channels` asks for."""
     if page.photometric not in (0, 1, 2):
         return True
     if page.samples == 1:
@@ -171,9 +177,10 @@ def pillow_reads(page: TIFFPage, num_channels: int) -> bool:
 def read_tiff_page(
     data: bytes, number: int, page: TIFFPage, num_channels: int, max_image_bytes: int
 ) -> UInt8[Tensor, "c h w"]:
-    """Decode a page of grey or RGB, of any number of channels and type of numbers that `to_8_bits` takes.
+    """Decode a page of grey or RGB with tifffile: any number of channels, any type of numbers of `to_8_bits`.
 
-    All samples of a page of `num_channels`; else the colours, and the transparency if there is one.
+    Returns:
+        all samples where there are `num_channels`; else the colours, with the transparency if there is one.
 
     Raises:
         ValueError: damaged, no image of `num_channels` channels, or a kind that needs more packages.
@@ -183,7 +190,7 @@ def read_tiff_page(
     colours = {0: 1, 1: 1, 2: 3}[page.photometric]
     alpha = next((place for place, kind in enumerate(page.extra, start=colours) if kind in (1, 2)), None)
     chosen = list(range(page.samples))
-    if page.samples != num_channels:  # before memory is taken for them
+    if page.samples != num_channels:  # checked before memory is taken
         if num_channels not in (1, 3, 4) or (colours == 1 and page.samples > 1 and alpha is None):
             refuse_channels(page.samples, num_channels)
         chosen = [*range(colours), *([] if alpha is None else [alpha])]
@@ -210,13 +217,13 @@ def read_tiff_page(
     return as_tensor(_turn(pixels, int(orientation.value) if orientation else 1))
 
 
-# How pixels may be stored: by decoders that write no more than they are asked for, or as a file of their own kind in
-# each tile or strip, whose header says how much that is.
+# Compressions: with decoders that write no more than they are asked for; and with a whole file in each tile or strip,
+# whose header says how large it becomes.
 _PLAIN, _JPEG, _FILES = (1, 5, 8, 32773, 32946, 34925, 50000), (7,), (33003, 33005, 34712, 50001)
 
 
 def _check_stored(data: bytes, stored: Any, page: TIFFPage, max_image_bytes: int) -> None:
-    """Refuse what tifffile would take more memory for than was told, as of a tag that stands in the file twice."""
+    """Refuse a page for which tifffile would take more memory than `page` says, as where a tag is in the file twice."""
     tile = (stored.tilelength, stored.tilewidth) if stored.is_tiled else (0, 0)
     if stored.size != page.height * page.width * page.samples or stored.tiledepth > 1 or tile != page.tile:
         raise ValueError("its tags contradict each other")
@@ -235,7 +242,7 @@ def _check_stored(data: bytes, stored: Any, page: TIFFPage, max_image_bytes: int
 
 
 def _divide_by_alpha(array: np.ndarray, colours: int, alpha: int, white: int) -> np.ndarray:
-    """[h w c] whose colours are no longer multiplied by their transparency."""
+    """Undo the multiplication of colours [h w c] by their transparency."""
     weight = array[..., alpha : alpha + 1].astype(np.float64) / white
     straight = np.minimum(array[..., :colours] / np.maximum(weight, 1e-9), white) * (weight > 0)
     array = array.copy()
@@ -244,7 +251,7 @@ def _divide_by_alpha(array: np.ndarray, colours: int, alpha: int, white: int) ->
 
 
 def _turn(array: np.ndarray, orientation: int) -> np.ndarray:
-    """[h w c] turned upright."""
+    """Turn [h w c] upright, as the tag `orientation` says."""
     if orientation in (5, 6, 7, 8):
         array = array.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
@@ -256,6 +263,6 @@ def _turn(array: np.ndarray, orientation: int) -> np.ndarray:
 
 def refuse_channels(present: int, num_channels: int) -> NoReturn:
     raise ValueError(
-        f"{num_channels} channels were asked for and the picture has {present}, of which it does not say that they "
+        f"{num_channels} channels were asked for and the image has {present}, of which it does not say that they "
         f"are colours and transparency; give data.mean and data.std {present} values, or store other channels"
     )

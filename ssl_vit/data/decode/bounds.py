@@ -1,4 +1,4 @@
-"""How much memory an image would take, told from its header before any decoder sees it."""
+"""Limits the memory of an image, by its header, before any decoder sees it."""
 
 import struct
 from collections.abc import Iterator
@@ -10,23 +10,23 @@ from PIL import Image
 from ssl_vit.core.reading import read_bytes
 
 MAX_IMAGE_BYTES = 2**29
-"""As large an RGB image of 8 bits has 178,956,970 pixels, twice what Pillow warns of."""
-MAX_SCANS = 100  # of a progressive JPEG, each over all pixels; encoders write about ten
+"""An RGB image of 178,956,970 pixels, twice as many as Pillow warns of."""
+MAX_SCANS = 100  # of a progressive JPEG, each of which goes over all pixels; encoders write about ten
 MAX_PAGES = 2**15
 _MAX_STRIPS = 2**22
 _WEBP = 16  # bytes a pixel: two canvases of its decoder, the frame, and the image
-# What decoders take for a pixel beside the image: planes of colour, what these become, frames before this one.
+# Bytes a pixel that decoders take beside the image: planes of colour, their conversion, frames before this one.
 _WORK = {"AVIF": 12, "HEIF": 12, "GIF": 4}
-# Bytes of a pixel in Pillow, else 4; inks become RGB beside them.
+# Bytes a pixel in Pillow, where they are not 4; inks count twice, since they become RGB.
 _MODES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2, "CMYK": 8, "LAB": 8}
 _UNITS = np.array([0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8])  # bytes of TIFF's types
 
 
 def read_file(path: Path, most: int) -> bytes:
-    """The content of a regular file, links followed, of at most so many bytes, whatever its size is said to be.
+    """Read a regular file, following links, up to `most` bytes, whatever size its folder entry gives.
 
     Raises:
-        ValueError: it holds more; the text is the reason only.
+        ValueError: the file holds more; the text gives the reason only.
         OSError: it is no regular file, or cannot be read.
     """
     try:
@@ -36,14 +36,14 @@ def read_file(path: Path, most: int) -> bytes:
 
 
 def check_size(height: int, width: int, bytes_a_pixel: int, most: int) -> None:
-    """Refuse an image that would take more memory than it is worth, or none.
+    """Refuse an image without pixels, or of more than `most` bytes.
 
     Raises:
-        ValueError: no pixels, or more than `most` bytes of them.
+        ValueError: such an image.
     """
     if height < 1 or width < 1:
         raise ValueError(f"{height} x {width} pixels: the image is empty")
-    if (needed := height * max(width, 16) * bytes_a_pixel) > most:  # decoders take a few bytes for each line, too
+    if (needed := height * max(width, 16) * bytes_a_pixel) > most:  # decoders also take a few bytes a line
         raise ValueError(
             f"{height} x {width} pixels, for which {needed:,} bytes are needed, more than data.max_image_bytes={most}; "
             "make the image smaller, or raise the limit where memory allows"
@@ -51,7 +51,7 @@ def check_size(height: int, width: int, bytes_a_pixel: int, most: int) -> None:
 
 
 def check_before_opening(data: bytes, most: int) -> None:
-    """Refuse what Pillow would take memory for as soon as it opens the file.
+    """Refuse files for which Pillow would take too much memory as soon as it opens them: WebP and JPEG 2000.
 
     Raises:
         ValueError: too large, or damaged.
@@ -71,10 +71,10 @@ def check_before_opening(data: bytes, most: int) -> None:
 
 
 def check_opened(image: Image.Image, most: int) -> None:
-    """Refuse an image whose pixels would take too much: those of Pillow's image, and what its decoder takes beside it.
+    """Refuse an image that would take too much memory, in Pillow and in its decoder.
 
     Raises:
-        ValueError: they would.
+        ValueError: such an image.
     """
     check_size(image.height, image.width, _MODES.get(image.mode, 4) + _WORK.get(image.format or "", 0), most)
     exif = image.info.get("exif")
@@ -86,10 +86,13 @@ def check_opened(image: Image.Image, most: int) -> None:
 
 
 def check_tags(data: bytes, start: int, order: str, is_big: bool = False) -> int:
-    """Refuse tags that share bytes, so that together they take many times the file; how many bytes they take.
+    """Refuse TIFF tags that share bytes, so that together they take many times the file.
+
+    Returns:
+        the bytes that the tags take.
 
     Raises:
-        ValueError: such tags, or tables of strips that no image has.
+        ValueError: such tags, or tables of more strips than an image has.
     """
     head, long = (8, "u8") if is_big else (2, "u4")
     kinds = np.dtype([("tag", f"{order}u2"), ("type", f"{order}u2"), ("count", order + long), ("value", order + long)])
@@ -107,7 +110,7 @@ def check_tags(data: bytes, start: int, order: str, is_big: bool = False) -> int
 
 
 def _boxes(data: bytes) -> Iterator[tuple[bytes, int]]:
-    """Names of the boxes of a JPEG 2000 file, and where their content starts."""
+    """Name of each box of a JPEG 2000 file, and where its content starts."""
     position = 0
     while position + 8 <= len(data):
         length, name = struct.unpack_from(">I4s", data, position)
@@ -121,7 +124,7 @@ def _boxes(data: bytes) -> Iterator[tuple[bytes, int]]:
 
 
 def _codestream(data: bytes) -> int | None:
-    """Where the pixels of a JPEG 2000 file start; None of other files."""
+    """Where the codestream of a JPEG 2000 file starts; None for other files."""
     if data.startswith(b"\xff\x4f\xff\x51"):
         return 0
     if not data.startswith(b"\0\0\0\x0cjP  "):
@@ -130,7 +133,7 @@ def _codestream(data: bytes) -> int | None:
 
 
 def _check_jpeg2000(data: bytes, start: int, most: int) -> None:
-    """By what the codestream itself says: the decoder takes tables for each tile, and 32 bits for its samples."""
+    """Check the codestream's own sizes: the decoder takes tables for each tile, and 32 bits a sample."""
     if len(data) < start + 42:
         raise ValueError("the JPEG 2000 file is cut off")
     right, down, left, top, width, height, first_x, first_y, channels = struct.unpack_from(">8IH", data, start + 8)

@@ -1,7 +1,6 @@
-"""Image files into uint8 tensors, the same pixels whichever library reads them."""
+"""Decodes image files to uint8 tensors, the same pixels whichever library reads them."""
 
 import warnings
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -15,6 +14,7 @@ from torch import Tensor
 from ssl_vit.data.decode.arrays import (
     NPY_SIGNATURE,
     as_tensor,
+    by_strips,
     check_tiff,
     decode_npy,
     pillow_reads,
@@ -37,9 +37,7 @@ from ssl_vit.data.decode.headers import (
 )
 
 Pages = Literal["first", "channels"] | int
-"""What of a file of several pages or frames is decoded: the first, all as channels, or the one of this number."""
-
-_STRIP = 2**22  # pixels that are converted at once
+"""What is decoded of a file of several pages or frames: the first, all as channels, or the one of this number."""
 
 try:
     from torchvision.io import decode_image
@@ -50,28 +48,28 @@ except ImportError:  # torchvision >= 0.29 announces that its decoders will move
 def decode(
     data: bytes | str | Path, num_channels: int, max_image_bytes: int = MAX_IMAGE_BYTES, pages: Pages = "first"
 ) -> UInt8[Tensor, "{num_channels} h w"]:
-    """Decode an image, turned upright as its orientation tag says, in the colours of sRGB.
+    """Decode an image, turned upright as its orientation tag says, in sRGB.
 
-    Any file of `IMAGE_SUFFIXES`: JPEG, PNG, WebP, GIF, BMP, TIFF (of any number of channels with the extra `tiff`),
-    JPEG 2000, AVIF, HEIC (with the extra `heic`), PPM, TGA and some more, and .npy arrays of [h, w], [h, w, c] or
-    [c, h, w]. What a tag says of the pixels is applied: orientation, transparency, palettes, inks, white as 0, byte
-    order, and ICC profiles (to 8 bits, with the profile's own intent). PNG's gAMA, cHRM and cICP, primaries and
-    transfer functions of TIFF, and the Exif colour space are not, as in Pillow.
+    Reads any file of `IMAGE_SUFFIXES`: JPEG, PNG, WebP, GIF, BMP, TIFF (of any number of channels with the extra
+    `tiff`), JPEG 2000, AVIF, HEIC (with the extra `heic`), PPM, TGA and a few more, and .npy arrays of [h, w],
+    [h, w, c] or [c, h, w]. Applies what tags say of the pixels: orientation, transparency, palettes, inks, white as 0,
+    byte order, and ICC profiles (to 8 bits, with the profile's own intent). Ignores, as Pillow does, PNG's gAMA, cHRM
+    and cICP, primaries and transfer functions of TIFF, and the Exif colour space.
 
-    Numbers become 8 bits by what they say of white: unsigned ones of b bits are divided by (2^b - 1) / 255, floats
-    within [0, 1], and up to 1e-3 outside, multiplied by 255. Others, signed integers, NaN and infinity are refused,
-    since they do not say what is black and what is white.
+    Numbers become 8 bits: unsigned ones of b bits are divided by (2^b - 1) / 255; floats within [0, 1], or up to 1e-3
+    outside, are multiplied by 255. Other numbers, signed integers, NaN and infinity are refused, since nothing says
+    which of them are black and white.
 
-    A file that is cut off is refused, and so is a JPEG or PNG whose end was overwritten by zeros. In BMP, WebP and
-    uncompressed TIFF zeros are pixels as good as any, with no checksum to tell them from an image's own.
+    A file that is cut off is refused, and so is a JPEG or PNG whose end was overwritten by zeros. BMP, WebP and
+    uncompressed TIFF have no checksum that tells such zeros from pixels.
 
     Args:
         data: the encoded file, or its path.
-        num_channels: 1 gives greyscale, 3 RGB and 4 RGBA, whatever the file holds; transparent pixels are
-            laid on white for 1 and 3. Any other count is given only by a file of exactly that many channels.
-        max_image_bytes: of the file, and of what its header says of its pixels: height x width x samples x bytes of a
-            sample, with what its decoder takes beside them. More is refused before memory is taken for it. For moments
-            a few times as much is in use, while pixels are converted.
+        num_channels: 1 gives greyscale, 3 RGB and 4 RGBA, whatever the file holds; for 1 and 3 transparent pixels are
+            laid on white. Any other number needs a file of exactly that many channels.
+        max_image_bytes: limit of the file, and of its pixels by its header: height x width x samples x bytes of a
+            sample, with what the decoder takes beside them. Larger images are refused before memory is taken. While
+            pixels are converted, a few times as much is in use for moments.
         pages: see `Pages`. Channels may be on several pages of a TIFF alone, all of one size.
 
     Returns:
@@ -79,7 +77,7 @@ def decode(
 
     Raises:
         ValueError: no whole image can be read from the data, or not with `num_channels` channels, whatever a library
-            raised. The text is the reason only: the caller knows where the data came from.
+            raised. The text gives the reason only: the caller knows where the data came from.
         OSError: the path cannot be read, or is no regular file.
     """
     try:
@@ -129,7 +127,7 @@ def _decode_jpeg(data: bytes, max_image_bytes: int) -> UInt8[Tensor, "c h w"]:
 
 
 def _decode_png(data: bytes, max_image_bytes: int, number: int) -> UInt8[Tensor, "c h w"]:
-    """By Pillow, which is as fast; torchvision crashes on damaged ones, but keeps all 16 bits of colours."""
+    """Decode with Pillow, which is as fast. torchvision keeps all 16 bits of colours, but crashes on damaged files."""
     png = read_png(data)
     check_size(png.height, png.width, png.bytes_a_pixel, max_image_bytes)
     pixels = _decode_with_torchvision(data) if number == 0 and is_sound_png16(png) else None
@@ -178,33 +176,37 @@ def _decode_tiff(data: bytes, num_channels: int, max_image_bytes: int, pages: Pa
 
 
 def _decode_with_torchvision(data: bytes) -> Tensor | None:
-    """The stored samples as [c h w] at full speed; None for what torchvision cannot read."""
+    """Decode to the stored samples at full speed; None for what torchvision cannot read."""
     if decode_image is None:
         return None
     buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
         with warnings.catch_warnings():
-            # The announcement, made at every call.
+            # The announcement comes at every call.
             warnings.filterwarnings("ignore", message=".*TorchVision are deprecated")
             return decode_image(buffer, apply_exif_orientation=True)
     except RuntimeError:
-        return None  # Pillow has a second try, and the clearer error text
+        return None  # Pillow tries again, and has the clearer error text
 
 
 def _decode_with_pillow(
     data: bytes, max_image_bytes: int, number: int = 0, tiff: tuple[TIFFPage, int] | None = None
 ) -> UInt8[Tensor, "c h w"]:
-    """A page or frame; of a TIFF, how it is stored and the number of channels wanted."""
+    """Decode a page or frame.
+
+    Args:
+        tiff: of a TIFF how the page is stored, and the number of channels wanted.
+    """
     try:
         with open_image(data, max_image_bytes) as image:
             for frame in range(image.tell() + 1 if image.format == "GIF" else number, number + 1 if number else 0):
-                image.seek(frame)  # of a GIF one by one, since each may be larger
+                image.seek(frame)  # a GIF's one by one, since each may be larger
                 check_opened(image, max_image_bytes)
             profile = image.info.get("icc_profile") or b""
             is_tga = image.format == "TGA"
             array = _to_array(_upright(image), profile, data)
             if is_tga and not data[17] & 15 and array.shape[2:] == (4,) and not array[..., 3].any():
-                array = array[..., :3]  # a fourth byte that is not said to be transparency, and is empty
+                array = array[..., :3]  # the fourth byte is not declared as transparency, and empty
     except (Image.UnidentifiedImageError, SyntaxError) as error:
         if tiff is not None:
             pixels = read_tiff_page(data, number, *tiff, max_image_bytes)
@@ -217,7 +219,7 @@ def _decode_with_pillow(
     except Exception as error:  # a damaged file raises anything: OSError, struct.error ...
         raise ValueError(str(error) or type(error).__name__) from error
     pixels = as_tensor(array)
-    if tiff is not None and tiff[0].photometric == 0 and image.mode not in ("1", "L"):  # which Pillow has inverted
+    if tiff is not None and tiff[0].photometric == 0 and image.mode not in ("1", "L"):  # Pillow inverts those two
         pixels = 255 - pixels
     return to_srgb(pixels, profile) if profile else pixels
 
@@ -241,7 +243,8 @@ def _to_array(image: Image.Image, profile: bytes, data: bytes) -> UInt8[np.ndarr
     if image.mode in ("CMYK", "LAB"):
         return np.array(inks_to_srgb(image, profile))
     if image.mode in ("L", "RGB", "1") and data.startswith(PNG_SIGNATURE):
-        depth = data[24] if image.mode == "L" else 8  # samples of fewer bits were widened, what is transparent was not
+        # Pillow widens samples of fewer bits, but not the grey that is transparent.
+        depth = data[24] if image.mode == "L" else 8
         transparent = image.info.get("transparency")
         if isinstance(transparent, int) and depth < 8:
             transparent = transparent * 255 // (2**depth - 1)
@@ -256,7 +259,7 @@ def _to_array(image: Image.Image, profile: bytes, data: bytes) -> UInt8[np.ndarr
 
 
 def _with_alpha(values: np.ndarray, bits: int, transparent: int | tuple[int, ...] | None) -> UInt8[np.ndarray, "h w c"]:
-    """8-bit pixels of these stored ones, with an alpha that is 0 where they are of one grey or colour."""
+    """Stored pixels as 8 bits, with an alpha that is 0 where they have the one transparent grey or colour."""
     values = values.reshape(*values.shape[:2], -1)
     pixels = to_8_bits(values, bits)
     if transparent is None or transparent == () or values.shape[2] in (2, 4):
@@ -277,32 +280,18 @@ def _to_channels(pixels: UInt8[Tensor, "c h w"], num_channels: int) -> UInt8[Ten
     if num_channels == 4:
         return torch.cat([colour.expand(3, -1, -1), alpha])
     if has_alpha:
-        colour = _by_strips(_on_white, colour, alpha)
+        colour = as_tensor(by_strips(_on_white, *(part.permute(1, 2, 0).numpy() for part in (colour, alpha))))
     if num_channels == 1 and colour.shape[0] == 3:
-        return _by_strips(_to_grey, colour)
+        return as_tensor(by_strips(_to_grey, colour.permute(1, 2, 0).numpy()))
     return colour.expand(num_channels, -1, -1)
 
 
-def _by_strips(function: Callable[..., Tensor], *images: UInt8[Tensor, "_ h w"]) -> UInt8[Tensor, "_ h w"]:
-    """What a function of pixels gives, some lines at a time: its intermediate numbers take several times the memory."""
-    height, width = images[0].shape[1:]
-    lines = max(1, _STRIP // width)
-    if height <= lines:
-        return function(*images)
-    first = function(*(image[:, :lines] for image in images))
-    out = torch.empty((height, width, len(first)), dtype=torch.uint8).permute(2, 0, 1)
-    out[:, :lines] = first
-    for top in range(lines, height, lines):
-        out[:, top : top + lines] = function(*(image[:, top : top + lines] for image in images))
-    return out
+def _on_white(colour: UInt8[np.ndarray, "h w c"], alpha: UInt8[np.ndarray, "h w 1"]) -> UInt8[np.ndarray, "h w *c"]:
+    image = Image.fromarray(colour[..., 0] if colour.shape[2] == 1 else colour)
+    white = Image.new(image.mode, image.size, "white")
+    white.paste(image, mask=Image.fromarray(alpha[..., 0]))
+    return np.asarray(white)
 
 
-def _on_white(colour: UInt8[Tensor, "c h w"], alpha: UInt8[Tensor, "1 h w"]) -> UInt8[Tensor, "c h w"]:
-    weight = alpha.to(torch.int32)
-    return ((colour * weight + 255 * (255 - weight) + 127) // 255).to(torch.uint8)
-
-
-def _to_grey(rgb: UInt8[Tensor, "3 h w"]) -> UInt8[Tensor, "1 h w"]:
-    """Luma of ITU-R 601 in 16-bit fixed point, rounded as Pillow does."""
-    red, green, blue = rgb.to(torch.int32)
-    return ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).to(torch.uint8)[None]
+def _to_grey(rgb: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w"]:
+    return np.asarray(Image.fromarray(rgb).convert("L"))

@@ -1,4 +1,4 @@
-"""Which files are taken for images, and what they hold by their headers."""
+"""Which files count as images, and what they hold by their headers."""
 
 import io
 import warnings
@@ -34,12 +34,12 @@ try:
 except ImportError:
     pillow_heif = None
 
-# Of Pillow's formats those of photographs and of science whose pixels it gives with their meaning. Others start
-# programs (EPS), are drawings or videos (WMF, MPEG), projects of an editor (PSD), textures and icons (DDS, ICO), lose
-# bits (SGI), or ignore what makes numbers brightness (FITS).
+# Pillow's formats of photographs and science whose pixels it decodes with their meaning. The others start programs
+# (EPS), are drawings or videos (WMF, MPEG), projects of an editor (PSD), textures and icons (DDS, ICO), lose bits
+# (SGI), or ignore what turns numbers into brightness (FITS).
 _WANTED = (
     *("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "AVIF", "HEIF", "PPM", "PCX", "QOI", "SUN"),
-    "TGA",  # known by no signature: the last that is tried
+    "TGA",  # has no signature, so it is tried last
 )
 _BY_SUFFIX = Image.registered_extensions()  # also loads Pillow's formats
 PILLOW_FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
@@ -59,7 +59,7 @@ _HINTS = {
     **dict.fromkeys(("jxl", "psd", "svg", "pdf", "eps", "ico", "dds", "sgi"), "convert them to PNG"),
 }
 
-# What files begin with. RIFF and ISO containers say their kind a little later.
+# First bytes of files. RIFF and ISO containers name their kind a little later.
 _SIGNATURES = {
     b"\xff\xd8\xff": "JPEG",
     PNG_SIGNATURE: "PNG",
@@ -78,19 +78,19 @@ _BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b
 
 
 class Contents(NamedTuple):
-    """What a file holds, whatever of it is used."""
+    """What a file holds, used or not."""
 
     format: str
-    """JPEG, PNG, TIFF, npy, ...; HTML, zip, ... of what is no image; missing, empty, unknown."""
+    """JPEG, PNG, TIFF, npy, ...; HTML, zip, ... for other files; missing, empty, unknown."""
     channels: int = 0
-    """Of a page, transparency included; 0 where the header cannot be read."""
+    """Channels of a page, transparency included; 0 where the header cannot be read."""
     bits: int = 0
-    """Of a channel."""
+    """Bits of a channel."""
     pages: int = 1
-    """Pages, frames or pictures; smaller copies of a page do not count."""
+    """Pages, frames or images of the file, without smaller copies of a page."""
     has_alpha: bool = False
     colours: str = "unknown"
-    """greyscale, RGB, or neither: `12 channels`."""
+    """greyscale, RGB, or another kind, such as `12 channels`."""
 
     @property
     def kind(self) -> str:
@@ -100,7 +100,7 @@ class Contents(NamedTuple):
         return kind if self.pages == 1 else f"{self.pages} pages of {kind}"
 
     def dropped(self, num_channels: int, pages: str) -> list[str]:
-        """What of it is not used where `num_channels` are asked for and `pages` is `data.pages`."""
+        """What is left unused for `num_channels` and a `data.pages` of `pages`, a sentence each."""
         found = []
         if self.pages > 1 and pages == "first":
             found.append(f"{self.pages} pages or frames, of which the first is used (see --data.pages)")
@@ -116,16 +116,16 @@ class Contents(NamedTuple):
 
 
 def hint_for(suffix: str) -> str:
-    """What to do with files of a suffix (lower case, no dot) that is none of `IMAGE_SUFFIXES`; "" for most."""
+    """How to use files of a suffix (lower case, no dot) that is not in `IMAGE_SUFFIXES`; "" for most suffixes."""
     return "" if suffix in IMAGE_SUFFIXES else _HINTS.get(suffix, "")
 
 
 @contextmanager
 def open_image(data: bytes, max_image_bytes: int = MAX_IMAGE_BYTES) -> Iterator[Image.Image]:
-    """Open an image with Pillow: in one of `PILLOW_FORMATS` alone, and without a word on odd metadata.
+    """Open an image in one of `PILLOW_FORMATS` with Pillow, without its warnings about odd metadata.
 
     Raises:
-        ValueError: it would take more memory than it may, by its header; see `check_opened`.
+        ValueError: by its header it would take more memory than `max_image_bytes`; see `check_opened`.
     """
     check_before_opening(data, max_image_bytes)
     if data.startswith(JPEG_SIGNATURE) and (header := read_jpeg(data)) is not None:
@@ -137,7 +137,7 @@ def open_image(data: bytes, max_image_bytes: int = MAX_IMAGE_BYTES) -> Iterator[
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
                 check_opened(image, max_image_bytes)
-                # Pillow refuses twice as many: later frames may be larger, and take 4 bytes a pixel.
+                # Later frames may be larger and take 4 bytes a pixel; Pillow refuses twice as many pixels.
                 Image.MAX_IMAGE_PIXELS = max(max_image_bytes // 8, image.width * image.height)
                 yield image
     except Image.DecompressionBombError as error:
@@ -148,7 +148,7 @@ def open_image(data: bytes, max_image_bytes: int = MAX_IMAGE_BYTES) -> Iterator[
 
 
 def file_format(data: bytes | None) -> str:
-    """What kind of file this is, by its first bytes; None is a file that could not be had."""
+    """The kind of a file by its first bytes; "missing" for None."""
     if not data:
         return "missing" if data is None else "empty"
     for signature, name in _SIGNATURES.items():
@@ -165,7 +165,7 @@ def file_format(data: bytes | None) -> str:
 
 
 def contents(data: bytes | str | Path) -> Contents:
-    """What a file holds, told from its header: nothing is decoded.
+    """What a file holds, by its header alone.
 
     Raises:
         OSError: the path cannot be read.
@@ -222,20 +222,20 @@ def _contents_of(image: Image.Image, start: bytes, name: str) -> Contents:
 
 
 def page_numbers(data: bytes | str | Path) -> list[int]:
-    """The numbers, from 0, of a file's pages or frames that are images of their own; [0] of what cannot be read."""
+    """Numbers, from 0, of the pages or frames that are images of their own; [0] where the file cannot be read."""
     try:
         data = data if isinstance(data, bytes) else read_file(Path(data), MAX_IMAGE_BYTES)
         if data.startswith(TIFF_SIGNATURES):
             return [number for number, _ in full_pages(data)] or [0]
         with open_image(data) as image:
             count = getattr(image, "n_frames", 1)
-            return list(range(count if count <= min(MAX_PAGES, len(data)) else 1))  # more are none
-    except Exception:  # damaged, gone, no image of Pillow's: told when it is decoded
+            return list(range(count if count <= min(MAX_PAGES, len(data)) else 1))  # no file holds more
+    except Exception:  # damaged, gone or no image: reported when it is decoded
         return [0]
 
 
 def note_of_dropped(files: Iterable[bytes | str | Path], num_channels: int, pages: str) -> str | None:
-    """A sentence on what a run leaves unused of what these files hold; None where it uses all."""
+    """A sentence on what a run leaves unused of these files; None where it uses everything."""
     found, looked_at = Counter(), 0
     for file in files:
         looked_at += 1

@@ -1,4 +1,4 @@
-"""What an image's file says of itself, read without decoding: its size, how it is stored, and whether it is whole."""
+"""Reads the headers of image files: size, how pixels are stored, and whether the file is whole."""
 
 import io
 import math
@@ -18,7 +18,7 @@ TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG_SIGNATURE = b"\xff\xd8\xff"
 
-# Start-of-frame markers: all of C0 to CF but the tables and an extension.
+# Start-of-frame markers: C0 to CF without the tables and an extension.
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _PASSES = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))  # Adam7
 _CHUNKS = frozenset((b"IHDR", b"PLTE", b"tRNS", b"iCCP", b"acTL", b"IDAT", b"IEND"))
@@ -28,28 +28,28 @@ _MARKER_IN_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 
 class JPEGHeader(NamedTuple):
-    """What stands before the pixels of a JPEG file."""
+    """The header of a JPEG file."""
 
     height: int
     width: int
     profile: bytes
-    """Its ICC profile; empty where there is none."""
+    """ICC profile; empty where there is none."""
     turned_by_xmp: bool
-    """Whether its orientation stands in XMP data alone, which torchvision does not read."""
+    """Whether the orientation is in XMP data alone, which torchvision does not read."""
     bytes_a_pixel: int
-    """That a decoder takes: its samples, and its coefficients where they come in several scans."""
+    """What a decoder takes: samples, and coefficients where they come in several scans."""
 
 
 def read_jpeg(data: bytes) -> JPEGHeader | None:
-    """None where there are no pixels.
+    """Read the header of a JPEG file; None where there are no pixels.
 
     Raises:
-        ValueError: the file ends before the image does, which decoders fill up with grey; or it has too many scans.
+        ValueError: the file is cut off, where decoders would fill in grey, or has too many scans.
     """
     frame, position, profile, xmp, exif = None, 2, {}, False, False
     while position + 10 <= len(data):
         marker = data[position + 1]
-        if data[position] != 0xFF:  # decoders pass over what is between markers
+        if data[position] != 0xFF:  # decoders skip bytes between markers
             position = data.find(b"\xff", position)
             if position < 0:
                 break
@@ -86,11 +86,11 @@ def read_jpeg(data: bytes) -> JPEGHeader | None:
 
 
 def _check_scans(data: bytes, position: int) -> None:
-    """Refuse a JPEG that goes over its pixels more often than any encoder lets it."""
+    """Refuse a JPEG of more scans than encoders write."""
     count = data.count(b"\xff\xda", position)
     if count <= MAX_SCANS:
         return
-    count = 0  # of those that are markers
+    count = 0  # now only of markers
     while (found := _MARKER_IN_SCAN.search(data, position)) is not None and data[found.start() + 1] != 0xD9:
         count += data[found.start() + 1] == 0xDA
         position = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
@@ -99,7 +99,7 @@ def _check_scans(data: bytes, position: int) -> None:
 
 
 class PNGHeader(NamedTuple):
-    """What a PNG file begins with, and its compressed pixels."""
+    """The header of a PNG file, and its compressed pixels."""
 
     height: int
     width: int
@@ -107,12 +107,12 @@ class PNGHeader(NamedTuple):
     colour_type: int
     interlaced: bool
     transparent: tuple[int, ...]
-    """Where a grey or a colour is transparent, that grey or colour as it is stored; else ()."""
+    """The grey or colour that is transparent, as it is stored; () where there is none."""
     is_animated: bool
     profile: bytes
-    """Its ICC profile; empty where there is none."""
+    """ICC profile; empty where there is none."""
     compressed: bytes
-    """Of 16-bit pixels alone."""
+    """The compressed pixels, kept for 16-bit images only."""
 
     @property
     def bytes_a_pixel(self) -> int:
@@ -120,7 +120,7 @@ class PNGHeader(NamedTuple):
 
 
 def read_png(data: bytes) -> PNGHeader:
-    """Read all chunks of a PNG file and compare their checksums, which decoders do not or crash on.
+    """Read all chunks of a PNG file and check their checksums, which decoders ignore or crash on.
 
     Raises:
         ValueError: the file is cut off or damaged.
@@ -167,11 +167,11 @@ def read_png(data: bytes) -> PNGHeader:
 
 
 def is_sound_png16(png: PNGHeader) -> bool:
-    """Whether a decoder that crashes on damage can read these 16-bit pixels of several channels."""
+    """Whether these are 16-bit pixels of several channels, and so whole that a decoder does not crash on them."""
     channels = {2: 3, 4: 2, 6: 4}.get(png.colour_type)
     if channels is None or png.bit_depth != 16:
         return False
-    passes = []  # lines, and bytes of each
+    passes = []  # number of lines, and bytes of a line
     for top, left, step_down, step_right in _PASSES if png.interlaced else ((0, 0, 1, 1),):
         width, height = len(range(left, png.width, step_right)), len(range(top, png.height, step_down))
         passes += [(height, 1 + width * channels * 2)] if width else []
@@ -191,32 +191,32 @@ def is_sound_png16(png: PNGHeader) -> bool:
 
 
 class TIFFPage(NamedTuple):
-    """How a page of a TIFF file is stored."""
+    """The tags of a TIFF page that say how it is stored."""
 
     height: int
     width: int
     samples: int
     bits: int
-    """Of a sample; 0 where samples differ."""
+    """Bits of a sample; 0 where samples differ."""
     kind: str
-    """Of numbers, as numpy names it: u = unsigned, i = signed, f = floats, c = complex, V = not said."""
+    """Kind of numbers, in numpy's letters: u = unsigned, i = signed, f = floats, c = complex, V = unknown."""
     photometric: int
     """0 = grey, 0 is white; 1 = grey, 0 is black; 2 = RGB, 3 = palette, 5 = CMYK, 6 = YCbCr, 8 = L*a*b*."""
     extra: tuple[int, ...]
-    """What the samples after the colours are: 0 = not said, 1 = transparency that colours are multiplied by, 2 = other
+    """Meaning of the samples after the colours: 0 = unknown, 1 = transparency that colours are multiplied by, 2 = other
     transparency."""
     is_copy: bool
-    """Whether it is a smaller copy of another page, or its mask."""
+    """Whether the page is a smaller copy of another one, or its mask."""
     depth: int
     """Layers of a volume."""
     profile: bytes
-    """Its ICC profile; empty where there is none."""
+    """ICC profile; empty where there is none."""
     tile: tuple[int, int] = (0, 0)
-    """Height and width of its tiles; zeros where there are none."""
+    """Height and width of tiles; zeros where there are none."""
 
     @property
     def colours(self) -> int:
-        """Samples before those of `extra`."""
+        """Number of samples before those of `extra`."""
         return self.samples - len(self.extra)
 
     @property
@@ -261,7 +261,7 @@ def _read_page(tags: ImageFileDirectory_v2) -> TIFFPage:
     extra = values(338, -1)
     if extra == (-1,):
         colours = {2: 3, 5: 4, 6: 3, 8: 3}.get(photometric, 1)
-        # As Pillow and libtiff have it, a fourth sample of RGB that nothing is said of is transparency.
+        # As in Pillow and libtiff, a fourth sample of RGB of unknown meaning is transparency.
         extra = (2,) if (photometric, samples) == (2, 4) else (0,) * max(0, samples - colours)
     bits, kinds = set(values(258, 1)), set(values(339, 1))
     profile: Any = tags.get(34675, b"")
@@ -281,7 +281,7 @@ def _read_page(tags: ImageFileDirectory_v2) -> TIFFPage:
 
 
 def full_pages(data: bytes) -> Iterator[tuple[int, TIFFPage]]:
-    """The pages that are images of their own, and their numbers: neither smaller copies nor masks of others."""
+    """Number and tags of each page that is an image of its own: no smaller copy and no mask, unless all pages are."""
     copies = []
     found = False
     for number, page in enumerate(read_tiff(data)):

@@ -82,7 +82,7 @@ def test_channels_without_a_meaning_are_not_taken_for_transparency():
         npy(bytes_of(8, 9, 2)),
         tiff(bytes_of(8, 9, 7), photometric="minisblack", planarconfig="contig"),
     ):
-        with pytest.raises(ValueError, match="3 channels were asked for and the picture has"):
+        with pytest.raises(ValueError, match="3 channels were asked for and the image has"):
             decode(data, 3)
 
 
@@ -204,5 +204,5 @@ def test_tiff_of_too_many_pixels_or_channels_is_refused_before_it_is_read(monkey
     with pytest.raises(ValueError, match=r"80 x 90 pixels, for which 50,400 bytes are needed"):
         decode(data, 7, max_image_bytes=80 * 90 * 7 - 1)
     data = tiff(bytes_of(8, 9, 7), photometric="minisblack", planarconfig="contig")
-    with pytest.raises(ValueError, match="the picture has 7"):
+    with pytest.raises(ValueError, match="the image has 7"):
         decode(data, 6)

@@ -141,9 +141,9 @@ def test_paths_are_read(tmp_path):
 def test_another_count_of_channels_only_where_the_file_has_it():
     grey_alpha = _encoded(_rgba().convert("LA"), "PNG")
     assert decode(grey_alpha, 2).shape == (2, 24, 32)
-    with pytest.raises(ValueError, match=r"^2 channels were asked for and the picture has 3"):
+    with pytest.raises(ValueError, match=r"^2 channels were asked for and the image has 3"):
         decode(_encoded(_rgb(), "PNG"), 2)
-    with pytest.raises(ValueError, match=r"^5 channels were asked for and the picture has 1"):
+    with pytest.raises(ValueError, match=r"^5 channels were asked for and the image has 1"):
         decode(_encoded(_rgb().convert("L"), "JPEG"), 5)
 
 

@@ -96,7 +96,7 @@ def test_several_samples_after_the_colours():
     data = tiff(values, photometric="rgb", extrasamples=["unspecified", "unassalpha", "unspecified"])
     check(data, values)
     check(data, np.concatenate([values[..., :3], values[..., 4:5]], axis=-1))
-    with pytest.raises(ValueError, match="5 channels were asked for and the picture has 6"):
+    with pytest.raises(ValueError, match="5 channels were asked for and the image has 6"):
         decode(data, 5)
 
 
