@@ -1,4 +1,4 @@
-"""Runs over pictures some of which cannot be decoded, through the real script."""
+"""Runs over images some of which cannot be decoded, through the real script."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ BAD = ("disc/07.png", "square/19.png")
 
 @pytest.fixture(scope="module")
 def photos(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 pictures, two of which are cut off."""
+    """40 images, two of which are cut off."""
     folder = tmp_path_factory.mktemp("damaged") / "photos"
     shutil.copytree(photo_folder, folder)
     for name in BAD:
@@ -50,7 +50,7 @@ def listed(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "bad_images.jsonl").read_text().splitlines()]
 
 
-def test_bad_pictures_are_counted_and_listed_once(photos: Path, whole: Path) -> None:
+def test_bad_images_are_counted_and_listed_once(photos: Path, whole: Path) -> None:
     assert counts(whole) == sorted(counts(whole))
     assert counts(whole)[4] == 2  # five steps are an epoch
     assert counts(whole)[-1] >= 4
@@ -131,7 +131,7 @@ def test_a_run_of_too_many_stops_and_goes_on_where_more_are_allowed(
 
 
 @pytest.mark.usefixtures("_fresh_state")
-def test_a_run_without_a_good_picture_stops(
+def test_a_run_without_a_good_image_stops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "photos").mkdir()
@@ -171,7 +171,7 @@ def spoil_pixels(png: Path) -> None:
 
 
 @pytest.mark.usefixtures("_fresh_state")
-def test_fine_tuning_passes_over_bad_pictures_and_is_not_tested_on_them(
+def test_fine_tuning_passes_over_bad_images_and_is_not_tested_on_them(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"

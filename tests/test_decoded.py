@@ -1,4 +1,4 @@
-"""Runs over pictures that were decoded beforehand, through the real script."""
+"""Runs over images that were decoded beforehand, through the real script."""
 
 import json
 import shutil

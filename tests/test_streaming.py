@@ -27,7 +27,7 @@ BAD = 17
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """40 pictures in 8 uneven shards, one picture of which cannot be decoded: 12 steps of 8 are over two epochs."""
+    """40 images in 8 uneven shards, one image of which cannot be decoded: 12 steps of 8 are over two epochs."""
     return write_parquet(tmp_path_factory.mktemp("shards"), [9, 1, 5, 5, 2, 8, 6, 4], bad=(BAD,))
 
 

@@ -1,4 +1,4 @@
-"""Files that are no whole picture, each with the suffix it would have and what is said of it."""
+"""Files that are no whole image, each with the suffix it would have and what is said of it."""
 
 import io
 import pickle

@@ -1,4 +1,4 @@
-"""Shards made on the fly: parquet files and WebDataset tars of pictures that say which one they are."""
+"""Shards made on the fly: parquet files and WebDataset tars of images that say which one they are."""
 
 import io
 import tarfile
@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 
-def picture(number: int) -> bytes:
-    """A noisy picture whose corner holds its number."""
+def numbered_png(number: int) -> bytes:
+    """A noisy image whose corner holds its number."""
     pixels = np.random.default_rng(number).integers(0, 256, (16, 12, 3), dtype=np.uint8)
     pixels[:8, :8] = (number // 256, number % 256, 7)
     buffer = io.BytesIO()
@@ -27,13 +27,13 @@ def number_of(image: UInt8[Tensor, "c h w"]) -> int:
 
 
 def write_parquet(folder: Path, sizes: list[int], bad: tuple[int, ...] = ()) -> str:
-    """Shards of these many numbered pictures, in row groups of three; returns their pattern."""
+    """Shards of these many numbered images, in row groups of three; returns their pattern."""
     folder.mkdir(parents=True, exist_ok=True)
     first = 0
     kinds = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["even", "odd"])})
     for shard, size in enumerate(sizes):
         numbers = range(first, first + size)
-        images = [{"bytes": picture(n) if n not in bad else b"no image", "path": f"{n}.png"} for n in numbers]
+        images = [{"bytes": numbered_png(n) if n not in bad else b"no image", "path": f"{n}.png"} for n in numbers]
         table = pa.Table.from_pydict({"image": images, "label": [n % 2 for n in numbers]}, kinds.arrow_schema)
         pq.write_table(table, folder / f"part-{shard:02d}.parquet", row_group_size=3)
         first += size
@@ -41,14 +41,14 @@ def write_parquet(folder: Path, sizes: list[int], bad: tuple[int, ...] = ()) -> 
 
 
 def write_tars(folder: Path, sizes: list[int], members: tuple[str, ...] = ("png", "cls")) -> str:
-    """Shards of these many numbered pictures with a class each; returns their pattern."""
+    """Shards of these many numbered images with a class each; returns their pattern."""
     folder.mkdir(parents=True, exist_ok=True)
     first = 0
     for shard, size in enumerate(sizes):
         with tarfile.open(folder / f"part-{shard:02d}.tar", "w") as tar:
             for number in range(first, first + size):
                 for suffix in members:
-                    data = picture(number) if suffix == "png" else str(number % 2).encode()
+                    data = numbered_png(number) if suffix == "png" else str(number % 2).encode()
                     info = tarfile.TarInfo(f"deep/{number:04d}.{suffix}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))

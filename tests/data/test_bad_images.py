@@ -74,7 +74,7 @@ def test_every_broken_file_is_replaced_counted_and_listed_with_its_reason(tmp_pa
         assert re.search(reasons[record["path"]], record["reason"])
 
 
-def test_a_bad_picture_becomes_the_next_good_one_under_its_own_key(tmp_path: Path) -> None:
+def test_a_bad_image_becomes_the_next_good_one_under_its_own_key(tmp_path: Path) -> None:
     source = folder_of(tmp_path, 5, bad=(2, 3, 6))
     source = open_source(DataConfig(source=str(tmp_path)))
     source = Source(source.name, source.rows, source.image_column, labels=np.arange(8), class_names=tuple("abcdefgh"))

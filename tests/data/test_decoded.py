@@ -1,4 +1,4 @@
-"""Pictures that were decoded beforehand are those that would have been decoded, whatever happens on the way."""
+"""Images that were decoded beforehand are those that would have been decoded, whatever happens on the way."""
 
 import json
 import multiprocessing
@@ -31,7 +31,7 @@ SIDE = 24
 
 @pytest.fixture
 def photos(photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Pictures of several shapes, kinds and sizes, smaller ones than the side too, and two that are bad."""
+    """Images of several shapes, kinds and sizes, smaller ones than the side too, and two that are bad."""
     folder = tmp_path / "photos"
     shutil.copytree(photo_folder / "disc", folder)
     rng = np.random.default_rng(0)
@@ -86,7 +86,7 @@ def test_pixels_are_those_of_the_decoder_made_smaller(photos: Path, cache: str, 
         assert min(image.shape[1:]) <= SIDE
         shapes.add(tuple(image.shape[1:]))
     assert {(29, 24), (9, 300), (24, 24), (10, 12), (192, 24)} == shapes
-    # Whoever writes into a picture spoils his own alone.
+    # Whoever writes into an image spoils that copy alone.
     before = kept.image(5, num_channels).clone()
     kept.image(5, num_channels).zero_()
     assert torch.equal(kept.image(5, num_channels), before)
@@ -141,7 +141,7 @@ def test_rows_with_bytes_of_their_own_are_kept_apart_by_their_data_set(tmp_path:
         assert (open_decoded(open_source(config), config, 3).image(0, 3) == value).all()
 
 
-def test_a_source_of_bad_pictures_alone_is_kept_too(tmp_path: Path) -> None:
+def test_a_source_of_bad_images_alone_is_kept_too(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one.jpg").write_bytes(b"no image")
     with pytest.raises(ValueError, match="not an image"):

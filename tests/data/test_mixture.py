@@ -27,18 +27,18 @@ MIXTURE = Mixture(("a", "b", "c"), (0.7, 0.2, 0.1), np.repeat([0, 1, 2], [5, 30,
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A folder of classes cat and dog (6 pictures) and a parquet file of classes dog and emu (10 pictures)."""
+    """A folder of classes cat and dog (6 images) and a parquet file of classes dog and emu (10 images)."""
     folder = tmp_path_factory.mktemp("sources")
     for number, name in enumerate(("cat", "cat", "cat", "dog", "dog", "dog")):
         (folder / "photos" / name).mkdir(parents=True, exist_ok=True)
-        picture(number).save(folder / "photos" / name / f"{number}.png")
+        image_of(number).save(folder / "photos" / name / f"{number}.png")
     kinds = datasets.Features({"pixels": datasets.Image(), "label": datasets.ClassLabel(names=["dog", "emu"])})
-    rows = {"pixels": [picture(100 + number) for number in range(10)], "label": [0, 1, 1, -1, 0, 1, 0, 1, 0, 1]}
+    rows = {"pixels": [image_of(100 + number) for number in range(10)], "label": [0, 1, 1, -1, 0, 1, 0, 1, 0, 1]}
     datasets.Dataset.from_dict(rows, kinds).to_parquet(str(folder / "more.parquet"))
     return folder / "photos", folder / "more.parquet"
 
 
-def picture(value: int) -> Image.Image:
+def image_of(value: int) -> Image.Image:
     pixels = np.random.default_rng(value).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     pixels[0, 0, 0] = value
     return Image.fromarray(pixels)
@@ -58,7 +58,7 @@ def test_shares_are_exact_in_each_epoch() -> None:
         assert np.bincount(MIXTURE.origin[MIXTURE.order(0, epoch)]).tolist() == [30, 9, 4]
 
 
-def test_pictures_of_a_source_are_seen_equally_often() -> None:
+def test_images_of_a_source_are_seen_equally_often() -> None:
     drawn = np.concatenate([MIXTURE.order(3, epoch) for epoch in range(7)])
     counts = np.bincount(drawn, minlength=43)
     assert counts.sum() == 7 * 43
@@ -108,7 +108,7 @@ def test_classes_of_one_name_are_one_and_rows_keep_their_source(sources: tuple[P
 
 
 def test_sources_without_labels_have_none_among_those_that_have(sources: tuple[Path, Path], tmp_path: Path) -> None:
-    picture(0).save(tmp_path / "0.png")
+    image_of(0).save(tmp_path / "0.png")
     source = mixed((tmp_path, sources[1]), shares=(1, 1))
     assert source.labels is not None
     assert source.labels[0] == -1
@@ -122,7 +122,7 @@ def test_settings_of_columns_are_said_of_the_source_that_has_them(sources: tuple
         mixed(sources, image_column="pixel")
 
 
-def test_variants_of_a_picture_stay_together(sources: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variants_of_a_image_stay_together(sources: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     demo = datasets.Dataset.from_dict({"image": ["0.png", "1.png", "2.png"], "label": [0, 0, 1], "group": [7, 3, 7]})
     monkeypatch.setattr(openmoji, "load", lambda: demo.cast_column("image", datasets.Image(decode=False)), raising=True)
     source = open_source(DataConfig(source={"openmoji": 1, str(sources[0]): 1}))

@@ -45,7 +45,7 @@ class Signed:
 
 
 class Deadly(Signed):
-    """A transform that kills its own process at the picture of one row, as a decoder's crash does."""
+    """A transform that kills its own process at the image of one row, as a decoder's crash does."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -117,13 +117,13 @@ def test_workers_may_be_started_by_spawn(photo_folder: Path) -> None:
     ("number", "advice"), [(signal.SIGKILL, "fewer --data.num_workers"), (signal.SIGSEGV, "decoder")]
 )
 @pytest.mark.parametrize("in_a_step", [False, True])
-def test_a_worker_that_is_killed_names_the_picture_it_was_at(
+def test_a_worker_that_is_killed_names_the_image_it_was_at(
     tmp_path: Path, number: signal.Signals, advice: str, in_a_step: bool
 ) -> None:
     for row in range(24):
-        picture = noise()
-        picture.putpixel((0, 0), (255 if row == 13 else 0, 0, 0))
-        picture.save(tmp_path / f"{row:02d}.png")
+        image = noise()
+        image.putpixel((0, 0), (255 if row == 13 else 0, 0, 0))
+        image.save(tmp_path / f"{row:02d}.png")
     # The worker is at the row after a bad one, not at the one that was drawn.
     (tmp_path / "12.png").write_bytes(b"no image")
     source = open_source(DataConfig(source=str(tmp_path)))

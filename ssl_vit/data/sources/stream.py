@@ -2,7 +2,7 @@
 
 import glob
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, cast
@@ -40,12 +40,12 @@ _READ_ROWS = 32  # rows taken from a shard at once
 class Stream:
     """Undecoded images in shards, each of which can only be read from front to back."""
 
-    name: str
-    """`data.source` as the user wrote it."""
     images: Callable[[int, int], Iterator[dict[str, Any] | None]]
     """Undecoded images (`{"bytes": ..., "path": ...}`) of a shard, given its number and the first row to read."""
     shards: tuple[str, ...]
     """The name of each shard."""
+    name: str = ""
+    """`data.source` as the user wrote it."""
     roots: Roots = None
     """The files that rows may open."""
     counts: Int64[np.ndarray, " s"] | None = None
@@ -137,9 +137,8 @@ def open_stream(config: DataConfig) -> Stream:
         what = "the built-in source is" if source == "openmoji" else "the images of a folder are"
         hint = "" if source == "openmoji" else ", and for shards in it give a quoted glob"
         raise setting_error(config, "streaming", f"{what} read one by one anyway; leave this setting out{hint}")
-    if path.exists() or glob.has_magic(source):
-        return _open_files(config)
-    return _open_hub(config)
+    stream = _open_files(config) if path.exists() or glob.has_magic(source) else _open_hub(config)
+    return replace(stream, name=source, max_image_bytes=config.max_image_bytes, pages=cast(Pages, config.pages))
 
 
 def _open_files(config: DataConfig) -> Stream:
@@ -158,14 +157,11 @@ def _open_files(config: DataConfig) -> Stream:
         notes = ()
         roots = folder_of(files, config)
     return Stream(
-        name=cast(str, config.source),
         images=images,
         shards=tuple(files),
         roots=roots,
         counts=None if counts is None else np.asarray(counts, dtype=np.int64),
         num_samples=config.num_samples if counts is None else sum(counts),
-        max_image_bytes=config.max_image_bytes,
-        pages=cast(Pages, config.pages),
         notes=notes,
     )
 
@@ -190,13 +186,10 @@ def _open_hub(config: DataConfig) -> Stream:
     known = (rows.info.splits or {}).get(str(rows.split))
     images = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     return Stream(
-        name=cast(str, config.source),
         images=partial(_read_hub, images, num_shards, column),
         shards=tuple(f"shard {number}" for number in range(num_shards)),
         roots=(f"hf://datasets/{name}",),
         num_samples=config.num_samples or (known.num_examples if known else None) or None,
-        max_image_bytes=config.max_image_bytes,
-        pages=cast(Pages, config.pages),
     )
 
 
@@ -208,12 +201,9 @@ def _open_hub_tars(config: DataConfig, found: Mapping[Any, Sequence[str]]) -> St
         near = near_match(config.split, names)
         raise setting_error(config, "split", f"no such split; {near}there are: {', '.join(names)}")
     return Stream(
-        name=cast(str, config.source),
         images=partial(read_tar, files, wanted_kinds(config), config.max_image_bytes),
         shards=files,
         num_samples=config.num_samples,
-        max_image_bytes=config.max_image_bytes,
-        pages=cast(Pages, config.pages),
     )
 
 

@@ -35,7 +35,7 @@ from ssl_vit.data.sources.source import open_source
 from ssl_vit.data.sources.stream import open_stream
 from tests.data import hostile
 from tests.data.broken import encoded, noise, npy, png, png_chunk
-from tests.data.shards import picture
+from tests.data.shards import numbered_png
 
 MEMORY, SECONDS = 128, 20  # MiB and seconds that a file may cost; it costs none, but the machine may be busy
 # What asks for nothing once it is looked at closely: it is decoded as if it had not asked.
@@ -101,7 +101,7 @@ def test_only_regular_files_are_read(special: dict[str, Path]) -> None:
 
 def test_a_file_that_becomes_another_is_not_waited_for(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        (tmp_path / f"{name}.png").write_bytes(picture(1))
+        (tmp_path / f"{name}.png").write_bytes(numbered_png(1))
     source = open_source(DataConfig(source=str(tmp_path)))
     (tmp_path / "a.png").unlink()
     os.mkfifo(tmp_path / "a.png")
@@ -131,7 +131,7 @@ def test_a_file_is_read_up_to_a_bound_whatever_its_size_is_said_to_be(tmp_path: 
 def test_whatever_an_image_raises_is_one_bad_image(tmp_path: Path, monkeypatch: Any, error: type[Exception]) -> None:
     for number in range(2):
         (tmp_path / f"{number}.bmp").write_bytes(encoded(noise(), "BMP"))
-    (tmp_path / "2.png").write_bytes(picture(1))
+    (tmp_path / "2.png").write_bytes(numbered_png(1))
     source = open_source(DataConfig(source=str(tmp_path)))
 
     def fail(*_: object) -> None:
@@ -198,7 +198,7 @@ def test_formats_that_are_not_promised_start_nothing(tmp_path: Path, monkeypatch
 def _tar(path: Path, *headers: tuple[str, int, bytes, bytes], pack: Callable[[bytes], bytes] = bytes) -> str:
     """Members of a name, a size that the header tells, a type and a content; then a good image."""
     whole = b""
-    for name, size, kind, content in [*headers, ("z.png", len(picture(5)), tarfile.REGTYPE, picture(5))]:
+    for name, size, kind, content in [*headers, ("z.png", len(numbered_png(5)), tarfile.REGTYPE, numbered_png(5))]:
         info = tarfile.TarInfo(name)
         info.size, info.type = size, kind
         whole += info.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % 512)
@@ -220,12 +220,12 @@ def test_a_member_that_claims_too_much_is_not_read(tmp_path: Path) -> None:
     header[148:156] = b"        "
     header[148:156] = b"%06o\0 " % sum(header)
     good = tarfile.TarInfo("b.png")
-    good.size = len(picture(5))
-    body = bytes(header) + bytes(512) + good.tobuf() + picture(5) + bytes(-good.size % 512) + bytes(1024)
+    good.size = len(numbered_png(5))
+    body = bytes(header) + bytes(512) + good.tobuf() + numbered_png(5) + bytes(-good.size % 512) + bytes(1024)
     (tmp_path / "x.tar").write_bytes(body)
     stream = _stream(str(tmp_path / "x.tar"))
     (_, sparse), (_, found) = stream.read(0)
-    assert (sparse["bytes"], found["bytes"]) == (None, picture(5))
+    assert (sparse["bytes"], found["bytes"]) == (None, numbered_png(5))
     with pytest.raises(ValueError, match=r"row 0 \(a.png\): a sparse member of a tar, which is not read"):
         stream.decode(0, 0, sparse, 3)
     large = _tar(tmp_path / "y.tar", ("a.png", 5000, tarfile.REGTYPE, bytes(5000)))
@@ -300,7 +300,7 @@ def test_what_is_no_file_is_no_table(tmp_path: Path) -> None:
 
 
 def _saved(folder: Path) -> Path:
-    datasets.Dataset.from_dict({"image": [{"bytes": picture(1), "path": None}]}).save_to_disk(str(folder))
+    datasets.Dataset.from_dict({"image": [{"bytes": numbered_png(1), "path": None}]}).save_to_disk(str(folder))
     return folder
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from ssl_vit.data.config import DataConfig
 from ssl_vit.data.sources.source import Source, open_source
-from tests.data.shards import picture
+from tests.data.shards import numbered_png
 
 NAMED = datasets.ClassLabel(names=["a", "b", "c"])
 
@@ -22,7 +22,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 def source(folder: Path, values: Any, kind: datasets.ClassLabel | None = None, column: str | None = None) -> Source:
     """A parquet file as another tool may write it: the names of its classes bind no number."""
     values = values if isinstance(values, pa.Array) else pa.array(values)
-    table = pa.table({"image": [picture(0)] * len(values), "label": values})
+    table = pa.table({"image": [numbered_png(0)] * len(values), "label": values})
     if kind is not None:
         features = datasets.Features({"image": datasets.Value("binary"), "label": kind})
         table = table.replace_schema_metadata(features.arrow_schema.metadata)

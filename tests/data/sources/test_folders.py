@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ssl_vit.data.sources.source import DataConfig, open_source
-from tests.data.sources.test_source import _open, _parquet, _picture, _reds, _saved, _table, _write
+from tests.data.sources.test_source import _open, _parquet, _png, _reds, _saved, _table, _write
 
 
 def test_folder_without_classes(tmp_path):
@@ -254,7 +254,7 @@ def test_folder_without_images_says_what_was_looked_for(tmp_path):
     ) as error:
         _open(tmp_path)
     assert "parquet" not in str(error.value)
-    _parquet(tmp_path / "part.parquet", image=[_picture(0)])
+    _parquet(tmp_path / "part.parquet", image=[_png(0)])
     with pytest.raises(ValueError, match=r"give a quoted glob: '.*/\*\*/\*\.parquet'"):
         _open(tmp_path)
 

@@ -110,11 +110,11 @@ def test_skin_tone_variants_share_group_and_label_with_their_base(rows):
     members = defaultdict(list)
     for code, label, group in zip(rows["code"], rows["label"], rows["group"], strict=True):
         members[group].append((code, label))
-    assert len(members) == 2460 + 5  # pictures without a tone, and the five tones themselves
-    for pictures in members.values():
-        assert len({label for _, label in pictures}) == 1
-        is_tone_alone = len(pictures) == 1 and "-" not in pictures[0][0]
-        assert is_tone_alone or sum(not _has_tone(code) for code, _ in pictures) == 1
+    assert len(members) == 2460 + 5  # images without a tone, and the five tones themselves
+    for variants in members.values():
+        assert len({label for _, label in variants}) == 1
+        is_tone_alone = len(variants) == 1 and "-" not in variants[0][0]
+        assert is_tone_alone or sum(not _has_tone(code) for code, _ in variants) == 1
     # None; five tones; five tones and twenty pairs of different ones, whose spelling differs from the base's.
     assert Counter(map(len, members.values())) == {1: 2135, 6: 311, 26: 19}
 
@@ -125,19 +125,19 @@ def test_rows_are_in_the_order_of_code_points(rows):
     assert len(set(points)) == len(points)
 
 
-def test_pictures_are_drawn_in_colour_on_white(rows):
+def test_images_are_drawn_in_colour_on_white(rows):
     codes = list(rows["code"])
     stored = rows[codes.index("2764")]["image"]
-    picture = Image.open(io.BytesIO(stored["bytes"]))
-    assert (picture.format, picture.mode, picture.size) == ("PNG", "RGB", (96, 96))
-    assert picture.getpixel((0, 0)) == (255, 255, 255)
-    red, green, blue = picture.getpixel((48, 48))
+    image = Image.open(io.BytesIO(stored["bytes"]))
+    assert (image.format, image.mode, image.size) == ("PNG", "RGB", (96, 96))
+    assert image.getpixel((0, 0)) == (255, 255, 255)
+    red, green, blue = image.getpixel((48, 48))
     assert red > 200 > 100 > max(green, blue)  # the heart is red
 
 
-def test_no_picture_is_blank(rows):
-    pictures = (Image.open(io.BytesIO(row["image"]["bytes"])) for row in rows)
-    assert all(picture.getextrema() != ((255, 255),) * 3 for picture in pictures)
+def test_no_image_is_blank(rows):
+    variants = (Image.open(io.BytesIO(row["image"]["bytes"])) for row in rows)
+    assert all(image.getextrema() != ((255, 255),) * 3 for image in variants)
 
 
 def test_open_source(source):

@@ -19,7 +19,7 @@ def cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
 
 
-def _picture(value: int) -> bytes:
+def _png(value: int) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 6), (value, 0, 255 - value)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -29,7 +29,7 @@ def _write(*paths: Path) -> None:
     """Pictures whose red value is their position in the list."""
     for value, path in enumerate(paths):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(_picture(value))
+        path.write_bytes(_png(value))
 
 
 def _open(source: str | Path, **settings: object) -> sources.Source:
@@ -38,8 +38,8 @@ def _open(source: str | Path, **settings: object) -> sources.Source:
 
 def _table(values: range = range(4), **columns: object) -> datasets.Dataset:
     """Pictures of these red values with further columns."""
-    pictures = [{"bytes": _picture(value), "path": None} for value in values]
-    return datasets.Dataset.from_dict({"image": pictures, **columns}).cast_column("image", datasets.Image())
+    images = [{"bytes": _png(value), "path": None} for value in values]
+    return datasets.Dataset.from_dict({"image": images, **columns}).cast_column("image", datasets.Image())
 
 
 def _reds(source: sources.Source) -> list[int]:
@@ -103,10 +103,10 @@ def test_glob_of_parquet_files_and_a_slice(tmp_path):
 @pytest.mark.parametrize("kind", ["struct", "bytes only", "binary", "large binary"])
 def test_parquet_without_features(tmp_path, kind: str):
     columns = {
-        "struct": pa.array([{"bytes": _picture(value), "path": f"{value}.png"} for value in range(3)]),
-        "bytes only": pa.array([{"bytes": _picture(value)} for value in range(3)]),
-        "binary": pa.array([_picture(value) for value in range(3)], pa.binary()),
-        "large binary": pa.array([_picture(value) for value in range(3)], pa.large_binary()),
+        "struct": pa.array([{"bytes": _png(value), "path": f"{value}.png"} for value in range(3)]),
+        "bytes only": pa.array([{"bytes": _png(value)} for value in range(3)]),
+        "binary": pa.array([_png(value) for value in range(3)], pa.binary()),
+        "large binary": pa.array([_png(value) for value in range(3)], pa.large_binary()),
     }
     path = _parquet(tmp_path / "x.parquet", content=columns[kind], text=["a", "b", "c"])
     source = _open(path)
@@ -127,7 +127,7 @@ def test_parquet_files_that_cannot_be_used(tmp_path):
     empty = _parquet(tmp_path / "empty.parquet", image=pa.array([], pa.binary()))
     with pytest.raises(ValueError, match=r"^data\.source=.*empty\.parquet': holds no rows"):
         _open(empty)
-    good = _parquet(tmp_path / "good.parquet", image=[_picture(0)])
+    good = _parquet(tmp_path / "good.parquet", image=[_png(0)])
     with pytest.raises(ValueError, match=r"^data\.split='test': .*'train'"):
         _open(good, split="test")
     with pytest.raises(ValueError, match=r"^data\.split='train\[:0\]': .*no data"):
@@ -297,7 +297,7 @@ def test_undecodable_image_names_source_row_and_path(tmp_path):
 
 
 def test_row_without_an_image(tmp_path):
-    rows = [{"bytes": _picture(0), "path": None}, None, {"bytes": None, "path": None}]
+    rows = [{"bytes": _png(0), "path": None}, None, {"bytes": None, "path": None}]
     path = _parquet(tmp_path / "x.parquet", image=pa.array(rows))
     source = _open(path)
     for index in (1, 2):

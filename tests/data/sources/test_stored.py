@@ -15,7 +15,7 @@ from ssl_vit.data.sources.source import open_source
 from ssl_vit.data.sources.stored import find_stored
 from ssl_vit.data.sources.stream import open_stream
 from ssl_vit.doctor.images import read_images
-from tests.data.shards import number_of, picture
+from tests.data.shards import number_of, numbered_png
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def places(tmp_path: Path) -> dict[str, str]:
     own, other = tmp_path / "own", tmp_path / "other"
     for folder in (own / "deep", other):
         folder.mkdir(parents=True)
-        (folder / "1.png").write_bytes(picture(1))
+        (folder / "1.png").write_bytes(numbered_png(1))
     (own / "to_other.png").symlink_to(other / "1.png")
     (own / "to_folder").symlink_to(other)
     (own / "to_deep.png").symlink_to(own / "deep" / "1.png")
@@ -108,7 +108,7 @@ def test_folders_that_were_walked_and_bytes_are_free(tmp_path: Path, places: dic
 def test_each_source_of_a_mixture_has_its_own_folder(tmp_path: Path) -> None:
     for number, name in enumerate(("a", "b")):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "0.png").write_bytes(picture(number))
+        (tmp_path / name / "0.png").write_bytes(numbered_png(number))
         images = [{"bytes": None, "path": path} for path in ("0.png", str(tmp_path / "a/0.png"))]
         pq.write_table(pa.table({"image": images}), tmp_path / name / "x.parquet")
     source = open_source(DataConfig(source={f"{tmp_path}/{name}/x.parquet": 1.0 for name in ("b", "a")}))
@@ -120,7 +120,7 @@ def test_each_source_of_a_mixture_has_its_own_folder(tmp_path: Path) -> None:
 
 def test_saved_folders_name_the_flag(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
-    (tmp_path / "photos/3.png").write_bytes(picture(3))
+    (tmp_path / "photos/3.png").write_bytes(numbered_png(3))
     rows = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": str(tmp_path / "photos/3.png")}]})
     rows.save_to_disk(str(tmp_path / "saved"))
     with pytest.raises(ValueError, match=r"--data.allow_outside_paths true"):

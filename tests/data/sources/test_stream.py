@@ -44,7 +44,7 @@ def nothing_hangs() -> Any:
 
 
 class Numbers:
-    """A transform that gives which picture it is, and a random number of the sample's own."""
+    """A transform that gives which image it is, and a random number of the sample's own."""
 
     def __call__(self, image: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
         return {"number": torch.tensor(number_of(image)), "draw": torch.tensor(rng.random())}
@@ -257,11 +257,11 @@ def test_blocks_are_shuffled_anew_and_crops_with_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_bad_pictures_are_passed_over_and_named(tmp_path: Path, num_workers: int) -> None:
+def test_bad_images_are_passed_over_and_named(tmp_path: Path, num_workers: int) -> None:
     given = config(write_parquet(tmp_path, [6, 6], bad=(2, 3, 7)))
     whole_bad: list[BadSample] = []
     whole = steps(loaders(given), 9, batch_size=4, bad=whole_bad, num_workers=num_workers)
-    counts = Counter(numbers(whole))  # of nine good pictures, which two readers schedule through at their own pace
+    counts = Counter(numbers(whole))  # of nine good images, which two readers go through at their own pace
     assert set(counts) == set(range(12)) - {2, 3, 7}
     assert max(counts.values()) - min(counts.values()) <= 2
     assert {(Path(str(bad.shard)).name, bad.row, bad.path) for bad in whole_bad} == {
@@ -282,7 +282,7 @@ def test_bad_pictures_are_passed_over_and_named(tmp_path: Path, num_workers: int
     assert "\n" not in str(caught.value)
 
 
-def test_a_stream_of_bad_pictures_alone_stops(tmp_path: Path) -> None:
+def test_a_stream_of_bad_images_alone_stops(tmp_path: Path) -> None:
     given = config(write_parquet(tmp_path, [6], bad=tuple(range(6))))
     with pytest.raises(ValueError, match=r"row \d .*; nor can any of the next 49 be decoded"):
         steps(loaders(given), 1, bad=[])
@@ -341,9 +341,9 @@ def test_plain_bytes_are_images_as_elsewhere(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from tests.data.shards import picture
+    from tests.data.shards import numbered_png
 
-    pq.write_table(pa.table({"data": [picture(3), None], "id": [1, 2]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"data": [numbered_png(3), None], "id": [1, 2]}), tmp_path / "a.parquet")
     stream = open_stream(config(str(tmp_path / "a.parquet")))
     (_, first), (_, second) = stream.read(0)
     assert number_of(stream.decode(0, 0, first, 3)) == 3
@@ -416,7 +416,7 @@ def test_what_cannot_be_streamed_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_what_needs_pictures_in_any_order_says_so(tmp_path: Path) -> None:
+def test_what_needs_images_in_any_order_says_so(tmp_path: Path) -> None:
     pattern = write_tars(tmp_path, [2])
     with pytest.raises(
         ValueError, match=r"^data.source='.*': .* WebDataset tars are streamed; give --data.streaming true"

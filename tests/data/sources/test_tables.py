@@ -13,7 +13,7 @@ from ssl_vit.data.config import DataConfig
 from ssl_vit.data.sources import tables
 from ssl_vit.data.sources.source import open_source
 from ssl_vit.data.sources.stream import open_images, open_stream
-from tests.data.shards import number_of, picture, write_tars
+from tests.data.shards import number_of, numbered_png, write_tars
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 def write(path: Path, number: int = 0, **columns: Any) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     count = max((len(values) for values in columns.values()), default=1)
-    pq.write_table(pa.table({"image": [picture(number)] * count, **columns}), path)
+    pq.write_table(pa.table({"image": [numbered_png(number)] * count, **columns}), path)
     return str(path)
 
 
@@ -53,7 +53,7 @@ def test_a_path_that_exists_is_a_path(tmp_path: Path, name: str, monkeypatch: py
     for decoy in ("a0", "ab", "b", "root", "x"):
         write(tmp_path / decoy / "x.parquet", 9)
         write(tmp_path / f"{decoy}.parquet", 9)
-    rows = datasets.Dataset.from_dict({"image": [{"bytes": picture(7), "path": None}]})
+    rows = datasets.Dataset.from_dict({"image": [{"bytes": numbered_png(7), "path": None}]})
     rows.save_to_disk(str(tmp_path / "plain"))
     (tmp_path / "plain").rename(tmp_path / f"{name}.saved")
     write_tars(tmp_path / name, [1])
@@ -150,7 +150,7 @@ def test_the_hub_is_asked_once(asked: list[str], streaming: bool, monkeypatch: p
 
 def test_a_copy_of_a_hub_data_set_is_found_without_a_network(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     (Path(datasets.config.HF_DATASETS_CACHE) / "someone___many_flowers").mkdir()
-    rows = datasets.Dataset.from_dict({"image": [{"bytes": picture(1), "path": None}]})
+    rows = datasets.Dataset.from_dict({"image": [{"bytes": numbered_png(1), "path": None}]})
     monkeypatch.setattr(tables, "load_split", lambda name, split: rows)
     assert len(open_source(DataConfig(source="someone/ManyFlowers"))) == 1
 
@@ -161,9 +161,9 @@ def test_rows_of_the_hub_open_what_was_downloaded_alone(tmp_path: Path, monkeypa
     other = tmp_path / "hub/datasets--me--other/0.png"
     for path in (blob, link, other):
         path.parent.mkdir(parents=True, exist_ok=True)
-    blob.write_bytes(picture(3))
+    blob.write_bytes(numbered_png(3))
     link.symlink_to(blob)
-    other.write_bytes(picture(4))
+    other.write_bytes(numbered_png(4))
     rows = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": str(path)} for path in (link, other)]})
     monkeypatch.setattr(tables, "load_split", lambda name, split: rows)
     source = open_source(DataConfig(source="me/mine"))
@@ -204,7 +204,7 @@ def test_files_of_one_pattern_have_the_same_columns_and_classes(tmp_path: Path, 
         path.unlink()
     for name, classes in (("a", ["cat", "dog"]), ("b", ["dog", "cat"])):
         kinds = datasets.Features({"image": datasets.Value("binary"), "label": datasets.ClassLabel(names=classes)})
-        datasets.Dataset.from_dict({"image": [picture(0)], "label": [0]}, kinds).to_parquet(
+        datasets.Dataset.from_dict({"image": [numbered_png(0)], "label": [0]}, kinds).to_parquet(
             tmp_path / f"{name}.parquet"
         )
     with pytest.raises(ValueError, match=r"differ in the classes of column 'label': 2 \(cat, dog\) and 2 \(dog, cat\)"):
@@ -215,7 +215,7 @@ def test_files_of_one_pattern_have_the_same_columns_and_classes(tmp_path: Path, 
 
 
 def test_a_parquet_stream_begins_at_any_row(tmp_path: Path) -> None:
-    rows = [{"bytes": picture(number), "path": None} for number in range(11)]
+    rows = [{"bytes": numbered_png(number), "path": None} for number in range(11)]
     pq.write_table(pa.table({"image": rows}), tmp_path / "x.parquet", row_group_size=4)
     stream = open_stream(DataConfig(source=str(tmp_path / "x.parquet"), streaming=True))
     for start in range(12):
@@ -229,7 +229,7 @@ def test_a_compressed_tar_under_a_plain_name_is_read(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "packed.tar", "w:gz") as tar:
         tar.add(tmp_path / "part-00.tar", "0.txt")
         for number in range(2):
-            (tmp_path / f"{number}.png").write_bytes(picture(number))
+            (tmp_path / f"{number}.png").write_bytes(numbered_png(number))
             tar.add(tmp_path / f"{number}.png", f"{number}.png")
     (tmp_path / "part-00.tar").unlink()
     stream = open_stream(DataConfig(source=str(tmp_path / "packed.tar"), streaming=True))

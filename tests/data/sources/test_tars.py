@@ -12,7 +12,7 @@ import pytest
 from ssl_vit.data.config import DataConfig
 from ssl_vit.data.sources.stream import Stream, open_stream
 from ssl_vit.data.sources.tars import read_tar
-from tests.data.shards import number_of, picture
+from tests.data.shards import number_of, numbered_png
 
 Members = list[tuple[str, bytes]]
 
@@ -31,7 +31,7 @@ def stream(path: str | Path, **settings: Any) -> Stream:
 
 
 def seen(opened: Stream, start: int = 0) -> list[int | None]:
-    """Which picture each sample is; None where it cannot be decoded."""
+    """Which image each sample is; None where it cannot be decoded."""
     found: list[int | None] = []
     for row, stored in opened.read(0, start):
         try:
@@ -43,14 +43,14 @@ def seen(opened: Stream, start: int = 0) -> list[int | None]:
 
 MIXED: Members = [
     ("a/0.json", b"{broken"),
-    ("a/0.PNG", picture(0)),
-    ("a/0.seg.png", picture(90)),
+    ("a/0.PNG", numbered_png(0)),
+    ("a/0.seg.png", numbered_png(90)),
     ("a/1.txt", "caf\xe9".encode("latin-1")),
     ("a/1.npy.gz", b"neither"),
-    ("a/2.jpeg", picture(2)),
+    ("a/2.jpeg", numbered_png(2)),
     ("a/2.cls", b"cat"),
     ("b/2.webp", b""),
-    ("a/2.tif", picture(4)),
+    ("a/2.tif", numbered_png(4)),
 ]
 
 
@@ -82,7 +82,7 @@ def test_the_kind_of_member_can_be_named(tmp_path: Path, column: str, expected: 
 
 @pytest.mark.parametrize("start", range(7))
 def test_reading_goes_on_at_any_sample(tmp_path: Path, start: int) -> None:
-    members = [(f"{n}.png", picture(n)) for n in range(6)]
+    members = [(f"{n}.png", numbered_png(n)) for n in range(6)]
     opened = stream(tar_of(tmp_path / "x.tar", members))
     assert seen(opened, start) == list(range(start, 6))
     assert [row for row, _ in opened.read(0, start)] == list(range(start, 6))
@@ -90,7 +90,7 @@ def test_reading_goes_on_at_any_sample(tmp_path: Path, start: int) -> None:
 
 def test_links_devices_and_folders_are_no_images(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
-    tar_of(path, [("0.png", picture(0))])
+    tar_of(path, [("0.png", numbered_png(0))])
     with tarfile.open(path, "a") as tar:
         for name, kind in (("1.png", tarfile.SYMTYPE), ("2.png", tarfile.LNKTYPE), ("3.png", tarfile.FIFOTYPE)):
             info = tarfile.TarInfo(name)
@@ -103,7 +103,7 @@ def test_links_devices_and_folders_are_no_images(tmp_path: Path) -> None:
 
 
 def test_a_damaged_header_is_no_end(tmp_path: Path) -> None:
-    members = [(f"{n}.png", picture(n)) for n in range(4)]
+    members = [(f"{n}.png", numbered_png(n)) for n in range(4)]
     path = Path(tar_of(tmp_path / "x.tar", members))
     opened = stream(path)
     with tarfile.open(path) as tar:
@@ -119,7 +119,7 @@ def test_a_damaged_header_is_no_end(tmp_path: Path) -> None:
 
 def test_samples_that_are_not_counted_are_still_looked_for(tmp_path: Path) -> None:
     tar_of(tmp_path / "0.tar", [("0.txt", b"")])
-    tar_of(tmp_path / "1.tar", [("1.txt", b""), ("2.png", picture(2))])
+    tar_of(tmp_path / "1.tar", [("1.txt", b""), ("2.png", numbered_png(2))])
     opened = stream(tmp_path / "*.tar", num_samples=3)
     assert (opened.counts, opened.num_samples, opened.notes) == (None, 3, ())
     with pytest.raises(ValueError, match=r"^data.image_column='pngg': .* did you mean 'png'\? there are: txt, png$"):
