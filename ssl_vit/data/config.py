@@ -2,7 +2,7 @@
 
 import difflib
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from ssl_vit.core.paths import as_path
 from ssl_vit.core.settings import check_ranges
@@ -123,19 +123,6 @@ class DataConfig:
 def bytes_of_pixels(max_pixels: int) -> int:
     """`max_image_bytes` for what was `max_pixels`: the default of the one becomes that of the other."""
     return 3 * max_pixels + 2
-
-
-def clamp_rounding(settings: object, *names: str) -> None:
-    """Move settings that miss [0, 1] by no more than rounding does, 1e-6, to its bounds; of tuples, each number."""
-
-    def moved(value: Any) -> Any:
-        if isinstance(value, tuple | list):
-            return type(value)(map(moved, value))
-        near = isinstance(value, int | float) and -1e-6 <= value <= 1 + 1e-6
-        return min(max(value, 0.0), 1.0) if near else value
-
-    for name in names:
-        object.__setattr__(settings, name, moved(getattr(settings, name)))
 
 
 def setting_error(config: DataConfig, field: str, what: str) -> ValueError:

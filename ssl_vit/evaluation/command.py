@@ -14,11 +14,10 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from ssl_vit.core.distributed import end_processes, process_index, start_processes
 from ssl_vit.core.front import stoppable
 from ssl_vit.core.machine import autocast_dtype, resolve_precision
-from ssl_vit.core.settings import as_flags, in_one_line, said_of, section
+from ssl_vit.core.settings import as_flags, check_ranges, in_one_line, said_of, section
 from ssl_vit.core.text import plain
 from ssl_vit.core.writing import FAULTS, replace_text, tell_error
 from ssl_vit.data.augment.evaluation import EvalTransform, fit_size
-from ssl_vit.data.config import clamp_rounding
 from ssl_vit.data.sources.source import DataConfig, Source
 from ssl_vit.data.transform import pair
 from ssl_vit.data.workers import check_num_workers, choose_num_workers
@@ -78,13 +77,12 @@ class PicturesConfig:
     """Loader processes of each process; auto = chosen from the machine."""
 
     def __post_init__(self) -> None:
-        clamp_rounding(self, "crop_pct", "max_bad_share")
-        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
-            raise ValueError(f"crop_pct={self.crop_pct!r}: must lie in (0, 1]; 1 keeps the largest centre crop")
-        if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"max_bad_share={self.max_bad_share!r}: must lie between 0 and 1; 1 never stops")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size!r}: must be at least 1")
+        check_ranges(
+            self,
+            crop_pct="(0, 1]; 1 keeps the largest centre crop",
+            max_bad_share="[0, 1]; 1 never stops",
+            batch_size="[1, inf)",
+        )
         object.__setattr__(self, "num_workers", check_num_workers(self.num_workers))
         if self.image_size is not None and min(pair(self.image_size)) < 1:
             raise ValueError(f"image_size={self.image_size!r}: must be at least 1 pixel")
