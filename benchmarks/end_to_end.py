@@ -1,5 +1,6 @@
 """A real run, input and all, beside the same step on images that are there already."""
 
+import argparse
 import contextlib
 import gc
 import io
@@ -13,18 +14,38 @@ from typing import Any
 
 import torch
 
-from benchmarks.rounds import alternate, machine
+from benchmarks.flags import RUN_FLAGS, add_objective, at_least, defaults_of
+from benchmarks.rounds import alternate, contender, machine
 from ssl_vit.core.settings import as_plain
 from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.evaluation.evaluate import EvaluationConfig
 from ssl_vit.runs.checkpoint import CheckpointConfig
 from ssl_vit.runs.folder import METRICS_FILE
-from ssl_vit.training.config import RunConfig
+from ssl_vit.training.config import RunConfig, parse_run
 from ssl_vit.training.loop import train
 from ssl_vit.training.setup import set_up
 from ssl_vit.training.step import prepare_step
 
+HELP = "images per second and data wait of a run, beside its step without input"
+MORE = RUN_FLAGS
 MOST_WAIT = 0.1  # share of the time that waiting for data may take
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    add_objective(parser)
+    parser.add_argument("--data", required=True, help="the images, as data.source takes them")
+    parser.add_argument("--archs", nargs="+", default=[], help="timm names, one run each (default: encoder.arch)")
+    parser.add_argument("--cache", action="store_true", help="each run with images decoded beforehand as well")
+    parser.add_argument(
+        "--steps_per_round", type=at_least(1), help="steps of a round (default: enough for the loader's workers)"
+    )
+
+
+def measure(args: argparse.Namespace, settings: list[str]) -> dict:
+    config = parse_run(defaults_of(args.objective), [*settings, f"--data.source={args.data}"])
+    return compare_end_to_end(
+        config, archs=args.archs, cache=args.cache, steps=args.steps_per_round, rounds=args.rounds
+    )
 
 
 class NoEnding:
@@ -46,7 +67,7 @@ def compare_end_to_end(
     Args:
         config: a run's settings; its length and what it writes do not count.
         archs: one run each, instead of the config's.
-        cache: each run once more, with pictures decoded beforehand and kept in memory.
+        cache: each run once more, with images decoded beforehand and kept in memory.
         steps: steps of a round, after as many to warm up; None: enough to use up what loader workers have ready when
             a run begins.
     """
@@ -118,16 +139,12 @@ def _ready_steps(
 ) -> Callable[[], int]:
     step = prepare_step(config, objective, size, device)
 
-    def work() -> int:
-        for _ in range(steps):
-            for _ in range(num_micro):
-                step.forward_backward()
-            step.update()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return steps * num_micro * size
+    def one_step() -> None:
+        for _ in range(num_micro):
+            step.forward_backward()
+        step.update()
 
-    return work
+    return contender(one_step, num_micro * size, steps)
 
 
 def as_lines(result: dict) -> list[str]:

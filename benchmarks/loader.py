@@ -1,5 +1,6 @@
 """Input of MAE and DINO, decoded or from the cache, beside the papers' Pillow pipelines (torchvision's transforms)."""
 
+import argparse
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +11,30 @@ from PIL import Image, ImageFilter
 from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
-from benchmarks.rounds import alternate, machine, ratios
+from benchmarks.flags import add_number
+from benchmarks.rounds import alternate, machine, ratio_lines, ratios, synchronize
 from ssl_vit.data.augment.multicrop import MultiCropConfig
 from ssl_vit.data.decoded import open_decoded
 from ssl_vit.data.sources.source import DataConfig, Source, open_source
 from ssl_vit.data.transform import InputSpec, Normalization, Transform
 from ssl_vit.objectives.mae import MAEConfig
 
+HELP = "images per second and core of the input of MAE and DINO, beside the papers' in Pillow"
+as_lines = ratio_lines
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, help="a folder of images")
+    add_number(parser, "--num_images", 1, 64, "images of a round")
+    add_number(parser, "--num_local_crops", 0, 8, "local crops of DINO")
+
+
+def measure(args: argparse.Namespace, settings: list[str]) -> dict:
+    torch.set_num_threads(1)  # rates are those of one core
+    return compare_loader(
+        args.data, num_images=args.num_images, num_local_crops=args.num_local_crops, rounds=args.rounds
+    )
 
 
 class PillowBlur:
@@ -135,8 +152,7 @@ def _own(
             samples = [sample(row) for row in range(start, min(start + batch_size, num_images))]
             batch = {name: torch.stack([item[name] for item in samples]) for name in samples[0]}
             transform.on_device(batch, device)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize()
         return num_images
 
     return {"crops alone": crops, f"whole, colours on {device.type}": whole}

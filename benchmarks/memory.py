@@ -1,22 +1,73 @@
 """Peak memory of DINO's head and loss, beside the loss in its pairwise form and lightly's."""
 
+import argparse
+import statistics
+import sys
 from collections.abc import Callable
 from functools import partial
-from itertools import accumulate
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks import step_memory
+from benchmarks.flags import AS_WRITTEN, RUN_FLAGS, add_number, at_least
 from benchmarks.peers import lightly_head_and_loss
-from benchmarks.rounds import alternate, machine, ratios
+from benchmarks.rounds import alternate, contender, machine, ratios
+from benchmarks.step_memory import peak_of
 from ssl_vit.objectives.heads import DINOHead
 from ssl_vit.objectives.prototype_loss import dino_prototype_loss
 
+HELP = "peak memory of DINO's head and loss, or of whole training steps"
+MORE = f"With --steps: {RUN_FLAGS} {AS_WRITTEN}"
 EMBED_DIM = 384  # ViT-S
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--peers", action="store_true", help="head and loss beside lightly's (extra `bench`)")
+    parser.add_argument("--steps", action="store_true", help="whole training steps of MAE and DINO")
+    archs = " ".join(step_memory.ARCHS)
+    parser.add_argument("--archs", nargs="+", help=f"of --steps: timm names (default: {archs})")
+    parser.add_argument("--batch", type=at_least(1), default=64, help="images at once (default: %(default)s)")
+    add_number(parser, "--num_local_crops", 0, 8, "local crops of DINO")
+    add_number(parser, "--num_prototypes", 2, 65536, "prototypes of DINO")
+
+
+def check(args: argparse.Namespace, settings: list[str]) -> str | None:
+    """What is wrong with the flags."""
+    if settings and not args.steps:
+        return f"unrecognized arguments: {' '.join(settings)}"
+    if args.steps and args.rounds is not None:
+        return "--rounds: --steps has none"
+    if args.archs and not args.steps:
+        return "--archs: is of --steps"
+    if args.steps and args.peers:
+        return "--peers: not with --steps; `step --peers` measures whole steps beside others, memory too"
+    return None
+
+
+def measure(args: argparse.Namespace, settings: list[str]) -> dict:
+    if args.steps:
+        dino = [f"--objective.{name}={getattr(args, name)}" for name in ("num_prototypes", "num_local_crops")]
+        configs = step_memory.configs_of(args.archs or step_memory.ARCHS, args.batch, settings, dino)
+        return step_memory.memory_table(configs, args.batch, lambda row: print(f"done: {row}", file=sys.stderr))
+    return compare_memory(
+        batch=args.batch,
+        num_local_crops=args.num_local_crops,
+        num_prototypes=args.num_prototypes,
+        rounds=args.rounds,
+        peers=args.peers,
+    )
+
+
+def as_lines(result: dict) -> list[str]:
+    """The result as a table."""
+    if "step_memory" in result:
+        return step_memory.as_lines(result)
+    rates = {name: statistics.median(values) for name, values in result["rates"].items()}
+    lines = [f"{name:10} {peak:8.0f} MiB {rates[name]:10.1f} images/s" for name, peak in result["peak_mib"].items()]
+    return lines + [f"ssl_vit needs {share:.0%} of {name}'s" for name, share in result["share"].items()]
 
 
 def pairwise_loss(
@@ -65,24 +116,6 @@ def head_and_loss(
     return step
 
 
-def peak_of(step: Callable[[], None], device: torch.device) -> float:
-    """MiB that a call needs at its peak above what stood before.
-
-    On CPUs counted over tensors: unlike the process's own peak, that does not depend on what the allocator keeps.
-    """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    assert profiler.profiler is not None
-    kineto: Any = profiler.profiler.kineto_results
-    events = [event for event in kineto.events() if event.name() == "[memory]"]
-    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))) / 2**20
-
-
 def compare_memory(
     *, batch: int = 64, num_local_crops: int = 8, num_prototypes: int = 65536, rounds: int = 3, peers: bool = False
 ) -> dict:
@@ -99,16 +132,7 @@ def compare_memory(
         for kind in ("pairwise", "ssl_vit", *(["lightly"] if peers else []))
     }
 
-    def work(step: Callable[[], None]) -> Callable[[], int]:
-        def run() -> int:
-            step()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            return batch
-
-        return run
-
-    rates = alternate({kind: work(step) for kind, step in steps.items()}, rounds)
+    rates = alternate({kind: contender(step, batch) for kind, step in steps.items()}, rounds)
     peaks = {kind: peak_of(step, torch.device(device)) for kind, step in steps.items()}
     return {
         "what": f"head and loss at batch {batch}, 2 + {num_local_crops} crops, {num_prototypes:,} prototypes, fp32",

@@ -3,7 +3,6 @@
 python -m torch.distributed.run ... -m benchmarks.processes JOB.json    is one of them
 """
 
-import importlib
 import json
 import os
 import re
@@ -21,7 +20,8 @@ import torch
 from PIL import Image
 
 from benchmarks.end_to_end import NoEnding
-from benchmarks.rounds import turns
+from benchmarks.flags import defaults_of
+from benchmarks.rounds import synchronize, turns
 from ssl_vit.core.distributed import end_processes, process_index
 from ssl_vit.training.config import parse_run
 from ssl_vit.training.loop import set_up, train
@@ -53,8 +53,8 @@ def measure_processes(
     """
     found: dict[int, list[dict[str, Any]]] = {count: [] for count in counts}
     with tempfile.TemporaryDirectory() as desk:
-        _write_pictures(Path(desk) / "pictures")
-        flags = [f"--data.source={desk}/pictures", "--quiet", "--data.label_column=none", "--fresh"]
+        _write_images(Path(desk) / "images")
+        flags = [f"--data.source={desk}/images", "--quiet", "--data.label_column=none", "--fresh"]
         flags += [f"--steps={WARMUP + steps + 1}", "--log_every=10", "--epochs=null"]
         for count in turns(counts, rounds):
             own = [f"--output_dir={desk}/run{count}"]
@@ -88,7 +88,7 @@ def _measure(job: dict[str, Any], path: Path, count: int) -> dict[str, Any]:
     }
 
 
-def _write_pictures(folder: Path) -> None:
+def _write_images(folder: Path) -> None:
     folder.mkdir()
     rng = np.random.default_rng(0)
     for number in range(64):
@@ -100,8 +100,7 @@ def run_one(job: Path) -> None:
     """Train, and write what lies between two steps beside the job, in a file of this process."""
     asked = json.loads(job.read_text())
     sys.path.insert(0, str(ROOT))
-    defaults = importlib.import_module(f"scripts.pretrain_{asked['name']}").DEFAULTS
-    run = set_up(parse_run(defaults, asked["settings"]), NoEnding())
+    run = set_up(parse_run(defaults_of(asked["name"]), asked["settings"]), NoEnding())
     run.saves = False
     calls = 0
     marks: list[tuple[float, float, float]] = []
@@ -109,8 +108,7 @@ def run_one(job: Path) -> None:
     def note(*_: Any) -> None:
         nonlocal calls
         if calls in (WARMUP * run.train_step.num_micro, (WARMUP + asked["steps"]) * run.train_step.num_micro):
-            if run.accelerator.device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize()
             used = resource.getrusage(resource.RUSAGE_SELF)
             marks.append((time.perf_counter(), used.ru_utime + used.ru_stime, used.ru_stime))
         calls += 1

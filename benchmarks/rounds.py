@@ -51,6 +51,24 @@ def alternate(contenders: dict[str, Callable[[], int]], rounds: int) -> dict[str
     return rates
 
 
+def contender(call: Callable[[], object], num_images: int, num_calls: int = 1) -> Callable[[], int]:
+    """Return a contender for `alternate`: it calls `call` so many times, `num_images` each, and waits for the GPU."""
+
+    def work() -> int:
+        for _ in range(num_calls):
+            call()
+        synchronize()
+        return num_calls * num_images
+
+    return work
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def ratios(rates: dict[str, list[float]], baseline: str) -> dict[str, Ratio]:
     """Each contender over the baseline of the same round."""
     found = {}
@@ -58,6 +76,14 @@ def ratios(rates: dict[str, list[float]], baseline: str) -> dict[str, Ratio]:
         each = [value / base for value, base in zip(values, rates[baseline], strict=True)]
         found[name] = Ratio(statistics.median(each), min(each), max(each))
     return found
+
+
+def ratio_lines(result: dict) -> list[str]:
+    """A line for each contender: its median rate, and its ratio to the baseline."""
+    return [
+        f"{name:36} {statistics.median(rates):8.1f} images/s   {Ratio(**result['ratios'][name])}"
+        for name, rates in result["rates"].items()
+    ]
 
 
 def machine() -> dict[str, str]:

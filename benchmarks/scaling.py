@@ -1,5 +1,6 @@
 """Cost against what a run grows by: image size, crops, batch, processes and data."""
 
+import argparse
 import statistics
 import tempfile
 import time
@@ -18,8 +19,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from benchmarks.flags import AS_WRITTEN, RUN_FLAGS, add_number, add_objective, at_least, defaults_of
 from benchmarks.processes import measure_processes
-from benchmarks.rounds import alternate, machine, ratios
+from benchmarks.rounds import alternate, contender, machine, ratios, synchronize
 from ssl_vit.core.machine import resolve_precision
 from ssl_vit.core.settings import as_plain
 from ssl_vit.data.config import DataConfig
@@ -29,13 +31,56 @@ from ssl_vit.data.sampler import StepSampler
 from ssl_vit.data.sources.source import open_source
 from ssl_vit.data.transform import InputSpec, pair
 from ssl_vit.models.vit import choose_attention
-from ssl_vit.training.config import RunConfig
+from ssl_vit.training.config import RunConfig, parse_run
 from ssl_vit.training.step import prepare_step
 
+HELP = "what a step, more processes and more data cost"
+MORE = f"{RUN_FLAGS} {AS_WRITTEN}"
+AXES = ("image_size", "local_crops", "batch", "processes", "data")
+PLOTS = (".png", ".webp", ".svg", ".pdf")
+# What a scaling begins with; settings that are given win.
+SMALL_BASE = ["--encoder.arch=vit_tiny_patch16_224", "--encoder.image_size=96", "--batch.size=8"]
 SIZE_FACTORS = (0.5, 1, 1.5, 2, 3, 4)
 LOCAL_CROPS = (0, 2, 4, 8)
 BATCH_FACTORS = (0.25, 0.5, 1, 2, 4)
 ROWS = (1_000, 10_000, 100_000, 1_000_000)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    add_objective(parser)
+    parser.add_argument("--axes", nargs="+", choices=AXES, help="which (default: all that the objective has)")
+    parser.add_argument("--plot", type=Path, help=f"draw them in this file ({', '.join(PLOTS)})")
+    add_number(parser, "--steps_per_round", 1, 2, "steps of a round")
+    of_processes = "of the axis processes"
+    parser.add_argument(
+        "--process_counts", type=at_least(1), nargs="+", default=[1, 2], help=f"{of_processes} (default: 1 2)"
+    )
+    add_number(parser, "--process_steps", 1, 20, f"{of_processes}: steps measured")
+    rows = "of the axis data (default: 1000 to a million)"
+    parser.add_argument("--rows", type=at_least(1), nargs="+", default=list(ROWS), help=rows)
+
+
+def check(args: argparse.Namespace, settings: list[str]) -> str | None:
+    """What is wrong with the flags."""
+    if args.plot and args.plot.suffix not in PLOTS:
+        return f"--plot {args.plot}: ends in none of {', '.join(PLOTS)}"
+    return None
+
+
+def measure(args: argparse.Namespace, settings: list[str]) -> dict:
+    has_crops = args.objective != "mae"
+    settings = [*(["--objective.local_crop_size=48"] if has_crops else []), *SMALL_BASE, *settings]
+    config, _ = parse_run(defaults_of(args.objective), settings).resolve(100_000)
+    steps, rounds = args.steps_per_round, args.rounds
+    by_axis = {
+        "image_size": lambda: scale_image_size(config, steps, rounds),
+        "local_crops": lambda: scale_local_crops(config, steps, rounds),
+        "batch": lambda: scale_batch(config, steps, rounds),
+        "processes": lambda: scale_processes(args.objective, settings, args.process_counts, args.process_steps, rounds),
+        "data": lambda: scale_data(config, args.rows),
+    }
+    axes = args.axes or [axis for axis in AXES if axis != "local_crops" or has_crops]
+    return as_result(config, [by_axis[axis]() for axis in axes])
 
 
 @dataclass
@@ -73,15 +118,11 @@ def _seconds(configs: Sequence[RunConfig], steps: int, rounds: int) -> list[floa
         choose_attention(objective, objective.encoder.num_patches, device, resolve_precision(config.precision, device))
         step = prepare_step(config, objective, config.batch.size, device)
 
-        def work() -> int:
-            for _ in range(steps):
-                step.forward_backward()
-                step.update()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            return steps
+        def one_step() -> None:
+            step.forward_backward()
+            step.update()
 
-        return work
+        return contender(one_step, 1, steps)
 
     rates = alternate({str(number): work_of(config) for number, config in enumerate(configs)}, rounds)
     return [1 / statistics.median(values) for values in rates.values()]
@@ -131,7 +172,7 @@ def scale_processes(name: str, settings: list[str], counts: Sequence[int], steps
 
     Args:
         name: mae | dino | dinov2.
-        settings: of that script, beside those for the pictures and the run's folder.
+        settings: of that script, beside those for the images and the run's folder.
     """
     found = measure_processes(name, settings, counts, steps, rounds)
     x = [float(count) for count in counts]
@@ -149,8 +190,8 @@ def scale_data(config: RunConfig, rows: Sequence[int] = ROWS, batches: int = 20)
     x, y, more = [float(count) for count in rows], [], []
     for count in (rows[0], *rows):  # once to warm up
         with tempfile.TemporaryDirectory() as folder, _cache_in(Path(folder) / "cache"):
-            path = Path(folder) / "pictures.parquet"
-            write_pictures(path, count)
+            path = Path(folder) / "images.parquet"
+            write_images(path, count)
             first, _ = _first_batch(config, path, device, batches)
             again, rate = _first_batch(config, path, device, batches)
         y.append(first)
@@ -171,15 +212,15 @@ def _cache_in(folder: Path) -> Iterator[None]:
         datasets.config.HF_DATASETS_CACHE = before
 
 
-def write_pictures(path: Path, count: int) -> None:
+def write_images(path: Path, count: int) -> None:
     """A parquet file of so many small JPEGs, eight different ones."""
     rng = np.random.default_rng(0)
-    pictures = []
+    images = []
     for number in range(8):
         file = path.with_name(f"{number}.jpg")
         Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file)
-        pictures.append({"bytes": file.read_bytes(), "path": None})
-    table = pa.table({"image": pa.array(pictures).take(pa.array(np.arange(count) % 8))})
+        images.append({"bytes": file.read_bytes(), "path": None})
+    table = pa.table({"image": pa.array(images).take(pa.array(np.arange(count) % 8))})
     pq.write_table(table, path)
 
 
@@ -197,8 +238,7 @@ def _first_batch(config: RunConfig, path: Path, device: torch.device, batches: i
         first = time.perf_counter() - start
         for _ in range(batches):
             next(loaded)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize()
         rate = batches * size / (time.perf_counter() - start - first)
     return first, rate
 

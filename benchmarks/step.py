@@ -1,5 +1,7 @@
 """A training step beside its alternatives, on this device, in the settings of a config."""
 
+import argparse
+import shlex
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -10,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from benchmarks.memory import peak_of
+from benchmarks.flags import RUN_FLAGS, add_number, add_objective, defaults_of
 from benchmarks.peers import PEERS, kind_of
 from benchmarks.peers import Step as PeerStep
-from benchmarks.rounds import alternate, machine, ratios
+from benchmarks.rounds import Ratio, alternate, contender, machine, ratio_lines, ratios, synchronize
+from benchmarks.step_memory import peak_of
 from ssl_vit.core.machine import resolve_precision
 from ssl_vit.core.settings import as_plain
 from ssl_vit.data.augment.masking import num_kept
@@ -21,10 +24,70 @@ from ssl_vit.data.transform import pair
 from ssl_vit.models.vit import choose_attention, set_fused_attention
 from ssl_vit.objectives.dino import DINOConfig
 from ssl_vit.objectives.mae import MAEConfig
-from ssl_vit.training.config import RunConfig
+from ssl_vit.training.config import RunConfig, parse_run
 from ssl_vit.training.device.compile import LEAST_STEPS, resolve_compile
 from ssl_vit.training.device.cuda_graphs import resolve_cuda_graphs
 from ssl_vit.training.step import prepare_step
+
+HELP = "images per second of a training step with fused and plain attention, or beside other steps"
+MORE = (
+    f"{RUN_FLAGS} Beside others a step is measured as written and, where that is what `auto` does, compiled; with "
+    "--cuda_graphs true also recorded."
+)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    add_objective(parser)
+    parser.add_argument("--peers", action="store_true", help="beside other libraries' (extra `bench`)")
+    parser.add_argument(
+        "--beside",
+        action="append",
+        metavar="FLAGS",
+        default=[],
+        help="beside ours with more settings, as --beside='--FLAG ...'; may be given several times",
+    )
+    add_number(parser, "--steps_per_round", 1, 3, "steps of a round")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=("fp32", "bf16"), help="precisions (default: fp32, and bf16 if it is the run's)"
+    )
+    add_number(parser, "--num_samples", 1, 100_000, "images that `auto` follows from")
+
+
+def check(args: argparse.Namespace, settings: list[str]) -> str | None:
+    """What is wrong with the flags."""
+    return "--kinds: is of --peers and --beside" if args.kinds and not (args.peers or args.beside) else None
+
+
+def measure(args: argparse.Namespace, settings: list[str]) -> dict:
+    config, *beside = (
+        parse_run(defaults_of(args.objective), [*settings, *shlex.split(more)]).resolve(args.num_samples)[0]
+        for more in ["", *args.beside]
+    )
+    if not (args.peers or beside):
+        return compare_attention(config, steps=args.steps_per_round, rounds=args.rounds)
+    return compare_steps(
+        config,
+        peers=args.peers,
+        beside=dict(zip(args.beside, beside, strict=True)),
+        steps=args.steps_per_round,
+        rounds=args.rounds,
+        kinds=args.kinds,
+    )
+
+
+def as_lines(result: dict) -> list[str]:
+    """The result as a table."""
+    if "ratios_to" not in result:
+        return ratio_lines(result)
+    width = max(map(len, result["rates"]))
+    lines = [f"{'':{width}} images/s   peak MiB   GFLOP/image    MFU"]
+    for name, rates in result["rates"].items():
+        peak, flops = result["peak_mib"][name], result["gflop_per_image"][name]
+        rate, mfu = statistics.median(rates), result["mfu"][name]
+        lines.append(f"{name:{width}} {rate:8.2f} {peak:10.0f} {flops:13.1f} {mfu:6.0%}")
+    for base, found in result["ratios_to"].items():
+        lines += [f"{name} over {base}: {Ratio(**ratio)}" for name, ratio in found.items()]
+    return lines
 
 
 def own_step(config: RunConfig, batch: int, device: torch.device, dtype: torch.dtype | None) -> PeerStep:
@@ -79,19 +142,15 @@ def compare_attention(config: RunConfig, *, steps: int = 5, rounds: int = 5) -> 
     encoder, size = objective.encoder, config.batch.per_device or config.batch.size
     step = prepare_step(replace(config, cuda_graphs=False), objective, size, device)  # a recording attends in one way
 
-    def work(fused: bool) -> Callable[[], int]:
-        def run() -> int:
+    def attending(fused: bool) -> Callable[[], int]:
+        def one_step() -> None:
             set_fused_attention(objective, fused)
-            for _ in range(steps):
-                step.forward_backward()
-                step.update()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            return steps * size
+            step.forward_backward()
+            step.update()
 
-        return run
+        return contender(one_step, size, steps)
 
-    rates = alternate({"fused attention": work(True), "plain attention": work(False)}, rounds)
+    rates = alternate({"fused attention": attending(True), "plain attention": attending(False)}, rounds)
     return {
         "what": f"training step of {type(objective).__name__}, {config.encoder.arch} {encoder.embed_dim} wide, "
         f"{encoder.num_patches} patches, batch {size}, precision {resolve_precision(config.precision, device)}",
@@ -169,17 +228,7 @@ def compare_steps(
             add(name, own_step, replace(changed, compile=compiled, cuda_graphs=recorded), kind)
             flops[name] = flops[f"{label}, {kind}"]  # operations can be counted only as they are written
 
-    def work(step: PeerStep) -> Callable[[], int]:
-        def run() -> int:
-            for _ in range(steps):
-                step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            return steps * size
-
-        return run
-
-    rates = alternate({name: work(step) for name, step in contenders.items()}, rounds)
+    rates = alternate({name: contender(step, size, steps) for name, step in contenders.items()}, rounds)
     if device.type != "cuda":
         peaks = {name: peak_of(step, device) for name, step in contenders.items()}
     ours, changed_ones = own.pop("ssl_vit"), [name for names in own.values() for name in names]
@@ -223,8 +272,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype | None, seconds: float
     while time.perf_counter() < until:
         start = time.perf_counter()
         torch.matmul(a, b)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize()
         best = max(best, 2 * side**3 / (time.perf_counter() - start))
     return best
 

@@ -1,21 +1,54 @@
 """Memory of whole training steps: what is held at all times, and what a batch needs on top."""
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
+from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.memory import peak_of
+from benchmarks.flags import defaults_of
 from benchmarks.rounds import machine
 from ssl_vit.core.machine import resolve_precision
 from ssl_vit.core.settings import as_plain
 from ssl_vit.models.vit import choose_attention
-from ssl_vit.training.config import RunConfig
+from ssl_vit.training.config import RunConfig, parse_run
 from ssl_vit.training.device.memory import build_on_meta, model_memory
 from ssl_vit.training.step import prepare_step
 
+ARCHS = tuple(f"vit_{size}_patch16_224" for size in ("small", "base", "large"))
 SMALL_BATCHES = (2, 4)  # measured on CPUs, where the batch that is asked for would take minutes
+
+
+def configs_of(archs: Sequence[str], batch: int, settings: list[str], dino: list[str]) -> dict[str, RunConfig]:
+    """Settings of MAE and of DINO for each arch, by name; `dino` are flags for DINO alone."""
+    return {
+        f"{objective} {arch}": parse_run(
+            defaults_of(objective), [f"--encoder.arch={arch}", f"--batch.size={batch}", *own, *settings]
+        ).resolve(100_000)[0]
+        for objective, own in {"mae": [], "dino": dino}.items()
+        for arch in archs
+    }
+
+
+def peak_of(step: Callable[[], None], device: torch.device) -> float:
+    """MiB that a call needs at its peak above what stood before.
+
+    On CPUs counted over tensors: unlike the process's own peak, that does not depend on what the allocator keeps.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    assert profiler.profiler is not None
+    kineto: Any = profiler.profiler.kineto_results
+    events = [event for event in kineto.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))) / 2**20
 
 
 def measure_step_memory(config: RunConfig, batch: int, device: torch.device) -> dict:

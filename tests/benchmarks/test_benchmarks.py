@@ -1,8 +1,8 @@
 """Tables say what was measured, and wrong words are refused beforehand. No test looks at a time."""
 
 import json
-import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,14 +10,15 @@ import torch
 from PIL import Image
 
 from benchmarks.loader import compare_loader, pillow_mae, pillow_views
-from benchmarks.memory import head_and_loss, pairwise_loss, peak_of
+from benchmarks.memory import head_and_loss, pairwise_loss
 from benchmarks.rounds import alternate, ratios
 from benchmarks.step import compare_attention
+from benchmarks.step_memory import peak_of
 from scripts import benchmark
 from scripts.pretrain_dino import DEFAULTS
 from ssl_vit.objectives.dino import dino_loss
 from ssl_vit.training.config import parse_run
-from tests.conftest import ROOT, SMALL_DINO
+from tests.conftest import SMALL_DINO
 
 
 def test_contenders_take_turns_and_ratios_are_within_a_round() -> None:
@@ -61,20 +62,37 @@ def test_a_training_step_is_measured_with_both_kinds_of_attention() -> None:
     assert "training step of DINO" in result["what"]
 
 
-@pytest.mark.parametrize("name", ["empty", pytest.param("nowhere", marks=pytest.mark.slow)])
-def test_a_folder_without_images_ends_in_one_line(tmp_path: Path, name: str) -> None:
+@pytest.fixture
+def run_script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+    """Runs the script in this process and returns its exit code."""
+
+    def run(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])
+        monkeypatch.setattr(sys, "orig_argv", ["python", "benchmark.py", *words])
+        return benchmark.main()
+
+    threads = torch.get_num_threads()
+    yield run
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", ["empty", "nowhere"])
+def test_a_folder_without_images_ends_in_one_line(
+    run_script: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     (tmp_path / "empty").mkdir()
-    words = [sys.executable, "scripts/benchmark.py", "loader", "--data", str(tmp_path / name)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.strip() == f"error: --data={tmp_path / name}: holds no .jpg or .png file"
+    assert run_script("loader", "--data", str(tmp_path / name)) == 2
+    error = capsys.readouterr().err.strip()
+    assert error == f"error: --data={tmp_path / name}: holds no .jpg or .png file"
 
 
-def test_the_script_prints_a_table_and_writes_json(photo_folder: Path, tmp_path: Path) -> None:
-    words = [sys.executable, "scripts/benchmark.py", "--rounds=1", f"--json={tmp_path / 'r.json'}"]
+def test_the_script_prints_a_table_and_writes_json(
+    run_script: Callable[..., int], photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--rounds=1", f"--json={tmp_path / 'r.json'}"]
     words += ["loader", f"--data={photo_folder}", "--num_images=2", "--num_local_crops=1"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "crops alone" in done.stdout
+    assert run_script(*words) == 0
+    assert "crops alone" in capsys.readouterr().out
     written = json.loads((tmp_path / "r.json").read_text())
     assert written["machine"]["torch"] == torch.__version__
     assert torch.__version__.startswith(written["versions"]["torch"])

@@ -42,8 +42,8 @@ def test_each_axis_is_a_series_about_the_base() -> None:
 
 
 def test_data_of_each_size_is_opened_and_read(tmp_path: Path) -> None:
-    scaling.write_pictures(tmp_path / "pictures.parquet", 11)
-    assert len(open_source(DataConfig(source=str(tmp_path / "pictures.parquet")))) == 11
+    scaling.write_images(tmp_path / "images.parquet", 11)
+    assert len(open_source(DataConfig(source=str(tmp_path / "images.parquet")))) == 11
     series = scaling.scale_data(config_of("mae"), rows=(20, 200), batches=2)
     assert series.x == [20, 200]
     assert [found["rows"] for found in series.more] == [20, 200]
