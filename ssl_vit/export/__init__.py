@@ -1,4 +1,4 @@
-"""Backbones out (`load_backbone`, `export_backbone`), reference checkpoints in (`interop.load_reference`)."""
+"""Export backbones, load them (`load_backbone`), and load official checkpoints (`interop.load_reference`)."""
 
 from ssl_vit.models.weights.backbone import export_backbone, load_backbone
 

@@ -26,16 +26,16 @@ _PAPERS = {
 def write_card(
     trained: Trained, *, library: str, loading_code: str, difference: float, proved_on: str, license: str
 ) -> str:
-    """The text of the card, Markdown with the header that the Hugging Face hub reads.
+    """The card as Markdown, with the header that the Hugging Face hub reads.
 
-    What files and settings say stands in it as text: `cell` and `code`, and YAML that is dumped.
+    Values from files and settings are escaped: by `cell` and `code` in Markdown, by the dumper in YAML.
 
     Args:
-        library: the hub's name of the library that loads it.
-        loading_code: Python that loads it from its own folder.
+        library: the hub's name of the library that loads the export.
+        loading_code: Python that loads the export from its own folder.
         difference: largest difference between the library's features and the trained ones.
-        proved_on: the images on which it was found, as Markdown.
-        license: an identifier of the hub's; "unknown" where the user named none.
+        proved_on: the images that were compared, as Markdown.
+        license: a license identifier of the hub; "unknown" where the user named none.
     """
     encoder, known = trained.encoder, public(trained.provenance)
     objective = str(known["objective"]) if known.get("objective") else None
@@ -108,7 +108,7 @@ def _number(value: Any) -> str:
 
 
 def _scores(folder: Path) -> Iterator[str]:
-    """The lines of a table of all scores found in a backbone's folder."""
+    """The lines of a table of all scores in a backbone's folder."""
     heading = "| file | features | score | value | 95 % interval | measured on |\n|---|---|---|---|---|---|"
     for name, row, column, value, interval in found_scores(folder):
         if heading:
@@ -119,7 +119,7 @@ def _scores(folder: Path) -> Iterator[str]:
 
 
 def measured_on(result: dict[str, Any]) -> str:
-    """As Markdown, which images a result was measured on and what was learned from, as far as it tells."""
+    """As Markdown, the images that a result was measured on and those that its probes learned from, where recorded."""
     told: dict[str, Any] = {}
     for part in (result.get("settings"), result, result.get("judged_on")):
         told |= part if isinstance(part, dict) else {}
@@ -135,7 +135,7 @@ def measured_on(result: dict[str, Any]) -> str:
 
 
 def _data(name: str, split: str | None, number: int | None) -> str:
-    """A source without the folders it lies in."""
+    """A source without its parent folders, its split and its number of images."""
     held_out, _, rest = name.rpartition(" of ") if name.startswith("a held-out") else ("", "", name)
     short = re.sub(r"[^\s,{]*/", "", rest) if rest.startswith("{") else rest.rstrip("/").rpartition("/")[2]
     text = f"{cell(held_out)} of {code(short)}" if held_out else code(short)

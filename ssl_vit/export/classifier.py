@@ -1,4 +1,4 @@
-"""The result of a fine-tuning: a timm classifier in the layout that timm reads from a folder or from the hub."""
+"""A fine-tuned classifier as a folder that timm reads, from disk or from the hub."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,13 +24,12 @@ def export_classifier(
     crop_pct: float,
     provenance: dict[str, Any],
 ) -> Path:
-    """Write `model.safetensors` and `config.json`, and prove that timm loads them as what was trained.
+    """Write `model.safetensors` and `config.json`, and prove that timm gives the trained logits from them.
 
-    `timm.create_model("local-dir:FOLDER", pretrained=True)` gives the classifier, with class names and
-    normalisation.
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` loads the classifier, with class names and normalisation.
 
     Raises:
-        RuntimeError: what was written does not give the classifier's logits.
+        RuntimeError: timm gives other logits.
     """
     encoder, classifier = objective.backbone(), objective.tested_classifier()
     assert isinstance(encoder, ViT)

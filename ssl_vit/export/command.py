@@ -1,4 +1,4 @@
-"""What scripts/export.py does with its arguments."""
+"""The command of scripts/export.py."""
 
 import argparse
 from pathlib import Path
@@ -12,10 +12,10 @@ from ssl_vit.runs.trained import is_fine_tuned, open_trained
 
 
 def export(args: argparse.Namespace) -> int:
-    """Export, print what was written and how far it is from what was trained.
+    """Export, and print the folders and the largest difference from the trained backbone.
 
     Returns:
-        0; 2 where something named cannot be used or a library has no such architecture; 1 where a proof failed.
+        0; 2 if an argument cannot be used or a library has no such architecture; 1 if a proof failed.
     """
     try:
         return _export(args)

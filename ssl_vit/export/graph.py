@@ -1,4 +1,4 @@
-"""A backbone for images of one size, in a form that tracers can follow."""
+"""A backbone for images of one size, which tracers can follow."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from ssl_vit.models.vit import ViT
 
 
 class StaticBackbone(nn.Module):
-    """timm's model without what makes it take any size, returning class token and patch tokens."""
+    """timm's model for a single image size, returning `Features` as a plain tuple."""
 
     def __init__(self, encoder: ViT) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Reference checkpoints in: the official layouts of the papers' code."""
+"""Fill an objective from a checkpoint of its paper's code."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +17,12 @@ from ssl_vit.objectives.objective import Objective
 def load_reference(objective: Objective, path: str | Path) -> None:
     """Fill an objective from an official pre-training checkpoint, or from a safetensors copy of one.
 
-    Takes the layouts of MAE (`model`), DINO (`student`, `teacher`, `dino_loss`) and DINOv2 (`model` with `student.*`
-    and `teacher.*`, or its teacher alone, which is what its training leaves: student and teacher both start from it).
-    Position tables are resized to the encoder's. Nothing is unpickled but tensors.
+    Layouts: MAE (`model`), DINO (`student`, `teacher`, `dino_loss`) and DINOv2 (`model` with `student.*` and
+    `teacher.*`; or the teacher alone, as its training leaves it, from which student and teacher then both start).
+    Position tables are resized to the encoder's grid. Only tensors are unpickled.
 
     Raises:
-        ValueError: the file does not have exactly the objective's parameters, an encoder without its head included.
+        ValueError: the file does not hold exactly the objective's parameters, heads included.
     """
     path = Path(path)
     if type(objective) not in _READERS:

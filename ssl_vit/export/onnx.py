@@ -49,7 +49,7 @@ def write(trained: Trained, folder: Path) -> None:
 
 
 def load(folder: Path) -> Callable[[Tensor], Features]:
-    """What onnxruntime makes of the graph, checked by onnx first."""
+    """Load the graph in onnxruntime, once onnx has checked it."""
     import onnx
     import onnxruntime
 

@@ -1,4 +1,4 @@
-"""What a run leaves in our own form: its backbone, or the classifier of a fine-tuning."""
+"""Export the result of a run: its backbone in our own format, or a fine-tuned classifier."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from ssl_vit.runs.trained import is_fine_tuned, open_trained, read_settings, rea
 
 
 def export_run(path: Path, weights: str | None = None, out: Path | None = None) -> Path:
-    """Export a backbone in our own form, and of a fine-tuning its classifier; returns the file.
+    """Export a backbone in our own format, or the classifier of a fine-tuning; returns the file.
 
     Args:
         path, weights: see `open_trained`; a run may be finished or not.

@@ -1,4 +1,4 @@
-"""Every library that a backbone can be exported to: write, load through it, prove equal, and only then hand over."""
+"""Export to a library: write, load through the library, prove equal, and only then move into place."""
 
 import os
 from collections.abc import Callable
@@ -43,21 +43,21 @@ class Proof(NamedTuple):
     images: Float[Tensor, "b c h w"]
     """Normalised."""
     name: str
-    """What they are."""
+    """Of the images, as Markdown."""
     why: str = ""
-    """Why they are none of those that the backbone was trained on."""
+    """Why no training images could be used; empty where they were, or where the user named others."""
 
 
 class Target(NamedTuple):
-    """A library, how to write what it reads, and what to compare of what it makes of it."""
+    """A library: how to write a folder that it reads, and how to compare what it computes."""
 
     library: str
-    """As the Hugging Face hub calls it."""
+    """Its name on the Hugging Face hub."""
     loading_code: str
     """Python that loads the export from its own folder."""
     write: Callable[[Trained, Path], None]
     prove: Callable[[Trained, Path, Tensor], float]
-    """Largest difference from what was trained, on images; RuntimeError above the tolerance."""
+    """Largest difference from the trained backbone, on normalised images; RuntimeError above the tolerance."""
     needs: tuple[str, ...] = ()
     """Packages beyond the core installation."""
 
@@ -65,11 +65,11 @@ class Target(NamedTuple):
 def export_to(
     trained: Trained, target: str, out: Path, proof: Proof, *, license: str = "unknown", overwrite: bool = False
 ) -> Exported:
-    """Export to the folder OUT/TARGET: written where nobody looks, proven there, and moved to its place whole.
+    """Export to the folder OUT/TARGET: written to a temporary folder, proven there, then renamed.
 
     Raises:
-        ValueError: the library has no such architecture, is not installed, or the folder is taken.
-        RuntimeError: what was written does not give the trained features. Nothing is left behind.
+        ValueError: the library has no such architecture or is not installed, or the folder exists.
+        RuntimeError: the library does not give the trained features from it. Nothing is left behind.
     """
     library, code, write, prove, needs = TARGETS[target]
     missing = [name for name in needs if find_spec(name) is None]
@@ -114,7 +114,7 @@ def fill_in(loading_code: str, trained: Trained) -> str:
 
 @torch.inference_mode()
 def compare(trained: Trained, encode: Callable[[Tensor], Features], images: Float[Tensor, "b c h w"]) -> float:
-    """Largest difference between what a library computes and the trained backbone, several images and one.
+    """Largest difference between a library's features and the trained backbone's, for several images and for one.
 
     Raises:
         RuntimeError: it is above the tolerance.
@@ -133,7 +133,7 @@ def compare_mae(
     reconstruct: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     images: Float[Tensor, "b c h w"],
 ) -> float:
-    """Largest difference between the patches that both predict, from the same visible ones.
+    """Largest difference between the patches that both models predict from the same visible ones.
 
     Raises:
         RuntimeError: it is above the tolerance.
@@ -148,7 +148,7 @@ def compare_mae(
 
 
 def proof_images(trained: Trained, source: str | None = None, *, asked: bool = False) -> Proof:
-    """A few images of `source`, or of what the backbone was trained on; generated ones where that cannot be opened.
+    """A few images of `source` or of the training images; generated ones where the latter cannot be opened.
 
     Args:
         asked: see `check_asked`.
@@ -161,13 +161,13 @@ def proof_images(trained: Trained, source: str | None = None, *, asked: bool = F
         with said_of({"data.source": "--images"} if source is not None else {}):
             opened = open_images(data_settings(trained, source, asked=asked))
         if isinstance(opened, Stream):
-            pictures = opened.first_images(_NUM_IMAGES, encoder.in_chans)
+            decoded = opened.first_images(_NUM_IMAGES, encoder.in_chans)
         else:
             rows = torch.linspace(0, len(opened) - 1, min(_NUM_IMAGES, len(opened))).long().tolist()
-            # The next good one in place of a bad one, each once.
+            # A bad image is replaced by the next good one; each appears once.
             found = {at: image for image, at in (opened.next_image(row, encoder.in_chans) for row in rows)}
-            pictures = list(found.values())
-        images = torch.stack([centre_crop(picture, encoder.image_size, trained.crop_pct) for picture in pictures])
+            decoded = list(found.values())
+        images = torch.stack([centre_crop(image, encoder.image_size, trained.crop_pct) for image in decoded])
         name = f"{len(images)} images of {code(public(opened.name))}"
     except ValueError as error:
         if source is not None:
@@ -182,7 +182,7 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
     """Upload an exported folder to the Hugging Face hub; returns the address.
 
     Raises:
-        ValueError: the hub refuses, or is not reached.
+        ValueError: the hub refuses or cannot be reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError

@@ -1,4 +1,4 @@
-"""A backbone as a folder that `timm.create_model("local-dir:...")` reads, the layout of timm's models on the hub."""
+"""A backbone as a folder that `timm.create_model("local-dir:...")` reads, laid out as timm's models on the hub."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +36,7 @@ def write(trained: Trained, folder: Path) -> None:
 
 
 def load(folder: Path) -> Callable[[Tensor], Features]:
-    """What timm makes of the folder."""
+    """Load the folder in timm."""
     model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     set_fused_attention(model, True)
 

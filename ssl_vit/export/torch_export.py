@@ -1,4 +1,4 @@
-"""A backbone as an archive of torch.export, which runs where neither timm nor ssl_vit is, for any number of images."""
+"""A backbone as an archive of torch.export, which runs without timm and ssl_vit, for any number of images."""
 
 import io
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def write(trained: Trained, folder: Path) -> None:
 
 
 def load(folder: Path) -> Callable[[Tensor], Features]:
-    """What torch makes of the archive."""
+    """Load the archive in torch."""
     model = torch.export.load(folder / "model.pt2").module()
 
     def encode(images: Tensor) -> Features:

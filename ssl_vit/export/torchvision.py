@@ -17,7 +17,7 @@ from ssl_vit.models.weights.layouts import fold_layer_scale, plain_shape, plain_
 from ssl_vit.runs.trained import Trained
 
 LIBRARY = "torchvision"
-# Width, blocks, heads, MLP width and patch size of those that torchvision has a name for.
+# Width, blocks, heads, MLP width and patch size of the architectures that torchvision has a name for.
 _NAMED = {
     (768, 12, 12, 3072, 16): "vit_b_16",
     (768, 12, 12, 3072, 32): "vit_b_32",
@@ -50,7 +50,7 @@ def write(trained: Trained, folder: Path) -> None:
     """Write `model.safetensors`, and `config.json` with the constructor's arguments and the normalisation.
 
     Raises:
-        ValueError: torchvision's VisionTransformer is of another architecture; says in what.
+        ValueError: torchvision's VisionTransformer has another architecture; names the difference.
     """
     encoder = trained.encoder
     shape = plain_shape(encoder.vit)
@@ -88,7 +88,7 @@ def write(trained: Trained, folder: Path) -> None:
 
 
 def load(folder: Path) -> Callable[[Tensor], Features]:
-    """What torchvision makes of the folder."""
+    """Load the folder in torchvision."""
     settings = json.loads((folder / "config.json").read_text())
     model: Any
     if settings["architecture"] is not None:

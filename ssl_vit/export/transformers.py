@@ -50,8 +50,9 @@ patches = outputs.logits  # predicted for every patch; outputs.mask is 1 where i
 def write(trained: Trained, folder: Path) -> None:
     """Write `model.safetensors`, `config.json` and `preprocessor_config.json`.
 
-    With LayerScale or registers it is a Dinov2Model, else a ViTModel. What Dinov2Model cannot hold (images that are not
-    square, a width of the MLP that is no whole multiple) goes into a ViTModel with LayerScale folded into its layers.
+    A backbone with LayerScale or registers becomes a Dinov2Model, others a ViTModel. A backbone with LayerScale whose
+    images are not square, or whose MLP's width is no whole multiple, becomes a ViTModel with LayerScale folded into the
+    layers before it.
 
     Raises:
         ValueError: transformers has no model of this architecture; says why.
@@ -69,7 +70,7 @@ def write(trained: Trained, folder: Path) -> None:
         config, renamed = _dinov2(encoder, shape, tensors)
     else:
         config = {"architectures": ["ViTModel"], "model_type": "vit", **_vit_settings(encoder, shape)}
-        # The class token as it is, where ViTModel would otherwise make up a pooling layer.
+        # An identity as pooling layer, so that the pooled output is the class token.
         config |= {"pooler_act": "linear", "pooler_output_size": shape.width}
         renamed = to_transformers(fold_layer_scale(tensors))
         renamed |= {"pooler.dense.weight": torch.eye(shape.width), "pooler.dense.bias": torch.zeros(shape.width)}
@@ -77,10 +78,10 @@ def write(trained: Trained, folder: Path) -> None:
 
 
 def write_mae(trained: Trained, folder: Path) -> None:
-    """Write a run of MAE with its decoder as a ViTMAEForPreTraining, to reconstruct or to go on with.
+    """Write an MAE with its decoder as a ViTMAEForPreTraining, to reconstruct images or to train on.
 
     Raises:
-        ValueError: no run of MAE, or ViTMAEForPreTraining is of another architecture.
+        ValueError: this is no run of MAE, or ViTMAEForPreTraining has no such architecture.
     """
     mae, encoder = trained.objective, trained.encoder
     if not isinstance(mae, MAE):
@@ -118,10 +119,10 @@ def has_plain_decoder(trained: Trained) -> bool:
 
 
 def load(folder: Path) -> Callable[[Tensor], Features]:
-    """What transformers makes of the folder.
+    """Load the folder in transformers.
 
     Raises:
-        RuntimeError: it made up a parameter, or left one of the file's aside.
+        RuntimeError: transformers initialised a parameter itself, or did not use one of the file.
     """
     from transformers import AutoModel
 
@@ -136,7 +137,7 @@ def load(folder: Path) -> Callable[[Tensor], Features]:
 
 
 def load_mae(folder: Path) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """What transformers makes of an MAE's folder: patches predicted from images and noise, and the mask it drew."""
+    """Load an MAE's folder in transformers: a function of images and noise to predicted patches and the drawn mask."""
     from transformers import ViTMAEForPreTraining
 
     model: Any = _strictly(ViTMAEForPreTraining, folder)
@@ -173,7 +174,7 @@ def _is_square(encoder: ViT) -> bool:
 
 
 def _dinov2_mlp_ratio(shape: Shape) -> int | None:
-    """The whole number from which Dinov2Model computes the width of its MLP; None where there is none."""
+    """The integer from which Dinov2Model computes the width of its MLP; None where none gives this width."""
     for ratio in range(1, 17):
         hidden = ratio * shape.width
         if shape.has_swiglu:
@@ -188,7 +189,7 @@ def _dinov2(encoder: ViT, shape: Shape, tensors: Tensors) -> tuple[dict[str, Any
         ones = torch.ones(shape.width)
         tensors |= {f"blocks.{i}.{name}.gamma": ones.clone() for i in range(shape.depth) for name in ("ls1", "ls2")}
     renamed = to_transformers(tensors, dinov2=True, swiglu=shape.has_swiglu)
-    renamed["embeddings.mask_token"] = torch.zeros(1, shape.width)  # which belongs to pre-training
+    renamed["embeddings.mask_token"] = torch.zeros(1, shape.width)  # only pre-training uses it
     kind, model_type = "Dinov2Model", "dinov2"
     config = _sizes(encoder, shape) | {
         "mlp_ratio": _dinov2_mlp_ratio(shape),
@@ -231,9 +232,9 @@ def _write(folder: Path, trained: Trained, config: dict[str, Any], tensors: Tens
 
 
 def _preprocessing(trained: Trained) -> dict[str, Any]:
-    """Resize and centre crop as our evaluation does, bicubic.
+    """Resize and centre-crop as our evaluation does, bicubic.
 
-    No processor covers a box that is not square, so there pictures are brought to its shape as they are.
+    No processor covers a box that is not square, so for such a box images are resized without keeping their ratio.
     """
     height, width = trained.encoder.image_size
     if height == width:

@@ -1,4 +1,4 @@
-"""What is known of each start of a run, kept in its folder, so that a result can be traced and repeated."""
+"""Where a result comes from: facts stored with checkpoints and exports, and a record of each start of a run."""
 
 import hashlib
 import os
@@ -36,7 +36,7 @@ MATTERS = ("processes", "versions", "git.ssl_vit", "data")
 
 
 def facts(objective: Objective, source: Source | Stream, device: torch.device, num_processes: int) -> dict[str, Any]:
-    """What the settings of a run do not say, in a form that JSON takes."""
+    """JSON-serialisable facts about a run that are not in its settings."""
     return {
         "objective": objective.name,
         "pooled": objective.pooled,
@@ -49,11 +49,11 @@ def facts(objective: Objective, source: Source | Stream, device: torch.device, n
 
 
 def provenance(settings: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
-    """What an export is told of its run.
+    """The facts about its run that an export holds.
 
     Args:
         settings: the run's settings as plain values.
-        state: `facts` and "step", as `read_state` returns them.
+        state: "step" and `facts`, completed as `read_state` does.
     """
     return {
         "objective": state["objective"],
@@ -84,10 +84,9 @@ def note_session(
     num_micro: int,
     precision: str,
 ) -> None:
-    """Append a start to the run's provenance.json; only the main process calls this.
+    """Append this start to the run's provenance.json; only the main process calls this.
 
-    What differs from the start before it, and may change what is learned or its last bits, is printed. A file that
-    cannot be written does not stop the run.
+    Prints differences from the previous start that may change the weights. An unwritable file does not stop the run.
     """
     path = folder / PROVENANCE_FILE
     session = {
@@ -120,7 +119,7 @@ def note_session(
 
 
 def versions(more: Sequence[str] = ()) -> dict[str, str]:
-    """Of Python and of the packages that can change what is learned, and of more, as far as they are installed."""
+    """Versions of Python, of the packages that can change the weights, and of those in `more` that are installed."""
     found = {"python": platform.python_version(), "ssl_vit": ssl_vit.__version__}
     for name in (*PACKAGES, *more):
         try:
@@ -131,7 +130,7 @@ def versions(more: Sequence[str] = ()) -> dict[str, str]:
 
 
 def git_revision(folder: Path) -> dict[str, Any] | None:
-    """Commit of the git checkout that a folder lies in, and whether tracked files differ from it; None outside one."""
+    """The commit of a folder's git checkout, and whether tracked files differ from it; None outside a checkout."""
     try:
         revision = _git(folder, "rev-parse", "HEAD")
         changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
@@ -153,7 +152,7 @@ def _git(folder: Path, *words: str) -> str:
 
 
 def hardware() -> dict[str, Any]:
-    """Of the main process's machine."""
+    """CPU, memory and GPUs of the main process's machine."""
     found: dict[str, Any] = {
         "host": socket.gethostname(),
         "cpu": cpu_name(),
@@ -172,7 +171,7 @@ def hardware() -> dict[str, Any]:
 
 
 def fingerprint(source: Source | Stream) -> dict[str, Any]:
-    """What tells a set of images from another without reading them all, the same wherever its folder lies."""
+    """A hash that identifies a set of images without reading them all, the same wherever its folder lies."""
     if isinstance(source, Stream):
         counts = None if source.counts is None else source.counts.tolist()
         digest = hashlib.sha256(repr(([Path(name).name for name in source.shards], counts)).encode())

@@ -1,4 +1,4 @@
-"""What a run folder tells: settings, metrics, scores, pictures, provenance."""
+"""Everything that a run folder holds for readers: settings, metrics, scores, figures, provenance."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,13 +13,13 @@ from ssl_vit.runs.folder import CONFIG_FILE, METRICS_FILE, PICTURES_FOLDER, RESU
 from ssl_vit.runs.provenance import PROVENANCE_FILE
 from ssl_vit.runs.trained import read_settings
 
-# Of a metrics.jsonl line: where it stands, not what was measured there.
+# Entries of a line of metrics.jsonl that say when it was measured.
 _PLACES = ("step", "progress", "epoch")
 _SCORES = (RESULTS_FILE, "knn.json", "linear.json", "retrieval.json", "segmentation.json")
 
 
 class Frame(NamedTuple):
-    """A picture that was drawn during training."""
+    """A figure drawn during training."""
 
     step: int
     path: Path
@@ -41,10 +41,10 @@ class RunData:
     """(file, row, column, share of 1, interval as text) of every score in the folder."""
     provenance: dict[str, Any] = field(default_factory=dict)
     fingerprint: str | None = None
-    """Of the images that were learned from, as far as it was noted."""
+    """Of the training images; None where it was not recorded."""
     frames: list[Frame] = field(default_factory=list)
     picture: Path | None = None
-    """What the run ended with."""
+    """The figure that the run ended with."""
 
     @property
     def batch_size(self) -> int:
@@ -56,7 +56,7 @@ class RunData:
         return training_hours(self.records, self.batch_size)
 
     def curves(self) -> dict[str, list[tuple[int, float]]]:
-        """(step, value) of everything that was measured, by its name in metrics.jsonl."""
+        """(step, value) of every measured quantity, by its name in metrics.jsonl."""
         found: dict[str, list[tuple[int, float]]] = {}
         for record in [*self.records, *self.evaluations]:
             for name, value in record.items():
@@ -66,7 +66,7 @@ class RunData:
 
 
 def read_run(folder: Path) -> RunData:
-    """Read a run folder; what is not there yet is left out.
+    """Read the folder of a run, finished or not; missing files are left out.
 
     Raises:
         ValueError: the folder holds no run.
@@ -75,7 +75,7 @@ def read_run(folder: Path) -> RunData:
         raise ValueError(f"{folder}: holds no run ({CONFIG_FILE} is missing)")
     settings = read_settings(folder)
     lines = read_metrics(folder / METRICS_FILE)
-    pictures = [folder / name for name in ("reconstructions.png", "attention.png", "figure.png")]
+    figures = [folder / name for name in ("reconstructions.png", "attention.png", "figure.png")]
     return RunData(
         name=folder.resolve().name,
         settings=settings,
@@ -86,12 +86,12 @@ def read_run(folder: Path) -> RunData:
         provenance=_provenance(folder),
         fingerprint=_fingerprint(folder),
         frames=list_frames(folder),
-        picture=next((path for path in pictures if path.is_file()), None),
+        picture=next((path for path in figures if path.is_file()), None),
     )
 
 
 def list_frames(run: Path) -> list[Frame]:
-    """Pictures drawn during a run, in their order.
+    """Figures drawn during a run, in their order.
 
     Raises:
         ValueError: their folder is a link.
@@ -116,12 +116,9 @@ def training_hours(records: Sequence[Mapping[str, Any]], batch_size: int) -> lis
 
 
 def found_scores(folder: Path) -> Iterator[tuple[str, str, str, float, str]]:
-    """(file, row, column, share of 1, interval as text) of all scores found in a backbone's folder."""
+    """(file, row, column, share of 1, interval as text) of all scores in a backbone's folder."""
     for name in _SCORES:
-        try:
-            found = read_json(folder / name)
-        except (OSError, ValueError):
-            continue
+        found = _read_json(folder / name) or {}
         scores = found.get("scores", found)
         for row, columns in scores.items() if isinstance(scores, dict) else ():
             for column, value, interval in _read_scores(columns):
@@ -144,7 +141,7 @@ def _is_share(value: Any) -> bool:
 
 
 def _provenance(folder: Path) -> dict[str, Any]:
-    """Of an export where there is one, else of the newest checkpoint: flat, without the settings."""
+    """Facts from the export where there is one, else from the newest checkpoint; without the settings."""
     known = (_read_json(folder / EXPORT_FILE) or {}).get("ssl_vit")
     known = known if isinstance(known, dict) else {}
     checkpoint = newest_checkpoint(folder)
@@ -163,6 +160,7 @@ def _fingerprint(folder: Path) -> str | None:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where it cannot be read."""
     try:
         return read_json(path)
     except (OSError, ValueError):

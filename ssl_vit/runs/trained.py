@@ -1,4 +1,4 @@
-"""What a run has learned, read from its checkpoints at any time, to be exported."""
+"""A trained backbone, read at any time from a run's checkpoints, an export or published weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,18 +40,18 @@ AVERAGE = "average-last-"
 
 @dataclass(frozen=True)
 class Trained:
-    """A backbone that is to be exported, and what is known of it."""
+    """A trained backbone and what is known of it."""
 
     encoder: ViT
     """In eval mode, on the CPU."""
     normalization: Normalization
     crop_pct: float
-    """Share of a resized picture's sides that its evaluation keeps."""
+    """Share of a resized image's sides that its evaluation keeps."""
     provenance: dict[str, Any]
     folder: Path
-    """Of the run or the exported backbone, where scores lie; of published weights what names them."""
+    """Of the run or the export, where its scores lie; of published weights their name."""
     objective: Reconstructs | None = None
-    """With its decoder, of a run whose objective reconstructs images."""
+    """The objective with its decoder; None unless it reconstructs images and its checkpoint is at hand."""
 
     @property
     def pooled(self) -> Pooled:
@@ -74,16 +74,16 @@ class Trained:
 
 
 def open_trained(path: str | Path, weights: str | None = None) -> Trained:
-    """Read a backbone out of a run's newest checkpoint, one checkpoint, an exported folder, or what others published.
+    """Read a backbone from a run's newest checkpoint, from one checkpoint, from an export or from published weights.
 
     Args:
-        path: folder of a run or of one of its checkpoints, a backbone that was exported from one, or anything else
-            that `encoder.pretrained` takes, such as the name of a timm model.
-        weights: "teacher" or "student" of DINO and DINOv2; "average-last-K", the mean of what is normally exported
-            over the last K checkpoints. None: the teacher where there is one.
+        path: folder of a run, of a checkpoint or of an export, or whatever else `encoder.pretrained` takes, such as
+            the name of a timm model.
+        weights: "teacher" or "student", where there are both; "average-last-K": the mean over the last K checkpoints.
+            None: the teacher where there is one.
 
     Raises:
-        ValueError: nothing there to export, or not with these weights.
+        ValueError: there is no backbone to export, or not with these weights.
     """
     path = Path(path)
     folder, checkpoint = (path.parent.parent, path) if (path / STATE_FILE).is_file() else (path, None)
@@ -126,10 +126,10 @@ def open_trained(path: str | Path, weights: str | None = None) -> Trained:
 
 
 def read_settings(run: Path) -> dict[str, Any]:
-    """The settings of a run, whose sections are there.
+    """The settings of a run; the sections and values that an export needs are there.
 
     Raises:
-        ValueError: no config.yaml that a run wrote.
+        ValueError: config.yaml cannot be read, or lacks one of them.
     """
     file = run / CONFIG_FILE
     try:
@@ -144,10 +144,10 @@ def read_settings(run: Path) -> dict[str, Any]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The state.json of a checkpoint, with what an export needs of it.
+    """The state.json of a checkpoint, with the values that an export needs; see `with_traits`.
 
     Raises:
-        ValueError: it is none.
+        ValueError: state.json cannot be read, or lacks one of them.
     """
     file = checkpoint / STATE_FILE
     try:
@@ -165,14 +165,14 @@ def _data_config(settings: dict[str, Any]) -> DataConfig:
 
 
 def data_settings(trained: Trained, source: str | None = None, *, asked: bool = False) -> DataConfig:
-    """How the pictures of `source` are read, or those that a backbone was trained on, as far as that is known.
+    """Settings that read the images of `source`, or those that a backbone was trained on where these are known.
 
     Args:
-        source: as in `data.source`; a mixture as it is written on the command line.
-        asked: whether the user wants opened what the backbone was trained on; see `check_asked`.
+        source: as `data.source` on the command line.
+        asked: whether the user asked to open the training images; see `check_asked`.
 
     Raises:
-        ValueError: no source is named, and that of the backbone is not known or was not asked for.
+        ValueError: no source is named, and the training images are not known or were not asked for.
     """
     settings_file = trained.folder / CONFIG_FILE
     known = _data_config(read_settings(trained.folder)) if settings_file.is_file() else DataConfig()
@@ -190,13 +190,13 @@ def data_settings(trained: Trained, source: str | None = None, *, asked: bool = 
 
 
 def is_fine_tuned(path: Path) -> bool:
-    """Whether this is the folder of a fine-tuning, whose classifier is what there is to export."""
+    """Whether a folder holds a run that leaves a classifier."""
     checkpoint = newest_checkpoint(path) if (path / CONFIG_FILE).is_file() else None
     return checkpoint is not None and read_state(checkpoint)["leaves"] == "classifier"
 
 
 def average(files: Sequence[Path]) -> dict[str, Tensor]:
-    """The mean of the tensors of several files, summed in float64; of one file its tensors as they are.
+    """The mean of the tensors of several files, summed in float64; a single file's tensors stay as they are.
 
     Raises:
         ValueError: a file is damaged, or the files do not hold the same tensors.
@@ -215,7 +215,7 @@ def average(files: Sequence[Path]) -> dict[str, Tensor]:
 
 
 def _choose_checkpoints(folder: Path, checkpoint: Path | None, weights: str | None) -> tuple[list[Path], str | None]:
-    """The checkpoints whose mean is taken, oldest first, and which of teacher and student."""
+    """The checkpoints to average, oldest first, and the choice between teacher and student."""
     if weights is None or not weights.startswith(AVERAGE):
         if weights not in (None, "teacher", "student"):
             raise ValueError(f"weights={weights!r}: choose teacher, student or {AVERAGE}K, K checkpoints")
@@ -239,7 +239,7 @@ def _choose_checkpoints(folder: Path, checkpoint: Path | None, weights: str | No
 
 
 def _prefix(state: dict[str, Any], choice: str | None, folder: Path) -> str:
-    """Where the wanted backbone stands among the objective's parameters."""
+    """The prefix of the wanted backbone's names among the objective's parameters."""
     if choice is None:
         return state["backbone"]
     if not state["backbone"].startswith("teacher_"):

@@ -1,4 +1,4 @@
-"""The result of a run: a safetensors backbone with timm's key names, and what is needed to use it."""
+"""Write and load the result of a run: a safetensors backbone with timm's key names, and its config.json."""
 
 import os
 from collections.abc import Callable
@@ -33,7 +33,7 @@ from ssl_vit.models.weights.proof import prove_equal
 
 BACKBONE_FILE, CONFIG_FILE = "backbone.safetensors", "config.json"
 WEIGHTS_HASH = "weights_sha256"
-"""Of config.json's part "ssl_vit": SHA-256 of the file of weights beside it."""
+"""Key in config.json's section "ssl_vit": SHA-256 of the weights file beside it."""
 
 
 def export_backbone(
@@ -44,13 +44,16 @@ def export_backbone(
     provenance: dict[str, Any],
     crop_pct: float = CROP_PCT,
 ) -> Path:
-    """Write `backbone.safetensors` and `config.json`, and prove that they load as what was trained.
+    """Write `backbone.safetensors` and `config.json`, and prove that loading them gives the trained features.
 
     The tensors carry timm's key names, so `timm.create_model(arch, num_classes=0, checkpoint_path=...)` reads them.
-    config.json follows timm's layout; our own settings stand under "ssl_vit". See `write_pair`.
+    config.json follows timm's layout, with our own settings under "ssl_vit". See `write_pair`.
+
+    Args:
+        provenance: stored under "ssl_vit"; its "pooled" says which feature stands for an image (default: "cls").
 
     Raises:
-        RuntimeError: what was written does not give the encoder's features.
+        RuntimeError: the written files do not give the encoder's features.
     """
     if not isinstance(encoder, ViT):
         raise ValueError(f"cannot export a {type(encoder).__name__}: only Vision Transformers of timm so far")
@@ -65,17 +68,17 @@ def export_backbone(
 def write_pair(
     folder: Path, name: str, tensors: dict[str, Tensor], described: dict[str, Any], prove: Callable[[Path], None]
 ) -> Path:
-    """Write weights and the config.json that carries their SHA-256; returns the file of weights.
+    """Write weights and the config.json that carries their SHA-256; returns the weights file.
 
-    Both are written and proven where nobody looks for them yet. A new folder appears at once. In one that is there, a
-    run's for instance, config.json goes first: a kill before the weights leaves what `read_weights` refuses, and what
-    the next export mends.
+    Both are written to a temporary folder, proven there and then moved. A new folder is renamed as a whole. In an
+    existing one, such as a run's, config.json is moved first: after a kill between the two moves, `read_weights`
+    refuses the pair, and the next export replaces it.
 
     Args:
-        prove: called with the folder that both lie in.
+        prove: called with the temporary folder.
 
     Raises:
-        OSError: they could not be written; names the file. What was there is as it was.
+        OSError: a file could not be written; names it. Existing files are unchanged.
     """
     is_new = not os.path.lexists(folder)
     place = folder.with_name(f"{UNFINISHED}{folder.name}") if is_new else folder / f"{UNFINISHED}export"
@@ -102,7 +105,7 @@ def describe(
     provenance: dict[str, Any],
     crop_pct: float = CROP_PCT,
 ) -> dict[str, Any]:
-    """The content of config.json: timm's layout, and our own settings under "ssl_vit"."""
+    """The content of config.json: timm's layout, with our own settings under "ssl_vit"."""
     config = encoder.config
     pooling = "token" if encoder.has_cls_token and provenance.get("pooled", "cls") == "cls" else "avg"
     return {
@@ -143,7 +146,7 @@ def describe(
 
 
 def load_backbone(path: str | Path) -> Encoder:
-    """Build the encoder that a run exported and fill it, strictly.
+    """Build an exported encoder and load its weights, strictly.
 
     Args:
         path: a run folder, a folder with backbone.safetensors and config.json, or the safetensors file in it.
@@ -170,7 +173,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     """The tensors of an export.
 
     Raises:
-        ValueError: they are damaged, or not those that its config.json was written with.
+        ValueError: they are damaged, or not the weights that the config.json beside them was written with.
     """
     tensors = read_tensors(file, links=True)
     _check_finite(tensors, file)
@@ -179,7 +182,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def _check_pair(file: Path) -> None:
-    """Compare weights with the SHA-256 in the config.json beside them; older exports have none."""
+    """Compare weights with the SHA-256 in the config.json beside them; exports of early versions have none."""
     noted = read_config(file.parent)["ssl_vit"].get(WEIGHTS_HASH)
     if noted is not None and noted != hash_file(file, links=True):
         raise ValueError(
@@ -189,16 +192,16 @@ def _check_pair(file: Path) -> None:
 
 
 def check_sizes(config: ViTConfig, tensors: dict[str, Tensor], file: Path) -> None:
-    """Refuse weights that are not those of a config, before memory is taken for what it asks for."""
+    """Refuse weights that do not fit a config, before memory is allocated for the model that it describes."""
     with torch.device("meta"):
         _check_fit(config.build().vit, tensors, file)
 
 
 def backbone_file(path: str | Path) -> Path:
-    """The safetensors file of a backbone, or of the folder it lies in.
+    """The safetensors file of a backbone, given the file or its folder.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such file.
     """
     path = Path(path)
     file = path / BACKBONE_FILE if path.is_dir() else path
@@ -213,7 +216,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The config.json next to a backbone.
 
     Raises:
-        ValueError: it is missing, no JSON, or not from ssl_vit.
+        ValueError: it is missing, is no JSON, or was not written by ssl_vit.
     """
     file = folder / CONFIG_FILE
     config = read_description(file)
@@ -224,7 +227,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_normalisation(config: dict[str, Any], file: Path) -> tuple[Normalization, float]:
-    """Normalisation and share of a crop, of the config.json beside a backbone."""
+    """Normalisation and centre crop's share, from the config.json beside a backbone."""
     cfg = {"crop_pct": CROP_PCT, **entry({"pretrained_cfg": config, **config}, "pretrained_cfg", dict, file)}
     mean, std = (tuple(entry(cfg, name, list[float], file)) for name in ("mean", "std"))
     try:
@@ -235,7 +238,7 @@ def read_normalisation(config: dict[str, Any], file: Path) -> tuple[Normalizatio
 
 
 def own_source(folder: Path, *, asked: bool) -> str | dict[str, float] | None:
-    """What a backbone was trained on, as its run's settings beside it say, or else its export; see `place_of`.
+    """The source of a backbone's training images: from the run's settings beside it, else from its export.
 
     Raises:
         ValueError: see `check_asked`.
@@ -251,10 +254,10 @@ def own_source(folder: Path, *, asked: bool) -> str | dict[str, float] | None:
 
 
 def check_asked(source: str | dict[str, float], folder: Path, *, asked: bool) -> None:
-    """Let what a folder names be opened where the user asked for it; a stranger may have written its settings.
+    """Refuse to open a source that a folder names unless the user asked for it: a stranger may have named it.
 
     Raises:
-        ValueError: the user did not, and it is not what comes with this package.
+        ValueError: the user did not ask, and the source does not come with this package.
     """
     if not asked and source != "openmoji":
         what = f"{folder} names it, and a stranger's settings open nothing unasked; --open_source true opens it"
@@ -262,7 +265,7 @@ def check_asked(source: str | dict[str, float], folder: Path, *, asked: bool) ->
 
 
 def place_of(source: Any) -> str | dict[str, float] | None:
-    """A source that an export names, if it can be opened by that: of local folders it has the last part alone."""
+    """The source that an export names; None where it holds only the last part of a local folder's path."""
     names = source if isinstance(source, dict) else [source]
     is_told = all(isinstance(name, str) and ("/" in name or name == "openmoji") for name in names)
     return source if is_told else None
@@ -272,7 +275,7 @@ def read_description(file: Path) -> dict[str, Any]:
     """The JSON object in a file that describes the weights beside it.
 
     Raises:
-        ValueError: it is missing, or no JSON object.
+        ValueError: it is missing, or holds no JSON object.
     """
     try:
         return read_json(file, links=True)
@@ -292,7 +295,7 @@ def read_encoder_config(folder: Path) -> ViTConfig:
 
 
 def load_strictly(module: torch.nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
-    """Fill a module with exactly the tensors it has, or refuse with what is missing, unknown and of another kind.
+    """Load exactly the tensors that a module has; else list what is missing, unexpected or of another shape or dtype.
 
     Raises:
         ValueError: names, shapes or dtypes are not the module's, or a value is not finite.
@@ -309,27 +312,26 @@ def _check_finite(tensors: dict[str, Tensor], file: Path) -> None:
 
 
 def _check_fit(module: torch.nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
-    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    missing, unexpected = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
-    shapes = [
-        f"{name} {tuple(tensors[name].shape)} instead of {wanted[name]}"
-        for name in sorted(set(wanted) & set(tensors))
-        if tuple(tensors[name].shape) != wanted[name]
+    wanted = module.state_dict()
+    shared = sorted(wanted.keys() & tensors.keys())
+    problems = {
+        "missing": sorted(wanted.keys() - tensors.keys()),
+        "unexpected": sorted(tensors.keys() - wanted.keys()),
+        "of another shape": [
+            f"{name} {tuple(tensors[name].shape)} instead of {tuple(wanted[name].shape)}"
+            for name in shared
+            if tensors[name].shape != wanted[name].shape
+        ],
+        "of a dtype that weights do not have": [
+            f"{name} {str(tensors[name].dtype).removeprefix('torch.')}"
+            for name in shared
+            if tensors[name].is_floating_point() != wanted[name].is_floating_point()
+        ],
+    }
+    parts = [
+        f"{len(names)} {problem}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        for problem, names in problems.items()
+        if names
     ]
-    kinds = [
-        f"{name} {str(tensors[name].dtype).removeprefix('torch.')}"
-        for name, value in module.state_dict().items()
-        if name in tensors and tensors[name].is_floating_point() != value.is_floating_point()
-    ]
-    if missing or unexpected or shapes or kinds:
-        parts = [
-            f"{len(found)} {what}: {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}"
-            for what, found in (
-                ("missing", missing),
-                ("unexpected", unexpected),
-                ("of another shape", shapes),
-                ("of a dtype that weights do not have", kinds),
-            )
-            if found
-        ]
+    if parts:
         raise ValueError(f"{file}: does not fit {type(module).__name__}: {'; '.join(parts)}")

@@ -1,4 +1,4 @@
-"""Names of a Vision Transformer's parameters: timm's, which are ours, those of other libraries and of the papers."""
+"""Parameter names of a plain Vision Transformer: timm's, which are ours, transformers' and torchvision's."""
 
 import re
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 Tensors = dict[str, Tensor]
 
-# timm's name of a part, and the name of the same part in transformers.
+# timm's name of a part, and transformers' name of it.
 _STEM = {
     "cls_token": "embeddings.cls_token",
     "reg_token": "embeddings.register_tokens",
@@ -55,13 +55,13 @@ _TORCHVISION_BLOCK = {
 
 @dataclass(frozen=True)
 class Shape:
-    """What other libraries' Vision Transformers are told about a plain one."""
+    """Sizes of a plain Vision Transformer, as other libraries' constructors take them."""
 
     width: int
     depth: int
     num_heads: int
     hidden: int
-    """Width of the MLP's second layer's input."""
+    """Width of the MLP's hidden layer."""
     eps: float
     """Of every norm."""
     has_layer_scale: bool
@@ -70,10 +70,10 @@ class Shape:
 
 
 def plain_shape(vit: VisionTransformer) -> Shape:
-    """The sizes of a ViT of the papers' kind.
+    """The sizes of a plain ViT.
 
     Raises:
-        ValueError: it has a part that MAE's, DINO's and DINOv2's ViTs do not have; says which.
+        ValueError: it has a part that the ViTs of MAE, DINO and DINOv2 do not have; names the part.
     """
     reason = _not_plain(vit)
     if reason is not None:
@@ -122,7 +122,7 @@ def _odd_block(block: Any) -> str | None:
 
 
 def plain_tensors(vit: VisionTransformer) -> Tensors:
-    """The weights on the CPU, with a position for the class token and none for registers: those are added to them."""
+    """The weights on the CPU. The class token has a position in the table; registers' positions are added to them."""
     tensors = {name: value.detach().float().cpu().clone() for name, value in vit.state_dict().items()}
     positions = tensors["pos_embed"]
     if vit.no_embed_class:
@@ -135,7 +135,7 @@ def plain_tensors(vit: VisionTransformer) -> Tensors:
 
 
 def fold_layer_scale(tensors: Tensors) -> Tensors:
-    """The same function without LayerScale: its factors go into the layers before it."""
+    """The same function without LayerScale, whose factors are multiplied into the layers before it."""
     folded = {name: value for name, value in tensors.items() if not name.endswith(".gamma")}
     for name, gamma in tensors.items():
         if name.endswith(".gamma"):
@@ -146,7 +146,7 @@ def fold_layer_scale(tensors: Tensors) -> Tensors:
 
 
 def to_transformers(tensors: Mapping[str, Tensor], *, dinov2: bool = False, swiglu: bool = False) -> Tensors:
-    """timm's names as those of transformers' ViTModel, or of Dinov2Model, as they stand in files on the hub."""
+    """Rename timm's tensors to those of transformers' ViTModel or Dinov2Model, as in files on the hub."""
     table = _SWIGLU_BLOCK if swiglu else _DINOV2_BLOCK if dinov2 else _VIT_BLOCK
     renamed: Tensors = {}
     for name, value in tensors.items():
@@ -159,7 +159,7 @@ def to_transformers(tensors: Mapping[str, Tensor], *, dinov2: bool = False, swig
 
 
 def decoder_to_transformers(tensors: Mapping[str, Tensor]) -> Tensors:
-    """The names of MAE's decoder as those of transformers' ViTMAEForPreTraining."""
+    """Rename the tensors of MAE's decoder to those of transformers' ViTMAEForPreTraining."""
     renamed: Tensors = {}
     for name, value in tensors.items():
         block = re.match(r"decoder_blocks\.(\d+)\.(.*)", name)
@@ -171,7 +171,7 @@ def decoder_to_transformers(tensors: Mapping[str, Tensor]) -> Tensors:
 
 
 def block_to_transformers(prefix: str, name: str, value: Tensor, table: Mapping[str, str]) -> Tensors:
-    """One tensor of a block; queries, keys and values, which timm keeps in one, become three."""
+    """Rename one tensor of a block; timm's joint tensor of queries, keys and values becomes three."""
     if name.startswith("attn.qkv."):
         kind = name.rpartition(".")[2]
         parts = zip(_QKV, value.chunk(3), strict=True)
@@ -180,7 +180,7 @@ def block_to_transformers(prefix: str, name: str, value: Tensor, table: Mapping[
 
 
 def to_torchvision(tensors: Mapping[str, Tensor]) -> Tensors:
-    """timm's names as those of torchvision's VisionTransformer, without its heads."""
+    """Rename timm's tensors to those of torchvision's VisionTransformer without its heads."""
     renamed: Tensors = {}
     for name, value in tensors.items():
         block = re.match(r"blocks\.(\d+)\.(.*)", name)
@@ -241,7 +241,7 @@ def merge_class_position(tensors: Tensors, prefix: str = "") -> Tensors:
 
 
 def _swap(name: str, table: Mapping[str, str]) -> str:
-    """A name whose part before the last dot, or the whole of it, is replaced by the table's."""
+    """Replace a whole name, or its part before the last dot, by the table's entry."""
     if name in table:
         return table[name]
     part, _, kind = name.rpartition(".")

@@ -25,7 +25,7 @@ def read_reference(path: Path) -> dict[str, Tensor]:
     Settings, step counters and the optimizer's state, which official files also hold, are left out.
 
     Raises:
-        ValueError: the file is damaged, or holds more than tensors.
+        ValueError: the file is damaged, or holds more than tensors and plain settings.
     """
     if path.suffix == ".safetensors":
         found = read_tensors(path, links=True)
@@ -60,7 +60,7 @@ def _flatten(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, T
 def from_papers(tensors: Mapping[str, Tensor]) -> Tensors:
     """The backbone of an official MAE, DINO or DINOv2 checkpoint under timm's names.
 
-    Of a checkpoint with student and teacher it is the teacher. Heads, decoder, mask token and centres are left out.
+    From a checkpoint with student and teacher, the teacher. Heads, decoder, mask token and centres are left out.
     """
     found = dict(tensors)
     for role in ("teacher.", "student."):
@@ -79,7 +79,7 @@ def from_papers(tensors: Mapping[str, Tensor]) -> Tensors:
 
 
 def rename_dinov2(name: str) -> str:
-    """A name of DINOv2's code as timm's: its chunks of blocks, its registers, its SwiGLU."""
+    """Rename a parameter of DINOv2's code (chunks of blocks, registers, SwiGLU) to timm's name."""
     name = re.sub(r"blocks\.\d+\.(\d+\.)", r"blocks.\1", name)
     name = re.sub(r"(^|\.)register_tokens$", r"\1reg_token", name)
     return name.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
@@ -92,11 +92,10 @@ def fit_positions(
 
     Args:
         grid: rows and columns that the table was made for; None = those of a square.
-        antialias: where it gets smaller, as timm and DINOv2's code with registers do; MAE's, DINO's and DINOv2's other
-            code does not.
+        antialias: when shrinking, as timm and DINOv2's code with registers do; the other code of the papers does not.
 
     Raises:
-        ValueError: the table is of no square grid, so what it was made for is not known.
+        ValueError: no grid is given and the table's is not square.
     """
     vit: Any = encoder.get_submodule("vit")
     prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens

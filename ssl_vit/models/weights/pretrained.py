@@ -35,35 +35,35 @@ from ssl_vit.models.weights.papers import fit_positions, from_papers, read_refer
 MODEL_FILE = "model.safetensors"
 # Widths of the papers' Vision Transformers, and timm's names of them.
 _SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge", 1408: "giant", 1536: "giant"}
-# Settings of a timm model that ours have under another name.
+# Arguments of a timm model that have another name in our settings.
 _ARGUMENTS = {"init_values": "layer_scale"}
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Weights that an encoder can start from, and what is known of them."""
+    """Weights that an encoder can start from, and what is known about them."""
 
     name: str
     config: ViTConfig | None
-    """Architecture and sizes; None where they cannot be told."""
+    """Architecture and sizes; None where the weights do not tell."""
     tensors: Callable[[], Tensors]
-    """Reads them, under timm's names."""
+    """Reads the weights, under timm's names."""
     normalization: Normalization | None = None
     crop_pct: float | None = None
-    """Share of a resized image's sides that their own evaluation keeps; None where it is not known."""
+    """Share of a resized image's sides that the weights' own evaluation keeps; None where it is not known."""
     antialias: bool = True
-    """How a position table is made smaller: as timm does, or, without antialiasing, as the papers' code does."""
+    """Whether a position table is shrunk with antialiasing, as timm does, or without, as most papers' code does."""
 
 
 def open_pretrained(name: str) -> Pretrained:
-    """Find what `encoder.pretrained` names.
+    """Find the weights that `encoder.pretrained` names.
 
     Args:
         name: folder of a run or of an export to timm or transformers, or one from the hub in these layouts; a
             `.safetensors` file; an official `.pth` of MAE, DINO or DINOv2; the name of a timm model, with its tag.
 
     Raises:
-        ValueError: there is nothing of the kind, or it cannot be read without unpickling more than tensors.
+        ValueError: there are no such weights, or reading them would unpickle more than tensors.
     """
     path = as_path(name)
     if path.is_dir():
@@ -80,14 +80,14 @@ def open_pretrained(name: str) -> Pretrained:
 
 
 def load_pretrained(encoder: Encoder, name: str) -> None:
-    """Start an encoder from what `encoder.pretrained` names, strictly.
+    """Load the weights that `encoder.pretrained` names into an encoder, strictly.
 
-    A position table of another size is resized (bicubic). The patch projection of 3 channels is adapted to other
-    numbers: for one channel its weights are summed; for more they are repeated in order and scaled by 3 / channels, so
-    that equal channels give what they gave before.
+    A position table of another size is resized (bicubic). A patch projection of 3 channels is adapted to another
+    number: for one channel its weights are summed; for more they are repeated in order and scaled by 3 / channels, so
+    that the output is the same where all channels are equal.
 
     Raises:
-        ValueError: nothing of the kind there, or another architecture; see `load_strictly`.
+        ValueError: there are no such weights, or they have another architecture; see `load_strictly`.
     """
     assert isinstance(encoder, ViT)
     found = open_pretrained(name)
@@ -97,7 +97,7 @@ def load_pretrained(encoder: Encoder, name: str) -> None:
 
 
 def fit(encoder: ViT, tensors: Mapping[str, Tensor], found: Pretrained) -> Tensors:
-    """The tensors with positions and input channels of the encoder's sizes."""
+    """The tensors with positions and input channels fitted to the encoder."""
     fitted = dict(tensors)
     table, wanted = fitted.get("pos_embed"), encoder.vit.pos_embed
     if table is not None and wanted is not None and table.ndim == 3 and table.shape[-1] == wanted.shape[-1]:
@@ -114,9 +114,9 @@ def fit(encoder: ViT, tensors: Mapping[str, Tensor], found: Pretrained) -> Tenso
 
 
 def infer_config(tensors: Mapping[str, Tensor]) -> ViTConfig | None:
-    """The architecture of a ViT of the papers' sizes from its weights; None of another width.
+    """The architecture of a ViT from its weights; None for widths other than the papers'.
 
-    Heads cannot be told from weights; they are those of the architecture of the same width.
+    Weights do not tell the number of heads; it is that of timm's architecture of the same width.
     """
     projection = tensors.get("patch_embed.proj.weight")
     if projection is None or projection.ndim != 4 or projection.shape[0] not in _SIZES:
@@ -177,7 +177,7 @@ def _open_folder(folder: Path) -> Pretrained:
 
 
 def _read_linked(file: Path) -> Tensors:
-    return read_tensors(file, links=True)  # the files of the hub's cache are links
+    return read_tensors(file, links=True)  # files in the hub's cache are links
 
 
 def _open_transformers(folder: Path, described: dict[str, Any]) -> Pretrained:
@@ -207,7 +207,7 @@ def _open_file(file: Path) -> Pretrained:
         return from_transformers(found) if is_transformers(set(found)) else from_papers(found)
 
     config = infer_config(tensors())
-    # DINOv2's code with registers is the one among the papers' that antialiases.
+    # Of the papers' code, only DINOv2's with registers antialiases.
     return Pretrained(str(file), config, tensors, antialias=config is not None and "reg4" in config.arch)
 
 
@@ -254,5 +254,5 @@ def _config_of_timm(arch: str, cfg: Mapping[str, Any], arguments: Mapping[str, A
 
 
 def _without_head(tensors: Tensors) -> Tensors:
-    """A timm model without the classifier that its own tasks needed."""
+    """The tensors of a timm model without its classifier."""
     return {name: value for name, value in tensors.items() if not name.startswith(("head.", "head_dist."))}

@@ -141,20 +141,6 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"config.json: ssl_vit.encoder.rope: no such setting"):
             load_backbone(file)
 
-
-def test_a_backbone_that_does_not_come_back_equal_is_not_handed_over(
-    tmp_path: Path, tiny_encoder: ViT, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ssl_vit.models.weights.backbone.load_strictly", lambda *args: None)
-    with pytest.raises(RuntimeError, match="differ from the trained ones"):
-        export(tiny_encoder, tmp_path)
-    assert not (tmp_path / "backbone.safetensors").exists()
-
-
-def test_whoever_may_read_the_description_may_read_the_weights(tmp_path: Path, tiny_encoder: ViT) -> None:
-    file = export_backbone(tiny_encoder, tmp_path, normalization=GREY, provenance={})
-    assert file.stat().st_mode == (tmp_path / "config.json").stat().st_mode
-
     @pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.uint8, torch.complex64])
     def test_weights_of_a_dtype_that_weights_do_not_have(self, file: Path, kind: torch.dtype) -> None:
         save_file({**load_file(file), "norm.bias": torch.zeros(32).to(kind)}, file)
@@ -200,3 +186,17 @@ def test_whoever_may_read_the_description_may_read_the_weights(tmp_path: Path, t
         (file.parent / "config.json").write_text(json.dumps(described))
         with pytest.raises(ValueError, match=r"of another shape: "):
             load_backbone(file)  # 20 GB, were it built
+
+
+def test_a_backbone_that_does_not_come_back_equal_is_not_handed_over(
+    tmp_path: Path, tiny_encoder: ViT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ssl_vit.models.weights.backbone.load_strictly", lambda *args: None)
+    with pytest.raises(RuntimeError, match="differ from the trained ones"):
+        export(tiny_encoder, tmp_path)
+    assert not (tmp_path / "backbone.safetensors").exists()
+
+
+def test_whoever_may_read_the_description_may_read_the_weights(tmp_path: Path, tiny_encoder: ViT) -> None:
+    file = export_backbone(tiny_encoder, tmp_path, normalization=GREY, provenance={})
+    assert file.stat().st_mode == (tmp_path / "config.json").stat().st_mode
