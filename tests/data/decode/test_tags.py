@@ -1,6 +1,5 @@
 """What a tag says of the pixels is applied at every bit depth, whichever library reads the file."""
 
-import io
 import struct
 import zlib
 from collections.abc import Callable
@@ -8,41 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tifffile
-import torch
 from PIL import Image, ImageCms
 
 from ssl_vit.data.decode.decode import decode
-from tests.data.broken import encoded, npy, png, png_chunk
-
-RNG = np.random.default_rng(7)
-SIZES = {8: np.uint8, 16: np.uint16, 32: np.float32}
-
-
-def drawn(*shape: int, bits: int = 8) -> np.ndarray:
-    """Samples of this many bits: unsigned numbers, floats for 32."""
-    if bits == 32:
-        return RNG.random(shape, dtype=np.float32)
-    return RNG.integers(0, 2**bits, shape).astype(np.uint8 if bits <= 8 else np.uint16)
-
-
-def eighths(values: np.ndarray, bits: int) -> np.ndarray:
-    """The same in [0, 255]: what each of them means."""
-    return np.rint(values.astype(np.float64) * 255 / (1 if bits == 32 else 2**bits - 1)).astype(np.int64)
-
-
-def tiff(array: np.ndarray, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    tifffile.imwrite(buffer, array, metadata=None, **options)
-    return buffer.getvalue()
-
-
-def check(data: bytes, expected: np.ndarray, num_channels: int | None = None, tolerance: int = 0) -> None:
-    """`expected`: [h w] or [h w c]."""
-    expected = expected.reshape(*expected.shape[:2], -1)
-    found = decode(data, num_channels or expected.shape[2]).permute(1, 2, 0).numpy().astype(np.int64)
-    assert found.shape == expected.shape
-    assert np.abs(found - expected).max() <= tolerance
+from tests.data.broken import encoded, npy, png_chunk
+from tests.data.decode.pixels import RNG, SIZES, check, drawn, eighths, tiff, write_png
 
 
 @pytest.mark.parametrize("bits", [8, 16, 32])
@@ -202,23 +171,6 @@ def test_inks_and_other_colours_of_tiff(mode: str):
 # PNG
 
 
-def chunk_lines(array: np.ndarray, bits: int) -> bytes:
-    """An unfiltered IDAT of [h w c] samples."""
-    lines = b""
-    for line in array.reshape(array.shape[0], -1):
-        if bits == 16:
-            lines += b"\0" + line.astype(">u2").tobytes()
-        else:
-            digits = np.unpackbits(line.astype(np.uint8)[:, None], axis=1)[:, 8 - bits :]
-            lines += b"\0" + np.packbits(digits.ravel()).tobytes()
-    return png_chunk(b"IDAT", zlib.compress(lines))
-
-
-def write_png(array: np.ndarray, bits: int, *chunks: bytes) -> bytes:
-    colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[array.shape[2]]
-    return png(array.shape[1], array.shape[0], *chunks, chunk_lines(array, bits), depth=bits, colour_type=colour_type)
-
-
 PNG_KINDS = [(1, 1), (1, 2), (1, 4), (1, 8), (1, 16), (2, 8), (2, 16), (3, 8), (3, 16), (4, 8), (4, 16)]
 
 
@@ -321,84 +273,6 @@ def check_turned(kind: str, orientation: int) -> None:
         }.get(kind, {})
         data, tolerance = encoded(image, kind, exif=exif(orientation), **options), 0 if kind in ("PNG", "WEBP") else 12
     check(data, expected, tolerance=tolerance)
-
-
-# Colour profiles
-
-
-def _profile(gamma: int, space: bytes = b"RGB ") -> bytes:
-    """A profile with the primaries of sRGB, D50, or grey, and a curve of gamma * 256."""
-
-    def s15(*values: float) -> bytes:
-        return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
-
-    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, gamma) + bytes(2)
-    white = b"XYZ " + bytes(4) + s15(0.9642, 1.0, 0.8249)
-    tags = {b"wtpt": white}
-    if space == b"GRAY":
-        tags[b"kTRC"] = curve
-    else:
-        primaries = {b"r": (0.4361, 0.2225, 0.0139), b"g": (0.3851, 0.7169, 0.0971), b"b": (0.1431, 0.0606, 0.7139)}
-        for name, xyz in primaries.items():
-            tags |= {name + b"XYZ": b"XYZ " + bytes(4) + s15(*xyz), name + b"TRC": curve}
-    table, body, place = b"", b"", 128 + 4 + 12 * len(tags)
-    for name, content in tags.items():
-        table += name + struct.pack(">II", place + len(body), len(content))
-        body += content
-    header = bytes(4) + b"lcms" + struct.pack(">I", 0x02400000) + b"mntr" + space + b"XYZ " + bytes(12) + b"acsp"
-    header = header.ljust(68, b"\0") + s15(0.9642, 1.0, 0.8249)
-    data = header.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + body
-    return struct.pack(">I", len(data)) + data[4:]
-
-
-def from_linear(values: np.ndarray) -> np.ndarray:
-    """8-bit linear light as 8-bit sRGB."""
-    light = values / 255
-    return np.rint(255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055))
-
-
-def _with_profile(kind: str, profile: bytes, pixels: np.ndarray) -> bytes:
-    if kind == "PNG16":
-        iccp = png_chunk(b"iCCP", b"any\0\0" + zlib.compress(profile))
-        return write_png(pixels.astype(np.uint16) * 257, 16, iccp)
-    if kind.startswith("TIFF"):
-        stored = pixels if kind == "TIFF" else pixels.astype(np.uint16) * 257
-        return tiff(np.squeeze(stored), photometric="rgb" if pixels.shape[2] > 1 else "minisblack", iccprofile=profile)
-    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100}}.get(kind, {"quality": 98})
-    return encoded(Image.fromarray(np.squeeze(pixels)), kind, icc_profile=profile, **options)
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "PNG16", "WEBP", "TIFF", "TIFF16", "AVIF"])
-def test_colour_profiles_are_applied(kind: str):
-    pixels = np.repeat(np.repeat(RNG.integers(60, 200, (2, 3, 1)).astype(np.uint8), 16, axis=0), 16, axis=1)
-    pixels = np.repeat(pixels, 3, axis=2)  # greys, which every kind of compression keeps
-    check(_with_profile(kind, _profile(256), pixels), from_linear(pixels), tolerance=4)
-    same = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    check(_with_profile(kind, same, pixels), pixels.astype(int), tolerance=2)
-    for useless in (b"no profile", _profile(256, b"GRAY")):
-        check(_with_profile(kind, useless, pixels), pixels.astype(int), tolerance=2)
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "TIFF16"])
-def test_profiles_of_grey_are_applied(kind: str):
-    pixels = np.repeat(np.repeat(RNG.integers(60, 200, (2, 3, 1)).astype(np.uint8), 16, axis=0), 16, axis=1)
-    data = _with_profile(kind, _profile(256, b"GRAY"), pixels)
-    check(data, from_linear(pixels), tolerance=3)
-    check(data, np.repeat(from_linear(pixels), 3, axis=2), tolerance=3)
-
-
-def test_a_profile_moves_colours_as_the_reference_does():
-    pixels = drawn(16, 24, 4)
-    profile = _profile(461)  # gamma 1.8
-    opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    rgb = Image.fromarray(pixels[..., :3])
-    applied = ImageCms.profileToProfile(rgb, opened, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    expected = np.concatenate([np.array(applied), pixels[..., 3:]], axis=-1).astype(int)
-    check(_with_profile("PNG", profile, pixels), expected)
-    check(encoded(rgb, "PNG", icc_profile=profile), np.array(applied).astype(int))
-    long = profile + bytes(150_000)  # more than one segment of a JPEG
-    jpeg = encoded(rgb, "JPEG", icc_profile=long)
-    assert not torch.equal(decode(jpeg, 3), decode(encoded(rgb, "JPEG"), 3))
 
 
 # Others
