@@ -20,10 +20,10 @@ _ROUNDING = 2  # levels of 255 below which a profile counts as sRGB's own; profi
 def to_srgb(pixels: UInt8[Tensor, "c h w"], profile: bytes) -> UInt8[Tensor, "c h w"]:
     """Convert grey or RGB pixels, with alpha or without, to sRGB; other numbers of channels stay as they are.
 
-    A profile that is damaged, of another kind of colours, or sRGB's own is ignored.
+    A profile that is empty, damaged, of another kind of colours, or sRGB's own is ignored.
     """
     colours = {1: 1, 2: 1, 3: 3, 4: 3}.get(pixels.shape[0])
-    transform = _transform(profile, "L" if colours == 1 else "RGB") if colours else None
+    transform = _transform(profile, "L" if colours == 1 else "RGB") if colours and profile else None
     if transform is None:
         return pixels
 

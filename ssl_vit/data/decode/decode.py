@@ -121,7 +121,7 @@ def _decode_jpeg(data: bytes, max_image_bytes: int) -> UInt8[Tensor, "c h w"]:
         check_size(header.height, header.width, header.bytes_a_pixel, max_image_bytes)
         pixels = None if header.turned_by_xmp else _decode_with_torchvision(data)
         if pixels is not None and pixels.shape[0] != 4:  # the four channels of a JPEG are CMYK inks, not RGBA
-            return to_srgb(pixels, header.profile) if header.profile else pixels
+            return to_srgb(pixels, header.profile)
         del pixels
     return _decode_with_pillow(data, max_image_bytes)
 
@@ -144,8 +144,7 @@ def _decode_tiff(data: bytes, num_channels: int, max_image_bytes: int, pages: Pa
             check_size(page.tile[0], page.tile[1], page.bytes_a_pixel, max_image_bytes)
         check_tiff(page)
         if not pillow_reads(page, num_channels):
-            pixels = read_tiff_page(data, number, page, num_channels, max_image_bytes)
-            return to_srgb(pixels, page.profile) if page.profile else pixels
+            return to_srgb(read_tiff_page(data, number, page, num_channels, max_image_bytes), page.profile)
         return _decode_with_pillow(data, max_image_bytes, number, (page, num_channels))
 
     found = full_pages(data)
@@ -163,8 +162,8 @@ def _decode_tiff(data: bytes, num_channels: int, max_image_bytes: int, pages: Pa
                 "--data.pages channels where each page is a channel"
             )
         return read(*chosen[0], num_channels)
-    if sum(page.samples for _, page in chosen) != num_channels:
-        count = sum(page.samples for _, page in chosen)
+    count = sum(page.samples for _, page in chosen)
+    if count != num_channels:
         raise ValueError(
             f"{num_channels} channels were asked for and its {len(chosen)} pages hold {count}; give data.mean and "
             f"data.std {count} values, or --data.pages first"
@@ -209,8 +208,7 @@ def _decode_with_pillow(
                 array = array[..., :3]  # the fourth byte is not declared as transparency, and empty
     except (Image.UnidentifiedImageError, SyntaxError) as error:
         if tiff is not None:
-            pixels = read_tiff_page(data, number, *tiff, max_image_bytes)
-            return to_srgb(pixels, tiff[0].profile) if tiff[0].profile else pixels
+            return to_srgb(read_tiff_page(data, number, *tiff, max_image_bytes), tiff[0].profile)
         if isinstance(error, SyntaxError):
             raise ValueError(str(error) or "SyntaxError") from error
         raise ValueError("not an image file, or one of a format that is not read") from None
@@ -221,7 +219,7 @@ def _decode_with_pillow(
     pixels = as_tensor(array)
     if tiff is not None and tiff[0].photometric == 0 and image.mode not in ("1", "L"):  # Pillow inverts those two
         pixels = 255 - pixels
-    return to_srgb(pixels, profile) if profile else pixels
+    return to_srgb(pixels, profile)
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -21,7 +21,7 @@ JPEG_SIGNATURE = b"\xff\xd8\xff"
 # Start-of-frame markers: C0 to CF without the tables and an extension.
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _PASSES = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))  # Adam7
-_CHUNKS = frozenset((b"IHDR", b"PLTE", b"tRNS", b"iCCP", b"acTL", b"IDAT", b"IEND"))
+_CHUNKS = frozenset((b"IHDR", b"PLTE", b"tRNS", b"iCCP", b"IDAT", b"IEND"))
 _LARGEST_PROFILE = 2**24
 _WITHOUT_LENGTH = frozenset(range(0xD0, 0xDA)) | {0x00, 0x01}
 _MARKER_IN_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
@@ -108,7 +108,6 @@ class PNGHeader(NamedTuple):
     interlaced: bool
     transparent: tuple[int, ...]
     """The grey or colour that is transparent, as it is stored; () where there is none."""
-    is_animated: bool
     profile: bytes
     """ICC profile; empty where there is none."""
     compressed: bytes
@@ -153,17 +152,8 @@ def read_png(data: bytes) -> PNGHeader:
         profile = zlib.decompressobj().decompress(profile, _LARGEST_PROFILE) if profile else b""
     except zlib.error:
         profile = b""
-    return PNGHeader(
-        height,
-        width,
-        bit_depth,
-        colour_type,
-        bool(interlaced),
-        transparent,
-        b"acTL" in chunks,
-        profile,
-        b"".join(chunks[b"IDAT"]),
-    )
+    compressed = b"".join(chunks[b"IDAT"])
+    return PNGHeader(height, width, bit_depth, colour_type, bool(interlaced), transparent, profile, compressed)
 
 
 def is_sound_png16(png: PNGHeader) -> bool:
