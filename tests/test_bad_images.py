@@ -79,7 +79,7 @@ def test_two_processes_skip_what_one_skips(photos: Path, tmp_path: Path) -> None
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     text = finish([*launcher, *command(photos, two, *flags)])
     assert "2 processes on cpu" in text
-    assert text.count("2 of the 40 images that judge cannot be decoded and are left out") == 2
+    assert text.count("2 of the 40 evaluation images cannot be decoded and are left out") == 2
     for run in (one, two):
         scores = json.loads((run / "results.json").read_text())["scores"]
         assert {scores[name]["knn"]["n"] for name in scores} == {38}
@@ -179,6 +179,6 @@ def test_fine_tuning_passes_over_bad_images_and_is_not_tested_on_them(
     AcceleratorState._reset_state()
     monkeypatch.setattr("sys.argv", ["finetune.py", *flags, f"--evaluation.test_source={photos}"])
     assert main(FINETUNE, ending=supervised) == 0
-    assert "2 of the 40 images that judge cannot be decoded" in capsys.readouterr().out
+    assert "2 of the 40 evaluation images cannot be decoded" in capsys.readouterr().out
     assert sorted(record["path"] for record in listed(run)) == [str(photos / name) for name in BAD]
     assert json.loads((run / "results.json").read_text())["scores"]["fine-tuned"]["test"]["n"] == 38

@@ -88,7 +88,7 @@ class BadImages:
         return self.count
 
     def check(self, num_drawn: int) -> None:
-        """Stop a run of which too many images are bad.
+        """Stop a run that meets too many bad images.
 
         Args:
             num_drawn: samples so far, over all processes.
@@ -202,7 +202,7 @@ def leave_out_bad(source: Source, num_channels: int, num_workers: int) -> Source
     if not bad:
         return source
     if process_index() == 0:
-        print(f"note       {len(bad):,} of the {len(source):,} images that judge cannot be decoded and are left out")
+        print(f"note       {len(bad):,} of the {len(source):,} evaluation images cannot be decoded and are left out")
     return source.subset(np.setdiff1d(np.arange(len(source)), bad))
 
 

@@ -121,7 +121,7 @@ class DataConfig:
 
 
 def bytes_of_pixels(max_pixels: int) -> int:
-    """`max_image_bytes` for what was `max_pixels`: the default of the one becomes that of the other."""
+    """`max_image_bytes` for a former `max_pixels`; the former default becomes the present one."""
     return 3 * max_pixels + 2
 
 

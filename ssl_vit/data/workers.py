@@ -80,7 +80,7 @@ class CurrentRows:
         self._rows = torch.full((max(1, num_workers), 2), -1, dtype=torch.int64).share_memory_()
 
     def note(self, row: int) -> None:
-        """Note the row that is read next; without workers nobody needs it."""
+        """Note the row that is read next; does nothing without workers."""
         worker = get_worker_info()
         if worker is not None:
             entry = self._rows[worker.id]

@@ -261,7 +261,7 @@ def check_own_files(name: str, files: Mapping[Any, Sequence[str]] | None) -> Non
     """
     for file in (file for split in (files or {}).values() for file in split):
         if not is_of_hub(file, f"hf://datasets/{name}"):
-            raise ValueError(f"it names {file}, which is none of its own files, and no others are opened")
+            raise ValueError(f"it names {file}, which is no file of its repository, and no others are opened")
 
 
 def hub_error(config: DataConfig, what: str) -> ValueError:

@@ -184,5 +184,5 @@ def test_a_data_set_of_the_hub_names_its_own_files_alone(address: str, streaming
     monkeypatch.setattr("ssl_vit.data.sources.stream.check_hub", lambda config: "me/mine")
     monkeypatch.setattr(tables, "check_cache", lambda: None)
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: builder)
-    with pytest.raises(ValueError, match=r"which is none of its own files, and no others are opened"):
+    with pytest.raises(ValueError, match=r"which is no file of its repository, and no others are opened"):
         (open_stream if streaming else open_source)(DataConfig(source="me/mine", streaming=streaming))
