@@ -179,6 +179,6 @@ def test_fine_tuning_passes_over_bad_images_and_is_not_tested_on_them(
     AcceleratorState._reset_state()
     monkeypatch.setattr("sys.argv", ["finetune.py", *flags, f"--evaluation.test_source={photos}"])
     assert main(FINETUNE, ending=supervised) == 0
-    assert "2 of the 40 evaluation images cannot be decoded" in capsys.readouterr().out
+    assert "2 of the 40 test images cannot be decoded" in capsys.readouterr().out
     assert sorted(record["path"] for record in listed(run)) == [str(photos / name) for name in BAD]
     assert json.loads((run / "results.json").read_text())["scores"]["fine-tuned"]["test"]["n"] == 38

@@ -145,7 +145,7 @@ def test_rows_that_cannot_be_decoded_are_left_out(tmp_path: Path, capsys: pytest
     source = folder_of(tmp_path, 5, bad=(2, 6))
     readable = leave_out_bad(source, 3, 0)
     assert [Path(row["image"]["path"]).stem for row in readable.rows] == ["000", "001", "003", "004", "005"]
-    assert "2 of the 7 images" in capsys.readouterr().out
+    assert "2 of the 7 evaluation images" in capsys.readouterr().out
     assert leave_out_bad(readable, 3, 0) is readable
 
 
