@@ -24,9 +24,9 @@ from benchmarks.processes import measure_processes
 from benchmarks.rounds import alternate, contender, machine, ratios, synchronize
 from ssl_vit.core.machine import resolve_precision
 from ssl_vit.core.settings import as_plain
+from ssl_vit.core.writing import mark
 from ssl_vit.data.config import DataConfig
 from ssl_vit.data.loader import Batches
-from ssl_vit.data.outputs import mark
 from ssl_vit.data.sampler import StepSampler
 from ssl_vit.data.sources.source import open_source
 from ssl_vit.data.transform import InputSpec, pair

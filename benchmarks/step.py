@@ -25,8 +25,8 @@ from ssl_vit.models.vit import choose_attention, set_fused_attention
 from ssl_vit.objectives.dino import DINOConfig
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.training.config import RunConfig, parse_run
-from ssl_vit.training.device.compile import LEAST_STEPS, resolve_compile
 from ssl_vit.training.device.cuda_graphs import resolve_cuda_graphs
+from ssl_vit.training.device.prepare import LEAST_STEPS, resolve_compile
 from ssl_vit.training.step import prepare_step
 
 HELP = "images per second of a training step with fused and plain attention, or beside other steps"

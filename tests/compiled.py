@@ -10,8 +10,8 @@ from ssl_vit.models.vit import ViTConfig
 from ssl_vit.objectives.dino import DINOConfig
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.objectives.objective import Objective
-from ssl_vit.training.device.compile import compile_blocks
 from ssl_vit.training.device.cuda_graphs import BlockGraphs
+from ssl_vit.training.device.prepare import compile_blocks
 from tests.specs import spec
 
 TINY = {"arch": "vit_small_patch16_224", "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}

@@ -15,7 +15,7 @@ from ssl_vit.core.schedules import warmup_cosine
 from ssl_vit.data.augment.crops import draw_crop
 from ssl_vit.data.augment.device import JITTER_ORDERS, color_jitter, gaussian_blur, to_unit
 from ssl_vit.data.augment.masking import draw_block_mask
-from ssl_vit.models.positions import sincos_positions
+from ssl_vit.models.patches import sincos_positions
 from ssl_vit.models.vit import ViTConfig
 from ssl_vit.objectives.dino import DINO, DINOConfig
 from tests.conftest import ROOT

@@ -27,9 +27,7 @@ from ssl_vit.runs.checkpoint import (
     remove_unfinished,
     save_checkpoint,
 )
-from ssl_vit.runs.folder import is_finished, write_results
-from ssl_vit.runs.heartbeat import beat
-from ssl_vit.runs.lock import lock_folder
+from ssl_vit.runs.folder import beat, is_finished, lock_folder, write_results
 from ssl_vit.runs.record import read_run
 from ssl_vit.runs.trained import open_trained
 from ssl_vit.training.config import write_config

@@ -7,7 +7,7 @@ from typing import Literal
 from ssl_vit.core.paths import as_path
 from ssl_vit.core.settings import check_ranges
 from ssl_vit.data.decode.bounds import MAX_IMAGE_BYTES
-from ssl_vit.data.mixture import as_text, check_weights
+from ssl_vit.data.sampler import as_text, check_weights
 from ssl_vit.data.transform import Normalization
 from ssl_vit.data.workers import check_num_workers
 

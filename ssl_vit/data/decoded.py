@@ -31,8 +31,7 @@ from ssl_vit.core.distributed import process_index
 from ssl_vit.core.manifest import hash_file
 from ssl_vit.core.paths import as_path
 from ssl_vit.core.reading import open_regular, read_json
-from ssl_vit.core.writing import UNFINISHED, flush, fresh_folder, replace_json
-from ssl_vit.data.outputs import mark
+from ssl_vit.core.writing import UNFINISHED, flush, fresh_folder, mark, replace_json
 from ssl_vit.data.sources.fingerprint import fingerprint
 from ssl_vit.data.sources.source import DataConfig, Source
 from ssl_vit.data.workers import in_workers

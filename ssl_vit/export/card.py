@@ -11,7 +11,7 @@ import ssl_vit
 from ssl_vit.core.privacy import public
 from ssl_vit.core.reading import read_json, read_metrics
 from ssl_vit.core.text import cell, code, plain
-from ssl_vit.data.mixture import as_text
+from ssl_vit.data.sampler import as_text
 from ssl_vit.runs.folder import METRICS_FILE
 from ssl_vit.runs.record import found_scores, training_hours
 from ssl_vit.runs.trained import Trained

@@ -1,8 +1,9 @@
-"""timm's transformer block, also for tokens of images of several sizes at once."""
+"""Transformer blocks: timm's, also for tokens of images of several sizes at once, and one of cross-attention."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from einops import rearrange
 from jaxtyping import Float
 from timm.layers.attention import Attention
 from timm.layers.drop import DropPath
+from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -163,3 +165,39 @@ def _drop_path(path: nn.Module, x: Float[Tensor, "1 n d"], shapes: Shapes) -> Fl
     drawn = path(x.new_ones(sum(count for count, _ in shapes), 1))
     counts = torch.cat([drawn.new_full((count,), length, dtype=torch.int64) for count, length in shapes])
     return x * drawn.repeat_interleave(counts, dim=0, output_size=x.shape[1])
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of queries to a memory of a width of its own. `fused_attn` as in timm's attention."""
+
+    def __init__(self, dim: int, memory_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads, self.fused_attn = num_heads, True
+        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(memory_dim, 2 * dim), nn.Linear(dim, dim)
+
+    def forward(self, queries: Float[Tensor, "b m d"], memory: Float[Tensor, "b n e"]) -> Float[Tensor, "b m d"]:
+        q = rearrange(self.q(queries), "b m (h e) -> b h m e", h=self.num_heads)
+        k, v = rearrange(self.kv(memory), "b n (two h e) -> two b h n e", two=2, h=self.num_heads)
+        if self.fused_attn:
+            found = F.scaled_dot_product_attention(q, k, v)
+        else:
+            found = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1).to(v.dtype) @ v
+        return self.proj(rearrange(found, "b h m e -> b m (h e)"))
+
+
+class CrossBlock(nn.Module):
+    """Cross-attention and MLP, each after a norm and with a shortcut: CrossMAE's decoder block (arXiv:2401.14391).
+
+    The memory comes normalised, as an encoder's last tokens are.
+    """
+
+    def __init__(self, dim: int, memory_dim: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        norm_layer: Any = partial(nn.LayerNorm, eps=1e-6)
+        self.norm1, self.norm2 = norm_layer(dim), norm_layer(dim)
+        self.attn = CrossAttention(dim, memory_dim, num_heads)
+        self.mlp = Mlp(dim, int(mlp_ratio * dim))
+
+    def forward(self, queries: Float[Tensor, "b m d"], memory: Float[Tensor, "b n e"]) -> Float[Tensor, "b m d"]:
+        queries = queries + self.attn(self.norm1(queries), memory)
+        return queries + self.mlp(self.norm2(queries))

@@ -20,7 +20,7 @@ from ssl_vit.core.settings import check_ranges
 from ssl_vit.data.transform import check_divisible, pair
 from ssl_vit.models.blocks import make_packable, run_blocks, run_packed_blocks
 from ssl_vit.models.encoder import Encoder, Features
-from ssl_vit.models.positions import sincos_positions
+from ssl_vit.models.patches import sincos_positions
 
 # No plain ViT exceeds these (the largest published has 22 billion parameters); a file that asks for more is a mistake,
 # or meant to take the machine's memory.

@@ -19,11 +19,9 @@ from ssl_vit.data.augment.crops import OrientationConfig, random_view
 from ssl_vit.data.augment.device import flip_horizontally, normalize
 from ssl_vit.data.augment.masking import draw_keep, draw_predicted, num_kept
 from ssl_vit.data.transform import InputSpec
-from ssl_vit.models.blocks import run_blocks, run_in_turn
-from ssl_vit.models.cross_attention import CrossBlock
+from ssl_vit.models.blocks import CrossBlock, run_blocks, run_in_turn
 from ssl_vit.models.encoder import Encoder, Features
-from ssl_vit.models.patches import patchify
-from ssl_vit.models.positions import sincos_positions
+from ssl_vit.models.patches import patchify, sincos_positions
 from ssl_vit.objectives.objective import Objective, Reconstruction, Resolved, RunSize
 
 

@@ -14,9 +14,9 @@ import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
+from ssl_vit.core.paths import PATHS, absolute
 from ssl_vit.core.reading import MAX_YAML, read_bytes, read_yaml
 from ssl_vit.core.schedules import progress_at
-from ssl_vit.core.setting_paths import PATHS, absolute
 from ssl_vit.core.settings import as_plain, check_file, check_ranges, in_one_line, section, split_config_files
 from ssl_vit.core.watch import MAX_WAIT
 from ssl_vit.core.writing import replace_text
@@ -29,7 +29,7 @@ from ssl_vit.models.weights.pretrained import load_pretrained, open_pretrained
 from ssl_vit.objectives.objective import Objective, ObjectiveConfig, RunSize
 from ssl_vit.objectives.recipes import resolve_warmup
 from ssl_vit.runs.checkpoint import CheckpointConfig
-from ssl_vit.runs.lock import LOCK_FILE
+from ssl_vit.runs.folder import LOCK_FILE
 from ssl_vit.training.observe.tracking import TrackerName
 from ssl_vit.training.optim import OptimConfig
 

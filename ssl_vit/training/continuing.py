@@ -5,12 +5,11 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ssl_vit.core.paths import path_to_text
+from ssl_vit.core.paths import PATHS, is_same, path_to_text
 from ssl_vit.core.reading import read_json, read_yaml
-from ssl_vit.core.setting_paths import PATHS, is_same
 from ssl_vit.core.settings import as_plain, differences
+from ssl_vit.core.writing import mark
 from ssl_vit.data.config import bytes_of_pixels
-from ssl_vit.data.outputs import mark
 from ssl_vit.runs.checkpoint import STATE_FILE, newest_checkpoint
 from ssl_vit.runs.folder import CONFIG_FILE, holds_anything, take_folder
 from ssl_vit.training.config import RunConfig, write_config

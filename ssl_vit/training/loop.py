@@ -14,8 +14,7 @@ from ssl_vit.core.front import stoppable
 from ssl_vit.core.text import plain
 from ssl_vit.core.writing import tell_error
 from ssl_vit.runs.checkpoint import newest_checkpoint
-from ssl_vit.runs.folder import RESULTS_FILE, is_finished
-from ssl_vit.runs.heartbeat import beat
+from ssl_vit.runs.folder import RESULTS_FILE, beat, is_finished
 from ssl_vit.training import ending as pretraining
 from ssl_vit.training.by_products import by_product
 from ssl_vit.training.config import RunConfig, parse_run

@@ -27,15 +27,15 @@ from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.models.vit import choose_attention
 from ssl_vit.objectives.objective import Objective
 from ssl_vit.runs.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint, step_of
-from ssl_vit.runs.heartbeat import State, beat, end_of_start
+from ssl_vit.runs.folder import State, beat, end_of_start
 from ssl_vit.runs.provenance import facts, note_session
 from ssl_vit.training import ending as pretraining
 from ssl_vit.training.config import RunConfig
 from ssl_vit.training.continuing import check_run_folder, go_on_as_before, open_run_folder
-from ssl_vit.training.device import fsdp
-from ssl_vit.training.device.compile import compile_blocks, resolve_compile
+from ssl_vit.training.device import prepare
 from ssl_vit.training.device.cuda_graphs import BlockGraphs, resolve_cuda_graphs
 from ssl_vit.training.device.micro_batch import choose_micro_batch
+from ssl_vit.training.device.prepare import compile_blocks, resolve_compile
 from ssl_vit.training.faults import Faults
 from ssl_vit.training.observe.metrics import MetricLog
 from ssl_vit.training.observe.tracking import check_tracker
@@ -231,7 +231,7 @@ def _prepare_step(
         is_sharded=accelerator.is_fsdp2,
         grad_checkpointing=config.encoder.grad_checkpointing,
     )
-    model, optimizer = fsdp.prepare(accelerator, objective, optimizer, precision)
+    model, optimizer = prepare.prepare(accelerator, objective, optimizer, precision)
     if compiled:
         compile_blocks(objective)
     graphs = BlockGraphs(graphed, must_work=config.cuda_graphs is True)
@@ -295,7 +295,7 @@ def eager(run: Run) -> AbstractContextManager[Any]:
 
 def unsharded(run: Run) -> Objective:
     """The objective with whole parameters on every process; every process calls this."""
-    return fsdp.whole(run.config, run.train_step.model, run.objective, run.accelerator.device)
+    return prepare.whole(run.config, run.train_step.model, run.objective, run.accelerator.device)
 
 
 def build_sampler(run: Run) -> StepSampler:

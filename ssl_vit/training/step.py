@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ssl_vit.core.machine import autocast_dtype, resolve_precision
 from ssl_vit.objectives.objective import Objective
 from ssl_vit.training.config import RunConfig
-from ssl_vit.training.device.compile import compile_blocks
 from ssl_vit.training.device.cuda_graphs import BlockGraphs
+from ssl_vit.training.device.prepare import compile_blocks
 from ssl_vit.training.optim import build_optimizer, clip_gradients, clip_groups, set_schedule
 
 Part = Callable[[str], AbstractContextManager[Any]]

@@ -7,8 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from ssl_vit.core.reading import MAX_FIGURE, read_bytes
-from ssl_vit.core.writing import replacing
-from ssl_vit.data.outputs import mark
+from ssl_vit.core.writing import mark, replacing
 from ssl_vit.runs.folder import PICTURES_FOLDER
 from ssl_vit.runs.record import Frame, list_frames
 

@@ -15,8 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ssl_vit.core.writing import replacing
-from ssl_vit.data.outputs import mark
+from ssl_vit.core.writing import mark, replacing
 from ssl_vit.data.transform import Normalization
 
 _WIDTH_INCHES = 6.5  # text width of a paper, so that the font sizes below are what a reader gets

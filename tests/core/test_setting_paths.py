@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ssl_vit.core.setting_paths import absolute, is_same
+from ssl_vit.core.paths import absolute, is_same
 from ssl_vit.core.settings import as_plain
 from ssl_vit.data.config import DataConfig
 from ssl_vit.data.transform import Normalization

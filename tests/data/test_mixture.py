@@ -11,8 +11,7 @@ from PIL import Image
 
 from scripts.pretrain_mae import DEFAULTS
 from ssl_vit.data.loader import Batches
-from ssl_vit.data.mixture import Mixture, check_weights
-from ssl_vit.data.sampler import StepSampler, epoch_order
+from ssl_vit.data.sampler import Mixture, StepSampler, check_weights, epoch_order
 from ssl_vit.data.sources import openmoji
 from ssl_vit.data.sources.source import DataConfig, Source, open_source
 from ssl_vit.objectives.mae import MAEConfig

@@ -5,8 +5,8 @@ import pytest
 
 from scripts.export import main as export
 from scripts.visualize import main as visualize
+from ssl_vit.core.writing import MARKER, is_output, mark, written_files
 from ssl_vit.data.decoded import open_decoded
-from ssl_vit.data.outputs import MARKER, is_output, mark, written_files
 from ssl_vit.data.sources.source import DataConfig, Source, open_source
 
 

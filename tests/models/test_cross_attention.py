@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_vit.models.cross_attention import CrossAttention, CrossBlock
+from ssl_vit.models.blocks import CrossAttention, CrossBlock
 
 
 @pytest.mark.parametrize("fused", [True, False])

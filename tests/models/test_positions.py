@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ssl_vit.models.positions import sincos_positions
+from ssl_vit.models.patches import sincos_positions
 
 
 def test_first_half_of_the_width_encodes_the_column() -> None:

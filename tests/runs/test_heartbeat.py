@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssl_vit.runs.heartbeat import beat
+from ssl_vit.runs.folder import beat
 from ssl_vit.training import ending
 from ssl_vit.training.signals import EXIT_STOPPED, OUT_OF_TIME
 from tests.conftest import last_weights

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from ssl_vit.runs.lock import lock_folder
+from ssl_vit.runs.folder import lock_folder
 
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from ssl_vit.runs.lock import lock_folder
+from ssl_vit.runs.folder import lock_folder
 lock_folder(Path(sys.argv[1]))
 child = os.fork()  # as a loader worker, which lives on for a while
 if child:
@@ -47,7 +47,8 @@ def test_a_second_run_is_refused_until_the_first_is_gone_however_it_goes(tmp_pat
     assert f'"pid": {os.getpid()}' in (tmp_path / "run.lock").read_text()
 
 
-TRY = "import sys; from pathlib import Path; from ssl_vit.runs.lock import lock_folder; lock_folder(Path(sys.argv[1]))"
+TRY = "import sys; from pathlib import Path; from ssl_vit.runs.folder import lock_folder; "
+TRY += "lock_folder(Path(sys.argv[1]))"
 
 
 def is_free(folder: Path) -> bool:

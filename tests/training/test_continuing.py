@@ -15,7 +15,7 @@ from ssl_vit.training.continuing import check_run_folder, open_run_folder
 HOLD = """
 import sys, time
 from pathlib import Path
-from ssl_vit.runs.lock import lock_folder
+from ssl_vit.runs.folder import lock_folder
 lock_folder(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ssl_vit.core.paths import path_from_text, path_to_text
+from ssl_vit.core.writing import is_output, written_files
 from ssl_vit.data.config import DataConfig, near_match, setting_error
 from ssl_vit.data.decode.formats import IMAGE_SUFFIXES, hint_for
-from ssl_vit.data.outputs import is_output, written_files
 from ssl_vit.data.sources.columns import Labels, encode
 
 # Names of folders that hold a split, and the split.

@@ -19,7 +19,7 @@ from ssl_vit.data.config import KINDS, DataConfig, setting_error
 from ssl_vit.data.decode.bounds import MAX_IMAGE_BYTES, read_file
 from ssl_vit.data.decode.decode import decode
 from ssl_vit.data.decode.formats import note_of_dropped, page_numbers
-from ssl_vit.data.mixture import Mixture, as_text
+from ssl_vit.data.sampler import Mixture, as_text
 from ssl_vit.data.sources import openmoji
 from ssl_vit.data.sources.columns import (
     find_image_column,

@@ -16,7 +16,7 @@ from ssl_vit.core.paths import as_path
 from ssl_vit.core.reading import entry, read_tensors
 from ssl_vit.data.transform import Normalization, pair
 from ssl_vit.models.encoder import Encoder
-from ssl_vit.models.positions import sincos_positions
+from ssl_vit.models.patches import sincos_positions
 from ssl_vit.models.vit import ViT, ViTConfig
 from ssl_vit.models.weights.backbone import (
     BACKBONE_FILE,

@@ -11,7 +11,7 @@ from ssl_vit.core.distributed import alone, max_over_processes
 from ssl_vit.models.vit import choose_attention
 from ssl_vit.objectives.objective import Objective
 from ssl_vit.training.config import RunConfig
-from ssl_vit.training.device.fsdp import is_sharded
+from ssl_vit.training.device.prepare import is_sharded
 from ssl_vit.training.step import prepare_step
 
 _GIB = 2**30

@@ -12,7 +12,7 @@ from torch import nn
 
 from ssl_vit.models.blocks import CompilableDropPath
 from ssl_vit.runs.checkpoint import list_checkpoints
-from ssl_vit.training.device.compile import LEAST_STEPS, compile_blocks, resolve_compile
+from ssl_vit.training.device.prepare import LEAST_STEPS, compile_blocks, resolve_compile
 from tests.compiled import objective_and_batch
 from tests.conftest import ROOT, SMALL_RUN, last_weights, losses
 
@@ -82,7 +82,7 @@ def test_auto_compiles_long_runs_on_gpus(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr("ssl_vit.training.device.compile._is_able_to_compile", lambda device: True)
+    monkeypatch.setattr("ssl_vit.training.device.prepare._is_able_to_compile", lambda device: True)
     assert resolve_compile(setting, device, steps, sharded) is wanted  # pyright: ignore[reportArgumentType]
 
 
