@@ -1,4 +1,4 @@
-"""Write one HTML file about a run, or several side by side: how it goes, curves, pictures, scores, settings.
+"""Write one HTML file about a run, or several side by side: how it goes, curves, figures, scores, settings.
 
 python scripts/report.py RUN                   RUN/report.html; a run that still trains may be looked at too
 python scripts/report.py RUN_A RUN_B           which is better, in RUN_A/report.html unless --out says otherwise
@@ -28,7 +28,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, finished or not")
     parser.add_argument("--out", type=Path, help="the file to write [report.html in the first run's folder]")
-    parser.add_argument("--panel_images", type=int, default=3, help="pictures of the panel; 0 leaves it out [3]")
+    parser.add_argument("--panel_images", type=int, default=3, help="images of the panel; 0 leaves it out [3]")
     parser.add_argument("--data.source", dest="source", metavar="SOURCE", help="whose images the panels show")
     add_open_source(parser)
     given = parser.parse_args(args)

@@ -1,7 +1,7 @@
-"""Draw what a backbone has learned about any pictures, at any time.
+"""Draw what a backbone has learned about any images, at any time.
 
 python scripts/visualize.py RUN --open_source true                   all it can show, about what it was trained on
-python scripts/visualize.py RUN a.jpg b.jpg --what attention pca     about your own pictures, or about a source
+python scripts/visualize.py RUN a.jpg b.jpg --what attention pca     about your own images, or about a source
 python scripts/visualize.py RUN my_images --what reconstructions --mask_ratios 0.5 0.75 0.9 --mask random block
 python scripts/visualize.py RUN my_images --what neighbours --gallery my_images
 python scripts/visualize.py film RUN                                 pictures/film.gif of those drawn in training
@@ -38,11 +38,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data.source", dest="source", metavar="SOURCE", help="one source")
     add_open_source(parser)
     parser.add_argument("--what", nargs="+", choices=WHAT, help="what to draw [all but neighbours]")
-    parser.add_argument("--out", type=Path, help="folder for the pictures [PATH/pictures]")
+    parser.add_argument("--out", type=Path, help="folder for the figures [PATH/pictures]")
     parser.add_argument("--format", choices=("png", "webp"), default="png", help="[png]")
-    parser.add_argument("--num_images", type=_positive, default=6, help="pictures of a source [6]")
+    parser.add_argument("--num_images", type=_positive, default=6, help="images of a source [6]")
     parser.add_argument("--image_size", type=_positive, nargs="+", metavar="N", help="one number, or height and width")
-    parser.add_argument("--seed", type=int, default=0, help="draws pictures and masks [0]")
+    parser.add_argument("--seed", type=int, default=0, help="draws images and masks [0]")
     parser.add_argument("--weights", help="teacher (default) or student of DINO and DINOv2; average-last-K")
     parser.add_argument("--layer", type=int, default=-1, help="block whose attention is shown, from 0 [-1, the last]")
     parser.add_argument("--mass", type=float, default=0.6, help="share of the attention that the overlay keeps [0.6]")
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "--hide", nargs="+", metavar="P", help="patches to remove, such as 3 or 16-31, instead of these"
     )
     parser.add_argument("--gallery", help="source in which neighbours are looked for")
-    parser.add_argument("--gallery_size", type=_positive, default=2000, help="most pictures of the gallery [2000]")
+    parser.add_argument("--gallery_size", type=_positive, default=2000, help="most images of the gallery [2000]")
     return parser
 
 
@@ -62,7 +62,7 @@ def _film_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="visualize.py film", description="A film of what was drawn in training.")
     parser.add_argument("path", type=Path, help="folder of a run with --evaluation.pictures_every_steps")
     parser.add_argument("--out", type=Path, help=".gif or .webp, or .png for a strip [PATH/pictures/film.gif]")
-    parser.add_argument("--seconds", type=float, default=0.4, help="for which each picture is shown [0.4]")
+    parser.add_argument("--seconds", type=float, default=0.4, help="for which each figure is shown [0.4]")
     parser.add_argument("--width", type=_positive, default=900, help="in pixels [900]")
     return parser
 

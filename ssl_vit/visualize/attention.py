@@ -40,7 +40,7 @@ def draw_attention(
     patch: int | None = None,
     title: str = "Attention of the class token in the last block",
 ) -> None:
-    """Write a picture with a row for each image: the image, the mean over heads, and the first heads.
+    """Write a figure with a row for each image: the image, the mean over heads, and the first heads.
 
     Args:
         images: normalised by `normalization`.
@@ -89,7 +89,7 @@ def colour(values: Float[Tensor, "*b h w"], name: str) -> Float[Tensor, "*b h w 
 
 
 def frame(panels: Float[Tensor, "b v h w 3"], patch: int, patch_size: tuple[int, int]) -> Float[Tensor, "b v h w 3"]:
-    """The same pictures with a frame about one patch, red within white, so that it is seen on any ground."""
+    """The same panels with a frame about one patch, red within white, so that it is seen on any ground."""
     height, width = panels.shape[2:4]
     row, column = divmod(patch, width // patch_size[1])
     thick = max(1, height // 96)

@@ -1,4 +1,4 @@
-"""What scripts/visualize.py does with its arguments."""
+"""Runs scripts/visualize.py: draws what was asked for, or all that a backbone can show."""
 
 import argparse
 from pathlib import Path
@@ -13,7 +13,7 @@ from ssl_vit.runs.folder import CONFIG_FILE, PICTURES_FOLDER
 from ssl_vit.runs.trained import Trained, data_settings, open_trained
 from ssl_vit.visualize.attention import draw_attention
 from ssl_vit.visualize.film import write_film
-from ssl_vit.visualize.inputs import Pictures, naming, open_pictures
+from ssl_vit.visualize.inputs import ShownImages, naming, open_shown_images
 from ssl_vit.visualize.masks import block_keeps, draw_masks, hidden_keeps, parse_patches, random_keeps
 from ssl_vit.visualize.neighbours import draw_neighbours
 from ssl_vit.visualize.patches import draw_pca, draw_positions, draw_similarity
@@ -33,9 +33,9 @@ def visualize(args: argparse.Namespace) -> int:
         size = None if args.image_size is None else (args.image_size[0], args.image_size[-1])
         named = args.images or [args.source] if args.source else args.images
         settings = {"seed": args.seed, "image_size": size, "asked": args.open_source}
-        pictures = open_pictures(trained, named, number=args.num_images, **settings)
+        inputs = open_shown_images(trained, named, number=args.num_images, **settings)
         for what in args.what or _possible(trained):
-            for path in _draw(what, trained, pictures, out, args):
+            for path in _draw(what, trained, inputs, out, args):
                 print(plain(path))
     except FAULTS as error:
         return tell_error(error)
@@ -43,13 +43,13 @@ def visualize(args: argparse.Namespace) -> int:
 
 
 def film(args: argparse.Namespace) -> int:
-    """Write the film of a run's pictures; returns 0, or 2 where there is none to make."""
+    """Write the film of a run's figures; return 0, or 2 if there are none."""
     out = args.out or args.path / PICTURES_FOLDER / "film.gif"
     try:
         number = write_film(args.path, out, seconds=args.seconds, width=args.width)
     except FAULTS as error:
         return tell_error(error)
-    print(f"{plain(out)}   {number} pictures")
+    print(f"{plain(out)}   {number} figures")
     return 0
 
 
@@ -73,15 +73,15 @@ def _possible(trained: Trained) -> list[str]:
     return [what for what in WHAT if possible.get(what)]
 
 
-def _draw(what: str, trained: Trained, pictures: Pictures, out: Path, args: argparse.Namespace) -> list[Path]:
-    encoder, images = trained.encoder, pictures.images
+def _draw(what: str, trained: Trained, inputs: ShownImages, out: Path, args: argparse.Namespace) -> list[Path]:
+    encoder, images = trained.encoder, inputs.images
     normalization = trained.normalization
     grid = images.shape[-2] // encoder.patch_size[0], images.shape[-1] // encoder.patch_size[1]
     path = out / f"{what}.{args.format}"
     patches = args.patches or [grid[0] // 2 * grid[1] + grid[1] // 2]
     block = "the last block" if args.layer == -1 else f"block {args.layer % max(encoder.num_layers, 1)}"
     if what == "reconstructions":
-        return _reconstructions(trained, pictures, grid, out, args)
+        return _reconstructions(trained, inputs, grid, out, args)
     if what == "attention":
         maps = attention_maps(encoder, images, layer=args.layer)
         title = f"Attention of the class token in {block}"
@@ -103,7 +103,7 @@ def _draw(what: str, trained: Trained, pictures: Pictures, out: Path, args: argp
     if what == "neighbours":
         with naming("--gallery", args.gallery):
             gallery = open_source(data_settings(trained, args.gallery, asked=args.open_source))
-        draw_neighbours(trained, pictures, gallery, path, most=args.gallery_size, seed=args.seed)
+        draw_neighbours(trained, inputs, gallery, path, most=args.gallery_size, seed=args.seed)
         return [path]
     with torch.inference_mode():
         tokens = encoder(images).patches
@@ -115,9 +115,9 @@ def _draw(what: str, trained: Trained, pictures: Pictures, out: Path, args: argp
 
 
 def _reconstructions(
-    trained: Trained, pictures: Pictures, grid: tuple[int, int], out: Path, args: argparse.Namespace
+    trained: Trained, inputs: ShownImages, grid: tuple[int, int], out: Path, args: argparse.Namespace
 ) -> list[Path]:
-    objective, images = trained.objective, pictures.images
+    objective, images = trained.objective, inputs.images
     if objective is None:
         raise ValueError(
             f"--what reconstructions: {trained.folder} holds no decoder; only the folder of an MAE run with its "

@@ -1,4 +1,4 @@
-"""Pictures of a run in their order: as a GIF or WebP film, or as a strip."""
+"""Shows the figures of a run in their order: as a GIF or WebP film, or as a strip."""
 
 import io
 from collections.abc import Sequence
@@ -11,23 +11,23 @@ from ssl_vit.core.writing import mark, replacing
 from ssl_vit.runs.folder import PICTURES_FOLDER
 from ssl_vit.runs.record import Frame, list_frames
 
-_HOLD = 5  # the last picture stays so many times as long as the others
+_HOLD = 5  # times as long as the others that the last figure stays
 _HEADER = 28  # pixels for the number of the step
 
 
 def write_film(run: Path, out: Path, *, seconds: float = 0.4, width: int = 900, most: int = 60) -> int:
-    """Write the pictures of a run as a film (.gif or .webp), or up to six of them below each other (.png).
+    """Write the figures of a run as a film (.gif or .webp), or up to six of them below each other (.png).
 
     Args:
-        seconds: for which each picture is shown.
+        seconds: for which each figure is shown.
         width: of the film in pixels.
-        most: pictures at most, spread evenly.
+        most: figures at most, spread evenly.
 
     Returns:
-        How many pictures it shows.
+        The number of figures that it shows.
 
     Raises:
-        ValueError: the run has no pictures, or a suffix that is none of these.
+        ValueError: the run has no figures, or the suffix is none of these.
     """
     frames = list_frames(run)
     if not frames:
@@ -37,23 +37,23 @@ def write_film(run: Path, out: Path, *, seconds: float = 0.4, width: int = 900, 
     if out.suffix not in (".gif", ".webp", ".png"):
         raise ValueError(f"--out {out}: name a .gif or .webp for a film, or a .png for a strip")
     chosen = spread(frames, 6 if out.suffix == ".png" else most)
-    pictures = [_with_step(item, width) for item in chosen]
+    pages = [_with_step(item, width) for item in chosen]
     out.parent.mkdir(parents=True, exist_ok=True)
     mark(out.parent, out.name)
     if out.suffix == ".png":
-        strip = Image.new("RGB", (width, sum(picture.height for picture in pictures)), "white")
+        strip = Image.new("RGB", (width, sum(page.height for page in pages)), "white")
         top = 0
-        for picture in pictures:
-            strip.paste(picture, (0, top))
-            top += picture.height
+        for page in pages:
+            strip.paste(page, (0, top))
+            top += page.height
         with replacing(out) as unfinished:
             strip.save(unfinished)
-        return len(pictures)
-    durations = [round(1000 * seconds)] * len(pictures)
+        return len(pages)
+    durations = [round(1000 * seconds)] * len(pages)
     durations[-1] *= _HOLD
     with replacing(out) as unfinished:
-        pictures[0].save(unfinished, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
-    return len(pictures)
+        pages[0].save(unfinished, save_all=True, append_images=pages[1:], duration=durations, loop=0)
+    return len(pages)
 
 
 def spread(frames: Sequence[Frame], most: int) -> list[Frame]:
@@ -76,9 +76,9 @@ def open_figure(path: Path) -> Image.Image:
 
 
 def _with_step(frame: Frame, width: int) -> Image.Image:
-    with open_figure(frame.path) as picture:
-        height = round(picture.height * width / picture.width)
-        small = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    with open_figure(frame.path) as figure:
+        height = round(figure.height * width / figure.width)
+        small = figure.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
     page = Image.new("RGB", (width, height + _HEADER), "white")
     page.paste(small, (0, _HEADER))
     ImageDraw.Draw(page).text(

@@ -1,4 +1,4 @@
-"""A grid of pictures as one picture: a row for each image, a titled column for each way to show it."""
+"""Draws a grid of panels as one figure: a row for each image, a titled column for each way to show it."""
 
 import math
 import textwrap
@@ -19,11 +19,11 @@ from ssl_vit.core.writing import mark, replacing
 from ssl_vit.data.transform import Normalization
 
 _WIDTH_INCHES = 6.5  # text width of a paper, so that the font sizes below are what a reader gets
-_MIN_CELL_PIXELS = 280  # a picture is enlarged by a whole factor to at least this width
+_MIN_CELL_PIXELS = 280  # a panel is enlarged by a whole factor to at least this width
 _MARGIN_INCHES = 0.06
 _GAP_INCHES = 0.05
 _MOST_FOLDED = 6  # columns of several images side by side
-_MIN_WIDTH_PIXELS = 1100  # of all pictures together, so that few columns are not coarse
+_MIN_WIDTH_PIXELS = 1100  # of all panels together, so that few columns are not coarse
 _LINE_INCHES = {"title": 0.21, "column": 0.19, "cell": 0.15, "scale": 0.17, "caption": 0.14}
 _FONT_POINTS = {"title": 10, "column": 8.5, "cell": 7, "scale": 7, "caption": 7}
 _CHARACTERS = {"title": 80, "caption": 120}  # that fit into the width
@@ -47,9 +47,9 @@ def draw_grid(
     scale: Scale | None = None,
     cells: Sequence[Sequence[str]] | None = None,
 ) -> None:
-    """Write RGB panels in [0, 1] as a picture: title above, the columns' names, a scale and a caption below.
+    """Write RGB panels in [0, 1] as a figure: title above, the columns' names, a scale and a caption below.
 
-    Where there are few columns, several images share a row, so that the picture is not much higher than wide.
+    Where there are few columns, several images share a row, so that the figure is not much higher than wide.
 
     Args:
         cells: a short text below each panel, row by row, of one line or more.
@@ -61,7 +61,7 @@ def draw_grid(
 
 
 def enlarge(panels: Float[Tensor, "b v h w 3"]) -> Float[Tensor, "b v hh ww 3"]:
-    """Each pixel as a square of pixels, so that what is drawn into a small picture need not be coarse."""
+    """Each pixel as a square of pixels, so that what is drawn into a small image need not be coarse."""
     factor = math.ceil(_MIN_CELL_PIXELS / panels.shape[3])
     return repeat(panels, "b v h w c -> b v (h fh) (w fw) c", fh=factor, fw=factor)
 

@@ -1,4 +1,4 @@
-"""Which pictures are shown: files, a source, or what a run was trained on."""
+"""Opens the images that are shown: files, a source, or what a run was trained on."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +18,8 @@ from ssl_vit.data.sources.source import Source, open_source
 from ssl_vit.runs.trained import Trained, data_settings
 
 
-class Pictures(NamedTuple):
-    """Pictures at the size of an encoder."""
+class ShownImages(NamedTuple):
+    """Images at the size of an encoder."""
 
     images: Float[Tensor, "b c h w"]  # normalised
     names: tuple[str, ...]  # of the file where it has one, or number of the row in its source
@@ -27,7 +27,7 @@ class Pictures(NamedTuple):
     rows: tuple[int, ...]  # of that source
 
 
-def open_pictures(
+def open_shown_images(
     trained: Trained,
     given: Sequence[str],
     *,
@@ -35,8 +35,8 @@ def open_pictures(
     seed: int,
     image_size: tuple[int, int] | None = None,
     asked: bool = False,
-) -> Pictures:
-    """Decode, resize and crop pictures as the evaluation does.
+) -> ShownImages:
+    """Decode, resize and crop images as the evaluation does.
 
     Args:
         given: image files; or one source, of which `number` rows are drawn by `seed`; nothing = what `trained` was
@@ -45,7 +45,7 @@ def open_pictures(
         asked: see `check_asked`.
 
     Raises:
-        ValueError: nothing there, or a picture that cannot be decoded.
+        ValueError: nothing there, or an image that cannot be decoded.
     """
     channels, size = trained.encoder.in_chans, image_size or trained.encoder.image_size
     files = [Path(item) for item in given]
@@ -67,8 +67,8 @@ def open_pictures(
             found = {at: image for image, at in (source.next_image(row, channels) for row in rows)}
         decoded, rows = list(found.values()), tuple(found)
         names = tuple(_name(source, row) for row in rows)
-    images = torch.stack([centre_crop(picture, size, trained.crop_pct) for picture in decoded])
-    return Pictures(normalize(images, trained.normalization), names, source, rows)
+    images = torch.stack([centre_crop(image, size, trained.crop_pct) for image in decoded])
+    return ShownImages(normalize(images, trained.normalization), names, source, rows)
 
 
 @contextmanager

@@ -62,8 +62,7 @@ def draw_masks(
     *,
     normalization: Normalization,
 ) -> None:
-    """Write a picture with a row for each image: the image, and for each mask what is seen of it and what becomes of
-    that.
+    """Write a figure with a row for each image: the image, and for each mask its visible part and the filled-in image.
 
     Args:
         images: normalised by `normalization`.

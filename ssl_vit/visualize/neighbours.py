@@ -1,4 +1,4 @@
-"""Which pictures the features take for alike: the nearest neighbours of a few."""
+"""Draws the nearest neighbours of a few images: which images have similar features."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from ssl_vit.evaluation.features import EncodeSettings, extract_features, select
 from ssl_vit.evaluation.scores import class_name
 from ssl_vit.runs.trained import Trained
 from ssl_vit.visualize.grid import draw_grid, to_rgb
-from ssl_vit.visualize.inputs import Pictures
+from ssl_vit.visualize.inputs import ShownImages
 
 
 def nearest(
@@ -31,8 +31,8 @@ def nearest(
     """Cosine similarity and place of the k nearest of the gallery, the nearest first.
 
     Args:
-        query_groups, gallery_groups: numbers of what counts as the same picture, which is no neighbour of itself;
-            -1 is like nothing.
+        query_groups, gallery_groups: numbers of groups that count as one image, which is no neighbour of itself;
+            -1 belongs to no group.
 
     Raises:
         ValueError: a query has fewer than k neighbours.
@@ -42,21 +42,21 @@ def nearest(
         same = (query_groups[:, None] == gallery_groups) & (query_groups[:, None] >= 0)
         similarity = similarity.masked_fill(torch.from_numpy(same), -torch.inf)
     if len(gallery) < k or similarity.topk(k).values.isinf().any():
-        raise ValueError(f"the gallery has too few pictures for {k} neighbours of each: name a larger --gallery")
+        raise ValueError(f"the gallery has too few images for {k} neighbours of each: name a larger --gallery")
     found = similarity.topk(k)
     return found.values, found.indices
 
 
 def draw_neighbours(
-    trained: Trained, pictures: Pictures, gallery: Source, path: Path, *, most: int, seed: int, k: int = 6
+    trained: Trained, inputs: ShownImages, gallery: Source, path: Path, *, most: int, seed: int, k: int = 6
 ) -> None:
-    """Write a picture with a row for each query: itself and its k nearest, with similarity and, if known, class.
+    """Write a figure with a row for each query: itself and its k nearest, with similarity and, if known, class.
 
     Args:
         gallery: where neighbours are looked for, in at most `most` rows drawn by `seed`. Rows that are a query itself
             or a variant of it are left out.
     """
-    encoder, height_width = trained.encoder, (pictures.images.shape[-2], pictures.images.shape[-1])
+    encoder, height_width = trained.encoder, (inputs.images.shape[-2], inputs.images.shape[-1])
     feature = "mean" if trained.pooled == "mean" or not encoder.has_cls_token else "cls"
     rows = np.sort(np.random.default_rng(seed).choice(len(gallery), min(most, len(gallery)), replace=False))
     transform = EvalTransform(height_width, trained.normalization, trained.crop_pct)
@@ -64,26 +64,26 @@ def draw_neighbours(
     pieces = extract_features(encoder, gallery, rows, transform, settings, max_bad_share=1.0)
     rows = rows[pieces["places"].numpy()]
     with torch.inference_mode():
-        found = encoder(pictures.images)
+        found = encoder(inputs.images)
     queries = found.cls if feature == "cls" else found.patches.mean(dim=1)
-    own = pictures.source is not None and pictures.source.name == gallery.name and len(pictures.source) == len(gallery)
+    own = inputs.source is not None and inputs.source.name == gallery.name and len(inputs.source) == len(gallery)
     # Without groups every row is one of its own.
     groups = np.arange(len(gallery)) if gallery.groups is None else np.asarray(gallery.groups)
     similarity, places = nearest(
         queries,
         select_feature(pieces, feature),
         k,
-        query_groups=groups[list(pictures.rows)] if own else None,
+        query_groups=groups[list(inputs.rows)] if own else None,
         gallery_groups=groups[rows] if own else None,
     )
     panels, cells = [], []
     for query, (values, chosen) in enumerate(zip(similarity.tolist(), rows[places.numpy()], strict=True)):
         decoded = [centre_crop(gallery.image(int(row), encoder.in_chans), height_width, 1.0) for row in chosen]
         neighbours = normalize(torch.stack(decoded), trained.normalization)
-        panels.append(torch.cat([pictures.images[query : query + 1], neighbours]))
-        own_row = [pictures.rows[query]] if own else []
+        panels.append(torch.cat([inputs.images[query : query + 1], neighbours]))
+        own_row = [inputs.rows[query]] if own else []
         labels = [_label(gallery, int(row)) for row in [*own_row, *chosen]]
-        first = labels.pop(0) if own else _short(pictures.names[query])
+        first = labels.pop(0) if own else _short(inputs.names[query])
         cells.append([first, *(f"{value:.3f}\n{name}".strip() for value, name in zip(values, labels, strict=True))])
     flat = to_rgb(torch.cat(panels), trained.normalization)
     what = "class tokens" if feature == "cls" else "mean patch tokens"

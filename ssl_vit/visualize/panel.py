@@ -18,14 +18,14 @@ from ssl_vit.models.attention_maps import attention_weights, has_plain_attention
 from ssl_vit.objectives.objective import Reconstructs
 from ssl_vit.runs.trained import Trained
 from ssl_vit.visualize.grid import to_rgb
-from ssl_vit.visualize.inputs import Pictures
+from ssl_vit.visualize.inputs import ShownImages
 from ssl_vit.visualize.patches import patch_pca
 from ssl_vit.visualize.reconstructions import reconstruction_panels
 
-_SIDE = 512  # pixels; larger pictures are made smaller
+_SIDE = 512  # pixels; larger images are made smaller
 
 
-def panel_data(trained: Trained, pictures: Pictures, *, most_bytes: int = 6_000_000, seed: int = 0) -> dict[str, Any]:
+def panel_data(trained: Trained, inputs: ShownImages, *, most_bytes: int = 6_000_000, seed: int = 0) -> dict[str, Any]:
     """Everything that the panel looks up, for `json.dump`.
 
     Args:
@@ -36,7 +36,7 @@ def panel_data(trained: Trained, pictures: Pictures, *, most_bytes: int = 6_000_
     Raises:
         ValueError: it takes more without any attention.
     """
-    encoder, images = trained.encoder, pictures.images
+    encoder, images = trained.encoder, inputs.images
     grid = images.shape[-2] // encoder.patch_size[0], images.shape[-1] // encoder.patch_size[1]
     num_patches = grid[0] * grid[1]
     _check_size(_base64_bytes(len(images) * num_patches**2), most_bytes)
@@ -51,8 +51,8 @@ def panel_data(trained: Trained, pictures: Pictures, *, most_bytes: int = 6_000_
         "layers": [],
         "heads": 0,
         "images": [
-            {"name": name, "picture": data_uri(picture), "similarity": _pack(values)}
-            for name, picture, values in zip(pictures.names, shown, similarity, strict=True)
+            {"name": name, "picture": data_uri(image), "similarity": _pack(values)}
+            for name, image, values in zip(inputs.names, shown, similarity, strict=True)
         ],
     }
     if trained.objective is not None:
@@ -133,10 +133,10 @@ def _add_steps(
         item["tokens"] = data_uri(rearrange(tokens, "(r c) k -> r c k", r=grid[0]))
 
 
-def data_uri(picture: Float[Tensor, "h w 3"]) -> str:
-    """An RGB picture in [0, 1] as a PNG within an address; it is enlarged on the page, not here."""
+def data_uri(rgb: Float[Tensor, "h w 3"]) -> str:
+    """An RGB image in [0, 1] as a PNG within an address; it is enlarged on the page, not here."""
     buffer = io.BytesIO()
-    image = Image.fromarray(_bytes(picture).numpy())
+    image = Image.fromarray(_bytes(rgb).numpy())
     if max(image.size) > _SIDE:
         image.thumbnail((_SIDE, _SIDE))
         image.save(buffer, "WEBP", quality=85)

@@ -105,7 +105,7 @@ def draw_pca(
     path: Path,
     foreground: bool = False,
 ) -> None:
-    """Write a picture with a row for each image: the image, its patches' components, and with `foreground` those of the
+    """Write a figure with a row for each image: the image, its patches' components, and with `foreground` those of the
     foreground alone."""
     found = [patch_pca(patches, grid_size)]
     columns = ["image", "patch tokens"]
@@ -145,7 +145,7 @@ def draw_similarity(
     normalization: Normalization,
     path: Path,
 ) -> None:
-    """Write a picture with a row for each image: for each chosen patch the image with its frame, and the map."""
+    """Write a figure with a row for each image: for each chosen patch the image with its frame, and the map."""
     shown = enlarge(to_rgb(images.cpu(), normalization)[:, None])
     size = shown.shape[2] // grid_size[0], shown.shape[3] // grid_size[1]
     panels, columns = [], []
@@ -165,7 +165,7 @@ def draw_similarity(
 
 
 def draw_positions(encoder: Encoder, path: Path) -> None:
-    """Write a picture with a tile for each patch: how alike its position is to those of all patches.
+    """Write a figure with a tile for each patch: how alike its position is to those of all patches.
 
     Of more than 14 rows or columns every second is shown, or every third, and so on.
     """

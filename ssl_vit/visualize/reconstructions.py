@@ -14,7 +14,7 @@ from ssl_vit.visualize.grid import channel_caption, draw_grid, to_rgb
 
 COLUMNS = ("original", "masked", "reconstruction", "reconstruction + visible")
 
-_REMOVED = 0.85  # light grey: black could pass for part of a dark picture
+_REMOVED = 0.85  # light grey: black could pass for part of a dark image
 
 
 def draw_reconstructions(

@@ -22,12 +22,12 @@ from ssl_vit.runs.record import RunData, read_run
 from ssl_vit.runs.trained import Trained, open_trained
 from ssl_vit.visualize.comparison import SCORES, compare
 from ssl_vit.visualize.film import Frame, open_figure, spread
-from ssl_vit.visualize.inputs import Pictures, open_pictures
+from ssl_vit.visualize.inputs import ShownImages, open_shown_images
 from ssl_vit.visualize.panel import panel_data
 from ssl_vit.visualize.verdict import judge
 
 MOST_BYTES = 15_000_000
-_PICTURES_BYTES = 4_500_000  # of all runs together, before base64
+_FIGURES_BYTES = 4_500_000  # of all runs together, before base64
 _PANEL_BYTES = 6_000_000  # of one run
 _FRAME_BYTES = 50_000  # what stands around the panels: controls, names, reasons
 _MAX_POINTS = 600  # of a curve
@@ -50,7 +50,7 @@ _CURVES = {
     "images_per_second": ("Images per second", "", "evaluation and saving left out"),
     "data_wait": ("Waiting for data", "%", "share of a step's time; below 10 % is well"),
     "memory_mib": ("Memory", "MiB", "peak of the GPU, or resident memory on a CPU"),
-    "bad_images": ("Pictures that could not be decoded", "", "so far"),
+    "bad_images": ("Images that could not be decoded", "", "so far"),
 }
 
 
@@ -81,10 +81,10 @@ def write_report(
     if num_images:
         left = MOST_BYTES - len(render(runs).encode()) - _FRAME_BYTES
         for place, folder in enumerate(folders):
-            pictures = partial(
-                open_pictures, given=[source] if source else [], number=num_images, seed=seed, asked=asked
+            inputs = partial(
+                open_shown_images, given=[source] if source else [], number=num_images, seed=seed, asked=asked
             )
-            panels.append(_panel(folder, pictures, min(_PANEL_BYTES, left // (len(folders) - place))))
+            panels.append(_panel(folder, inputs, min(_PANEL_BYTES, left // (len(folders) - place))))
             left -= len(json_for_script(panels[-1]))
     page = render(runs, panels)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -92,16 +92,16 @@ def write_report(
     return [f"no panel: {panel}" for panel in panels if isinstance(panel, str)]
 
 
-def _panel(folder: Path, open_them: Callable[[Trained], Pictures], most_bytes: int) -> dict[str, Any] | str:
-    """What the panel shows of a run, of as many pictures as fit; or why there is none."""
+def _panel(folder: Path, open_inputs: Callable[[Trained], ShownImages], most_bytes: int) -> dict[str, Any] | str:
+    """What the panel shows of a run, of as many images as fit, or why there is none."""
     try:
         trained = open_trained(folder)
-        pictures = open_them(trained)
+        inputs = open_inputs(trained)
     except ValueError as error:
         return str(error)
     reason = ""
-    for number in range(len(pictures.images), 0, -1):
-        fewer = pictures._replace(images=pictures.images[:number], names=pictures.names[:number])
+    for number in range(len(inputs.images), 0, -1):
+        fewer = inputs._replace(images=inputs.images[:number], names=inputs.names[:number])
         try:
             return panel_data(trained, fewer, most_bytes=most_bytes)
         except ValueError as error:
@@ -115,9 +115,9 @@ def render(runs: Sequence[RunData], panels: Sequence[dict[str, Any] | str] = ())
     Args:
         panels: of each run what its panel shows, or the reason why there is none; nothing leaves the panels out.
     """
-    most_pictures = _PICTURES_BYTES // len(runs)
+    most_figures = _FIGURES_BYTES // len(runs)
     names = distinct([run.name for run in runs])
-    told = [_about(run, name, most_pictures) for run, name in zip(runs, names, strict=True)]
+    told = [_about(run, name, most_figures) for run, name in zip(runs, names, strict=True)]
     shown = [panel if isinstance(panel, dict) else None for panel in panels]
     data = {
         "runs": [{"name": name, **_curves(run)} for run, name in zip(runs, names, strict=True)],
@@ -199,7 +199,7 @@ def _about(run: RunData, name: str, most_bytes: int) -> dict[str, Any]:
 
 
 def _embed(frames: Sequence[Frame], most_bytes: int) -> list[dict[str, Any]]:
-    """As many pictures, evenly, as fit into so many bytes."""
+    """As many figures, evenly, as fit into so many bytes."""
     number = len(frames)
     while number > 2 and sum(item.path.stat().st_size for item in spread(frames, number)) > most_bytes:
         number -= max(1, number // 10)
@@ -222,8 +222,8 @@ def _read_frame(frame: Frame) -> bytes:
 
 def _shrink(path: Path) -> str:
     buffer = io.BytesIO()
-    with open_figure(path) as picture:
-        small = picture.convert("RGB")
+    with open_figure(path) as figure:
+        small = figure.convert("RGB")
         small.thumbnail((1400, 2800))
         small.save(buffer, "WEBP", quality=80)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from scripts.visualize import main
 from ssl_vit.runs.trained import open_trained
 from ssl_vit.visualize.film import list_frames
-from ssl_vit.visualize.inputs import open_pictures
+from ssl_vit.visualize.inputs import open_shown_images
 from ssl_vit.visualize.neighbours import nearest
 
 
@@ -87,10 +87,10 @@ def test_a_mask_given_by_hand_hides_these_patches(
 
 def test_the_same_seed_shows_the_same_pictures(mae_run: Path, photo_folder: Path) -> None:
     trained = open_trained(mae_run)
-    first, again, other = (open_pictures(trained, [], number=4, seed=seed, asked=True) for seed in (1, 1, 2))
+    first, again, other = (open_shown_images(trained, [], number=4, seed=seed, asked=True) for seed in (1, 1, 2))
     assert first.rows == again.rows != other.rows
     assert torch.equal(first.images, again.images)
-    assert open_pictures(trained, [str(photo_folder)], number=4, seed=1).rows == first.rows
+    assert open_shown_images(trained, [str(photo_folder)], number=4, seed=1).rows == first.rows
 
 
 def test_neighbours_are_ordered_and_no_variant_of_the_query() -> None:
@@ -100,7 +100,7 @@ def test_neighbours_are_ordered_and_no_variant_of_the_query() -> None:
     assert places.tolist() == [[3, 2, 4]]
     torch.testing.assert_close(similarity, torch.tensor([[0.5**0.5, 0.0, -1.0]]))
     assert nearest(gallery[:1], gallery, 2)[1].tolist() == [[0, 1]]
-    with pytest.raises(ValueError, match="too few pictures for 4 neighbours"):
+    with pytest.raises(ValueError, match="too few images for 4 neighbours"):
         nearest(gallery[:1], gallery, 4, query_groups=groups[:1], gallery_groups=groups)
 
 
@@ -114,7 +114,7 @@ def test_pictures_are_drawn_in_training_at_their_steps(mae_run: Path, dino_run: 
 
 def test_a_film_shows_them_in_their_order(mae_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("film.gif", "film.webp"):
-        assert draw(capsys, "film", mae_run, "--out", tmp_path / name) == [f"{name}   4 pictures"]
+        assert draw(capsys, "film", mae_run, "--out", tmp_path / name) == [f"{name}   4 figures"]
         with Image.open(tmp_path / name) as film:
             assert film.n_frames == 4
             assert film.width == 900

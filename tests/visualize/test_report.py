@@ -17,7 +17,7 @@ from ssl_vit.models.attention_maps import attention_maps
 from ssl_vit.runs.record import read_run
 from ssl_vit.runs.trained import open_trained
 from ssl_vit.visualize import report
-from ssl_vit.visualize.inputs import open_pictures
+from ssl_vit.visualize.inputs import open_shown_images
 from ssl_vit.visualize.panel import choose_layers, panel_data
 from ssl_vit.visualize.patches import patch_similarity
 from ssl_vit.visualize.report import MOST_BYTES, json_for_script, write_report
@@ -80,7 +80,7 @@ def test_text_of_others_is_escaped(mae_run: Path, tmp_path: Path) -> None:
 
 def test_the_panel_holds_the_attention_and_the_similarity_of_the_model(mae_run: Path) -> None:
     trained = open_trained(mae_run)
-    pictures = open_pictures(trained, [], number=2, seed=0, asked=True)
+    pictures = open_shown_images(trained, [], number=2, seed=0, asked=True)
     data = panel_data(trained, pictures)
     assert (data["grid"], data["layers"], data["heads"], data["has_cls"]) == ([4, 4], [0, 1], 2, True)
 
@@ -114,7 +114,7 @@ def test_what_does_not_fit_into_the_panel_is_left_out_evenly() -> None:
 
 def test_the_panel_keeps_to_its_size(mae_run: Path) -> None:
     trained = open_trained(mae_run)
-    pictures = open_pictures(trained, [], number=2, seed=0, asked=True)
+    pictures = open_shown_images(trained, [], number=2, seed=0, asked=True)
     whole = panel_data(trained, pictures)
     assert whole["layers"] == [0, 1]
     found = []

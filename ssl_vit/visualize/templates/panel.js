@@ -50,7 +50,7 @@ function lookInside() {
   const source = byId("panel-source"), target = byId("panel-target"), told = byId("panel-told");
   let panel, rows, columns, count, side, patch;
 
-  // Another run may have another grid, other blocks and other pictures; what both have stays chosen.
+  // Another run may have another grid, other blocks and other images; what both have stays chosen.
   function begin() {
     panel = open(Number(chosen.value));
     [rows, columns] = panel.grid;
@@ -124,7 +124,7 @@ function lookInside() {
     byId("panel-low").textContent = similar ? "0 or less" : "none";
     byId("panel-high").textContent = similar ? "1" : "most";
     byId("panel-from").textContent = similar ? "The patch that is compared"
-      : map.value === "cls" ? "The picture" : "The patch that looks";
+      : map.value === "cls" ? "The image" : "The patch that looks";
     byId("panel-what").textContent = similar ? "Cosine similarity of the last block's tokens" : "Attention, brightest at its largest";
     const where = (place) => `row ${Math.floor(place / columns) + 1}, column ${place % columns + 1}`;
     const who = map.value === "cls" ? "The class token" : `The patch in ${where(patch)}`;
@@ -175,7 +175,7 @@ function stepThrough() {
     const units = about.norm_pix_loss
       ? " Each is predicted normalised by itself; its mean and contrast are taken from the original here." : "";
     steps = [
-      ["picture", "Patchify", `The picture is cut into ${rows} x ${columns} = ${about.num_patches} patches of ${about.pixels} numbers.`],
+      ["picture", "Patchify", `The image is cut into ${rows} x ${columns} = ${about.num_patches} patches of ${about.pixels} numbers.`],
       ["masked", "Mask", `${about.num_patches - about.num_kept} of them, drawn at random, are removed. Nothing of them enters the encoder.`],
       ["tokens", "Encode", `${about.depth} blocks turn the ${about.num_kept} that stay into tokens of ${about.embed_dim} numbers, shown here by their three main components as colours.`],
       ["decoded", "Decode", `A mask token is put in each gap, and ${about.decoder_depth} blocks of width ${about.decoder_embed_dim} predict the pixels of every patch.${units}`],
