@@ -1,4 +1,4 @@
-"""What is no whole picture is refused with a reason, whatever library would take it."""
+"""Broken and incomplete files are refused with a reason, whichever library would take them."""
 
 import tracemalloc
 

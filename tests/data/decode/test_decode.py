@@ -129,7 +129,7 @@ def test_first_frame_of_many(file_format: str):
 
 
 def test_paths_are_read(tmp_path):
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     _rgb().save(path)
     expected = decode(path.read_bytes(), 3)
     assert torch.equal(decode(path, 3), expected)

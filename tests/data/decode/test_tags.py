@@ -275,7 +275,7 @@ def check_turned(kind: str, orientation: int) -> None:
     check(data, expected, tolerance=tolerance)
 
 
-# Others
+# Other formats
 
 
 def test_a_fourth_byte_of_tga_that_is_no_transparency():
