@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.flags import RUN_FLAGS, add_objective, at_least, defaults_of
 from benchmarks.rounds import alternate, contender, machine
+from ssl_vit.core.front import FlagParser
 from ssl_vit.core.settings import as_plain
 from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.evaluation.evaluate import EvaluationConfig
@@ -31,11 +32,11 @@ MORE = RUN_FLAGS
 MOST_WAIT = 0.1  # share of the time that waiting for data may take
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: FlagParser) -> None:
     add_objective(parser)
     parser.add_argument("--data", required=True, help="the images, as data.source takes them")
     parser.add_argument("--archs", nargs="+", default=[], help="timm names, one run each (default: encoder.arch)")
-    parser.add_argument("--cache", action="store_true", help="each run with images decoded beforehand as well")
+    parser.add_switch("--cache", "each run with images decoded beforehand as well")
     parser.add_argument(
         "--steps_per_round", type=at_least(1), help="steps of a round (default: enough for the loader's workers)"
     )

@@ -16,6 +16,7 @@ from benchmarks.flags import AS_WRITTEN, RUN_FLAGS, add_number, at_least
 from benchmarks.peers import lightly_head_and_loss
 from benchmarks.rounds import alternate, contender, machine, ratios
 from benchmarks.step_memory import peak_of
+from ssl_vit.core.front import FlagParser
 from ssl_vit.objectives.heads import DINOHead
 from ssl_vit.objectives.prototype_loss import dino_prototype_loss
 
@@ -24,9 +25,9 @@ MORE = f"With --steps: {RUN_FLAGS} {AS_WRITTEN}"
 EMBED_DIM = 384  # ViT-S
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--peers", action="store_true", help="head and loss beside lightly's (extra `bench`)")
-    parser.add_argument("--steps", action="store_true", help="whole training steps of MAE and DINO")
+def add_flags(parser: FlagParser) -> None:
+    parser.add_switch("--peers", "head and loss beside lightly's (extra `bench`)")
+    parser.add_switch("--steps", "whole training steps of MAE and DINO")
     archs = " ".join(step_memory.ARCHS)
     parser.add_argument("--archs", nargs="+", help=f"of --steps: timm names (default: {archs})")
     parser.add_argument("--batch", type=at_least(1), default=64, help="images at once (default: %(default)s)")
@@ -37,7 +38,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace, settings: list[str]) -> str | None:
     """What is wrong with the flags."""
     if settings and not args.steps:
-        return f"unrecognized arguments: {' '.join(settings)}"
+        return f"{settings[0].partition('=')[0]}: no such flag without --steps"
     if args.steps and args.rounds is not None:
         return "--rounds: --steps has none"
     if args.archs and not args.steps:

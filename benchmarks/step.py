@@ -17,6 +17,7 @@ from benchmarks.peers import PEERS, kind_of
 from benchmarks.peers import Step as PeerStep
 from benchmarks.rounds import Ratio, alternate, contender, machine, ratio_lines, ratios, synchronize
 from benchmarks.step_memory import peak_of
+from ssl_vit.core.front import FlagParser
 from ssl_vit.core.machine import resolve_precision
 from ssl_vit.core.settings import as_plain
 from ssl_vit.data.augment.masking import num_kept
@@ -36,9 +37,9 @@ MORE = (
 )
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: FlagParser) -> None:
     add_objective(parser)
-    parser.add_argument("--peers", action="store_true", help="beside other libraries' (extra `bench`)")
+    parser.add_switch("--peers", "beside other libraries' (extra `bench`)")
     parser.add_argument(
         "--beside",
         action="append",

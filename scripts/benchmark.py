@@ -20,7 +20,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ssl_vit.core.front import heed_signals, stoppable
+from ssl_vit.core.front import FlagParser, heed_signals, stoppable
 
 if __name__ == "__main__":
     heed_signals()
@@ -48,6 +48,8 @@ COMMANDS: dict[str, Any] = {
 def main() -> int:
     parser, parsers = _parsers()
     args, settings = parser.parse_known_args()
+    if settings and not hasattr(COMMANDS[args.command], "MORE"):
+        parsers[args.command].refuse(settings)
     if wrong := _wrong(args, settings):
         parsers[args.command].error(wrong)
     args.rounds = args.rounds or 5
@@ -76,13 +78,11 @@ def main() -> int:
     return 0
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+def _parsers() -> tuple[FlagParser, dict[str, FlagParser]]:
     """The parser, and those of its commands."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = FlagParser(description=__doc__)
     # Before the command or after it.
-    common = argparse.ArgumentParser(add_help=False)
+    common = FlagParser(add_help=False)
     for one, missing in ((parser, None), (common, argparse.SUPPRESS)):
         one.add_argument("--json", type=Path, default=missing, help="write the whole result to this file as well")
         one.add_argument("--rounds", type=at_least(1), default=missing, help="alternating rounds (default: 5)")
@@ -90,7 +90,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     for name, benchmark in COMMANDS.items():
         what = benchmark.HELP
         description = f"{what[0].upper()}{what[1:]}. {getattr(benchmark, 'MORE', '')}"
-        own = commands.add_parser(name, help=what, description=description, parents=[common], allow_abbrev=False)
+        own = commands.add_parser(name, help=what, description=description, parents=[common])
         benchmark.add_flags(own)
     return parser, dict(commands.choices)
 
@@ -98,8 +98,6 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 def _wrong(args: argparse.Namespace, settings: list[str]) -> str | None:
     """What is wrong with the flags, before anything is measured."""
     benchmark = COMMANDS[args.command]
-    if settings and not hasattr(benchmark, "MORE"):
-        return f"unrecognized arguments: {' '.join(settings)}"
     for flag in ("json", "plot"):
         path = getattr(args, flag, None)
         if path is not None and (path.is_dir() or not path.parent.is_dir()):

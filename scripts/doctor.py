@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssl_vit.core.front import heed_signals, stoppable
+from ssl_vit.core.front import FlagParser, heed_signals, stoppable
 
 if __name__ == "__main__":
     heed_signals()
@@ -23,10 +23,7 @@ from ssl_vit.doctor.command import examine
 
 @stoppable()
 def main(args: Sequence[str] | None = None) -> int:
-    # Without abbreviations, or settings of the run would be taken for flags of this script.
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = FlagParser(description=__doc__)
     parser.add_argument(
         "source", metavar="SOURCE", help="folder, parquet file or glob, saved or hub data set, openmoji"
     )
@@ -38,9 +35,7 @@ def main(args: Sequence[str] | None = None) -> int:
         default="auto",
         help="measure a training step [with a GPU, or up to 50 M trainable parameters]",
     )
-    parser.add_argument(
-        "--json", choices=("true", "false"), default="false", help="print JSON and nothing else [false]"
-    )
+    parser.add_switch("--json", "print JSON and nothing else")
     parser.add_argument("--write_config", type=Path, metavar="FILE", help="new YAML for the --config of pre-training")
     given, settings = parser.parse_known_args(args)
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -49,7 +44,7 @@ def main(args: Sequence[str] | None = None) -> int:
         [*settings, f"--data.source={given.source}"],
         sample=given.sample,
         step=given.step,
-        as_json=given.json == "true",
+        as_json=given.json,
         config_file=given.write_config,
     )
 

@@ -5,12 +5,11 @@ python scripts/export.py RUN --to timm transformers --out exported      exported
 python scripts/export.py vit_small_patch16_224.dino --out public/dino   published weights, to be judged beside your own
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssl_vit.core.front import add_open_source, heed_signals, stoppable
+from ssl_vit.core.front import FlagParser, heed_signals, stoppable
 
 if __name__ == "__main__":
     heed_signals()
@@ -20,7 +19,7 @@ from ssl_vit.export.command import export
 
 @stoppable()
 def main(args: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("path", type=Path, help="folder of a run, of a checkpoint or an export; or published weights")
     parser.add_argument("--to", nargs="+", metavar="LIBRARY", help="timm transformers torchvision onnx torch_export")
     parser.add_argument("--out", type=Path, help="folder in which each library gets one of its name [PATH/exported]")
@@ -28,11 +27,11 @@ def main(args: Sequence[str] | None = None) -> int:
         "--weights", help="teacher (default) or student of DINO and DINOv2; average-last-K of the last K checkpoints"
     )
     parser.add_argument("--images", "--data.source", metavar="SOURCE", help="images to compare on [generated ones]")
-    add_open_source(parser)
+    parser.add_open_source()
     parser.add_argument("--license", default="unknown", help="the weights' licence for the model card, as apache-2.0")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in the folders of OUT")
+    parser.add_switch("--overwrite", "replace what is in the folders of OUT")
     parser.add_argument("--push_to_hub", metavar="NAMESPACE/NAME", help="upload the one library's folder to the hub")
-    parser.add_argument("--private", action="store_true", help="make the hub's repository a private one")
+    parser.add_switch("--private", "make the hub's repository a private one")
     return export(parser.parse_args(args))
 
 

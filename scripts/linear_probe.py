@@ -7,10 +7,9 @@ training pictures, never on those that are scored. `--protocol` is dinov2 (a gri
 LARS). Without a test source the accuracy is cross-validated.
 """
 
-import argparse
 import sys
 
-from ssl_vit.core.front import heed_signals
+from ssl_vit.core.front import FlagParser, heed_signals
 
 if __name__ == "__main__":
     heed_signals()
@@ -20,7 +19,7 @@ from ssl_vit.evaluation.linear_probe import PRESETS
 from ssl_vit.evaluation.probes import LinearConfig, evaluate_linear
 
 if __name__ == "__main__":
-    preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    preset = FlagParser(add_help=False)
     preset.add_argument("--protocol", choices=sorted(PRESETS), default="dinov2")
     given, rest = preset.parse_known_args()
     sys.exit(main(evaluate_linear, {"": LinearConfig(), "probe": PRESETS[given.protocol]}, __doc__, rest))

@@ -6,12 +6,11 @@ python scripts/report.py RUN_A RUN_B           which is better, in RUN_A/report.
 The file holds everything it shows and asks the network for nothing.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssl_vit.core.front import add_open_source, heed_signals, stoppable
+from ssl_vit.core.front import FlagParser, heed_signals, stoppable
 
 if __name__ == "__main__":
     heed_signals()
@@ -25,12 +24,12 @@ from ssl_vit.visualize.report import distinct, write_report
 
 @stoppable()
 def main(args: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, finished or not")
     parser.add_argument("--out", type=Path, help="the file to write [report.html in the first run's folder]")
     parser.add_argument("--panel_images", type=int, default=3, help="images of the panel; 0 leaves it out [3]")
     parser.add_argument("--data.source", dest="source", metavar="SOURCE", help="whose images the panels show")
-    add_open_source(parser)
+    parser.add_open_source()
     given = parser.parse_args(args)
     out = given.out or given.runs[0] / "report.html"
     try:

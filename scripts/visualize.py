@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssl_vit.core.front import add_open_source, heed_signals, stoppable
+from ssl_vit.core.front import FlagParser, heed_signals, stoppable
 
 if __name__ == "__main__":
     heed_signals()
@@ -31,12 +31,12 @@ def main(args: Sequence[str] | None = None) -> int:
     return visualize(_parser().parse_args(words))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> FlagParser:
+    parser = FlagParser(description=__doc__)
     parser.add_argument("path", type=Path, help="folder of a run, of a checkpoint or an export; or published weights")
     parser.add_argument("images", nargs="*", help="image files, or one source")
     parser.add_argument("--data.source", dest="source", metavar="SOURCE", help="one source")
-    add_open_source(parser)
+    parser.add_open_source()
     parser.add_argument("--what", nargs="+", choices=WHAT, help="what to draw [all but neighbours]")
     parser.add_argument("--out", type=Path, help="folder for the figures [PATH/pictures]")
     parser.add_argument("--format", choices=("png", "webp"), default="png", help="[png]")
@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layer", type=int, default=-1, help="block whose attention is shown, from 0 [-1, the last]")
     parser.add_argument("--mass", type=float, default=0.6, help="share of the attention that the overlay keeps [0.6]")
     parser.add_argument("--patches", type=int, nargs="+", metavar="P", help="patches to start from [the middle one]")
-    parser.add_argument("--foreground", action="store_true", help="also fit the components to the foreground alone")
+    parser.add_switch("--foreground", "also fit the components to the foreground alone")
     parser.add_argument("--mask_ratios", type=float, nargs="+", default=[0.5, 0.75, 0.9], help="[0.5 0.75 0.9]")
     parser.add_argument("--mask", nargs="+", choices=("random", "block"), default=["random"], help="[random]")
     parser.add_argument(
@@ -58,8 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _film_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="visualize.py film", description="A film of what was drawn in training.")
+def _film_parser() -> FlagParser:
+    parser = FlagParser(prog="visualize.py film", description="A film of what was drawn in training.")
     parser.add_argument("path", type=Path, help="folder of a run with --evaluation.pictures_every_steps")
     parser.add_argument("--out", type=Path, help=".gif or .webp, or .png for a strip [PATH/pictures/film.gif]")
     parser.add_argument("--seconds", type=float, default=0.4, help="for which each figure is shown [0.4]")

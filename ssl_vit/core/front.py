@@ -1,6 +1,7 @@
-"""What every script does around its work: a signal ends it in one line, and libraries' warnings come once."""
+"""What all scripts share: flags are read one way, a signal ends in one line, and libraries' warnings come once."""
 
 import argparse
+import difflib
 import io
 import logging
 import os
@@ -8,16 +9,17 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from types import FrameType
-from typing import Any, ParamSpec
+from typing import Any, NoReturn, ParamSpec
 
 from ssl_vit.core.text import plain, without_orders
 
 P = ParamSpec("P")
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
+_ON_OFF = {"true": True, "false": False, "yes": True, "no": False}
 
 
 class Stopped(KeyboardInterrupt):
@@ -77,18 +79,77 @@ def stoppable(hint: str = "") -> Callable[[Callable[P, int]], Callable[P, int]]:
     return decorate
 
 
-def add_open_source(parser: argparse.ArgumentParser) -> None:
-    """The flag that lets a script open what a run's folder names, as `--open_source` or `--open_source true`."""
-    parser.add_argument(
-        "--open_source",
-        nargs="?",
-        const=True,
-        default=False,
-        type={"true": True, "false": False}.get,
-        choices=(True, False),
-        metavar="true",
-        help="open the images that the run's folder says it was trained on; a stranger may have written it [false]",
-    )
+def spell_out(words: Sequence[str], switches: Collection[str]) -> list[str]:
+    """Write `--name` and `--name true` of flags that are on or off as `--name=true`, as all fronts take them.
+
+    Args:
+        words: of a command line.
+        switches: names of these flags.
+    """
+    spelled: list[str] = []
+    is_bare = False
+    for word in words:
+        if is_bare and word.lower() in _ON_OFF:
+            spelled[-1] = spelled[-1].replace("=true", f"={word}")
+            is_bare = False
+        else:
+            is_bare = word.startswith("--") and word[2:] in switches
+            spelled.append(f"{word}=true" if is_bare else word)
+    return spelled
+
+
+def nearest(name: str, names: Collection[str], prefix: str = "") -> str:
+    """Hint at the name that was probably meant: a near spelling, with its section or without."""
+    by_leaf = {key.rsplit(".", 1)[-1]: key for key in names}
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    near = near or [by_leaf[leaf] for leaf in difflib.get_close_matches(name.rsplit(".", 1)[-1], by_leaf, n=1)]
+    return f"; did you mean {prefix}{near[0]}?" if near else "; --help lists them all"
+
+
+class FlagParser(argparse.ArgumentParser):
+    """Reads the flags of a script as those of training are read; ends in one line and code 2 where that fails."""
+
+    def __init__(self, **settings: Any) -> None:
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(**{"allow_abbrev": False, "formatter_class": form, **settings})
+        self.switches: set[str] = set()
+
+    def add_switch(self, name: str, help: str) -> None:
+        """Add a flag that is on or off: `--name`, `--name true` or `--name=true`."""
+        self.switches.add(name.removeprefix("--"))
+        self.add_argument(name, type=_on_or_off, default=False, metavar="true", help=f"{help} [false]")
+
+    def add_open_source(self) -> None:
+        """Add the flag that lets a script open what a run's folder names."""
+        what = "open the images that the run's folder says it was trained on; a stranger may have written it"
+        self.add_switch("--open_source", what)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        given, rest = self.parse_known_args(args, namespace)
+        if rest:
+            self.refuse(rest)
+        return given
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        return super().parse_known_args(spell_out(sys.argv[1:] if args is None else args, self.switches), namespace)
+
+    def refuse(self, words: Sequence[str]) -> NoReturn:
+        """End with the first of some words that no flag takes, and the nearest flag."""
+        name = words[0].partition("=")[0]
+        known = [flag[2:] for flag in self._option_string_actions if flag.startswith("--")]
+        if name.startswith("--"):
+            self.error(f"{name}: no such flag{nearest(name[2:], known, '--')}")
+        self.error(f"{words[0]}: not expected here; --help shows what is")
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {plain(' '.join(message.split()))}", file=sys.stderr, flush=True)
+        raise SystemExit(2)
+
+
+def _on_or_off(text: str) -> bool:
+    if text.lower() not in _ON_OFF:
+        raise argparse.ArgumentTypeError(f"{text}: give true or false")
+    return _ON_OFF[text.lower()]
 
 
 @contextmanager

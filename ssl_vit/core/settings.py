@@ -1,39 +1,50 @@
 """Flags and YAML files of settings: checked before they are parsed, and errors of the parser in one line."""
 
 import dataclasses
-import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ssl_vit.core.front import nearest, spell_out
 from ssl_vit.core.paths import path_to_text
 from ssl_vit.core.reading import read_yaml
 
 
-def split_config_files(args: list[str], keys: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Separate `--config` files from other flags, and refuse flags that no setting has."""
+def read_words(args: Sequence[str], keys: Mapping[str, Any], others: Collection[str] = ("help",)) -> list[str]:
+    """Spell out switches in a command line, see `spell_out`, and refuse flags that no setting has.
+
+    Args:
+        keys: settings and their defaults; switches are those whose default is True or False.
+        others: further flags.
+
+    Raises:
+        ValueError: a flag that does not exist; names the nearest one.
+    """
+    words = spell_out(args, {name for name, default in keys.items() if isinstance(default, bool)})
+    known = {*keys, *others, *(key.split(".")[0] for key in keys if "." in key)}
+    for word in words:
+        name = word.removeprefix("--").partition("=")[0]
+        if word.startswith("--") and name not in known:
+            raise ValueError(f"--{name}: no such flag{nearest(name, keys, '--')}")
+    return words
+
+
+def split_config_files(args: Sequence[str], keys: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Separate `--config` files from other flags, see `read_words`."""
     files: list[str] = []
     flags: list[str] = []
-    position = 0
-    while position < len(args):
-        arg = args[position]
-        name, equals, value = arg.removeprefix("--").partition("=")
-        if arg.startswith("--") and name == "config":
-            if not equals:
-                position += 1
-                if position == len(args):
-                    raise ValueError("--config: needs the path of a YAML file")
-                value = args[position]
-            files.append(value)
-        else:
-            sections = {key.split(".")[0] for key in keys if "." in key}
-            if arg.startswith("--") and name not in keys and name not in {"help", "print_config"} | sections:
-                raise ValueError(f"--{name}: no such flag{_near(name, keys, '--')}")
-            flags.append(arg)
-        position += 1
+    words = iter(read_words(args, keys, ("help", "print_config", "config")))
+    for word in words:
+        if word.partition("=")[0] != "--config":
+            flags.append(word)
+            continue
+        path = word.partition("=")[2] if "=" in word else next(words, None)
+        if path is None:
+            raise ValueError("--config: needs the path of a YAML file")
+        files.append(path)
     return files, flags
 
 
@@ -53,17 +64,9 @@ def check_file(path: str, keys: dict[str, Any]) -> None:
                 raise ValueError(f"{path}: {name}={value!r}: must hold the settings of that section")
             for key in value:
                 if f"{name}.{key}" not in keys:
-                    raise ValueError(f"{path}: {name}.{key}: no such setting{_near(f'{name}.{key}', keys)}")
+                    raise ValueError(f"{path}: {name}.{key}: no such setting{nearest(f'{name}.{key}', keys)}")
         elif name not in keys:
-            raise ValueError(f"{path}: {name}: no such setting{_near(str(name), keys)}")
-
-
-def _near(name: str, keys: dict[str, Any], prefix: str = "") -> str:
-    """A hint at the setting that was probably meant: a near spelling, with its section or without."""
-    by_leaf = {key.rsplit(".", 1)[-1]: key for key in keys}
-    near = difflib.get_close_matches(name, keys, n=1, cutoff=0.75)
-    near = near or [by_leaf[leaf] for leaf in difflib.get_close_matches(name.rsplit(".", 1)[-1], by_leaf, n=1)]
-    return f"; did you mean {prefix}{near[0]}?" if near else "; --help lists them all"
+            raise ValueError(f"{path}: {name}: no such setting{nearest(str(name), keys)}")
 
 
 def in_one_line(message: str, keys: dict[str, Any]) -> str:

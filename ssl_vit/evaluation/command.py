@@ -1,6 +1,7 @@
 """What the evaluation scripts share: a backbone, labelled pictures, and features of them that are extracted once."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -14,7 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from ssl_vit.core.distributed import end_processes, process_index, start_processes
 from ssl_vit.core.front import stoppable
 from ssl_vit.core.machine import autocast_dtype, resolve_precision
-from ssl_vit.core.settings import as_flags, check_ranges, in_one_line, said_of, section
+from ssl_vit.core.settings import as_flags, check_ranges, in_one_line, read_words, said_of, section
 from ssl_vit.core.text import plain
 from ssl_vit.core.writing import FAULTS, replace_text, tell_error
 from ssl_vit.data.augment.evaluation import EvalTransform, fit_size
@@ -247,12 +248,12 @@ def main(
     kinds = {name: default if isinstance(default, type) else type(default) for name, default in configs.items()}
     for name, default in configs.items():
         parser.add_class_arguments(kinds[name], name or None)
-        keys |= {f"{name}.{item.name}" if name else item.name: None for item in fields(kinds[name])}
+        keys |= {f"{name}.{item.name}" if name else item.name: item.default for item in fields(kinds[name])}
         if not isinstance(default, type):
             prefix = f"{name}." if name else ""
             parser.set_defaults({f"{prefix}{key}": value for key, value in vars(default).items()})
     try:
-        given = parser.parse_args(args)
+        given = parser.parse_args(read_words(sys.argv[1:] if args is None else args, keys))
         settings = {}
         for name, kind in kinds.items():
             values = vars(given[name]) if name else {item.name: given[item.name] for item in fields(kind)}

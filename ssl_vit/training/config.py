@@ -339,10 +339,8 @@ def _build_parser(defaults: RunConfig) -> ArgumentParser:
         description="Flags win over --config files. Without arguments the quickstart runs.",
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these settings; may be repeated.")
-    parser.add_argument("--fresh", action="store_true", help="Start anew: an existing run is moved aside.")
     sections = [item.name for item in dataclasses.fields(defaults) if _is_section(defaults, item.name)]
-    parser.add_argument("--quiet", action="store_true", help="Show warnings, scores and the end alone.")
-    parser.add_class_arguments(RunConfig, skip={"fresh", "quiet", *sections})
+    parser.add_class_arguments(RunConfig, skip=set(sections))
     for name in sections:
         parser.add_class_arguments(type(getattr(defaults, name)), name)
     parser.set_defaults(dict(_flatten(defaults)))

@@ -103,17 +103,17 @@ def test_the_script_prints_a_table_and_writes_json(
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ("step mae --json nowhere/r.json", "step: error: --json nowhere/r.json: there is no folder nowhere"),
-        ("--json tests step mae", "step: error: --json tests: is a folder"),
-        ("scaling mae --plot x.txt", "scaling: error: --plot x.txt: ends in none of .png, .webp, .svg, .pdf"),
-        ("step mae --rounds 0", "step: error: argument --rounds: 0 is too few; at least 1"),
+        ("step mae --json nowhere/r.json", "error: --json nowhere/r.json: there is no folder nowhere"),
+        ("--json tests step mae", "error: --json tests: is a folder"),
+        ("scaling mae --plot x.txt", "error: --plot x.txt: ends in none of .png, .webp, .svg, .pdf"),
+        ("step mae --rounds 0", "error: argument --rounds: 0 is too few; at least 1"),
         ("loader --data x --num_local_crops=-1", "argument --num_local_crops: -1 is too few; at least 0"),
         ("step mae --steps_per_round x", "argument --steps_per_round: invalid int value: 'x'"),
         ("step mae --kinds fp32", "--kinds: is of --peers and --beside"),
         ("memory --steps --peers", "--peers: not with --steps"),
         ("memory --steps --rounds 2", "--rounds: --steps has none"),
         ("memory --archs vit_tiny_patch16_224", "--archs: is of --steps"),
-        ("memory --batch.size 8", "unrecognized arguments: --batch.size 8"),
+        ("memory --batch.size 8", "--batch.size: no such flag"),
         ("memory --peers", '--peers: lightly not installed; pip install -e ".[bench]"'),
     ],
 )
@@ -126,7 +126,8 @@ def test_words_that_cannot_work_are_refused_before_anything_is_measured(
     with pytest.raises(SystemExit) as stopped:
         benchmark.main()
     assert stopped.value.code == 2
-    assert reason in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert reason in line
 
 
 @pytest.mark.parametrize(("error", "code"), [(ValueError, 2), (ChildProcessError, 1)])

@@ -9,13 +9,16 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from scripts import doctor, export, report, visualize
-from ssl_vit.core.front import Stopped, stoppable, warning_once
+from ssl_vit.core.front import Stopped, spell_out, stoppable, warning_once
 from ssl_vit.evaluation import command as evaluation
+from ssl_vit.evaluation.extract import ExtractConfig
 from ssl_vit.training import ending, setup
+from ssl_vit.training.config import parse_run
 from ssl_vit.training.loop import main
 from tests.conftest import OBJECTIVES, ROOT
 from tests.test_resume import command
@@ -174,3 +177,74 @@ def test_a_terminal_that_cannot_show_a_name_shows_it_escaped() -> None:
     command = [sys.executable, "-c", code]
     shown = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, check=True)
     assert shown.stdout == b"caf\\xe9 \\udce9\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "spelled"),
+    [
+        (["--fresh", "x"], ["--fresh=true", "x"]),
+        (["--fresh", "true", "x"], ["--fresh=true", "x"]),
+        (["x", "--fresh", "False"], ["x", "--fresh=False"]),
+        (["--fresh=false", "true"], ["--fresh=false", "true"]),
+        (["--fresh", "--fresh", "no"], ["--fresh=true", "--fresh=no"]),
+        (["--name", "true", "--steps", "3"], ["--name", "true", "--steps", "3"]),
+    ],
+)
+def test_flags_that_are_on_or_off_are_spelled_out(words: list[str], spelled: list[str]) -> None:
+    assert spell_out(words, {"fresh"}) == spelled
+
+
+SWITCHES = {
+    "pretrain": (lambda words: parse_run(OBJECTIVES["mae"][0], words).fresh, ["--data.source=x"], "--fresh"),
+    "pretrain, extend": (lambda words: parse_run(OBJECTIVES["mae"][0], words).extend, ["--data.source=x"], "--extend"),
+    "export": (lambda words: seen(export, "export", words).overwrite, ["x"], "--overwrite"),
+    "visualize": (lambda words: seen(visualize, "visualize", words).foreground, ["x"], "--foreground"),
+    "doctor": (lambda words: seen(doctor, "examine", words)["as_json"], ["x"], "--json"),
+    "extract": (lambda words: extracted(words).fresh, ["x", "--output=x.parquet"], "--fresh"),
+}
+
+
+def seen(script: Any, name: str, words: list[str]) -> Any:
+    """What a script hands to the function that does its work."""
+    with pytest.MonkeyPatch.context() as patch:
+        found: list[Any] = []
+        patch.setattr(script, name, lambda *args, **settings: found.append(settings or args[0]) or 0)
+        assert script.main(words) == 0
+    return found[0]
+
+
+def extracted(words: list[str]) -> Any:
+    found: list[Any] = []
+    assert evaluation.main(lambda _, config: found.append(config), {"": ExtractConfig}, None, words) == 0
+    return found[0]
+
+
+@pytest.mark.parametrize("front", SWITCHES)
+def test_every_front_reads_flags_the_same_way(front: str) -> None:
+    read, words, flag = SWITCHES[front]
+    assert read(words) is False
+    for on in ([flag], [flag, "true"], [f"{flag}=true"]):
+        assert read([*words, *on]) is True
+    for off in ([flag, "false"], [f"{flag}=false"]):
+        assert read([*words, *off]) is False
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "message"),
+    [
+        (export.main, ["x", "--overwrit"], "--overwrit: no such flag; did you mean --overwrite?"),
+        (report.main, ["x", "--panel_image=3"], "--panel_image: no such flag; did you mean --panel_images?"),
+        (visualize.main, ["x", "--seeed", "1"], "--seeed: no such flag; did you mean --seed?"),
+        (visualize.main, ["x", "--seed", "one"], "argument --seed: invalid int value: 'one'"),
+        (visualize.main, ["film", "x", "--wide=3"], "--wide: no such flag; did you mean --width?"),
+        (export.main, [], "the following arguments are required: path"),
+        (lambda words: 2 * (extracted(words) is None), ["x", "--outputs=x.parquet"], "did you mean --output?"),
+    ],
+)
+def test_what_no_flag_takes_ends_in_one_line(main: Any, words: list[str], message: str, capsys: Capture) -> None:
+    with pytest.raises((SystemExit, AssertionError)) as stopped:
+        main(words)
+    assert not isinstance(stopped.value, SystemExit) or stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
