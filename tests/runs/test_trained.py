@@ -25,9 +25,9 @@ from tests.conftest import SMALL_DINO, SMALL_RUN
 LONG = ["--steps=6", "--checkpoint.every_steps=2", "--checkpoint.keep=3", "--evaluation.max_images=16"]
 
 
-def train(defaults: object, flags: list[str], source: Path, folder: Path) -> Path:
+def train(defaults: object, flags: list[str], source: Path, folder: Path, *more: str) -> Path:
     patch = pytest.MonkeyPatch()
-    patch.setattr(sys, "argv", ["train", *flags, *LONG, f"--data.source={source}", f"--output_dir={folder}"])
+    patch.setattr(sys, "argv", ["train", *flags, *LONG, *more, f"--data.source={source}", f"--output_dir={folder}"])
     try:
         assert main(defaults) == 0
     finally:
@@ -184,7 +184,7 @@ def test_the_script_goes_on_after_a_refusal(
     tmp_path: Path, photo_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = [*SMALL_RUN, "--encoder.image_size=[16,32]"]
-    run = train(pretrain_mae.DEFAULTS, flags, photo_folder, tmp_path / "run")
+    run = train(pretrain_mae.DEFAULTS, flags, photo_folder, tmp_path / "run", "--steps=1")
     code, text = call(capsys, run, "--to", "torchvision", "timm")
     assert code == 2
     assert "error: --to torchvision: torchvision's VisionTransformer cannot be this backbone: it takes square" in text

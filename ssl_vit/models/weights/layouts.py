@@ -1,7 +1,7 @@
 """Parameter names of a plain Vision Transformer: timm's, which are ours, transformers' and torchvision's."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,35 +148,32 @@ def fold_layer_scale(tensors: Tensors) -> Tensors:
 def to_transformers(tensors: Mapping[str, Tensor], *, dinov2: bool = False, swiglu: bool = False) -> Tensors:
     """Rename timm's tensors to those of transformers' ViTModel or Dinov2Model, as in files on the hub."""
     table = _SWIGLU_BLOCK if swiglu else _DINOV2_BLOCK if dinov2 else _VIT_BLOCK
-    renamed: Tensors = {}
-    for name, value in tensors.items():
-        block = re.match(r"blocks\.(\d+)\.(.*)", name)
-        if block is None:
-            renamed[_swap(name, _STEM)] = value
-        else:
-            renamed |= block_to_transformers(f"encoder.layer.{block[1]}.", block[2], value, table)
-    return renamed
+    return _to_transformers(tensors, "blocks", "encoder.layer", lambda name: _swap(name, _STEM), table)
 
 
 def decoder_to_transformers(tensors: Mapping[str, Tensor]) -> Tensors:
     """Rename the tensors of MAE's decoder to those of transformers' ViTMAEForPreTraining."""
+    return _to_transformers(
+        tensors, "decoder_blocks", "decoder.decoder_layers", lambda name: f"decoder.{name}", _VIT_BLOCK
+    )
+
+
+def _to_transformers(
+    tensors: Mapping[str, Tensor], blocks: str, layers: str, rename: Callable[[str], str], table: Mapping[str, str]
+) -> Tensors:
+    """Rename tensors, those of blocks by a table; timm's joint queries, keys and values become three tensors."""
     renamed: Tensors = {}
     for name, value in tensors.items():
-        block = re.match(r"decoder_blocks\.(\d+)\.(.*)", name)
+        block = re.match(rf"{blocks}\.(\d+)\.(.*)", name)
         if block is None:
-            renamed[f"decoder.{name}"] = value
+            renamed[rename(name)] = value
+        elif block[2].startswith("attn.qkv."):
+            kind = name.rpartition(".")[2]
+            for role, part in zip(_QKV, value.chunk(3), strict=True):
+                renamed[f"{layers}.{block[1]}.attention.attention.{role}.{kind}"] = part.contiguous()
         else:
-            renamed |= block_to_transformers(f"decoder.decoder_layers.{block[1]}.", block[2], value, _VIT_BLOCK)
+            renamed[f"{layers}.{block[1]}.{_swap(block[2], table)}"] = value
     return renamed
-
-
-def block_to_transformers(prefix: str, name: str, value: Tensor, table: Mapping[str, str]) -> Tensors:
-    """Rename one tensor of a block; timm's joint tensor of queries, keys and values becomes three."""
-    if name.startswith("attn.qkv."):
-        kind = name.rpartition(".")[2]
-        parts = zip(_QKV, value.chunk(3), strict=True)
-        return {f"{prefix}attention.attention.{role}.{kind}": part.contiguous() for role, part in parts}
-    return {prefix + _swap(name, table): value}
 
 
 def to_torchvision(tensors: Mapping[str, Tensor]) -> Tensors:
