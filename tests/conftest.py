@@ -23,6 +23,7 @@ from tests.reruns import FakeCapture, Rerun
 if "PYTEST_XDIST_WORKER" in os.environ:  # test processes share the cores, and so do those that they start
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # processes that tests start need not compile our modules each time
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

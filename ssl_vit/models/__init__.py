@@ -1,1 +1,1 @@
-
+"""Encoders, and the weights that they start from."""

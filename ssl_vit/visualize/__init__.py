@@ -1,1 +1,1 @@
-
+"""Figures, films and reports of what was learned."""
