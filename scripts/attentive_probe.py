@@ -4,7 +4,7 @@
         --evaluation.test_source TEST
 
 MAE's class token hides what its patch tokens know; this probe finds it. Probes of several learning rates are trained at
-once, and the best is picked on a tenth of the training pictures. Without a test source a fifth of them is held out.
+once, and the best is picked on a tenth of the training images. Without a test source a fifth of them is held out.
 Saves and resumes as pre-training does; `--help` lists all settings.
 """
 

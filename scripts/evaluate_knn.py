@@ -2,7 +2,7 @@
 
     python scripts/evaluate_knn.py runs/NAME --source LABELLED [--test_source TEST]
 
-Without a test source each picture is classified by all others (leave-one-out).
+Without a test source each image is classified by all others (leave-one-out).
 """
 
 import sys

@@ -2,7 +2,7 @@
 
     python scripts/evaluate_retrieval.py runs/NAME --source GALLERY [--test_source QUERIES]
 
-Without queries each picture of the gallery looks for the others of its class.
+Without queries each image of the gallery looks for the others of its class.
 """
 
 import sys

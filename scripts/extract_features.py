@@ -1,8 +1,8 @@
-"""Features of any source into one file: parquet or safetensors, one row a picture, in the order of the source.
+"""Features of any source into one file: parquet or safetensors, one row for each image, in the order of the source.
 
     python scripts/extract_features.py runs/NAME --source PICTURES --output features.parquet
 
-Memory stays flat however many pictures there are, and the same command goes on where it was killed. Several processes:
+Memory stays flat however many images there are, and the same command goes on where it was killed. Several processes:
 start it with `accelerate launch`. Read the file with `pandas.read_parquet`, `datasets.load_dataset("parquet", ...)` or
 `safetensors.torch.load_file`.
 """

@@ -1,10 +1,10 @@
-"""Fine-tune a backbone on labelled pictures, all of its weights, with MAE's recipe.
+"""Fine-tune a backbone on labelled images, all of its weights, with MAE's recipe.
 
     accelerate launch scripts/finetune.py --encoder.pretrained runs/NAME --data.source LABELLED \\
         --evaluation.test_source TEST
 
 Saves, resumes and is configured as pre-training is; `--help` lists all settings, configs/finetune_*.yaml are presets.
-Without a test source a fifth of the pictures is held out. Ends with a timm classifier and its accuracy.
+Without a test source a fifth of the images is held out. Ends with a timm classifier and its accuracy.
 """
 
 import sys

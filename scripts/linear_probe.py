@@ -3,7 +3,7 @@
     python scripts/linear_probe.py runs/NAME --source LABELLED [--test_source TEST] [--protocol mae] [--logistic true]
 
 A head is trained for each learning rate and kind of feature (--probe.*). The best one is picked on a part of the
-training pictures, never on those that are scored. `--protocol` is dinov2 (a grid of heads, SGD) or mae (batch norm,
+training images, never on those that are scored. `--protocol` is dinov2 (a grid of heads, SGD) or mae (batch norm,
 LARS). Without a test source the accuracy is cross-validated.
 """
 

@@ -1,4 +1,4 @@
-"""What the evaluation scripts share: a backbone, labelled pictures, and features of them that are extracted once."""
+"""What the evaluation scripts share: a backbone, labelled images, and features of them that are extracted once."""
 
 import json
 import sys
@@ -44,13 +44,13 @@ BASELINES = ("pixels", "untrained")
 
 @dataclass(frozen=True)
 class PicturesConfig:
-    """Which pictures a script is given, and how they are encoded."""
+    """Which images a script is given, and how they are encoded."""
 
     source: str | dict[str, float] | None = None
-    """Pictures, as in pre-training's data.source but no stream; labelled, where they are learned from; `null` = the
+    """Images, as in pre-training's data.source but no stream; labelled, where they are learned from; `null` = the
     run's, where open_source says so."""
     open_source: bool = False
-    """Open the pictures that the run was trained on, which its folder names: a stranger may have written it."""
+    """Open the images that the run was trained on, which its folder names: a stranger may have written it."""
     split: str = "train"
     """Split of the source."""
     image_column: str | None = None
@@ -60,18 +60,18 @@ class PicturesConfig:
     allow_outside_paths: bool = False
     """Whether rows of tables may name image files outside the folder of their source. Only for those that you trust."""
     image_size: int | tuple[int, int] | None = None
-    """Size in pixels at which pictures are encoded: one number, or [height, width]; `null` = the backbone's own."""
+    """Size in pixels at which images are encoded: one number, or [height, width]; `null` = the backbone's own."""
     indivisible: Literal["refuse", "resize", "pad"] = "refuse"
     """What to do with a size that the patch size does not divide: refuse, take the nearest, or pad up to the next."""
     crop_pct: float | None = None
-    """Share of the resized picture's sides that the centre crop keeps: .875 = resize to 256, crop to 224; `null` = the
+    """Share of the resized image's sides that the centre crop keeps: .875 = resize to 256, crop to 224; `null` = the
     backbone's own, at any image_size."""
     on_bad_image: Literal["skip", "raise"] = "skip"
     """An image that cannot be decoded: leave it out and list it beside the output, or stop."""
     max_bad_share: float = 0.05
     """Stop when more than this share of the images cannot be decoded."""
     batch_size: int = 256
-    """Pictures that a process encodes at once."""
+    """Images that a process encodes at once."""
     precision: Literal["auto", "bf16", "fp16", "no"] = "auto"
     """Number format of the encoder. auto: bf16 where the device computes it in hardware, else fp32 (no)."""
     num_workers: int | Literal["auto"] = "auto"
@@ -96,16 +96,16 @@ class PicturesConfig:
 
 @dataclass(frozen=True)
 class LabelledConfig(PicturesConfig):
-    """Which labelled pictures judge a backbone, and beside what."""
+    """Which labelled images judge a backbone, and beside what."""
 
     test_source: str | dict[str, float] | None = None
-    """Labelled pictures to test on; `null` = the source itself, each picture by what was learned from others."""
+    """Labelled images to test on; `null` = the source itself, each image by what was learned from others."""
     test_split: str | None = None
     """Split of the test source; `null` = that of the source. Given alone, it is one of the source."""
     label_column: str | None = None
     """Column that holds the classes; found where possible."""
     max_images: int | None = None
-    """Use a seeded random subset of at most so many pictures of each source; `null` = all."""
+    """Use a seeded random subset of at most so many images of each source; `null` = all."""
     folds: int = 5
     """Folds of the cross-validation, where there is no test source."""
     baselines: tuple[str, ...] = ("pixels",)
@@ -132,7 +132,7 @@ class LabelledConfig(PicturesConfig):
 
 @dataclass
 class Backbone:
-    """A backbone on its device, and how pictures are brought to it."""
+    """A backbone on its device, and how images are brought to it."""
 
     file: Path
     encoder: Encoder
@@ -184,14 +184,14 @@ class Backbone:
 
 
 def data_config(backbone: Backbone, config: PicturesConfig, label_column: str | None = None) -> DataConfig:
-    """The pictures that a script names.
+    """The images that a script names.
 
     Raises:
         ValueError: none are named, and the backbone does not say what it was trained on, or it is not to be opened.
     """
     source = config.source or own_source(backbone.folder, asked=config.open_source)
     if source is None:
-        raise ValueError("--source: name the pictures")
+        raise ValueError("--source: name the images")
     mean, std = backbone.transform.normalization
     outside, pages = config.allow_outside_paths, config.pages
     return DataConfig(source, config.split, config.image_column, label_column, mean, std, outside, pages=pages)
@@ -199,7 +199,7 @@ def data_config(backbone: Backbone, config: PicturesConfig, label_column: str | 
 
 @contextmanager
 def naming_own(config: PicturesConfig) -> Iterator[None]:
-    """Say of an error that the pictures at fault are those of the run, where none are named."""
+    """Say of an error that the images at fault are those of the run, where none are named."""
     try:
         yield
     except ValueError as error:

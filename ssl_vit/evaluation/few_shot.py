@@ -1,4 +1,4 @@
-"""Few labelled pictures: ridge regression in closed form on a few drawn ones of each class."""
+"""Few labelled images: ridge regression in closed form on a few drawn ones of each class."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,7 +16,7 @@ ALPHAS = tuple(10.0**exponent for exponent in range(-4, 3))
 
 
 class FewShot(NamedTuple):
-    """Accuracy from a few pictures of each class. Shares, not percent."""
+    """Accuracy from a few images of each class. Shares, not percent."""
 
     shots: int
     mean: float
@@ -37,7 +37,7 @@ def few_shot(
     num_draws: int = 5,
     seed: int = 0,
 ) -> FewShot:
-    """Draw `shots` pictures of each class several times, fit a ridge classifier to each draw and test it.
+    """Draw `shots` images of each class several times, fit a ridge classifier to each draw and test it.
 
     Features are scaled to length 1. Without a test set the images that were not drawn are tested.
 

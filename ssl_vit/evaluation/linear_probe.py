@@ -39,11 +39,11 @@ class LinearProbeConfig:
     warmup: float = 0.0
     """Share of the passes over which the learning rate grows from 0; a cosine to 0 follows."""
     batch_size: int = 1024
-    """Pictures of a step; at most a tenth of those there are, and at least 2."""
+    """Images of a step; at most a tenth of those there are, and at least 2."""
     views: int = 0
-    """Random crops and flips of each training picture, encoded once and taken in turns; 0 = the centre crop alone."""
+    """Random crops and flips of each training image, encoded once and taken in turns; 0 = the centre crop alone."""
     held_out: int = 10
-    """One part in so many of the training pictures picks the best head, which is then trained again on all of them."""
+    """One part in so many of the training images picks the best head, which is then trained again on all of them."""
 
     def __post_init__(self) -> None:
         for kind in self.features:
@@ -107,19 +107,19 @@ def linear_probe(
     The same call gives the same result.
 
     Args:
-        train: what `extract_features` returned for the training pictures, once for each view.
+        train: what `extract_features` returned for the training images, once for each view.
         train_labels: classes, 0 to `num_classes` - 1.
-        test: the same of the pictures to classify, of the centre crop.
-        clean: the training pictures' centre crop, on which heads are compared; None = the first of `train`.
+        test: the same of the images to classify, of the centre crop.
+        clean: the training images' centre crop, on which heads are compared; None = the first of `train`.
         seed: draws the held-out part, the heads' first weights and the batches.
         device: where the heads are trained; None = where the features are.
         on_step: called after each step; `num_steps` says how many there are.
 
     Raises:
-        ValueError: a batch norm is to learn from a single picture.
+        ValueError: a batch norm is to learn from a single image.
     """
     if config.batch_norm and len(train_labels) < 2:
-        raise ValueError("batch_norm=True: needs at least 2 training pictures; give more, or --probe.batch_norm false")
+        raise ValueError("batch_norm=True: needs at least 2 training images; give more, or --probe.batch_norm false")
     clean = train[0] if clean is None else clean
     device = device or clean["mean"].device
     labels = torch.from_numpy(train_labels).to(device)
@@ -144,7 +144,7 @@ def linear_probe(
 
 
 def num_steps(num_rows: int, config: LinearProbeConfig) -> int:
-    """Optimizer steps over `num_rows` training pictures, in both rounds together."""
+    """Optimizer steps over `num_rows` training images, in both rounds together."""
     fit = num_rows - -(-num_rows // config.held_out)
     grid = len(config.features) * len(config.base_lrs)
     rounds = [fit, num_rows] if grid > 1 else [num_rows]

@@ -1,4 +1,4 @@
-"""Pictures with a class for every pixel."""
+"""Images with a class for every pixel."""
 
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -23,12 +23,12 @@ from ssl_vit.data.decode.bounds import MAX_IMAGE_BYTES, check_size
 from ssl_vit.data.decode.formats import open_image
 from ssl_vit.data.sources.source import Source, open_source
 
-_MAX_CLASSES = 10_000  # more are no classes: a mask of instances, or a picture
+_MAX_CLASSES = 10_000  # more are no classes: a mask of instances, or an image
 
 
 @dataclass(frozen=True)
 class MaskedSource:
-    """Pictures and the masks that belong to them, row by row."""
+    """Images and the masks that belong to them, row by row."""
 
     images: Source
     masks: Source
@@ -43,7 +43,7 @@ class MaskedSource:
         return MaskedSource(self.images.subset(rows), self.masks.subset(rows), self.ignore_index)
 
     def pair(self, index: int, num_channels: int) -> tuple[UInt8[Tensor, "c h w"], Int64[Tensor, "h w"]]:
-        """A picture and its mask; -1 where a pixel belongs to no class.
+        """An image and its mask; -1 where a pixel belongs to no class.
 
         Raises:
             ValueError: one of them cannot be read, they differ in size, or the mask holds no classes.
@@ -52,7 +52,7 @@ class MaskedSource:
         mask = self.mask(index)
         if image.shape[1:] != mask.shape:
             sizes = " x ".join(map(str, mask.shape)), " x ".join(map(str, image.shape[1:]))
-            raise ValueError(f"{self._name(index)}: the mask is {sizes[0]} pixels and its picture {sizes[1]}")
+            raise ValueError(f"{self._name(index)}: the mask is {sizes[0]} pixels and its image {sizes[1]}")
         return image, mask
 
     def mask(self, index: int) -> Int64[Tensor, "h w"]:
@@ -76,13 +76,13 @@ def read_mask(data: bytes, max_image_bytes: int = MAX_IMAGE_BYTES) -> Int64[Tens
     """The numbers that a mask's file stores for its pixels: palette indices as they are, 16 bits undivided.
 
     Raises:
-        ValueError: no picture, or one of several channels.
+        ValueError: no image, or an image of several channels.
     """
     try:
         with open_image(data, max_image_bytes) as opened:
             check_size(opened.height, opened.width, 8, max_image_bytes)
             if opened.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
-                raise ValueError(f"is a {opened.mode} picture; a mask has one channel, whose values are classes")
+                raise ValueError(f"is a {opened.mode} image; a mask has one channel, whose values are classes")
             return torch.from_numpy(np.array(ImageOps.exif_transpose(opened)).astype(np.int64))
     except ValueError:
         raise
@@ -110,16 +110,16 @@ class Problems(Dataset):
 def open_masked(
     data: DataConfig, *, mask_source: str | None, mask_column: str | None, ignore_index: int
 ) -> MaskedSource:
-    """Pictures with masks: two columns of one source, or two folders whose files have the same names.
+    """Images with masks: two columns of one source, or two folders whose files have the same names.
 
     Args:
-        data: the pictures. Where they are in a column, `mask_column` is another one of the same source.
-        mask_source: a folder of masks, matched to a folder of pictures by path below the folder, without suffix.
+        data: the images. Where they are in a column, `mask_column` is another one of the same source.
+        mask_source: a folder of masks, matched to a folder of images by path below the folder, without suffix.
         mask_column: found where there is exactly one further column of images.
         ignore_index: value of pixels that belong to no class.
 
     Raises:
-        ValueError: no masks, or pictures and masks that do not match.
+        ValueError: no masks, or images and masks that do not match.
     """
     if mask_source is not None:
         images = open_source(data)
@@ -129,7 +129,7 @@ def open_masked(
             )
         return MaskedSource(*_match(images, masks), ignore_index)
     if data.image_column is None:
-        # With two columns of images the pictures' one has to be told apart first.
+        # Of two columns of images first find the one that is no mask.
         data = _with_column(data, "image")
     images = open_source(data)
     columns = images.columns
@@ -156,7 +156,7 @@ def _with_column(data: DataConfig, column: str) -> DataConfig:
 
 
 def _match(images: Source, masks: Source) -> tuple[Source, Source]:
-    """The masks in the order of their pictures."""
+    """The masks in the order of their images."""
 
     def names(source: Source) -> list[str]:
         if source.root is None:
@@ -171,8 +171,8 @@ def _match(images: Source, masks: Source) -> tuple[Source, Source]:
 
     image_names, mask_names = names(images), names(masks)
     for kind, lacking in {
-        "pictures without a mask": sorted(set(image_names) - set(mask_names)),
-        "masks without a picture": sorted(set(mask_names) - set(image_names)),
+        "images without a mask": sorted(set(image_names) - set(mask_names)),
+        "masks without an image": sorted(set(mask_names) - set(image_names)),
         "names that several masks have": sorted(name for name, n in Counter(mask_names).items() if n > 1),
     }.items():
         if lacking:

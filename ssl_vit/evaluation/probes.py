@@ -29,7 +29,7 @@ class KNNConfig(LabelledConfig):
     """Weighted k-NN."""
 
     feature: str | None = None
-    """What stands for a picture: cls, mean, cls+mean, cls4 or cls4+mean; `null` = mean for MAE, else cls."""
+    """What stands for an image: cls, mean, cls+mean, cls4 or cls4+mean; `null` = mean for MAE, else cls."""
     ks: tuple[int, ...] = (10, 20, 100, 200)
     """Neighbours that vote."""
     temperature: float = 0.07
@@ -48,7 +48,7 @@ class RetrievalConfig(LabelledConfig):
     """Retrieval; the source is the gallery, the test source the queries."""
 
     feature: str | None = None
-    """What stands for a picture: cls, mean, cls+mean, cls4 or cls4+mean; `null` = mean for MAE, else cls."""
+    """What stands for an image: cls, mean, cls+mean, cls4 or cls4+mean; `null` = mean for MAE, else cls."""
     ks: tuple[int, ...] = (1, 5, 10)
     """For recall@k."""
 
@@ -67,9 +67,9 @@ class LinearConfig(LabelledConfig):
     feature: str | None = None
     """What the logistic regression and the few-shot classification look at; `null` = mean for MAE, else cls."""
     shots: tuple[int, ...] = (1, 5, 10)
-    """Labelled pictures of each class for few-shot classification; [] = none."""
+    """Labelled images of each class for few-shot classification; [] = none."""
     draws: int = 5
-    """Draws of these pictures."""
+    """Draws of these images."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

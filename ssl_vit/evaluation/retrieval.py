@@ -1,4 +1,4 @@
-"""Retrieval: do the pictures of a query's own class come first when all are sorted by similarity?
+"""Retrieval: do the images of a query's own class come first when all are sorted by similarity?
 
 Mean average precision and recall@k as in image retrieval and metric learning (Musgrave et al., "A Metric Learning
 Reality Check", 2020): a query retrieves from a gallery, without itself where both are the same set.
@@ -13,16 +13,16 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_PAIRS = 2**26  # of query and picture at once; each takes about 40 bytes
+_PAIRS = 2**26  # of query and image at once; each takes about 40 bytes
 
 
 class Retrieval(NamedTuple):
-    """How well pictures of the same class are found. Shares, not percent."""
+    """How well images of the same class are found. Shares, not percent."""
 
     mean_average_precision: float
-    """Mean over the queries of the average of the precision at the rank of each picture of their class."""
+    """Mean over the queries of the average of the precision at the rank of each image of their class."""
     recall: dict[int, float]
-    """For each k, the share of queries with a picture of their class among the k nearest."""
+    """For each k, the share of queries with an image of their class among the k nearest."""
     num_queries: int
     """Queries whose class the gallery holds; others cannot be answered and are left out."""
 
@@ -38,16 +38,16 @@ def retrieve(
 ) -> Retrieval:
     """Sort a gallery by cosine similarity to each query and score the order.
 
-    Of equally similar pictures the earlier one in the gallery comes first. At most `chunk_size` x n similarities exist
+    Of equally similar images the earlier one in the gallery comes first. At most `chunk_size` x n similarities exist
     at once, and at most 2^26.
 
     Args:
-        gallery, queries: finite features. Without `queries` each picture of the gallery is one and finds the others.
+        gallery, queries: finite features. Without `queries` each image of the gallery is one and finds the others.
         gallery_labels, query_labels: classes.
         ks: for recall@k.
 
     Raises:
-        ValueError: no query has a picture of its class to find.
+        ValueError: no query has an image of its class to find.
     """
     device = gallery.device
     gallery = F.normalize(gallery.float(), dim=1)
@@ -73,6 +73,6 @@ def retrieve(
         found.append(torch.stack([same[:, :k].any(dim=1) for k in ks], dim=1))
     average, hits = torch.cat(precision), torch.cat(found).double()
     if len(average) == 0:
-        raise ValueError("no query has a picture of its class to find: give at least two pictures of a class")
+        raise ValueError("no query has an image of its class to find: give at least two images of a class")
     recall = dict(zip(ks, hits.mean(dim=0).tolist(), strict=True))
     return Retrieval(float(average.mean()), recall, len(average))

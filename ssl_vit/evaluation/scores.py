@@ -15,7 +15,7 @@ _WIDEST = 80  # characters of a cell of a table
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """Accuracy over pictures none of which its classifier was fitted to. Shares, not percent."""
+    """Accuracy over images none of which its classifier was fitted to. Shares, not percent."""
 
     accuracy: float
     low: float
@@ -23,25 +23,25 @@ class Score:
     high: float
     """Upper end of the same interval."""
     balanced_accuracy: float
-    """Mean over the classes of the share of their pictures that were recognised."""
+    """Mean over the classes of the share of their images that were recognised."""
     labels: Int[np.ndarray, " n"]
-    """Class of each picture."""
+    """Class of each image."""
     predictions: Int[np.ndarray, " n"]
-    """What each picture was taken for."""
+    """What each image was taken for."""
 
     @property
     def correct(self) -> Bool[np.ndarray, " n"]:
-        """Whether each picture was recognised."""
+        """Whether each image was recognised."""
         return self.labels == self.predictions
 
     @property
     def n(self) -> int:
-        """How many pictures."""
+        """How many images."""
         return len(self.labels)
 
     @classmethod
     def of(cls, labels: Int[np.ndarray, " n"], predictions: Int[np.ndarray, " n"]) -> "Score":
-        """Score predictions against labels, at least one picture."""
+        """Score predictions against labels, at least one image."""
         correct = labels == predictions
         low, high = wilson_interval(int(correct.sum()), len(correct))
         balanced = np.mean([correct[labels == label].mean() for label in np.unique(labels)])
@@ -49,7 +49,7 @@ class Score:
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927), sound for few pictures and for shares near 0 and 1 too."""
+    """95 % interval of a share (Wilson 1927), sound for few images and for shares near 0 and 1 too."""
     share, z2 = successes / trials, _Z95**2
     centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     half = _Z95 * (share * (1 - share) / trials + z2 / (4 * trials**2)) ** 0.5 / (1 + z2 / trials)
@@ -72,26 +72,26 @@ def newcombe_interval(share_a: float, trials_a: int, share_b: float, trials_b: i
 def paired_interval(
     correct_a: Bool[np.ndarray, " a"], *correct_b: Bool[np.ndarray, " b"]
 ) -> tuple[float, float, float]:
-    """Difference of two accuracies on the same pictures, a - b, with its 95 % interval.
+    """Difference of two accuracies on the same images, a - b, with its 95 % interval.
 
-    Normal approximation of the mean of the per-picture differences: pictures that both get right or both get
+    Normal approximation of the mean of the per-image differences: images that both get right or both get
     wrong cancel, so it is narrower than what two separate intervals suggest. Of several b, such as seeds of one
     network, it is their mean, and how far they lie apart widens the interval.
 
     Args:
-        correct_a, correct_b: `Score.correct` of the two, the same pictures in the same order.
+        correct_a, correct_b: `Score.correct` of the two, the same images in the same order.
 
     Returns:
         (difference, low, high)
 
     Raises:
-        ValueError: not the same number of pictures, or fewer than two.
+        ValueError: not the same number of images, or fewer than two.
     """
     lengths = {len(b) for b in correct_b}
     if lengths != {len(correct_a)} or len(correct_a) < 2:
         raise ValueError(
-            f"cannot compare {len(correct_a)} pictures with {', '.join(map(str, sorted(lengths)))}: "
-            "the two scores must be of the same pictures, at least two of them"
+            f"cannot compare {len(correct_a)} images with {', '.join(map(str, sorted(lengths)))}: "
+            "the two scores must be of the same images, at least two of them"
         )
     others = np.stack(correct_b).astype(np.float64)
     differences = correct_a - others.mean(axis=0)
@@ -147,13 +147,13 @@ class ClassScore(NamedTuple):
 
     name: str
     n: int
-    """Pictures of the class."""
+    """Images of the class."""
     recall: float
     """Share of them that were recognised: the class's accuracy."""
     precision: float | None
-    """Share of the pictures taken for this class that are of it; None where none was."""
+    """Share of the images taken for this class that are of it; None where none was."""
     confused_with: str | None
-    """The class that its other pictures were most often taken for; None where all were recognised."""
+    """The class that its other images were most often taken for; None where all were recognised."""
 
 
 def per_class(score: Score, class_names: Sequence[str]) -> list[ClassScore]:

@@ -47,17 +47,17 @@ class SegmentationConfig(PicturesConfig):
     """Linear segmentation."""
 
     batch_size: int = 16
-    """Pictures of a step."""
+    """Images of a step."""
     test_source: str | dict[str, float] | None = None
-    """Pictures to test on; `null` = a held-out fifth of the source."""
+    """Images to test on; `null` = a held-out fifth of the source."""
     test_split: str | None = None
     """Split of the test source; `null` = that of the source. Given alone, it is one of the source."""
     mask_column: str | None = None
     """Column that holds the masks; found where there is exactly one further column of images."""
     mask_source: str | None = None
-    """Folder of masks with the names of the pictures, where pictures are a folder."""
+    """Folder of masks with the names of the images, where images are a folder."""
     test_mask_source: str | None = None
-    """Folder of the test pictures' masks."""
+    """Folder of the test images' masks."""
     ignore_index: int = 255
     """Value of pixels that belong to no class."""
     num_layers: int = 1
@@ -92,7 +92,7 @@ class Segmentation(NamedTuple):
     """Mean over the classes of intersection over union; classes that are neither there nor predicted are left out."""
     low: float
     high: float
-    """Ends of the 95 % interval of the mean IoU, by bootstrap over the pictures."""
+    """Ends of the 95 % interval of the mean IoU, by bootstrap over the images."""
     pixel_accuracy: float
     iou: dict[int, float]
     """Of each class."""
@@ -126,7 +126,7 @@ def mean_iou(counts: Int64[Tensor, "3 classes"]) -> float:
 
 
 def bootstrap_interval(counts: Int64[Tensor, "n 3 classes"], seed: int, draws: int = 1000) -> tuple[float, float]:
-    """95 % interval of the mean IoU: pictures are drawn with replacement, and the middle 95 % of the results taken."""
+    """95 % interval of the mean IoU: images are drawn with replacement, and the middle 95 % of the results taken."""
     rng = np.random.default_rng(seed)
     flat = counts.flatten(1).double()
     found = []
@@ -197,7 +197,7 @@ def segment(
     config: SegmentationConfig,
     num_classes: int,
 ) -> list[Int64[Tensor, "n 3 classes"]]:
-    """The pixel counts of each picture, for each head; all that the scores need, and small for many classes too."""
+    """The pixel counts of each image, for each head; all that the scores need, and small for many classes too."""
     found: list[list[Tensor]] = [[] for _ in heads]
     loader = _loader(_Pairs(source, encoder.in_chans, backbone, None), backbone.settings)
     for head in heads:
@@ -211,7 +211,7 @@ def segment(
 
 
 class _Pairs(Dataset):
-    """Pictures and masks at the encoder's size: random crops by sample key, or the centres by row."""
+    """Images and masks at the encoder's size: random crops by sample key, or the centres by row."""
 
     def __init__(self, source: MaskedSource, num_channels: int, backbone: Backbone, seed: int | None) -> None:
         self.source, self.num_channels, self.transform, self.seed = source, num_channels, backbone.transform, seed
@@ -276,7 +276,7 @@ def _stretch(length: int, to: int, device: torch.device) -> Float[Tensor, "lengt
 def evaluate_segmentation(path: Path, config: SegmentationConfig) -> None:
     """Score a backbone by linear segmentation: a table, and a JSON file."""
     backbone = Backbone.load(path, config)
-    if process_index() != 0:  # heads are small and the encoder is run once a picture and step: one process does it
+    if process_index() != 0:  # heads are small and the encoder runs once per image and step: one process does it
         return
     if config.num_layers > backbone.encoder.num_layers:
         raise ValueError(f"num_layers={config.num_layers}: the backbone has {backbone.encoder.num_layers} blocks")
@@ -287,7 +287,7 @@ def evaluate_segmentation(path: Path, config: SegmentationConfig) -> None:
     for name in (*config.baselines, "backbone"):
         encoder = backbone.untrained(config.seed) if name == "untrained" else backbone.encoder
         rows[name] = _evaluate(name, encoder.eval(), train, test, backbone, config, num_classes)
-    lines = [["%", "mIoU", "pixel accuracy", "pictures"]]
+    lines = [["%", "mIoU", "pixel accuracy", "images"]]
     for name, item in rows.items():
         shown = f"{100 * item.miou:.1f} [{100 * item.low:.1f}, {100 * item.high:.1f}]"
         lines.append([name, shown, f"{100 * item.pixel_accuracy:.1f}", str(len(test))])
@@ -365,7 +365,7 @@ def _readable(
 
 def _hold_out(source: MaskedSource, folds: int, seed: int) -> tuple[MaskedSource, MaskedSource]:
     if len(source) < 2:
-        raise ValueError(f"source={source.images.name!r}: {len(source)} pictures are too few to hold some out")
+        raise ValueError(f"source={source.images.name!r}: {len(source)} images are too few to hold some out")
     order = np.random.default_rng(seed).permutation(len(source))
     cut = max(1, len(source) // folds)
     return source.subset(np.sort(order[cut:])), source.subset(np.sort(order[:cut]))

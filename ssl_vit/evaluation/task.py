@@ -32,7 +32,7 @@ from ssl_vit.evaluation.splits import Split, split_sources
 
 @dataclass
 class Task:
-    """A backbone and the labelled pictures that judge it."""
+    """A backbone and the labelled images that judge it."""
 
     backbone: Backbone
     config: LabelledConfig
@@ -62,17 +62,17 @@ class Task:
     def features(
         self, name: str, num_layers: int, views: int = 0
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor] | None]:
-        """Features of the training and of the test pictures; see `extract_features`. Every process calls this.
+        """Features of the training and of the test images; see `extract_features`. Every process calls this.
 
         Images that cannot be decoded are left out of `split` as well, so that features and labels stay side by side.
 
         Args:
             name: "backbone", or a baseline: "pixels", whose only feature is "mean", or "untrained".
             num_layers: last blocks whose class tokens are wanted.
-            views: random crops of the training pictures; they follow the centre crop.
+            views: random crops of the training images; they follow the centre crop.
 
         Returns:
-            for the training pictures the centre crop and then each view, and for the test pictures the centre crop or
+            for the training images the centre crop and then each view, and for the test images the centre crop or
             None. On other processes than the main one they are empty.
         """
         encode, test = self._pixels if name == "pixels" else self._encoder(name, num_layers), None

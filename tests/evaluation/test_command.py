@@ -193,7 +193,7 @@ def test_a_result_that_cannot_be_written_ends_in_one_line(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "--source: name the pictures"),
+        ([], "--source: name the images"),
         (["--source=/nowhere"], "--source='/nowhere': no such file or folder"),
         (["--source=PHOTOS", "--ks=[0]"], "ks=(0,): give numbers of at least 1"),
         (["--source=PHOTOS", "--feature=patch"], "feature='patch': no such feature; choose one of cls, mean"),
@@ -386,5 +386,5 @@ def test_help_explains_every_flag(name: str, capsys: pytest.CaptureFixture[str])
         run(name, "--help")
     assert stopped.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "Labelled pictures to test on" in text  # of a setting that is inherited
+    assert "Labelled images to test on" in text  # of a setting that is inherited
     assert "Keep features beside the backbone" in text

@@ -100,7 +100,7 @@ def test_a_batch_norm_learns_from_any_number_of_pictures(n: int) -> None:
 
 def test_a_batch_norm_refuses_a_single_picture() -> None:
     train, labels = toy(1)
-    with pytest.raises(ValueError, match="batch_norm=True: needs at least 2 training pictures"):
+    with pytest.raises(ValueError, match="batch_norm=True: needs at least 2 training images"):
         linear_probe([train], labels, train, replace(QUICK, batch_norm=True), num_classes=4)
 
 

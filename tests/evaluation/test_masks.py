@@ -52,7 +52,7 @@ def test_masks_keep_the_numbers_that_are_stored() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (png(np.zeros((4, 4, 3), dtype=np.uint8)), "is a RGB picture; a mask has one channel"),
+        (png(np.zeros((4, 4, 3), dtype=np.uint8)), "is a RGB image; a mask has one channel"),
         (b"no picture", "cannot be read"),
         (png(np.zeros((40, 40), dtype=np.uint8))[:50], "cannot be read"),
     ],
@@ -105,10 +105,10 @@ def test_names_match_below_the_split_however_they_are_written(folders: tuple[Pat
 
 def test_names_that_do_not_match_are_refused(folders: tuple[Path, Path]) -> None:
     (folders[1] / "2.png").rename(folders[1] / "two.png")
-    with pytest.raises(ValueError, match=r"mask_source='.*': 1 pictures without a mask: 2; names must be the same"):
+    with pytest.raises(ValueError, match=r"mask_source='.*': 1 images without a mask: 2; names must be the same"):
         open_folders(folders)
     (folders[0] / "2.jpg").unlink()
-    with pytest.raises(ValueError, match=r"1 masks without a picture: two"):
+    with pytest.raises(ValueError, match=r"1 masks without an image: two"):
         open_folders(folders)
 
 
@@ -139,7 +139,7 @@ def test_a_source_without_masks_is_refused(folders: tuple[Path, Path]) -> None:
 
 def test_a_mask_that_does_not_fit_is_named(folders: tuple[Path, Path]) -> None:
     Image.fromarray(np.zeros((20, 31), dtype=np.uint8)).save(folders[1] / "1.png")
-    with pytest.raises(ValueError, match=r"row 0 .*1\.png.*: the mask is 20 x 31 pixels and its picture 20 x 30"):
+    with pytest.raises(ValueError, match=r"row 0 .*1\.png.*: the mask is 20 x 31 pixels and its image 20 x 30"):
         open_folders(folders).pair(0, 3)
     Image.fromarray(np.full((20, 30), 60_000, dtype=np.uint16)).save(folders[1] / "1.png")
     with pytest.raises(ValueError, match="holds class 60000; classes are below"):

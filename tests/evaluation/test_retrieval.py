@@ -73,5 +73,5 @@ def test_of_equal_ones_the_earlier_comes_first() -> None:
 
 
 def test_nothing_to_find_is_refused() -> None:
-    with pytest.raises(ValueError, match="no query has a picture of its class"):
+    with pytest.raises(ValueError, match="no query has an image of its class"):
         retrieve(torch.eye(3), np.arange(3), None, None)

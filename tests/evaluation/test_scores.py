@@ -52,7 +52,7 @@ def test_the_spread_of_seeds_widens_a_paired_interval():
 
 
 def test_paired_interval_needs_the_same_pictures():
-    with pytest.raises(ValueError, match="5 pictures with 4"):
+    with pytest.raises(ValueError, match="5 images with 4"):
         paired_interval(np.ones(5, bool), np.ones(4, bool))
 
 
