@@ -40,8 +40,8 @@ from ssl_vit.visualize.report import write_report
 from tests import hostile
 from tests.conftest import TINY
 from tests.hostile import PLANTED, SECRET, guarded, plant, small_run
-from tests.runs.test_folder import config
 from tests.specs import GREY
+from tests.training.test_continuing import config
 
 Plants = Callable[[Path, Path], None]
 

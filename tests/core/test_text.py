@@ -14,7 +14,6 @@ from unittest import mock
 
 import pytest
 import yaml
-from ssl_vit.training.describe import describe
 
 from ssl_vit.core.front import stoppable, warning_once
 from ssl_vit.core.text import MOST, cell, code, plain, without_orders
@@ -37,6 +36,7 @@ from ssl_vit.export.card import write_card
 from ssl_vit.models.vit import ViT
 from ssl_vit.runs.record import read_run
 from ssl_vit.runs.trained import Trained
+from ssl_vit.training.setup import describe
 from ssl_vit.visualize.report import render
 from tests.specs import grey
 
