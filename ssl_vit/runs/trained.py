@@ -61,7 +61,8 @@ class Trained:
     @property
     def feature(self) -> Pooled:
         """The feature that the run was scored by, where that is known; else `pooled`."""
-        return self.provenance.get("feature") or self.pooled
+        scored = self.provenance.get("feature")
+        return scored if scored in ("cls", "mean") else self.pooled
 
     def described(self, weights: Path | None = None) -> dict[str, Any]:
         """The content of an export's config.json, with the SHA-256 of its weights."""

@@ -1,5 +1,6 @@
 """Text from outside stays text: on the terminal, in cards, in the report."""
 
+import inspect
 import io
 import json
 import logging
@@ -305,10 +306,11 @@ def test_what_a_run_is_about_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     accelerator = Any(num_processes=1, device=Any(type="cpu"), is_main_process=True, print=print)
     objective = Any(parameters=lambda: [], encoder=Any(embed_dim=8, in_chans=3), name="MAE")
     run = Any(
-        config=config, accelerator=accelerator, source=source, objective=objective, num_micro=1, num_steps=3, step=0,
-        stream_loader=None, compiled=False, block_graphs=Any(enabled=False), folder=Path(text),
+        config=config, accelerator=accelerator, source=source, objective=objective, num_steps=3, step=0, per_device=8,
+        train_step=Any(num_micro=1, graphs=Any(enabled=False), compiled=False), stream_loader=None, compiled=False,
+        folder=Path(text),
     )  # fmt: skip
-    describe(run, "no", Path(text))  # pyright: ignore[reportArgumentType]
+    inspect.unwrap(describe)(run, "no", Path(text))  # whose types a stand-in for a run does not have
     lines = capsys.readouterr().out.splitlines()
     assert all(map(is_plain, lines))
     assert len(lines) == 10
