@@ -14,14 +14,14 @@ from ssl_vit.models.vit import ViT
 
 
 def has_plain_attention(encoder: Encoder) -> bool:
-    """Whether `attention_weights` knows this encoder: a Vision Transformer with plain blocks."""
+    """Whether `attention_weights` supports this encoder: a Vision Transformer with plain blocks."""
     if not isinstance(encoder, ViT) or len(encoder.vit.blocks) == 0:
         return False
     return hasattr(getattr(encoder.vit.blocks[-1], "attn", None), "qkv")
 
 
 def has_cls_attention(encoder: Encoder) -> bool:
-    """Whether `attention_maps` knows this encoder: a Vision Transformer with a class token and plain blocks."""
+    """Whether `attention_maps` supports this encoder: a Vision Transformer with a class token and plain blocks."""
     return has_plain_attention(encoder) and encoder.has_cls_token
 
 
@@ -30,21 +30,19 @@ def attention_maps(
 ) -> Float[Tensor, "b heads rows columns"]:
     """Attention from one token to every patch in one block (DINO, arXiv:2104.14294, figure 1).
 
-    It is computed from the block's input, so it works with fused attention, which stores none. Attention to the class
-    token and to registers is left out; the rest is not rescaled.
+    Maps are computed from the block's input, since fused attention stores none. Attention to the class token and to
+    registers is left out; the rest is not rescaled.
 
     Args:
-        images: of any size that the patch size divides.
+        images: normalised, of any size that the patch size divides.
         patch: row-major index of the query patch; None = the class token.
-        layer: number of the block, from 0; negative ones count from the end.
+        layer: index of the block, from 0; negative numbers count from the end.
 
     Raises:
-        ValueError: the encoder has no such attention, or no such block or patch.
+        ValueError: the encoder does not support attention maps, or has no such block or patch.
     """
     if patch is None and not has_cls_attention(encoder):
-        raise ValueError(
-            f"{type(encoder).__name__}: has no class token, or its blocks no attention that could be shown"
-        )
+        raise ValueError(f"{type(encoder).__name__}: has no class token, or its blocks have no attention to show")
     _check(encoder, layer)
     rows, columns = (side // size for side, size in zip(images.shape[-2:], encoder.patch_size, strict=True))
     if patch is not None and not 0 <= patch < rows * columns:
@@ -63,10 +61,10 @@ def attention_weights(
     layers: Sequence[int],
     queries: slice = slice(None),
 ) -> list[Float[Tensor, "b heads q t"]]:
-    """softmax(QK / sqrt(d)) of some blocks, for the tokens that `queries` takes out of [class, registers, patches].
+    """softmax(QK / sqrt(d)) of the chosen blocks; `queries` picks rows of [class, registers, patches].
 
     Raises:
-        ValueError: the encoder has no such attention, or no such block.
+        ValueError: the encoder does not support attention maps, or has no such block.
     """
     for layer in layers:
         _check(encoder, layer)
@@ -93,7 +91,7 @@ def attention_weights(
 
 def _check(encoder: Encoder, layer: int) -> None:
     if not has_plain_attention(encoder):
-        raise ValueError(f"{type(encoder).__name__}: its blocks have no attention that could be shown")
+        raise ValueError(f"{type(encoder).__name__}: its blocks have no attention to show")
     if not -encoder.num_layers <= layer < encoder.num_layers:
         raise ValueError(
             f"layer={layer}: there are {encoder.num_layers} blocks, numbered 0 to {encoder.num_layers - 1}; "

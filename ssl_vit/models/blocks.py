@@ -1,4 +1,4 @@
-"""Transformer blocks: timm's, also for tokens of images of several sizes at once, and one of cross-attention."""
+"""Transformer blocks: timm's, extended to packed tokens of images of several sizes, and a cross-attention block."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,33 +17,33 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-Shapes = tuple[tuple[int, int], ...]  # of each group of sequences: how many, and how long
+Shapes = tuple[tuple[int, int], ...]  # per group: (number of sequences, tokens of each)
 Runner = Callable[[nn.Module, Tensor, dict[str, Any]], Tensor]
 _runner: ContextVar[Runner | None] = ContextVar("runner", default=None)
 
 
 class Block(TimmBlock):
-    """timm's block, by the same class name. Given `shapes`, it takes groups of sequences of different lengths packed
-    into one, so that all but attention itself is done for all of them at once, without padding.
+    """timm's block, under the same class name, that also takes sequences of different lengths packed into one.
 
-    With `first_only` it gives the first token of each sequence alone, the class token, for which the others are keys
-    and values and no more: a quarter of the operations.
+    With `shapes`, everything but attention itself runs on all groups of sequences at once, without padding.
+    `cls_only` computes only the class token's output; other tokens serve as keys and values. It takes a quarter of the
+    operations.
     """
 
     def forward(
-        self, x: Tensor, *args: Any, shapes: Shapes | None = None, first_only: bool = False, **kwargs: Any
+        self, x: Tensor, *args: Any, shapes: Shapes | None = None, cls_only: bool = False, **kwargs: Any
     ) -> Tensor:
         if shapes is None:
             return super().forward(x, *args, **kwargs)
-        attended = self.ls1(_attend(self.attn, self.norm1(x), shapes, first_only))
-        if first_only:
+        attended = self.ls1(_attend(self.attn, self.norm1(x), shapes, cls_only))
+        if cls_only:
             x, shapes = _first_tokens(x, shapes), tuple((count, 1) for count, _ in shapes)
         x = x + _drop_path(self.drop_path1, attended, shapes)
         return x + _drop_path(self.drop_path2, self.ls2(self.mlp(self.norm2(x))), shapes)
 
 
 class CompilableDropPath(nn.Module):
-    """timm's stochastic depth, whose rate is data: as a plain number it would cost a program for each block."""
+    """timm's DropPath with its rate in a buffer: as a Python float every block would recompile."""
 
     keep_prob: Tensor
 
@@ -59,7 +59,7 @@ class CompilableDropPath(nn.Module):
 
 
 def make_packable(blocks: Iterable[nn.Module]) -> bool:
-    """Turn timm's plain blocks into ours, in place; False, and nothing done, where one is of another kind."""
+    """Turn timm's plain blocks into ours, in place; if any is of another kind, change nothing and return False."""
     blocks = list(blocks)
     if not all(type(block) is TimmBlock and type(block.attn) is Attention for block in blocks):
         return False
@@ -69,35 +69,37 @@ def make_packable(blocks: Iterable[nn.Module]) -> bool:
 
 
 def run_blocks(
-    blocks: nn.Module, tokens: Float[Tensor, "b t d"], grad_checkpointing: bool, **packing: Any
+    blocks: nn.Module, tokens: Float[Tensor, "b t d"], grad_checkpointing: bool, **pack_kwargs: Any
 ) -> Float[Tensor, "b _ d"]:
-    """Send tokens through a list of blocks; with checkpointing each keeps its input alone for the backward pass (Chen
-    et al., 2016, arXiv:1604.06174), where it is computed again with the same drop path.
+    """Run tokens through a list of blocks.
+
+    With gradient checkpointing a block stores only its input, and the backward pass recomputes the block with the same
+    drop path (Chen et al., 2016, arXiv:1604.06174).
 
     Args:
-        packing: `shapes`, where tokens are groups that are packed, and with them `first_only`, for the last block.
+        pack_kwargs: `shapes` of packed groups, and `cls_only` for the last block; empty for unpacked tokens.
     """
-    again = grad_checkpointing and torch.is_grad_enabled()  # a teacher has no backward pass
+    checkpointed = grad_checkpointing and torch.is_grad_enabled()  # a teacher has no backward pass
     runner = _runner.get()
-    if runner is not None and not again:
-        return runner(blocks, tokens, packing)
-    return run_in_turn(blocks, tokens, packing, again)
+    if runner is not None and not checkpointed:
+        return runner(blocks, tokens, pack_kwargs)
+    return run_in_turn(blocks, tokens, pack_kwargs, checkpointed)
 
 
 def run_in_turn(
-    blocks: Any, tokens: Float[Tensor, "b t d"], packing: dict[str, Any], again: bool = False
+    blocks: Any, tokens: Float[Tensor, "b t d"], pack_kwargs: dict[str, Any], checkpointed: bool = False
 ) -> Float[Tensor, "b _ d"]:
-    """One block after the other; `again` computes them again in the backward pass."""
-    before_last = {**packing, "first_only": False} if "first_only" in packing else packing
+    """Run blocks one after the other; `checkpointed` recomputes them in the backward pass."""
+    before_last = {**pack_kwargs, "cls_only": False} if "cls_only" in pack_kwargs else pack_kwargs
     for number, block in enumerate(blocks, start=1):
-        given = packing if number == len(blocks) else before_last
-        tokens = checkpoint(block, tokens, use_reentrant=False, **given) if again else block(tokens, **given)
+        given = pack_kwargs if number == len(blocks) else before_last
+        tokens = checkpoint(block, tokens, use_reentrant=False, **given) if checkpointed else block(tokens, **given)
     return tokens
 
 
 @contextmanager
 def runs_blocks(runner: Runner) -> Iterator[None]:
-    """In here `run_blocks` leaves the work to another, given blocks, tokens and packing."""
+    """Let `run_blocks` call `runner` with blocks, tokens and `pack_kwargs` instead of running the blocks."""
     before = _runner.set(runner)
     try:
         yield
@@ -109,24 +111,24 @@ def run_packed_blocks(
     blocks: nn.ModuleList | nn.Sequential,
     groups: Sequence[Float[Tensor, "_ _ d"]],
     grad_checkpointing: bool,
-    first_only: bool = False,
+    cls_only: bool = False,
 ) -> list[Float[Tensor, "_ _ d"]]:
-    """`run_blocks` of several groups of sequences at once; within a group all have the same length.
+    """`run_blocks` on several groups of sequences at once; within a group all have the same length.
 
     Args:
-        first_only: give the first token of each sequence alone, [b 1 d].
+        cls_only: return only the class token of each sequence, [b 1 d].
     """
     shapes = tuple((group.shape[0], group.shape[1]) for group in groups)
     packed = torch.cat([rearrange(group, "b t d -> 1 (b t) d") for group in groups], dim=1)
-    first_only = first_only and len(blocks) > 0
-    packed = run_blocks(blocks, packed, grad_checkpointing, shapes=shapes, first_only=first_only)
-    lengths = [1 if first_only else length for _, length in shapes]
+    cls_only = cls_only and len(blocks) > 0
+    packed = run_blocks(blocks, packed, grad_checkpointing, shapes=shapes, cls_only=cls_only)
+    lengths = [1 if cls_only else length for _, length in shapes]
     parts = packed.split([len(group) * length for group, length in zip(groups, lengths, strict=True)], dim=1)
     return [rearrange(part, "1 (b t) d -> b t d", b=len(group)) for part, group in zip(parts, groups, strict=True)]
 
 
 def _first_tokens(x: Float[Tensor, "1 n d"], shapes: Shapes) -> Float[Tensor, "1 s d"]:
-    """Those of all sequences."""
+    """The first token of every sequence."""
     parts = x.split([count * length for count, length in shapes], dim=1)
     firsts = [
         rearrange(part, "1 (b t) d -> 1 b t d", b=count)[:, :, 0]
@@ -135,11 +137,11 @@ def _first_tokens(x: Float[Tensor, "1 n d"], shapes: Shapes) -> Float[Tensor, "1
     return torch.cat(firsts, dim=1)
 
 
-def _attend(attn: Any, x: Float[Tensor, "1 n d"], shapes: Shapes, first_only: bool = False) -> Float[Tensor, "1 m d"]:
-    """timm's attention within each sequence of each group; with `first_only` of the first tokens to all."""
+def _attend(attn: Any, x: Float[Tensor, "1 n d"], shapes: Shapes, cls_only: bool = False) -> Float[Tensor, "1 m d"]:
+    """timm's attention within each sequence; with `cls_only` only the first token of each is a query."""
     lengths = asking = [count * length for count, length in shapes]
     queries, keys, values = attn.qkv(x).chunk(3, dim=-1)
-    if first_only:
+    if cls_only:
         queries, asking = _first_tokens(queries, shapes), [count for count, _ in shapes]
     found = []
     parts = zip(queries.split(asking, dim=1), keys.split(lengths, dim=1), values.split(lengths, dim=1), strict=True)
@@ -154,12 +156,12 @@ def _attend(attn: Any, x: Float[Tensor, "1 n d"], shapes: Shapes, first_only: bo
     together = attn.norm(torch.cat(found, dim=1))
     gate = getattr(attn, "gate", None)
     if gate is not None:
-        together = together * gate(_first_tokens(x, shapes) if first_only else x).sigmoid()
+        together = together * gate(_first_tokens(x, shapes) if cls_only else x).sigmoid()
     return attn.proj_drop(attn.proj(together))
 
 
 def _drop_path(path: nn.Module, x: Float[Tensor, "1 n d"], shapes: Shapes) -> Float[Tensor, "1 n d"]:
-    """Stochastic depth: a draw for each sequence, spread over its tokens."""
+    """Stochastic depth: one draw for each sequence, repeated for its tokens."""
     if not (isinstance(path, DropPath | CompilableDropPath) and path.training):
         return path(x)
     drawn = path(x.new_ones(sum(count for count, _ in shapes), 1))
@@ -168,7 +170,7 @@ def _drop_path(path: nn.Module, x: Float[Tensor, "1 n d"], shapes: Shapes) -> Fl
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of queries to a memory of a width of its own. `fused_attn` as in timm's attention."""
+    """Multi-head attention of queries to a memory of another width. `fused_attn` as in timm's attention."""
 
     def __init__(self, dim: int, memory_dim: int, num_heads: int) -> None:
         super().__init__()
@@ -188,7 +190,7 @@ class CrossAttention(nn.Module):
 class CrossBlock(nn.Module):
     """Cross-attention and MLP, each after a norm and with a shortcut: CrossMAE's decoder block (arXiv:2401.14391).
 
-    The memory comes normalised, as an encoder's last tokens are.
+    The memory must be normalised, as an encoder's last tokens are.
     """
 
     def __init__(self, dim: int, memory_dim: int, num_heads: int, mlp_ratio: float = 4.0) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module into eval mode, and afterwards each of its parts back into the mode that it had."""
+    """Put a module into eval mode; afterwards restore the mode of each submodule."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
@@ -23,8 +23,8 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 class Features(NamedTuple):
     """What an encoder returns.
 
-    cls: final-norm class token; the mean of the final-norm patch tokens of a backbone that has no class token.
-    patches: final-norm patch tokens, row-major; only the kept ones, in the order of `keep`, where it is given.
+    cls: final-norm class token; without a class token, the mean of the final-norm patch tokens.
+    patches: final-norm patch tokens, row-major; with `keep` only the kept ones, in the order of `keep`.
     """
 
     cls: Float[Tensor, "b d"]
@@ -45,9 +45,9 @@ class Encoder(nn.Module):
     supports_keep: bool  # can drop tokens before the first block (MAE, I-JEPA)
     supports_mask: bool  # can replace patch embeddings with a mask token (SimMIM, iBOT)
     num_layers: int  # blocks
-    grad_checkpointing: bool = False  # blocks keep their input alone, and are computed again in the backward pass
-    is_pretrained: bool = False  # holds weights to start from, which an objective must not initialise again
-    pretrained_cfg: dict[str, Any]  # of a backbone that was loaded: input size, mean, std and crop, as timm has them
+    grad_checkpointing: bool = False  # blocks store only their input; the backward pass recomputes them
+    is_pretrained: bool = False  # pretrained weights are loaded; objectives must not re-initialise
+    pretrained_cfg: dict[str, Any]  # of a loaded backbone: input size, mean, std and crop, in timm's form
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -59,7 +59,7 @@ class Encoder(nn.Module):
         return self.grid_size[0] * self.grid_size[1]
 
     def layer_of(self, name: str) -> int:
-        """How deep a parameter lies: 0 for embeddings, 1 to `num_layers` for the blocks, one more for what follows."""
+        """Depth of a parameter: 0 for embeddings, 1 to `num_layers` for blocks, `num_layers` + 1 for what follows."""
         raise NotImplementedError
 
     def forward(
@@ -76,7 +76,7 @@ class Encoder(nn.Module):
             images: normalised images.
             keep: indices of the patches that enter the blocks; all others are dropped.
             mask: True where the patch embedding is replaced by `mask_token` (before positions are added).
-            mask_token: the replacement, owned by the objective, so that no parameter of a backbone goes unused.
+            mask_token: the replacement. The objective owns it, so that a backbone has no unused parameter.
         """
         raise NotImplementedError
 
@@ -88,19 +88,19 @@ class Encoder(nn.Module):
         mask_token: Float[Tensor, " d"] | None = None,
         cls_only: bool = False,
     ) -> list[Features]:
-        """Encode batches of several sizes, at once where the backbone can.
+        """Encode batches of several sizes, at once if the backbone can.
 
         Args:
             groups: normalised images; those of a batch have one size.
             mask, mask_token: as in `forward`, for the first batch.
-            cls_only: patch tokens are not needed; a backbone that can saves what they cost and returns none of them.
+            cls_only: the caller needs no patch tokens; a backbone may skip them and return none.
         """
         masking = {} if mask is None else {"mask": mask, "mask_token": mask_token}
         return [self(images, **(masking if number == 0 else {})) for number, images in enumerate(groups)]
 
     def remove_norm(self) -> None:
-        """Return tokens as the last block leaves them, for heads that pool before they normalise."""
-        raise ValueError(f"{type(self).__name__} has no final norm that could be left out")
+        """Remove the final norm, for heads that pool before they normalise."""
+        raise ValueError(f"{type(self).__name__} has no final norm to remove")
 
     def last_layers(self, images: Float[Tensor, "b c h w"], num_layers: int) -> list[Features]:
         """Features of the last `num_layers` blocks, each through the final norm, the last block last.

@@ -16,7 +16,7 @@ def patchify(images: Shaped[Tensor, "b c h w"], patch_size: tuple[int, int]) -> 
 def unpatchify(
     patches: Shaped[Tensor, "b n p"], shape: Sequence[int], patch_size: tuple[int, int]
 ) -> Shaped[Tensor, "b c h w"]:
-    """Put patches, in the order of `patchify`, together to images of `shape` (..., height, width)."""
+    """Join patches, in the order of `patchify`, into images of `shape` (..., height, width)."""
     height, (p, q) = shape[-2] // patch_size[0], patch_size
     return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=height, p=p, q=q)
 

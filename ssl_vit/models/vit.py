@@ -60,7 +60,7 @@ class ViTConfig:
     embed_dim: int | None = None
     """Width of the tokens."""
     depth: int | None = None
-    """Number of blocks. Without any, patches are projected and no more: a baseline beside which to judge encoders."""
+    """Number of blocks. With 0 the encoder only projects patches: a baseline to compare encoders with."""
     num_heads: int | None = None
     """Attention heads of a block."""
     mlp_ratio: float | None = None
@@ -68,10 +68,10 @@ class ViTConfig:
     layer_scale: float | None = None
     """Initial factor of each residual branch (LayerScale); DINOv2's is 1e-5."""
     grad_checkpointing: bool = False
-    """Less memory for a third more time: blocks are computed again in the backward pass (of MAE's decoder too)."""
+    """Recompute blocks (also MAE's decoder's) in the backward pass: less memory for a third more time."""
     pretrained: str | None = None
     """Weights to start from: folder of a run or an export, .safetensors or official .pth file, or a timm model's name.
-    Settings not given are its own."""
+    Encoder settings that are not given are those of these weights."""
 
     def __post_init__(self) -> None:
         check_ranges(self, **_ALLOWED)
@@ -82,7 +82,7 @@ class ViTConfig:
             )
 
     def _most_parameters(self) -> float:
-        """Roughly as many as it can have, by arithmetic: known before anything is built."""
+        """Rough upper bound of the number of parameters, computed before anything is built."""
         width = _WIDEST if self.embed_dim is None else self.embed_dim
         patch = (_SMALLEST_PATCH,) * 2 if self.patch_size is None else pair(self.patch_size)
         height, across = pair(self.image_size)
@@ -92,7 +92,7 @@ class ViTConfig:
 
     @classmethod
     def from_plain(cls, values: dict[str, Any]) -> "ViTConfig":
-        """The config whose fields were written as YAML or JSON, where tuples are lists.
+        """The config from plain YAML or JSON values, in which tuples are lists.
 
         Raises:
             ValueError: a setting that this version does not know, or a value of another type.
@@ -110,16 +110,14 @@ class ViTConfig:
         """Build the encoder with fresh weights.
 
         Raises:
-            ValueError: an architecture that timm does not have or that is no plain ViT, sizes that do not fit.
+            ValueError: timm does not have the architecture, it is not a plain ViT, or sizes do not fit.
         """
         _check_widths(self)
         vit = _create(self.arch, pair(self.image_size), self.in_chans, self.drop_path_rate, self.timm_overrides)
         if self.drop_path_schedule == "uniform" and self.drop_path_rate:
             for block in vit.blocks:
                 if not hasattr(block, "drop_path1"):
-                    raise ValueError(
-                        f"drop_path_schedule='uniform': the blocks of {self.arch} are no plain ones; use 'linear'"
-                    )
+                    raise ValueError(f"drop_path_schedule='uniform': {self.arch} has no plain blocks; use 'linear'")
                 block.drop_path1, block.drop_path2 = DropPath(self.drop_path_rate), DropPath(self.drop_path_rate)
         return ViT(vit, config=self)
 
@@ -193,7 +191,7 @@ class ViT(Encoder):
             self.vit.norm_pre(self._embed(images, None, mask if number == 0 else None, mask_token))
             for number, images in enumerate(groups)
         ]
-        found = run_packed_blocks(self.vit.blocks, tokens, self.grad_checkpointing, first_only=cls_only)
+        found = run_packed_blocks(self.vit.blocks, tokens, self.grad_checkpointing, cls_only=cls_only)
         return [self._features(part[:, :1] if cls_only else part) for part in found]
 
     def _embed(
@@ -203,21 +201,21 @@ class ViT(Encoder):
         mask: Bool[Tensor, "b n"] | None = None,
         mask_token: Float[Tensor, " d"] | None = None,
     ) -> Float[Tensor, "b t d"]:
-        """Patches with their positions, behind class and register tokens; of the kept ones only, where given."""
+        """Class and register tokens, then patch tokens with positions; with `keep` only the kept patches."""
         self._check_size(*images.shape[-2:])
         (height, width), embed = self.patch_size, self.vit.patch_embed
         patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=height, q=width)
         if keep is not None:
             patches = patches.gather(1, repeat(keep, "b k -> b k p", p=patches.shape[-1]))
-        # The patch projection as the product that it is: cuDNN's convolution takes several times as long.
+        # Patch projection as a matmul; cuDNN's convolution is several times slower.
         tokens = embed.norm(F.linear(patches, embed.proj.weight.flatten(1), embed.proj.bias))
         if mask is not None:
             if mask_token is None:
                 raise ValueError("mask is given without mask_token, the embedding to put in its place")
             tokens = torch.where(mask[..., None], mask_token.to(tokens.dtype), tokens)
-        # What timm adds to patches and puts in front of them is what it makes of patches of zeros.
+        # Run timm's `_pos_embed` on zeros to get position embeddings and prefix tokens.
         rows, columns = images.shape[-2] // height, images.shape[-1] // width
-        # Two of them, so that the gradients of tokens are sums of their own: DDP warns of views.
+        # A batch of two, so that prefix gradients are materialised sums; DDP warns about views.
         added = self.vit._pos_embed(tokens.new_zeros(2, rows, columns, self.embed_dim))[:1]
         prefix, positions = added.split([added.shape[1] - rows * columns, rows * columns], dim=1)
         tokens = tokens + (positions if keep is None else positions[0][keep])
@@ -225,7 +223,7 @@ class ViT(Encoder):
 
     def last_layers(self, images: Float[Tensor, "b c h w"], num_layers: int) -> list[Features]:
         if not 1 <= num_layers <= self.num_layers:
-            raise ValueError(f"num_layers={num_layers}: {self.config.arch} has {self.num_layers} blocks; give 1 to it")
+            raise ValueError(f"num_layers={num_layers}: {self.config.arch} has blocks 1 to {self.num_layers}")
         vit = self.vit
         tokens = vit.norm_pre(self._embed(images))
         found = []
@@ -236,28 +234,28 @@ class ViT(Encoder):
         return found
 
     def _features(self, tokens: Float[Tensor, "b t d"]) -> Features:
-        """What the blocks leave, through the final norm."""
+        """Apply the final norm to the last block's tokens and split them into class and patch tokens."""
         tokens = self.vit.norm(tokens)
         patches = tokens[:, self.vit.num_prefix_tokens :]
         return Features(cls=tokens[:, 0] if self.has_cls_token else patches.mean(dim=1), patches=patches)
 
 
 def choose_attention(model: nn.Module, num_patches: int, device: torch.device, precision: str) -> None:
-    """Leave timm's fused attention on, but where it is slower."""
+    """Turn timm's fused attention off where it is slower."""
     if not fuses_attention(num_patches, device, precision):
         set_fused_attention(model, False)
 
 
 def fuses_attention(num_patches: int, device: torch.device, precision: str) -> bool:
-    """Whether fused attention is the faster one: but on CPUs in bf16, up to about 256 patches.
+    """Whether fused attention is faster: always, except on CPUs in bf16 up to about 256 patches.
 
-    Its backward takes up to three times as long there as that of plain attention.
+    There its backward pass takes up to three times as long as that of plain attention.
     """
     return not (device.type == "cpu" and precision == "bf16" and num_patches <= 256)
 
 
 def set_fused_attention(model: nn.Module, fused: bool) -> None:
-    """Let timm's blocks use fused attention or not."""
+    """Turn fused attention in timm's blocks on or off."""
     module: Any
     for module in model.modules():
         if hasattr(module, "fused_attn"):

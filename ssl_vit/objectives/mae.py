@@ -230,8 +230,8 @@ class MAE(Objective):
             memory = torch.cat([features.cls[:, None], memory], dim=1)
         positions = self._positions(grid_size)[0, int(self.encoder.has_cls_token) :]
         queries = self.mask_token + positions[patches]
-        again = self.encoder.grad_checkpointing and torch.is_grad_enabled()
-        queries = run_in_turn(self.decoder_blocks, queries, {"memory": memory}, again)
+        checkpointed = self.encoder.grad_checkpointing and torch.is_grad_enabled()
+        queries = run_in_turn(self.decoder_blocks, queries, {"memory": memory}, checkpointed)
         return self.decoder_pred(self.decoder_norm(queries))
 
     def _removed(self, images: Float[Tensor, "b c h w"], keep: Int[Tensor, "b k"]) -> Int[Tensor, "b r"]:

@@ -146,7 +146,7 @@ def test_uniform_drop_path_is_the_same_in_all_blocks() -> None:
     encoder = ViTConfig(image_size=32, drop_path_rate=0.3, drop_path_schedule="uniform", **TINY).build()
     rates = [path.drop_prob for block in encoder.vit.blocks for path in (block.drop_path1, block.drop_path2)]
     assert rates == [0.3] * 4
-    with pytest.raises(ValueError, match="the blocks of vit_small_patch16_18x2_224 are no plain ones"):
+    with pytest.raises(ValueError, match="vit_small_patch16_18x2_224 has no plain blocks"):
         ViTConfig(arch="vit_small_patch16_18x2_224", depth=1, drop_path_rate=0.3, drop_path_schedule="uniform").build()
 
 

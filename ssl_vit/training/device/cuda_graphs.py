@@ -99,22 +99,22 @@ class BlockGraphs:
         torch.cuda.empty_cache()
 
     def _run(
-        self, blocks: nn.Module, tokens: Float[Tensor, "b t d"], packing: dict[str, Any]
+        self, blocks: nn.Module, tokens: Float[Tensor, "b t d"], pack_kwargs: dict[str, Any]
     ) -> Float[Tensor, "b _ d"]:
         modes = torch.is_grad_enabled(), tokens.requires_grad, blocks.training
-        key = (id(blocks), tuple(tokens.shape), tokens.dtype, modes, *packing.items())
+        key = (id(blocks), tuple(tokens.shape), tokens.dtype, modes, *pack_kwargs.items())
         if key in self._recordings and self._recordings[key].is_stale():
             del self._recordings[key]
         if key not in self._recordings and self.enabled and len(self._recordings) < _MOST and any(blocks.children()):
-            self._record(key, blocks, tokens, packing)
+            self._record(key, blocks, tokens, pack_kwargs)
         recording = self._recordings.get(key)
         if recording is None or recording.awaits_backward():
-            return run_in_turn(blocks, tokens, packing)
+            return run_in_turn(blocks, tokens, pack_kwargs)
         return recording.replay(tokens)
 
-    def _record(self, key: Any, blocks: nn.Module, tokens: Tensor, packing: dict[str, Any]) -> None:
+    def _record(self, key: Any, blocks: nn.Module, tokens: Tensor, pack_kwargs: dict[str, Any]) -> None:
         try:
-            self._recordings[key] = Recording(blocks, tokens, packing)
+            self._recordings[key] = Recording(blocks, tokens, pack_kwargs)
             torch.cuda.empty_cache()  # what the proof needed, which lies where no other stream takes it from
         except Exception as error:  # whatever cannot be recorded can still be run
             if self.must_work:
@@ -210,7 +210,7 @@ class Recording:
 
     _all: ClassVar["weakref.WeakSet[Recording]"] = weakref.WeakSet()
 
-    def __init__(self, blocks: nn.Module, tokens: Float[Tensor, "b t d"], packing: dict[str, Any]) -> None:
+    def __init__(self, blocks: nn.Module, tokens: Float[Tensor, "b t d"], pack_kwargs: dict[str, Any]) -> None:
         grad = torch.is_grad_enabled()
         self.blocks = blocks  # held, so that its id stays its own
         taken = {other.slot for other in Recording._all}
@@ -229,7 +229,7 @@ class Recording:
         }
         self.learns = [value for name, value in named.items() if twins[name].requires_grad]
         inputs = [leaf] * leaf.requires_grad + [twin for twin in twins.values() if twin.requires_grad]
-        module = _InTurn(blocks, packing)
+        module = _InTurn(blocks, pack_kwargs)
         last: list[Tensor] = []
 
         def forward() -> Tensor:
@@ -337,12 +337,12 @@ def _compare(names: Sequence[str], found: Sequence[Tensor | None], wanted: Seque
 class _InTurn(nn.Module):
     """Blocks as a module of their own, which can be called with other parameters."""
 
-    def __init__(self, blocks: nn.Module, packing: dict[str, Any]) -> None:
+    def __init__(self, blocks: nn.Module, pack_kwargs: dict[str, Any]) -> None:
         super().__init__()
-        self.blocks, self.packing = blocks, packing
+        self.blocks, self.pack_kwargs = blocks, pack_kwargs
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return run_in_turn(self.blocks, tokens, self.packing)
+        return run_in_turn(self.blocks, tokens, self.pack_kwargs)
 
 
 class _Replay(torch.autograd.Function):

@@ -24,8 +24,8 @@ class FakeRecording:
 
     made: list["FakeRecording"]
 
-    def __init__(self, blocks: nn.Module, tokens: Tensor, packing: dict[str, Any]) -> None:
-        self.blocks, self.packing = blocks, packing
+    def __init__(self, blocks: nn.Module, tokens: Tensor, pack_kwargs: dict[str, Any]) -> None:
+        self.blocks, self.pack_kwargs = blocks, pack_kwargs
         self.replays, self.awaits, self.stale = 0, False, False
         self.made.append(self)
 
@@ -37,7 +37,7 @@ class FakeRecording:
 
     def replay(self, tokens: Tensor) -> Tensor:
         self.replays += 1
-        return run_in_turn(self.blocks, tokens, self.packing)
+        return run_in_turn(self.blocks, tokens, self.pack_kwargs)
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_nothing_is_recorded_of_no_blocks_with_checkpointing_or_where_it_is_off(
 
 def test_the_one_who_runs_blocks_is_put_back_after_an_error(blocks: nn.ModuleList) -> None:
     tokens = torch.randn(2, 3, 4)
-    with pytest.raises(ZeroDivisionError), runs_blocks(lambda blocks, tokens, packing: tokens * (1 // 0)):
+    with pytest.raises(ZeroDivisionError), runs_blocks(lambda blocks, tokens, pack_kwargs: tokens * (1 // 0)):
         run_blocks(blocks, tokens, False)
     assert torch.equal(run_blocks(blocks, tokens, False), run_in_turn(blocks, tokens, {}))
 
