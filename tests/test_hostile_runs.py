@@ -303,7 +303,7 @@ def test_the_scripts_say_it_in_a_line(run: Path, capsys: pytest.CaptureFixture[s
     for main in (export.main, visualize.main):
         assert main([str(run)]) == 2
         error = capsys.readouterr().err
-        assert error == "error: encoder.depth=10000000: must be at most 1,000\n"
+        assert error == "error: encoder.depth=10000000: must lie in [0, 1000]\n"
     (run / "config.yaml").unlink()
     (run / "config.yaml").mkdir()
     assert report.main([str(run)]) == 2
