@@ -121,7 +121,7 @@ def test_automatic_settings_take_a_stream_of_unknown_length_for_one_epoch() -> N
     found, reasons = config.resolve(None)
     known, _ = config.resolve(25_600)
     assert found == known
-    assert reasons[-1] == "as if each of 25,600 images were seen once; --data.num_samples says better"
+    assert reasons[-1] == "assuming one pass over 25,600 images; set --data.num_samples to be exact"
 
 
 def test_a_run_from_before_these_settings_goes_on_and_none_of_them_may_change(tmp_path: Path) -> None:

@@ -52,6 +52,11 @@ def find_difference(folder: Path, *, contents: bool) -> str | None:
     return None
 
 
+def hash_of(content: Any) -> str:
+    """A short name for plain content: the first half of the SHA-256 of its JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
 def hash_file(path: Path, *, links: bool = False) -> str:
     """SHA-256 of a regular file."""
     digest = hashlib.sha256()

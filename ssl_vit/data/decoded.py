@@ -28,7 +28,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from ssl_vit.core.distributed import process_index
-from ssl_vit.core.manifest import hash_file
+from ssl_vit.core.manifest import hash_file, hash_of
 from ssl_vit.core.paths import as_path
 from ssl_vit.core.reading import open_regular, read_json
 from ssl_vit.core.writing import UNFINISHED, flush, fresh_folder, mark, replace_json
@@ -150,7 +150,7 @@ def _find_or_build(source: Source, config: DataConfig, num_channels: int, side: 
         # Decoders differ in their last bit from version to version.
         "libraries": {"torch": torch.__version__, "torchvision": torchvision.__version__, "Pillow": PIL.__version__},
     }
-    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+    name = hash_of(about)
     done = folder / name
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,5 @@
 """Features that were extracted once are read the next time, as long as nothing they follow from has changed."""
 
-import hashlib
-import json
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ssl_vit.core.distributed import process_index
-from ssl_vit.core.manifest import read_sealed, save_sealed
+from ssl_vit.core.manifest import hash_of, read_sealed, save_sealed
 from ssl_vit.core.text import plain
 from ssl_vit.core.writing import UNFINISHED, own_folder
 from ssl_vit.data.augment.evaluation import EvalTransform
@@ -85,4 +83,4 @@ def feature_key(
         "transform": transform.as_plain(),
         "dtype": str(dtype),
     }
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
+    return hash_of(described)

@@ -37,7 +37,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 OF_ONE_CALL = ("fresh", "extend", "quiet")
-"""Settings of a call, not of its run: no file keeps them."""
+"""Settings of one call; config.yaml does not keep them."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class BatchConfig:
     size: int = 256
     """Images of one optimizer step, over all processes and micro-batches; the learning rate follows it."""
     per_device: int | None = None
-    """Most images that a process takes at once; a larger share of the batch is accumulated. null: all at once."""
+    """Most images that a process takes at once; gradients of a larger share are accumulated. null: all at once."""
     auto: bool = False
     """Find the most images that fit on the GPU, up to per_device, by trying a few sizes before the run starts."""
 
@@ -86,13 +86,12 @@ class RunConfig:
     fresh: bool = False
     """Start anew: an existing run is moved aside, never overwritten."""
     extend: bool = False
-    """Lengthen the run in output_dir to the steps or epochs given. Of a run that is under way the schedules are
-    stretched, from its present progress to the new end; a finished one gets them anew, warm-up and all, over what is
-    added."""
+    """Lengthen the run in output_dir to the steps or epochs given. Schedules of an unfinished run are stretched from
+    its present progress to the new end; those of a finished run begin anew, with warm-up, over the added steps."""
     extended: tuple[tuple[int, int], ...] = ()
     """Written by extend: each step at which the run was lengthened, and its length until then."""
     seed: int = 0
-    """Everything random follows from it."""
+    """Seed of all random draws."""
     epochs: float | None = None
     """Length in passes over the data."""
     steps: int | None = None
@@ -102,30 +101,30 @@ class RunConfig:
     tf32: bool = False
     """Let products in fp32 use TF32 on GPUs that have it: several times as fast, with 10 bits of mantissa."""
     compile: bool | Literal["auto"] = "auto"
-    """Let torch.compile fuse what blocks do. auto: on GPUs, in runs long enough to win back what it takes."""
+    """Compile blocks with torch.compile. auto: on GPUs, in runs long enough to win back the compile time."""
     cuda_graphs: bool | Literal["auto"] = "auto"
-    """Record what a GPU does in blocks, and replay it: faster the smaller the model, for more memory; one GPU alone.
-    auto: off, since recordings in their present form have not run on a GPU yet."""
+    """Record the GPU's work in blocks as CUDA graphs and replay it: gains most with small models, takes more memory, and
+    needs one GPU alone. auto: off, since the present form of recording has not run on a GPU yet."""
     log_every: int = 50
     """Steps between log lines."""
     quiet: bool = False
-    """Show neither progress bar nor log lines: warnings, scores and the end alone."""
+    """Show only warnings, scores and the end: no progress bar, no log lines."""
     tracking: TrackerName = "none"
-    """Send metrics and pictures to a tracker too, in the run's folder: tensorboard, wandb, mlflow or trackio."""
+    """Send metrics and figures to a tracker too, in the run's folder: tensorboard, wandb, mlflow or trackio."""
     on_collapse: Literal["warn", "stop"] = "warn"
-    """When the metrics say that the features have collapsed: warn, or also save and stop. A run that stopped so goes on
-    with warn."""
+    """When the metrics show that the features have collapsed: warn, or also save and stop. --on_collapse warn continues
+    a run that stopped."""
     max_skipped_steps: int = 10
-    """Steps in a row with a loss or gradient that is not finite, each of them skipped, after which the run stops."""
+    """Stop after so many steps in a row whose loss or gradient is not finite; each of them is skipped."""
     rewind_on_spike: int = 0
-    """How often a run goes back to its last checkpoint, and on past the samples since then, where the loss jumps."""
+    """How often a run whose loss jumps goes back to its last checkpoint and continues past the samples since then."""
     profile: int = 0
-    """Time so many steps after a warm-up of a few and trace as many: profile.txt, trace.json.gz in the run's folder."""
+    """Time so many steps after a warm-up, then trace as many: profile.txt and trace.json.gz in the run's folder."""
     max_hours: float | None = None
-    """Save and stop with code 75 after so many hours; the same command goes on."""
+    """Save and stop with code 75 after so many hours; the same command continues."""
     max_wait: float = MAX_WAIT
-    """End with code 1 after so many minutes without a sign of life of another process, which was stopped or whose
-    machine is frozen or cut off. One that is busy gives it."""
+    """End with code 1 when another process gives no sign of life for so many minutes: it was stopped, or its machine is
+    frozen or cut off. A busy process gives signs."""
     encoder: ViTConfig = field(default_factory=ViTConfig)
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
@@ -170,9 +169,9 @@ class RunConfig:
         return progress_at(step, num_steps, self.extended)
 
     def resolve(self, num_samples: int | None, num_classes: int = 0) -> tuple["RunConfig", list[str]]:
-        """Put numbers where settings are `auto`, for a source of `num_samples` images of `num_classes` classes.
+        """Replace `auto` settings by numbers, for a source of `num_samples` images of `num_classes` classes.
 
-        Of a source of unknown number (None), it is taken that the run sees each image once.
+        If `num_samples` is None (unknown), assume that the run sees each image once.
 
         Returns:
             The settings, and a line for each number that says why.
@@ -189,7 +188,7 @@ class RunConfig:
             optim = dataclasses.replace(optim, warmup=share.value)
             reasons.append(f"optim.warmup {share.value:g}: {share.reason}")
         if reasons and num_samples is None:
-            reasons.append(f"as if each of {size.num_samples:,} images were seen once; --data.num_samples says better")
+            reasons.append(f"assuming one pass over {size.num_samples:,} images; set --data.num_samples to be exact")
         data = self.data
         if data.cache != "none" and data.cache_side == "auto":
             shorter = min(np.atleast_1d(self.encoder.image_size).tolist())
@@ -209,7 +208,7 @@ class RunConfig:
             return self.objective.build(encoder)
 
     def build_transform(self, encoder: Encoder) -> Transform:
-        """What happens to an image before the objective sees it.
+        """The objective's transform: from an image to what the objective is given.
 
         Raises:
             ValueError: sizes or normalisation that do not fit the encoder.
@@ -250,7 +249,7 @@ def parse_run(defaults: RunConfig, args: Sequence[str] | None = None) -> RunConf
     silent = [word for word in words if word.partition("=")[0] != "--print_config"]
     namespace = _parse(defaults, silent, keys)
     if namespace.encoder.pretrained is not None:
-        # What is not said about the encoder is as in the backbone that it starts from.
+        # Unset encoder options default to those of the pretrained backbone.
         defaults = _start_from(defaults, namespace.encoder.pretrained)
     if namespace.encoder.pretrained is not None or silent != words:
         namespace = _parse(defaults, words, keys)
@@ -316,7 +315,7 @@ def as_stored(config: RunConfig) -> dict[str, Any]:
 
 
 def _run_of(files: list[str]) -> Path | None:
-    """The folder that the last file to name one means: a run's config.yaml its own, wherever it has been moved to."""
+    """The output folder of the last file that names one; a run's config.yaml means the folder that it lies in now."""
     for path in map(Path, reversed(files)):
         if "output_dir" in read_yaml(path, links=True):
             is_run = path.name == "config.yaml" and (path.parent / LOCK_FILE).exists()
@@ -325,7 +324,7 @@ def _run_of(files: list[str]) -> Path | None:
 
 
 def own_folder(config: RunConfig) -> str:
-    """The folder of a run that names none."""
+    """The default folder of a run."""
     objective = type(config.objective).__name__.removesuffix("Config").lower()
     given = config.data.source
     names = [name.rstrip("/").rpartition("/")[2] for name in ([given] if isinstance(given, str) else given)]

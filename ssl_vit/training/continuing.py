@@ -14,7 +14,7 @@ from ssl_vit.runs.checkpoint import STATE_FILE, newest_checkpoint
 from ssl_vit.runs.folder import CONFIG_FILE, holds_anything, take_folder
 from ssl_vit.training.config import RunConfig, write_config
 
-# May change when a run goes on, since they do not change what is learned, unless the objective says so.
+# A run may continue with other values of these: they do not change what is learned, unless the objective says so.
 FREE_SETTINGS = (
     "output_dir",
     "fresh",
@@ -35,7 +35,7 @@ FREE_SETTINGS = (
     "encoder.grad_checkpointing",
     "data.num_workers",
     "data.cache_dir",
-    "data.on_bad_image",  # a run that went on past a picture has decoded or replaced it either way
+    "data.on_bad_image",  # an image was decoded or replaced either way
     "data.max_bad_share",
     "checkpoint.",
     "evaluation.",
@@ -91,12 +91,12 @@ def check_run_folder(config: RunConfig) -> None:
 
 
 def go_on_as_before(config: RunConfig, num_samples: int | None) -> tuple[RunConfig, int | None]:
-    """What the run in the folder, if there is one, decides for a start that goes on with it.
+    """Take over what an existing run in the folder has decided.
 
-    A run that is or was lengthened keeps the numbers that its `auto` settings had become.
+    A run that is or was lengthened keeps the numbers of its `auto` settings.
 
     Returns:
-        The settings, and where the run is to be lengthened now the steps that it had.
+        The settings; if the run is lengthened now, the number of steps that it had, else None.
 
     Raises:
         ValueError: `extend` with fewer steps than it has.
@@ -124,7 +124,7 @@ def open_run_folder(config: RunConfig, lengthened: int | None = None) -> tuple[R
     """Take the folder for this process, create it or find where its run goes on; only the main process calls this.
 
     Args:
-        lengthened: the steps that the run had, where it is to have more from here on.
+        lengthened: the number of steps that the run had, if it is lengthened now.
 
     Returns:
         The settings, as written; the checkpoint to go on from, None for a run that starts.
@@ -137,7 +137,7 @@ def open_run_folder(config: RunConfig, lengthened: int | None = None) -> tuple[R
     checkpoint = newest_checkpoint(folder)
     if lengthened is not None and checkpoint is not None:
         state, extended = read_json(checkpoint / STATE_FILE), config.extended
-        # Lengthened again before it took a step, it has a new end and no more.
+        # If it took no step since it was lengthened before, only its end changes.
         if not extended or extended[-1][0] != state["step"]:
             extended = (*extended, (state["step"], state.get("num_steps", lengthened)))
             config = replace(config, extended=extended)
@@ -147,7 +147,7 @@ def open_run_folder(config: RunConfig, lengthened: int | None = None) -> tuple[R
 
 
 def _read_config(path: Path, config: RunConfig) -> dict[str, Any]:
-    """A run's settings; those that are newer than the run stand at their defaults, by which it ran."""
+    """A run's settings; settings that did not exist when it was written have their defaults, by which it ran."""
     try:
         saved = read_yaml(path)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What a run ends with: a backbone, scores beside an untrained one and raw pixels, and a picture."""
+"""What a run ends with: a backbone, scores beside an untrained one and raw pixels, and a figure."""
 
 import dataclasses
 from contextlib import nullcontext
@@ -29,16 +29,16 @@ from ssl_vit.models.weights.backbone import BACKBONE_FILE, export_backbone
 from ssl_vit.objectives.objective import Objective
 from ssl_vit.runs.folder import METRICS_FILE, PICTURES_FOLDER, RESULTS_FILE, write_results
 from ssl_vit.runs.provenance import facts, provenance
-from ssl_vit.training.by_products import by_product
 from ssl_vit.training.config import RunConfig, as_stored
+from ssl_vit.training.faults import by_product
 from ssl_vit.training.observe.metrics import MetricLog
 
 NUM_PICTURES = 8
-UNTRAINED_SEEDS = 3  # by which the verdict is given; each costs one more encoding of the images that judge
+UNTRAINED_SEEDS = 3  # the verdict uses their mean; each costs one more encoding of the labelled images
 
 
 class Judges(NamedTuple):
-    """Labelled pictures that probes learn from, and those they are tested on (None: cross-validation)."""
+    """Labelled images that probes learn from, and those they are tested on (None: cross-validation)."""
 
     labelled: Source
     test: Source | None
@@ -57,7 +57,7 @@ def evaluate_in_training(
 
 
 def is_picture_due(config: RunConfig, step: int, num_steps: int) -> bool:
-    """Whether a picture is wanted of what is known before `step`."""
+    """Whether to draw a figure at this step."""
     every = config.evaluation.pictures_every_steps
     return every is not None and (step % every == 0 or step == num_steps)
 
@@ -70,9 +70,9 @@ def draw_in_training(
     step: int,
     log: MetricLog,
 ) -> None:
-    """Draw what is known before `step`: always the same images and masks.
+    """Draw a figure of the state before `step`, always of the same images and masks.
 
-    Only the main process draws, and nothing random is drawn from what training uses.
+    Only the main process draws, from random numbers of its own, which training does not use.
     """
     if not accelerator.is_main_process:
         return
@@ -94,7 +94,7 @@ def finish(
 ) -> None:
     """Export the backbone, draw the figure and print the scores; all processes encode, the main one does the rest.
 
-    Figure and scores are left out, with a warning, where they fail; scores not where their source was named.
+    A figure or scores that fail are left out with a warning; scores on a source that was named end the run.
     """
     folder = Path(config.output_dir)
     backbone = objective.backbone()
@@ -182,7 +182,7 @@ def compare(
     """Score raw pixels, the backbone at the start and the trained one: numbers for results.json, and a table as text.
 
     Fresh weights are scored for `UNTRAINED_SEEDS` seeds, those of the run first: the table shows these, and the verdict
-    is about the mean of all. Every process calls this; the main one is given the scores. A baseline that fails is left
+    is about the mean of all. Every process calls this; only the main one gets the scores. A baseline that fails is left
     out with a warning.
     """
     start = "untrained" if config.encoder.pretrained is None else "pretrained"

@@ -1,9 +1,11 @@
-"""Steps that must not be taken: losses and gradients that are not finite, and losses that jump."""
+"""Faults that a run survives: steps that are skipped, losses that jump, by-products that fail."""
 
 import json
 import math
 import statistics
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,31 @@ from accelerate.utils import gather_object
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ssl_vit.core.distributed import mean_over_processes, process_index
+from ssl_vit.core.distributed import mean_over_processes, process_index, world_size
+from ssl_vit.core.text import plain
 from ssl_vit.core.writing import replace_text
 from ssl_vit.data.sampler import StepSampler
-from ssl_vit.training.by_products import by_product
 
 SKIPPED_FILE = "skipped_steps.json"
 WINDOW, LEAST = 100, 50  # losses that a new one is compared with: at most, and at least
 DEVIATIONS, SHARE = 10.0, 0.05  # how far above them a spike is, in robust deviations and as a share of their median
+
+
+@contextmanager
+def by_product(what: str, say: Callable[[str], None] = print, *, shared: bool = False) -> Iterator[None]:
+    """Leave `what` out with a warning if this block fails: figures, scores, traces and trackers must not end a run.
+
+    Args:
+        what: a noun phrase, the warning's beginning.
+        shared: all processes work on it together; if there are several, a failure is raised, since the others wait.
+    """
+    try:
+        yield
+    except Exception as error:
+        if shared and world_size() > 1:
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        say(f"WARNING: {plain(what)} left out: {plain(reason, 300)}")
 
 
 @dataclass
@@ -40,7 +59,7 @@ class Faults:
 
 
 class SkippedSteps:
-    """Counts skipped steps, and stops a run in which nothing else happens."""
+    """Counts skipped steps, and stops after too many in a row."""
 
     def __init__(self, faults: Faults, sampler: StepSampler | None, folder: Path, max_in_a_row: int) -> None:
         self.faults, self.sampler, self.folder, self.max_in_a_row = faults, sampler, folder, max_in_a_row
@@ -92,7 +111,7 @@ class SkippedSteps:
         path = self._write()
         raise FloatingPointError(
             f"max_skipped_steps={self.max_in_a_row}: steps {self._in_a_row[0][0]:,} to {step:,} were skipped, since "
-            f"loss or gradients were not finite. Look at the pictures that {path} lists, lower optim.base_lr, set "
+            f"loss or gradients were not finite. Look at the images that {path} lists, lower optim.base_lr, set "
             "optim.clip_grad, or use precision bf16 instead of fp16"
         )
 
@@ -153,7 +172,7 @@ class SpikeWatch:
 
 
 def spike_threshold(losses: "deque[float] | list[float]") -> float:
-    """What a loss must be above to be a spike; see `SpikeWatch`."""
+    """A loss above this is a spike; see `SpikeWatch`."""
     median = statistics.median(losses)
     deviation = 1.4826 * statistics.median(abs(loss - median) for loss in losses)
     return median + max(DEVIATIONS * deviation, SHARE * abs(median))

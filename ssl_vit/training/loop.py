@@ -16,9 +16,9 @@ from ssl_vit.core.writing import tell_error
 from ssl_vit.runs.checkpoint import newest_checkpoint
 from ssl_vit.runs.folder import RESULTS_FILE, beat, is_finished
 from ssl_vit.training import ending as pretraining
-from ssl_vit.training.by_products import by_product
 from ssl_vit.training.config import RunConfig, parse_run
 from ssl_vit.training.device.micro_batch import explain_out_of_memory
+from ssl_vit.training.faults import by_product
 from ssl_vit.training.observe.metrics import MetricLog
 from ssl_vit.training.observe.monitor import Monitor
 from ssl_vit.training.setup import (
@@ -43,8 +43,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 def main(defaults: RunConfig, quickstart: str | None = None, ending: Ending = pretraining) -> int:
     """Entry point of the scripts that train: read the settings, train, return the exit code.
 
-    Without any argument `quickstart`, a file in configs/, runs. Settings or data that cannot work end in one line and
-    code 2; what goes wrong on the way, such as an image that cannot be decoded, in one line and code 1.
+    Without any argument `quickstart`, a file in configs/, runs. Invalid settings or data end in one line and code
+    2; a fault during the run, such as an image that cannot be decoded, in one line and code 1.
     """
     args = sys.argv[1:]
     if not args and quickstart is not None:
@@ -93,7 +93,7 @@ def train(run: Run) -> int:
     try:
         with StopSignal(run.deadline).listening() as stop:
             while (code := train_steps(run, stop)) is None:
-                pass  # went back, and goes on from there
+                pass  # the run went back to a checkpoint and continues from there
         if code == 0:
             finish(run, nothing_done)
         return code
@@ -196,7 +196,7 @@ def go_back(run: Run, log: MetricLog) -> None:
     back before the jump.
     """
     faults, step = run.faults, run.step
-    # There is one from `SpikeWatch.begins` on.
+    # A checkpoint exists since `SpikeWatch.begins`.
     checkpoint = cast(Path, on_main_process(lambda: newest_checkpoint(run.folder)))
     run.train_step.optimizer.zero_grad()
     run.train_step.optimizer.state.clear()
@@ -212,7 +212,7 @@ def go_back(run: Run, log: MetricLog) -> None:
 
 
 def finish(run: Run, nothing_done: bool) -> None:
-    """Write what a run ends with, unless it was there when nothing was left to do."""
+    """Write the final outputs, unless they existed when the run had nothing left to do."""
     config, accelerator = run.config, run.accelerator
     if nothing_done and is_done(run):
         accelerator.print(f"This run is finished: {run.folder / RESULTS_FILE}. --fresh starts it anew.")
@@ -230,5 +230,5 @@ def finish(run: Run, nothing_done: bool) -> None:
 
 def is_done(run: Run) -> bool:
     """Whether the run has all its steps and everything it ends with; every process calls this."""
-    # What the main process sees counts: it may write the file before another one looks.
+    # The main process decides: it may write the file before another process looks.
     return broadcast_object_list([run.step == run.num_steps and is_finished(run.folder, run.num_steps)])[0]

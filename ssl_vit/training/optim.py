@@ -27,15 +27,15 @@ class OptimConfig:
     warmup: float | Literal["auto"] = 0.05
     """Share of the run over which the rate grows from 0 (40 of 800 epochs are 0.05), or auto."""
     weight_decay: float = 0.05
-    """Decay at the start; biases and one-dimensional parameters have none."""
+    """Weight decay at the start; biases and one-dimensional parameters have none."""
     weight_decay_end: float | None = None
-    """Decay at the end, approached along a cosine; null keeps it constant."""
+    """Weight decay at the end, approached along a cosine; null keeps it constant."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's moment coefficients."""
     clip_grad: float | None = None
     """Largest norm of the gradient; null does not clip."""
     clip_over: Literal["all", "module", "parameter"] = "all"
-    """What has that norm: all parameters together, encoder and heads apart (DINOv2), or each parameter (DINO)."""
+    """Clip the norm of all parameters together, of encoder and heads apart (DINOv2), or of each parameter (DINO)."""
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -69,7 +69,7 @@ def build_optimizer(objective: Objective, config: OptimConfig, precision: str = 
         if group.params
     ]
     # lr and weight_decay are those of progress 0; set_schedule writes both before every step.
-    # The fused kernel skips a step that overflowed in fp16 by itself, and nobody learns that the teacher must wait too.
+    # Under fp16 the fused kernel would skip an overflowed step by itself, and the teacher would not know that it must.
     fused = precision != "fp16"
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=fused)
 
@@ -107,7 +107,7 @@ def clip_groups(objective: Objective, config: OptimConfig) -> list[list[torch.nn
         return [[parameter] for _, parameter in named]
     modules: dict[str, list[torch.nn.Parameter]] = {}
     for name, parameter in named:
-        # A token of the objective's own goes with the encoder that it is fed to.
+        # A token of the objective (mask token) is clipped with the encoder that it is fed to.
         modules.setdefault(name.split(".")[0] if "." in name else "encoder", []).append(parameter)
     return list(modules.values())
 
@@ -116,14 +116,14 @@ def clip_gradients(groups: list[list[torch.nn.Parameter]], clip_grad: float | No
     """Scale the gradients of each group down to the norm `clip_grad`; None leaves them.
 
     Returns:
-        The norm of all gradients together before clipping, the same on all processes; not finite where one of them is
+        The norm of all gradients together before clipping, the same on all processes; not finite if one of them is
         not.
     """
     foreach: Any = torch
     found = [[parameter.grad for parameter in group if parameter.grad is not None] for group in groups]
     gradients = [group for group in found if group]
     each = torch.stack(foreach._foreach_norm([gradient for group in gradients for gradient in group]))
-    if isinstance(each, DTensor):  # of this process's shards alone so far
+    if isinstance(each, DTensor):  # the norms of this process's shards only
         each = each.full_tensor()
     if clip_grad is not None:
         sizes = [len(group) for group in gradients]

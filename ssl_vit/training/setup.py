@@ -50,7 +50,7 @@ class Ending(Protocol):
     """Evaluation and final outputs of a run, given as a module: `training.ending` for pre-training."""
 
     def prepare(self, config: RunConfig, source: Source | Stream) -> tuple[Source | Stream, Any]:
-        """The pictures to learn from, and what `judges` is in the others; None where nothing can be judged."""
+        """The images to learn from, and the `judges` that the other functions get; None if nothing can be scored."""
         ...
 
     def evaluate_in_training(
@@ -67,10 +67,10 @@ class Ending(Protocol):
         step: int,
         collapse: str,
     ) -> None:
-        """Write what the run ends with, and then its results.json, by which it is known to be finished.
+        """Write the final outputs, and then results.json, which marks the run as finished.
 
         Args:
-            collapse: when the features collapsed and how, to be repeated; empty where they did not.
+            collapse: when and how the features collapsed, to be repeated; empty if they did not.
         """
         ...
 
@@ -108,7 +108,7 @@ class Run:
 
     @property
     def progress(self) -> float:
-        """The share of the run that is done, by which all schedules go."""
+        """The share of the run that is done; all schedules follow from it."""
         return self.config.progress(self.step, self.num_steps)
 
     @property
@@ -135,7 +135,7 @@ def _set_up(config: RunConfig, ending: Ending) -> Run:
     check_run_folder(config)
     check_tracker(config.tracking)
     accelerator, precision = _start(config)
-    with accelerator.main_process_first():  # the first one fills the caches
+    with accelerator.main_process_first():  # the main process fills the caches
         source, judges = ending.prepare(config, open_images(config.data))
     config, lengthened = go_on_as_before(config, source.num_samples)
     num_steps = config.num_steps(source.num_samples)
@@ -149,7 +149,7 @@ def _set_up(config: RunConfig, ending: Ending) -> Run:
     config.build_transform(objective.encoder)  # refuses sizes and channels that do not fit
     images = _open_decoded(source, config, objective.encoder.in_chans)
 
-    accelerator.wait_for_everyone()  # so that nobody checks a folder that is being made
+    accelerator.wait_for_everyone()  # no process may check a folder while it is created
     config, checkpoint = on_main_process(lambda: open_run_folder(config, lengthened))
     if accelerator.is_main_process:
         done = 0 if checkpoint is None else step_of(checkpoint)
@@ -207,7 +207,7 @@ def _start(config: RunConfig) -> tuple[Accelerator, str]:
 
 
 def _open_decoded(source: Source | Stream, config: RunConfig, num_channels: int) -> Source | Stream:
-    """The images to train on, decoded beforehand where `data.cache` says so; bad ones are told of once."""
+    """The images to train on, decoded beforehand if `data.cache` says so; bad images are reported once."""
     on_main_process(lambda: look_beforehand(source, config.data, num_channels))
     if not isinstance(source, Source):
         return source
@@ -220,7 +220,7 @@ def _open_decoded(source: Source | Stream, config: RunConfig, num_channels: int)
 def _prepare_step(
     config: RunConfig, accelerator: Accelerator, objective: Objective, precision: str, *, compiled: bool
 ) -> TrainingStep:
-    """The training step of an objective that Accelerate has prepared, compiled and recorded where settings say so."""
+    """The training step of an objective that Accelerate has prepared, compiled and recorded as the settings say."""
     optimizer = build_optimizer(objective, config.optim, precision)
     graphed = resolve_cuda_graphs(
         config.cuda_graphs,
@@ -278,7 +278,7 @@ def describe(run: Run, precision: str, checkpoint: Path | None) -> None:
 
 
 def resume(run: Run, checkpoint: Path) -> dict[str, Any]:
-    """Put a run where a checkpoint left off, but for its stream, and return what else is known of it."""
+    """Load a checkpoint into a run and return its state; the caller restores the position in a stream."""
     state = load_checkpoint(checkpoint, run.train_step.model, run.train_step.optimizer)
     scaler = run.accelerator.scaler
     if scaler is not None and state["scaler"] is not None:
@@ -349,20 +349,20 @@ def open_batches(
 
 
 def heartbeat(run: Run, state: State, images_per_second: float | None = None) -> None:
-    """Tell watchers what the run is doing."""
+    """Write the heartbeat file, which tells what the run is doing."""
     if run.accelerator.is_main_process:
         beat(run.folder, state, run.step, run.num_steps, images_per_second)
 
 
 def save(run: Run, *, is_last: bool) -> Path | None:
-    """Save a checkpoint and delete those that need not stay.
+    """Save a checkpoint and delete old ones.
 
     Returns:
-        Its folder; None where the run saves nothing, or goes on although it could not be written, to try again at the
-        next save.
+        Its folder; None if the run saves nothing, or if the checkpoint could not be written and the next save tries
+        again.
 
     Raises:
-        OSError: the last one could not be written, even after those that it takes the place of were deleted.
+        OSError: the last checkpoint could not be written, even after older ones were deleted.
     """
     if not run.saves:
         return None
@@ -390,6 +390,6 @@ def save(run: Run, *, is_last: bool) -> Path | None:
 
 
 def backbone_prefix(objective: Objective) -> str:
-    """Where the backbone's parameters stand among the objective's, so that an export needs no objective."""
+    """Prefix of the backbone's parameters among the objective's; with it an export needs no objective."""
     backbone = objective.backbone()
     return next(f"{name}." for name, module in objective.named_modules() if module is backbone)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from ssl_vit.core.distributed import world_size
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-OUT_OF_TIME = 100  # stands beside the signals, and above all of them
+OUT_OF_TIME = 100  # used like a signal number; larger than any
 # 128 + signal is the shell's convention, and 75 is sysexits.h's "try again".
 EXIT_STOPPED: dict[int, int] = {**{number: 128 + number for number in SIGNALS}, OUT_OF_TIME: 75}
 EXIT_COLLAPSED = 3
@@ -36,7 +36,7 @@ class StopSignal:
         self._group: Any = None
         if world_size() > 1:
             self._group = dist.new_group(backend="gloo")
-        # Started by `accelerate launch`, which forwards no signals: its death is the signal.
+        # `accelerate launch` forwards no signals: its death is the signal.
         self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ssl_vit.objectives.mae import MAE
-from ssl_vit.training import by_products, ending
-from ssl_vit.training.by_products import by_product
+from ssl_vit.training import ending, faults
+from ssl_vit.training.faults import by_product
 from tests.conftest import last_weights
 
 Start, Patch, Capture = Callable[..., int], pytest.MonkeyPatch, pytest.CaptureFixture[str]
@@ -34,7 +34,7 @@ def test_whatever_fails_is_left_out_in_one_line(error: Exception) -> None:
 
 
 def test_one_of_several_processes_does_not_go_on_without_the_others(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(by_products, "world_size", lambda: 2)
+    monkeypatch.setattr(faults, "world_size", lambda: 2)
     with pytest.raises(ValueError, match="mine"), by_product("scores", shared=True):
         raise ValueError("mine")
     with by_product("figure"):

@@ -1,7 +1,7 @@
-"""CUDA graphs of blocks: their operations are recorded once, and from then on the host starts all of them at once.
+"""CUDA graphs of blocks: their operations are recorded once; after that the host launches all of them at once.
 
-Handing an operation to a GPU costs the host some microseconds, and a pass through the blocks is made of a thousand.
-Where images or models are small the GPU is faster than that, and waits.
+Launching an operation costs the host some microseconds, and a pass through the blocks has a thousand of them. With
+small images or models the GPU computes faster than the host launches, and waits.
 """
 
 import functools
@@ -38,9 +38,9 @@ def resolve_cuda_graphs(
 ) -> bool:
     """Whether to record blocks: with `auto` nowhere, until recordings in their present form were proven on a GPU.
 
-    Then it will be in runs of one process on a GPU, one micro-batch a step. Several processes exchange gradients while
-    the backward pass goes on; out of a recording they come all at once. Where batches are accumulated, or fill the
-    memory (`batch.auto`), there is little to win, since the GPU is full.
+    Once proven, `auto` will record in runs of one process on a GPU with one micro-batch a step. Several processes
+    exchange gradients during the backward pass, and a recording returns them all at its end. Accumulated batches, and
+    batches that fill the memory (`batch.auto`), gain little, since they keep the GPU busy.
 
     Raises:
         ValueError: it is asked for where it cannot work.
@@ -60,11 +60,10 @@ def resolve_cuda_graphs(
 
 
 class BlockGraphs:
-    """Records passes through blocks, forward and backward, and replays them; one run's.
+    """Records and replays the forward and backward passes through the blocks of one run.
 
-    What is replayed are the same kernels on the same parameters, wherever these have moved by then. Blocks run as they
-    are written where a recording cannot serve: at a size too many, between a forward pass and its backward pass, and
-    for good once a recording failed.
+    A replay runs the same kernels on the same parameters; if parameters have moved, it is recorded anew. Blocks run
+    eagerly at more sizes than are recorded, between a forward pass and its backward pass, and after a recording failed.
 
     Args:
         enabled: False = `active` does nothing.
@@ -78,7 +77,7 @@ class BlockGraphs:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """What goes through blocks in here is recorded the first time and replayed from then on."""
+        """Record passes through blocks in this block the first time, and replay them after that."""
         if self._ending:
             _wait_for_replays()
             self._ending.clear()
@@ -89,11 +88,11 @@ class BlockGraphs:
             yield
 
     def clear(self) -> None:
-        """Give back the memory of all recordings, which is that of a step; the next step records anew."""
+        """Free the memory of all recordings, as much as a step needs; the next step records anew."""
         if not self._recordings:
             return
         _wait_for_replays()
-        # A graph must not end under the replay of its backward pass, which is still to come for these.
+        # These graphs must live until their backward pass was replayed.
         self._ending += [recording for recording in self._recordings.values() if recording.awaits_backward()]
         self._recordings.clear()
         torch.cuda.empty_cache()
@@ -115,8 +114,8 @@ class BlockGraphs:
     def _record(self, key: Any, blocks: nn.Module, tokens: Tensor, pack_kwargs: dict[str, Any]) -> None:
         try:
             self._recordings[key] = Recording(blocks, tokens, pack_kwargs)
-            torch.cuda.empty_cache()  # what the proof needed, which lies where no other stream takes it from
-        except Exception as error:  # whatever cannot be recorded can still be run
+            torch.cuda.empty_cache()  # memory of the proof, which other streams cannot reuse
+        except Exception as error:  # blocks that cannot be recorded can still run eagerly
             if self.must_work:
                 raise
             self.enabled = False  # all of it: a capture that failed may leave CUDA's allocator in disorder
@@ -134,12 +133,12 @@ def _wait_for_replays() -> None:
 
 @functools.cache
 def _stream(device: torch.device, slot: int) -> torch.cuda.Stream:
-    """The stream of one recording at a time: with it ends the memory that cuBLAS keeps for its stream."""
+    """The stream of one recording; when it ends, cuBLAS frees the memory that it keeps for the stream."""
     return torch.cuda.Stream(device)
 
 
 class Capture:
-    """What CUDA needs around a capture.
+    """Streams and pools around a capture.
 
     Args:
         device: the GPU.
@@ -151,14 +150,14 @@ class Capture:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """In here passes are run and recorded, without a trace in random numbers or what autocast keeps."""
+        """Run and capture without touching the random generator's state or autocast's cache."""
         precision = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         before = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(before)
         with (
             torch.random.fork_rng([self.device]),  # the step must draw what it would have drawn
             torch.cuda.stream(self.stream),
-            # Copies of weights that autocast keeps from before would be recorded as if they never changed.
+            # Weights that autocast cached before would be recorded as constants.
             torch.autocast("cuda", dtype=precision, enabled=precision is not None, cache_enabled=False),
         ):
             try:
@@ -258,10 +257,10 @@ class Recording:
             if inputs:
                 self._backward, gradients = capture(backward, after=self._forward)
                 found += gradients
-            # Proof, before anything is learned from it.
+            # Prove the recording before anything is learned from it.
             torch.manual_seed(0)
             self._forward.replay()
-            # What blocks add, where each token comes out: with LayerScale next to nothing of what does.
+            # Compare output minus input: with a small LayerScale the output alone proves nothing.
             before = self._tokens if self._out.shape == self._tokens.shape else torch.zeros_like(self._out)
             _compare(["what blocks add"], [self._out - before], [wanted_out - before])
             if inputs:
@@ -271,24 +270,26 @@ class Recording:
                     [f"the gradient of {name}" for name in ["tokens"] * leaf.requires_grad + learned], found, wanted
                 )
         places = [gradient.data_ptr() for gradient in found if gradient is not None]
-        if len(set(places)) < len(places):  # and what changes one in place, as clipping does, would change both
+        if len(set(places)) < len(
+            places
+        ):  # two parameters would share a buffer, and in-place clipping would scale both
             raise RuntimeError("two parameters have one gradient")
         self._grad_tokens = found[0] if leaf.requires_grad else None
         self._gradients = found[leaf.requires_grad :]
 
     def awaits_backward(self) -> bool:
-        """Whether what the last forward pass left is still needed."""
+        """Whether the last forward pass still waits for its backward pass."""
         last = self._pass()
         return last is not None and last.recording is not None
 
     def is_stale(self) -> bool:
-        """Whether parameters lie elsewhere than when they were recorded."""
+        """Whether parameters have moved in memory since they were recorded."""
         return any(
             parameter.data_ptr() != address for parameter, address in zip(self.parameters, self._addresses, strict=True)
         )
 
     def replay(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b _ d"]:
-        """What blocks make of `tokens`, differentiable if it was recorded so."""
+        """The blocks' output for `tokens`, differentiable if gradients were recorded."""
         if self._backward is None:
             with torch.no_grad():
                 return self.replay_forward(tokens)
@@ -319,7 +320,7 @@ class Recording:
 
 
 def _compare(names: Sequence[str], found: Sequence[Tensor | None], wanted: Sequence[Tensor | None]) -> None:
-    """Refuse tensors of which one differs from the one wanted by more than rounding."""
+    """Refuse tensors that differ from the expected ones by more than rounding."""
     pairs = [
         (name, one.float(), other.float())
         for name, one, other in zip(names, found, wanted, strict=True)

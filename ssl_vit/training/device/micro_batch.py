@@ -19,15 +19,15 @@ _NOTHING_FITS = "not even one image fits on the device; use --encoder.grad_check
 
 
 def micro_batch_sizes(share: int, limit: int | None = None) -> list[int]:
-    """Numbers of images that cut a process's share of the batch evenly, at most `limit`, ascending."""
+    """Micro-batch sizes that divide a process's share of the batch, at most `limit`, ascending."""
     return [size for size in range(1, min(limit or share, share) + 1) if share % size == 0]
 
 
 def largest_that_fits(sizes: list[int], attempt: Callable[[int], None]) -> int | None:
-    """The largest of ascending sizes at which `attempt` does not run out of memory; None where all do."""
+    """The largest of ascending sizes at which `attempt` does not run out of memory; None if none fits."""
     found, low, high = None, 0, len(sizes)
     while low < high:
-        # The largest first: mostly it fits, and then nothing else needs to be tried.
+        # The largest first: it mostly fits, and then no other is tried.
         middle = high - 1 if high == len(sizes) and found is None and low == 0 else (low + high) // 2
         if _fits(attempt, sizes[middle]):
             found, low = sizes[middle], middle + 1
@@ -42,7 +42,7 @@ def _fits(attempt: Callable[[int], None], size: int) -> bool:
         fits = True
     except torch.OutOfMemoryError:
         fits = False
-    # Out here the exception is gone, and with it the tensors that its frames held.
+    # Here the exception is freed, and with it the tensors that its frames held.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -79,7 +79,7 @@ def try_sizes(
 
 
 def has_limit(device: torch.device) -> bool:
-    """Whether a device says that its memory does not suffice, where others end the process or the machine."""
+    """Whether a device raises an error when memory runs out; elsewhere the system ends the process."""
     return device.type != "cpu"
 
 
@@ -105,7 +105,7 @@ def choose_micro_batch(config: RunConfig, accelerator: Accelerator, precision: s
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    # The smallest of all processes, whose devices may differ or be in use.
+    # The smallest over all processes: their devices may differ or be in use.
     found = -int(max_over_processes(torch.tensor(-own, device=device)))
     if found == 0:
         raise ValueError(f"batch.auto=True: {_NOTHING_FITS}")

@@ -52,7 +52,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def whole(config: RunConfig, model: nn.Module, objective: Objective, device: torch.device) -> Objective:
-    """The objective with whole parameters on every process, for what is done beside training: itself, or a copy.
+    """The objective with whole parameters on every process, for work beside training: itself or, if sharded, a copy.
 
     Every process calls this. Shards can be called through the prepared module alone.
     """
@@ -65,7 +65,7 @@ def whole(config: RunConfig, model: nn.Module, objective: Objective, device: tor
 
 
 LEAST_STEPS = 500  # `auto` compiles runs of at least so many steps: they win back the half minute that it takes
-_PROGRAMS = 64  # of one kind of block: sizes of crops, with gradients and without, encoder and decoder
+_PROGRAMS = 64  # compiled variants of one kind of block: crop sizes, with and without gradients, encoder and decoder
 
 
 def resolve_compile(setting: bool | Literal["auto"], device: torch.device, num_steps: int, is_sharded: bool) -> bool:
@@ -84,10 +84,10 @@ def resolve_compile(setting: bool | Literal["auto"], device: torch.device, num_s
 
 
 def _is_able_to_compile(device: torch.device) -> bool:
-    """Try it on something small: a machine may lack a C compiler or Python's headers."""
+    """Compile something small: a machine may lack a C compiler or Python's headers."""
     try:
         torch.compile(torch.nn.Softplus())(torch.ones(8, device=device))
-    except Exception as error:  # whatever goes wrong in there, a run can do without
+    except Exception as error:  # a run can do without compiling, whatever fails
         reason = " ".join(str(error).split())[:200]
         warnings.warn(
             f"compile=auto: torch.compile does not work here, so blocks stay as they are ({reason})", stacklevel=2
@@ -99,7 +99,7 @@ def _is_able_to_compile(device: torch.device) -> bool:
 def compile_blocks(objective: Objective) -> None:
     """Compile what the objective names, in place; names of parameters stay. The objective must be on its device.
 
-    `torch.compiler.set_stance("force_eager")` runs them as they were written, for batches of other sizes.
+    `torch.compiler.set_stance("force_eager")` runs them eagerly, for batches of other sizes.
     """
     dynamo: Any = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, _PROGRAMS)

@@ -17,7 +17,7 @@ from ssl_vit.core.distributed import mean_over_processes
 from ssl_vit.core.reading import entry, parse_json, read_lines
 from ssl_vit.core.text import plain
 from ssl_vit.core.writing import JsonLines, forget_after
-from ssl_vit.training.by_products import by_product
+from ssl_vit.training.faults import by_product
 from ssl_vit.training.observe.tracking import Tracker
 
 
@@ -66,7 +66,7 @@ class MetricLog:
         self._since = time.perf_counter()
 
     def add_data_wait(self, seconds: float) -> None:
-        """Note time in which the step waited for its batch."""
+        """Add seconds in which the step waited for its batch."""
         self._data_wait += seconds
 
     def add_step(self, losses: dict[str, Tensor], taken: Bool[Tensor, ""] | None = None) -> None:
@@ -91,7 +91,7 @@ class MetricLog:
         """Write the averages since the last call, and `values` as they are. Every process calls this at the same steps.
 
         Returns:
-            What was written, the same on every process but for times; no averages where no step was taken.
+            The record, the same on every process except for times; without averages if no step was taken.
         """
         names = sorted(self._sums)
         num_taken = int(self._taken)
@@ -139,17 +139,17 @@ class MetricLog:
         """Append a line to metrics.jsonl, and send it to the tracker."""
         self._knn = record.get("eval_knn", self._knn)
         if self.is_writer:
-            # JSON has no infinity, which the gradient's norm is where fp16 overflowed.
+            # JSON has no infinity; the gradient's norm is infinite where fp16 overflowed.
             plain = {key: value if math.isfinite(value) else None for key, value in record.items()}
             self._file.append([plain])
             self._track(lambda tracker: tracker.log(plain))
 
     def picture(self, path: Path, step: int) -> None:
-        """Send a picture to the tracker."""
+        """Send a figure to the tracker."""
         self._track(lambda tracker: tracker.picture(path, step))
 
     def _track(self, send: Callable[[Tracker], None]) -> None:
-        """Do something with the tracker, if there is one; one that fails is done without from then on."""
+        """Use the tracker, if there is one; a tracker that fails is dropped."""
         tracker, self.tracker = self.tracker, None
         if tracker is not None:
             with by_product(f"tracker {tracker.name} fails and is", self.say):
@@ -163,7 +163,7 @@ class MetricLog:
                 print(plain(text), flush=True)
 
     def pause(self) -> float:
-        """The present time, to be given to `go_on`: what lies between is not counted as training."""
+        """The present time, for `go_on`: the time between the two calls is not counted as training."""
         return time.perf_counter()
 
     def go_on(self, paused: float) -> None:
@@ -177,14 +177,14 @@ class MetricLog:
 
 
 def memory_mib() -> float:
-    """What this process needs: the most of its GPU that it reserved so far; without a GPU, its resident memory now."""
+    """Memory of this process in MiB: the peak that it reserved on its GPU; without a GPU, its resident memory now."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_reserved() / 2**20
     return psutil.Process().memory_info().rss / 2**20
 
 
 class CollapseAlarm:
-    """Raised once when `patience` log intervals in a row look collapsed, since one alone may be chance.
+    """Raised once, when `patience` log intervals in a row look collapsed: one alone may be chance.
 
     Ten healthy ones in a row arm it again, and `is_over` is True at the tenth.
     """
@@ -209,7 +209,7 @@ class CollapseAlarm:
 
 
 def last_value(path: Path, name: str) -> float | None:
-    """What metrics.jsonl says last under a name; None where it says nothing."""
+    """The last value of a name in metrics.jsonl; None if there is none."""
     found = None
     for line in read_lines(path):
         if f'"{name}"'.encode() in line:

@@ -11,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from ssl_vit.core.writing import replace_text, replacing
-from ssl_vit.training.by_products import by_product
+from ssl_vit.training.faults import by_product
 from ssl_vit.training.observe.metrics import MetricLog
 
 WARMUP = 3  # steps before any is timed

@@ -1,4 +1,4 @@
-"""A tracker beside metrics.jsonl, through Accelerate: the same numbers under the same names, and the same pictures.
+"""A tracker beside metrics.jsonl, through Accelerate: the same numbers under the same names, and the same figures.
 
 All of them write into the run's folder and send nothing, unless their own environment variables say otherwise
 (WANDB_MODE, MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID).
@@ -17,7 +17,7 @@ from PIL import Image
 from ssl_vit.core.reading import open_regular, read_json
 from ssl_vit.core.text import plain
 from ssl_vit.core.writing import own_folder, replace_json
-from ssl_vit.training.by_products import by_product
+from ssl_vit.training.faults import by_product
 
 TrackerName = Literal["none", "tensorboard", "wandb", "mlflow", "trackio"]
 _IDS_FILE = "tracking.json"
@@ -37,12 +37,12 @@ class Tracker:
             self._tracker.store_init_configuration(dict(_flat(settings)))
 
     def log(self, record: Mapping[str, float | None]) -> None:
-        """Send a line of metrics.jsonl; what is no number, such as an infinite gradient, is left out."""
+        """Send a line of metrics.jsonl without its values that are no numbers, such as an infinite gradient."""
         values = {name: value for name, value in record.items() if name != "step" and value is not None}
         self._tracker.log(values, step=record["step"])
 
     def picture(self, path: Path, step: int) -> None:
-        """Send a picture that was drawn at a step."""
+        """Send a figure that was drawn at a step."""
         if self.name == "mlflow":
             self._tracker.log_artifact(str(path), "pictures")
         elif self.name == "trackio":
@@ -73,9 +73,9 @@ def check_tracker(name: TrackerName) -> None:
 def start_tracker(
     name: TrackerName, folder: Path, settings: Mapping[str, Any], start_step: int, *, is_writer: bool
 ) -> Tracker | None:
-    """The tracker of a run, that of its earlier part where the run goes on; None on other processes, or with none.
+    """The tracker of a run, continued if the run continues; None on other processes and if no tracker is set.
 
-    One that cannot be started, such as for want of a network, is done without, with a warning.
+    A tracker that cannot be started, for example without a network, is left out with a warning.
 
     Args:
         settings: the run's, as plain values.
@@ -88,11 +88,11 @@ def start_tracker(
 
 
 def _arguments(name: str, folder: Path, start_step: int) -> dict[str, Any]:
-    """What Accelerate's class is built with."""
+    """Arguments of Accelerate's tracker class."""
     own_folder(folder / name)
     known = _read_ids(folder).get(name) if start_step else None
     if name == "tensorboard":
-        # What was written after the checkpoint is hidden.
+        # Hides what was written after the checkpoint.
         purge = {"purge_step": start_step + 1} if start_step else {}
         return {"run_name": "tensorboard", "logging_dir": str(folder), **purge}
     if name == "wandb":
@@ -116,7 +116,7 @@ def _arguments(name: str, folder: Path, start_step: int) -> dict[str, Any]:
 
 
 def _note_id(name: str, folder: Path, started: Any) -> None:
-    """Remember by which name a run that goes on is found again."""
+    """Store the name by which a continued run is found again."""
     found = {"wandb": lambda: started.id, "mlflow": lambda: started.info.run_id}
     if name in found:
         ids = {**_read_ids(folder), name: found[name]()}
