@@ -103,8 +103,8 @@ class RunConfig:
     compile: bool | Literal["auto"] = "auto"
     """Compile blocks with torch.compile. auto: on GPUs, in runs long enough to win back the compile time."""
     cuda_graphs: bool | Literal["auto"] = "auto"
-    """Record the GPU's work in blocks as CUDA graphs and replay it: gains most with small models, takes more memory, and
-    needs one GPU alone. auto: off, since the present form of recording has not run on a GPU yet."""
+    """Record the GPU's work in blocks as CUDA graphs and replay it: gains most with small models and takes more memory;
+    one GPU only. auto: off, since the present form of recording has not run on a GPU yet."""
     log_every: int = 50
     """Steps between log lines."""
     quiet: bool = False
