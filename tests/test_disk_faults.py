@@ -259,7 +259,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before_to
     damaged = {path.name: path.read_bytes() for path in newest.iterdir()}
     assert start(run) == 0
     text = capsys.readouterr().out
-    assert re.search(rf"^Passing over the damaged checkpoint {newest}: {name}.*{problem}", text, re.MULTILINE)
+    assert re.search(rf"^Skipping the damaged checkpoint {newest}: {name}.*{problem}", text, re.MULTILINE)
     assert "step-00000009, step 9 of 12" in text
     assert same(weights(whole()), weights(run)) == []
     assert losses(run) == losses(whole())

@@ -27,7 +27,7 @@ from ssl_vit.runs.checkpoint import (
     remove_unfinished,
     save_checkpoint,
 )
-from ssl_vit.runs.folder import beat, is_finished, lock_folder, write_results
+from ssl_vit.runs.folder import is_finished, lock_folder, write_heartbeat, write_results
 from ssl_vit.runs.record import read_run
 from ssl_vit.runs.trained import open_trained
 from ssl_vit.training.config import write_config
@@ -87,7 +87,7 @@ def write_backbone(run: Path) -> None:
 # What a run writes by each name. Of folders below it, a link in their place counts as well.
 WRITERS: dict[str, Callable[[Path], object]] = {
     "results.json": lambda run: write_results(run, {"step": 3}),
-    "heartbeat.json": lambda run: beat(run, "training", 1, 3),
+    "heartbeat.json": lambda run: write_heartbeat(run, "training", 1, 3),
     "provenance.json": lambda run: replace_json(run / "provenance.json", {}),
     "config.yaml": lambda run: write_config(config(run), run / "config.yaml"),
     "metrics.jsonl": lambda run: JsonLines(run / "metrics.jsonl").append([{"step": 4}]),

@@ -1,4 +1,4 @@
-"""The processes of a run: how they find each other, what they agree on, and what they add up."""
+"""The processes of a run: start and end, checks, and collectives."""
 
 import argparse
 import os
@@ -22,31 +22,31 @@ from ssl_vit.core.machine import use_all_cpus
 from ssl_vit.core.watch import MAX_WAIT, Watch
 
 T = TypeVar("T")
-PATIENCE = InitProcessGroupKwargs(timeout=timedelta(minutes=MAX_WAIT))
+PROCESS_GROUP_KWARGS = InitProcessGroupKwargs(timeout=timedelta(minutes=MAX_WAIT))
 
 
 _watch: Watch | None = None
 
 
 def start_processes(max_wait: float | None = None) -> PartialState:
-    """Find the other processes of a launch, and give each its share of the CPUs; alone, this one is the main one.
+    """Join the other processes of a launch and use this process's share of the CPUs; a single process is the main one.
 
-    From then on one that gives no sign of life is named.
+    From then on a `Watch` names each process that gives no sign of life.
 
     Args:
-        max_wait: minutes after which the others end then; None = as it is.
+        max_wait: minutes without a sign of life after which the others end; None keeps the limit.
 
     Raises:
         ValueError: see `check_num_processes`.
     """
-    # Some work is done by the main process while the others wait, for longer than the default limit.
-    # Without an accelerator Accelerate must be told so, or the processes of a torchrun do not find each other.
-    state = PartialState(cpu=not torch.accelerator.is_available(), **PATIENCE.to_kwargs())
+    # The main process does work for which the others wait longer than the default limit.
+    # Without an accelerator `cpu` must be True, or the processes of a torchrun do not find each other.
+    state = PartialState(cpu=not torch.accelerator.is_available(), **PROCESS_GROUP_KWARGS.to_kwargs())
     use_all_cpus(cast(torch.device, state.device))
     check_num_processes(state.num_processes)
     global _watch
     if _watch is None and dist.is_initialized() and state.num_processes > 1:
-        # A store of its own, since a call of the main thread may wait in its for hours.
+        # A clone, since the main thread may block the original store for hours.
         store = dist.distributed_c10d._get_default_store().clone()
         _watch = Watch(store, state.process_index, state.num_processes)
         _watch.start()
@@ -66,18 +66,18 @@ def end_processes() -> None:
 
 
 def when_others_hang(work: Callable[[], None]) -> None:
-    """What to do before this process ends since another one gave no sign of life for `max_wait`."""
+    """Call `work` before this process ends because another one gave no sign of life for `max_wait`."""
     if _watch is not None:
         _watch.at_end = work
 
 
 def check_num_processes(num_processes: int) -> None:
-    """Find processes that do not know of each other, and say so where fewer run than were asked for.
+    """Refuse processes that did not find each other; warn if fewer run than the launcher was asked for.
 
-    `accelerate launch` starts one process on CPUs whatever it was asked for, without a word.
+    On CPUs `accelerate launch` silently starts one process, whatever number it was given.
 
     Raises:
-        ValueError: the launcher started several processes, and each believes to be alone.
+        ValueError: the launcher started more processes than found each other.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != num_processes:
@@ -87,14 +87,14 @@ def check_num_processes(num_processes: int) -> None:
     asked = _asked_processes(psutil.Process(os.getppid()).cmdline())
     if asked > num_processes:
         warnings.warn(
-            f"{asked} processes were asked for and {num_processes} runs. On CPUs start them with "
+            f"{num_processes} process runs instead of {asked}. On CPUs start them with "
             f"`torchrun --standalone --nproc_per_node {asked} scripts/...`",
             stacklevel=2,
         )
 
 
 def _asked_processes(command: list[str]) -> int:
-    """Processes that an `accelerate launch` command line, or the config file it names, asks for."""
+    """Number of processes in an `accelerate launch` command line, or in the config file that it names."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--num_processes", "--num-processes", type=int)
     parser.add_argument("--config_file", "--config-file")
@@ -105,39 +105,39 @@ def _asked_processes(command: list[str]) -> int:
     return given.num_processes or 1
 
 
-_alone = False
+_collectives_off = False
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """Let objectives in this block work without the other processes, which may not be doing the same."""
-    global _alone
-    before, _alone = _alone, True
+def without_collectives() -> Iterator[None]:
+    """Disable collectives in this block; other ranks may not execute it."""
+    global _collectives_off
+    before, _collectives_off = _collectives_off, True
     try:
         yield
     finally:
-        _alone = before
+        _collectives_off = before
 
 
 def world_size() -> int:
-    """Training processes on all machines."""
-    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
+    """Number of training processes on all machines; 1 while collectives are disabled."""
+    return dist.get_world_size() if dist.is_initialized() and not _collectives_off else 1
 
 
 def process_index() -> int:
-    """Number of this process among all, 0 for the main one."""
-    return dist.get_rank() if dist.is_initialized() and not _alone else 0
+    """Rank of this process; 0 is the main process."""
+    return dist.get_rank() if dist.is_initialized() and not _collectives_off else 0
 
 
 def note_progress() -> None:
-    """Let the other processes know that this one got something done, and so waits for nobody."""
+    """Tell the watch that the main thread got something done and so waits for no other process."""
     if _watch is not None:
         _watch.progress += 1
 
 
 def lost_process(error: RuntimeError) -> bool:
     """Whether an error means that another process of the run has ended or cannot be reached."""
-    # gloo has no exception of its own.
+    # gloo raises plain RuntimeErrors.
     return world_size() > 1 and (isinstance(error, dist.DistError) or bool(_LOST.search(str(error))))
 
 
@@ -145,10 +145,10 @@ _LOST = re.compile(r"gloo|connection (closed|reset|refused)|broken pipe|timed? ?
 
 
 def on_main_process(work: Callable[[], T]) -> T:
-    """Do something in the main process alone, and give all processes what it returns; every process calls this.
+    """Call `work` in the main process and return its result in all processes; every process calls this.
 
     Raises:
-        OSError, ValueError: in every process, where the main one came upon it.
+        OSError, ValueError: raised by `work`; every process raises it.
     """
     if world_size() == 1:
         return work()
@@ -177,14 +177,14 @@ def mean_over_processes(values: Tensor) -> Tensor:
 
 
 def max_over_processes(values: Tensor) -> Tensor:
-    """The largest of each element over all processes, in place."""
+    """Take the maximum of each element over all processes, in place."""
     if world_size() > 1:
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values
 
 
 def gather_with_gradient(values: Num[Tensor, "b ..."]) -> Num[Tensor, "n ..."]:
-    """The rows of all processes, in their order; gradients flow back to the process a row came from.
+    """Concatenate the rows of all processes, by rank; a row's gradient flows back to the process that it came from.
 
     Every process must hold the same number of rows.
     """

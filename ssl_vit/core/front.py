@@ -1,4 +1,4 @@
-"""What all scripts share: flags are read one way, a signal ends in one line, and libraries' warnings come once."""
+"""Front of every script: reads flags, ends in one line on a signal, shows each warning of a library once."""
 
 import argparse
 import difflib
@@ -23,7 +23,7 @@ _ON_OFF = {"true": True, "false": False, "yes": True, "no": False}
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, raised where the main thread is."""
+    """Ctrl-C or SIGTERM, raised in the main thread."""
 
     def __init__(self, number: int = signal.SIGINT) -> None:
         super().__init__()
@@ -31,22 +31,22 @@ class Stopped(KeyboardInterrupt):
 
 
 def heed_signals() -> None:
-    """Let a signal end this process in one line; for scripts, before imports that take seconds."""
+    """Let a signal end this process with one line. Scripts call this before imports that take seconds."""
     for number in _NUMBERS:
         signal.signal(number, lambda number, _: _end_at_once(number, ""))
 
 
 def stoppable(hint: str = "") -> Callable[[Callable[P, int]], Callable[P, int]]:
-    """Let Ctrl-C and SIGTERM end a main function in one line with code 130 or 143; a second signal ends at once.
+    """Let Ctrl-C and SIGTERM end a main function with one line and code 130 or 143; a second signal ends at once.
 
     Args:
-        hint: what the line says after that: what the same command does.
+        hint: end of that line, which says what the same command does next.
     """
 
     def decorate(main: Callable[P, int]) -> Callable[P, int]:
         @wraps(main)
         def stopped_in_one_line(*args: P.args, **settings: P.kwargs) -> int:
-            if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+            if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
                 return main(*args, **settings)
             owner, received = os.getpid(), 0
 
@@ -80,11 +80,11 @@ def stoppable(hint: str = "") -> Callable[[Callable[P, int]], Callable[P, int]]:
 
 
 def spell_out(words: Sequence[str], switches: Collection[str]) -> list[str]:
-    """Write `--name` and `--name true` of flags that are on or off as `--name=true`, as all fronts take them.
+    """Rewrite `--name` and `--name true` of on-off flags as `--name=true`, the form that all parsers accept.
 
     Args:
-        words: of a command line.
-        switches: names of these flags.
+        words: a command line.
+        switches: names of the on-off flags.
     """
     spelled: list[str] = []
     is_bare = False
@@ -99,7 +99,7 @@ def spell_out(words: Sequence[str], switches: Collection[str]) -> list[str]:
 
 
 def nearest(name: str, names: Collection[str], prefix: str = "") -> str:
-    """Hint at the name that was probably meant: a near spelling, with its section or without."""
+    """Suggest the name that was probably meant: the nearest spelling, with or without its section."""
     by_leaf = {key.rsplit(".", 1)[-1]: key for key in names}
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
     near = near or [by_leaf[leaf] for leaf in difflib.get_close_matches(name.rsplit(".", 1)[-1], by_leaf, n=1)]
@@ -107,7 +107,7 @@ def nearest(name: str, names: Collection[str], prefix: str = "") -> str:
 
 
 class FlagParser(argparse.ArgumentParser):
-    """Reads the flags of a script as those of training are read; ends in one line and code 2 where that fails."""
+    """Reads a script's flags by the rules of training's flags; ends with one line and code 2 on an error."""
 
     def __init__(self, **settings: Any) -> None:
         form = argparse.RawDescriptionHelpFormatter
@@ -120,7 +120,7 @@ class FlagParser(argparse.ArgumentParser):
         self.add_argument(name, type=_on_or_off, default=False, metavar="true", help=f"{help} [false]")
 
     def add_open_source(self) -> None:
-        """Add the flag that lets a script open what a run's folder names."""
+        """Add the flag that lets a script open the images that a run's folder names."""
         what = "open the images that the run's folder says it was trained on; a stranger may have written it"
         self.add_switch("--open_source", what)
 
@@ -134,7 +134,7 @@ class FlagParser(argparse.ArgumentParser):
         return super().parse_known_args(spell_out(sys.argv[1:] if args is None else args, self.switches), namespace)
 
     def refuse(self, words: Sequence[str]) -> NoReturn:
-        """End with the first of some words that no flag takes, and the nearest flag."""
+        """End with an error that names the first unknown word and the nearest flag."""
         name = words[0].partition("=")[0]
         known = [flag[2:] for flag in self._option_string_actions if flag.startswith("--")]
         if name.startswith("--"):
@@ -154,7 +154,7 @@ def _on_or_off(text: str) -> bool:
 
 @contextmanager
 def warning_once() -> Iterator[None]:
-    """Show what a line of code warns of, or logs unasked, once in a process: not for each image anew."""
+    """Show a warning or unhandled log record of a line of code once in a process, not once per image."""
     seen, show = set(), warnings.showwarning
 
     def is_new(*place: object) -> bool:
@@ -168,7 +168,7 @@ def warning_once() -> Iterator[None]:
         record.msg, record.args = plain(record.getMessage()), ()
         return is_new(record.levelno, record.pathname, record.lineno)
 
-    handler = logging.lastResort  # which writes what nobody asked for
+    handler = logging.lastResort  # writes records that have no handler
     warnings.showwarning = show_once
     if handler is not None:
         handler.addFilter(log_once)
@@ -181,7 +181,7 @@ def warning_once() -> Iterator[None]:
 
 
 def _show_any_text() -> list[Any]:
-    """Print what the terminal's encoding lacks, or would do more than show, as escapes; returns the streams."""
+    """Escape printed characters that the terminal cannot encode or would execute; return the changed streams."""
     changed = []
     for stream in {sys.stdout, sys.stderr}:
         if isinstance(stream, io.TextIOWrapper) and "write" not in vars(stream):

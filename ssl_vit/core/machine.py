@@ -1,4 +1,4 @@
-"""The machine that a process runs on: its CPUs, its device, and the number formats they compute in."""
+"""The machine that a process runs on: CPUs, device and precision."""
 
 import os
 import platform
@@ -8,19 +8,19 @@ import torch
 
 
 def num_cpus() -> int:
-    """CPUs that this process may use, which in a container are fewer than the machine has."""
+    """CPUs that this process may use; in a container fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def num_local_processes() -> int:
-    """Training processes on this machine, as the launcher says."""
+    """Training processes on this machine, by the launcher's variables."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def use_all_cpus(device: torch.device) -> None:
     """Give a process that trains on the CPU its share of the CPUs.
 
-    `accelerate launch` and `torchrun` set OMP_NUM_THREADS=1 on their own; any larger number was asked for and stays.
+    `accelerate launch` and `torchrun` set OMP_NUM_THREADS=1 unasked; a larger number is the user's and stays.
     """
     if device.type == "cpu" and int(os.environ.get("OMP_NUM_THREADS", "1")) <= 1:
         torch.set_num_threads(max(1, num_cpus() // num_local_processes()))
@@ -34,7 +34,7 @@ def device_name(device: torch.device) -> str:
 
 
 def cpu_name() -> str:
-    """The product name of the processor, as far as the system tells it."""
+    """The product name of the processor, if the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -43,7 +43,7 @@ def cpu_name() -> str:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """Turn `auto` into bf16 where the device computes it in hardware, and into no (fp32) elsewhere.
+    """Resolve `auto`: bf16 if the device computes it in hardware, else no (fp32).
 
     Raises:
         ValueError: fp16 on a device other than CUDA, where gradients cannot be scaled.
@@ -60,5 +60,5 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
-    """What a resolved precision has the encoder computed in; None = as it is."""
+    """Autocast dtype for a precision; None disables autocast."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)

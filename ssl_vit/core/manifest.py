@@ -1,4 +1,4 @@
-"""What the files of a folder were when they were written, and whether they still are."""
+"""Sizes and SHA-256 of a folder's files: written with them, compared later."""
 
 import hashlib
 import json
@@ -17,13 +17,13 @@ MANIFEST_FILE = "manifest.json"
 
 
 def write_manifest(folder: Path) -> None:
-    """Note size and SHA-256 of each file in a folder."""
+    """Write the size and SHA-256 of each file in a folder to its manifest."""
     files = {path.name: {"size": path.stat().st_size, "sha256": hash_file(path)} for path in sorted(folder.iterdir())}
     (folder / MANIFEST_FILE).write_text(json.dumps({"files": files}, indent=1) + "\n")
 
 
 def find_difference(folder: Path, *, contents: bool) -> str | None:
-    """The first file that is not what the folder's manifest says, and how; None where all are.
+    """Describe the first file that differs from the folder's manifest; None if none does.
 
     Args:
         contents: whether to compare hashes, for which all files are read; sizes are always compared.
@@ -34,7 +34,7 @@ def find_difference(folder: Path, *, contents: bool) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST_FILE} cannot be read: {error!r}"
     for name in expected:
-        # A manifest that came with somebody's files must not make us read others.
+        # A stranger's manifest must not make us read files outside of its folder.
         if name in ("", ".", "..") or Path(name).name != name or "\\" in name:
             return f"{MANIFEST_FILE} names {name!r}, which is no file of this folder"
     try:
@@ -67,16 +67,16 @@ def hash_file(path: Path, *, links: bool = False) -> str:
 
 
 def save_sealed(tensors: dict[str, Tensor], file: Path, key: str) -> None:
-    """Write a safetensors file that carries a SHA-256 of its tensors and of what they are, `key`.
+    """Write a safetensors file with a SHA-256 of its tensors and of `key`, which says what they are.
 
-    A seal tells of damage and of files that were mixed up. Whoever means to forge one can.
+    The seal reveals damaged and mixed-up files. It does not prevent forgery.
     """
     tensors = {name: values.contiguous() for name, values in tensors.items()}
     save_file(tensors, file, metadata={"format": "pt", "key": key, "sha256": _hash_tensors(tensors, key)})
 
 
 def read_sealed(file: Path, key: str) -> dict[str, Tensor] | None:
-    """What `save_sealed` wrote; None where the file is missing, damaged, of another key or without a seal."""
+    """Read what `save_sealed` wrote; None if the file is missing, damaged, unsealed or has another key."""
     try:
         check_header(file)
         with safe_open(file, framework="pt") as opened:

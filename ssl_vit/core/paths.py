@@ -1,4 +1,4 @@
-"""Paths that settings name, written absolute, and names of files as text that can be stored and printed."""
+"""Paths in settings, made absolute, and file names as text that can be stored and printed."""
 
 import glob
 import os
@@ -10,15 +10,15 @@ _ESCAPED = re.compile(r"\\x[89a-f][0-9a-f]")
 
 
 def as_path(text: str) -> Path:
-    """The path that a setting names: what exists as it is written, else with `~` as the home folder."""
+    """The path that a setting names: as written if that exists, else with `~` expanded to the home folder."""
     for name in (text, path_from_text(text)):
         if name and os.path.lexists(name):
             return Path(name)
-    return Path(os.path.expanduser(text))  # noqa: PTH111  # Path's own raises for a user that is not there
+    return Path(os.path.expanduser(text))  # noqa: PTH111  # Path.expanduser raises for an unknown user
 
 
 def path_to_text(path: str) -> str:
-    r"""A path as text that Arrow, YAML and a terminal take: in names that are no UTF-8 other bytes become `\xNN`."""
+    r"""A path as text for Arrow, YAML and a terminal: bytes that are not UTF-8 become `\xNN`."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -27,7 +27,7 @@ def path_to_text(path: str) -> str:
 
 
 def path_from_text(text: str) -> str:
-    """The path that `path_to_text` made text of."""
+    """The inverse of `path_to_text`."""
     if "\\x" not in text or os.path.lexists(text):
         return text
     return "/".join(_unescape(part) if _ESCAPED.search(part) else part for part in text.split("/"))
@@ -53,13 +53,13 @@ PATHS = (
     ("evaluation", "source"),
     ("evaluation", "test_source"),
 )
-"""Section and name of the settings that may hold one."""
+"""Settings, as section.name, whose value may be a path."""
 
 
 def absolute(value: Any) -> Any:
-    """A setting's value with its path absolute; of a mixture, those of its sources.
+    """Make the path in a setting's value absolute; in a mixture, the path of each source.
 
-    What names no file, folder or pattern below a folder stays as it is: ids of the hub, timm's names, `openmoji`.
+    Values that name no file, folder or pattern below a folder stay: hub ids, timm's names, `openmoji`.
     """
     if isinstance(value, dict):
         return {absolute(name): weight for name, weight in value.items()}
@@ -67,7 +67,7 @@ def absolute(value: Any) -> Any:
         return value
     path = as_path(value)
     if path.exists():
-        return os.path.abspath(path)  # noqa: PTH100  (not through links, whose names the user knows)
+        return os.path.abspath(path)  # noqa: PTH100  (resolves no links: the user knows their names)
     if glob.has_magic(value) and "://" not in value:
         begins = next(folder for folder in path.parents if not glob.has_magic(str(folder)))
         return os.path.abspath(path) if begins.exists() else value  # noqa: PTH100
@@ -77,7 +77,7 @@ def absolute(value: Any) -> Any:
 def is_same(before: Any, after: Any) -> bool:
     """Whether two values of such a setting mean the same place, however they are written.
 
-    What is no longer where it was counts as moved to a place of the same name.
+    A path that no longer exists counts as moved if the other has the same name.
     """
     if isinstance(before, dict) and isinstance(after, dict):
         pairs = zip(before.items(), after.items(), strict=False)

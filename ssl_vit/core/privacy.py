@@ -1,4 +1,4 @@
-"""Paths of users, passwords and keys, which must not leave a machine with a result."""
+"""Removes users' paths, passwords and keys from results that leave a machine."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,17 +13,17 @@ _SECRET_WORD = re.compile(
 _PAIR = re.compile(r"""(?<![\w.-])([\w.-]+)(["']?\s*(?:=|:(?!/))\s*["']?)([^\s"',;&}]+)""")
 _VALUES = (
     (re.compile(r"\b(Bearer|Basic)(\s+)[\w.~+/=-]{6,}", re.IGNORECASE), r"\1\2***"),
-    # Keys that are known by how they begin.
+    # Keys with a known prefix.
     (re.compile(r"(?<![^\W_])(?:hf_|gh[oprsu]_|github_pat_|glpat-|xox[a-z]-|[rs]k[-_]|npm_|pypi-)[\w.-]{8,}"), "***"),
     (re.compile(r"\b(?:A[KS]IA[0-9A-Z]{12,}|AIza[\w-]{20,}|ya29\.[\w-]{8,}|eyJ[\w-]+\.eyJ[\w.-]+)"), "***"),
     (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*", re.DOTALL), "***"),
-    # User and password of an address; a password may hold an @ or a slash itself.
+    # User and password of an address; a password may contain an @ or a slash.
     (re.compile(r"(?<=://)(?:[^\s/@:]*:\S*|[^/\s]+)@"), "***@"),
 )  # fmt: skip
 
 
 def without_secrets(words: Sequence[str]) -> list[str]:
-    """A command line without the values of flags and variables that look like keys, access tokens and passwords."""
+    """A command line in which keys, access tokens and passwords are replaced by ***."""
     shown = []
     hide_next = False
     for word in words:
@@ -42,7 +42,7 @@ def without_secrets(words: Sequence[str]) -> list[str]:
 
 
 def _names_secret(name: str) -> bool:
-    """Whether a word in the name of a flag or variable is one for keys, as in WANDB_API_KEY and --hub.accessToken."""
+    """Whether the name of a flag or variable has a word for keys, such as WANDB_API_KEY and --hub.accessToken."""
     words = re.split(r"[^A-Za-z0-9]+|(?<=[a-z])(?=[A-Z])", name)
     return any(_SECRET_WORD.fullmatch(word) for word in words)
 
@@ -53,12 +53,12 @@ def _hide(pair: re.Match[str]) -> str:
 
 
 def public(value: Any) -> Any:
-    """A plain value of settings as it may be published: of local paths the last part, of addresses no passwords."""
+    """A settings value fit for publication: local paths keep their last part, addresses lose passwords."""
     if isinstance(value, Mapping):
         found: dict[Any, Any] = {}
         for key, entry in value.items():
             name, number = _public_text(key) if isinstance(key, str) else key, 2
-            while name in found:  # two folders of one name
+            while name in found:  # two folders with one name
                 name, number = f"{_public_text(key)} ({number})", number + 1
             found[name] = public(entry)
         return found
@@ -81,5 +81,5 @@ def _public_text(text: str) -> str:
 def _is_there(path: Path) -> bool:
     try:
         return len(path.parts) > 1 and path.exists()
-    except (OSError, ValueError):  # a name that is too long for one, or holds a NUL
+    except (OSError, ValueError):  # the name is too long or contains a NUL
         return False

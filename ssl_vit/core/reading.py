@@ -1,4 +1,4 @@
-"""Reading files that may come from anywhere: regular ones alone, within bounds, and never more than data."""
+"""Reads untrusted files: only regular ones, within size bounds, and only as data."""
 
 import errno
 import json
@@ -16,15 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 MAX_HEADER = 16 * 2**20
-"""Bytes. Names and shapes of a ViT-g with its optimizer's moments take about 0.4 MB."""
+"""Bytes of a safetensors header. A ViT-g with its optimizer's moments needs about 0.4 MB."""
 MAX_JSON = 16 * 2**20
 """Bytes of a file that describes weights, a checkpoint or scores."""
 MAX_YAML = 256 * 2**10
-"""Bytes of settings; those of a run take about 3 kB."""
+"""Bytes of a settings file; a run's takes about 3 kB."""
 MAX_NODES, MAX_DEPTH = 100_000, 32
-"""Lists and objects of a file, aliases of YAML written out, and how deep they stand in each other."""
+"""Lists and objects of a file, with YAML aliases expanded, and their nesting depth."""
 MAX_LINE, MAX_LINES, MAX_LOG = 2**20, 10_000_000, 2**30
-"""Bytes of a line of a log, lines, and bytes of all."""
+"""Limits of a log: bytes of a line, number of lines, bytes of the file."""
 MAX_FIGURE = 64 * 2**20
 """Bytes of a figure that a run drew."""
 
@@ -34,13 +34,13 @@ _Settings = TypeVar("_Settings")
 def open_regular(path: Path, flags: int = os.O_RDONLY, *, links: bool = False) -> int:
     """Open a regular file; returns its descriptor.
 
-    A link could lead out of a folder that a stranger made; a FIFO or a device can be waited for, or read without end.
+    A link could lead out of a stranger's folder; opening a FIFO could block, and a device may have no end.
 
     Args:
-        links: follow them, as the hub's cache needs it, whose files are links.
+        links: follow links. The files of the hub's cache are links.
 
     Raises:
-        OSError: it is none, or cannot be opened.
+        OSError: it is not a regular file, or cannot be opened.
     """
     problem = None
     try:
@@ -60,14 +60,14 @@ def open_regular(path: Path, flags: int = os.O_RDONLY, *, links: bool = False) -
 
 
 def read_bytes(file: Path, most: int, *, links: bool = False) -> bytes:
-    """The content of a regular file of at most so many bytes, whatever its size is said to be.
+    """The content of a regular file of at most `most` bytes, whatever size the file system reports.
 
     Raises:
-        ValueError: it holds more.
+        ValueError: the file has more than `most` bytes.
         OSError: it cannot be read; see `open_regular`.
     """
     with os.fdopen(open_regular(file, links=links), "rb", buffering=0) as opened:
-        # In parts: a read of `most` bytes would take memory for them, however short the file is.
+        # Read in parts: a read of `most` bytes would allocate them all, even for a short file.
         parts, room, size = [], most + 1, os.fstat(opened.fileno()).st_size
         while room and (part := opened.read(min(room, max(size, 2**16)))):
             parts.append(part)
@@ -78,12 +78,12 @@ def read_bytes(file: Path, most: int, *, links: bool = False) -> bytes:
 
 
 def check_header(file: Path, *, links: bool = False) -> None:
-    """Refuse a safetensors file by the length of its header, before anything of it is parsed.
+    """Refuse a safetensors file with too long a header, before anything is parsed.
 
-    safetensors itself takes headers of up to 100 MB, for which its parser takes many times as much.
+    safetensors accepts headers of up to 100 MB, and its parser needs many times that memory.
 
     Raises:
-        ValueError: the header is longer than the file, or than names and shapes of any model.
+        ValueError: the header is longer than the file or than `MAX_HEADER`.
         OSError: the file cannot be read; see `open_regular`.
     """
     with os.fdopen(open_regular(file, links=links), "rb") as opened:
@@ -99,7 +99,7 @@ def read_tensors(file: Path, *, links: bool = False) -> dict[str, Tensor]:
     """All tensors of a safetensors file.
 
     Raises:
-        ValueError: it is missing, damaged, no regular file, or has a header of a size that no model needs.
+        ValueError: it is missing, damaged or not a regular file, or its header is too long.
     """
     try:
         check_header(file, links=links)
@@ -113,7 +113,7 @@ def read_json(file: Path, *, links: bool = False) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        ValueError: it holds no JSON object, or one beyond the bounds of `parse_json`.
+        ValueError: it holds no JSON object, or one outside the bounds of `parse_json`.
         OSError: it cannot be read; see `open_regular`.
     """
     content = parse_json(read_bytes(file, MAX_JSON, links=links), file)
@@ -123,10 +123,10 @@ def read_json(file: Path, *, links: bool = False) -> dict[str, Any]:
 
 
 def parse_json(text: bytes | str, where: str | Path) -> Any:
-    """JSON whose numbers are finite and fit 64 bits, with bounds on how many lists and objects stand how deep.
+    """Parse JSON whose numbers are finite and fit 64 bits, with bounds on the number and depth of lists and objects.
 
     Raises:
-        ValueError: it is none; names `where` and, as far as that can be told, the key.
+        ValueError: it is not such JSON; names `where` and, if known, the key.
     """
     opening = (b"[", b"{") if isinstance(text, bytes) else ("[", "{")
     if sum(text.count(sign) for sign in opening) > MAX_NODES:  # pyright: ignore[reportArgumentType]
@@ -140,10 +140,10 @@ def parse_json(text: bytes | str, where: str | Path) -> Any:
 
 
 def read_yaml(file: Path, *, links: bool = False) -> dict[str, Any]:
-    """The mapping in a YAML file, of plain values: tags are refused, and aliases count as what they stand for.
+    """The mapping of plain values in a YAML file: tags are refused, aliases count as often as they are used.
 
     Raises:
-        ValueError: it holds no mapping, or is beyond the bounds.
+        ValueError: it holds no mapping, or is outside the bounds.
         OSError: it cannot be read; see `open_regular`.
     """
     text = read_bytes(file, MAX_YAML, links=links)
@@ -159,17 +159,17 @@ def read_yaml(file: Path, *, links: bool = False) -> dict[str, Any]:
 
 
 def _check_nodes(text: bytes) -> None:
-    """Refuse YAML that grows: an alias of aliases of aliases stands for as many values as one likes."""
+    """Refuse YAML that grows: aliases of aliases of aliases can expand to any number of values."""
     count, sizes = 0, {}
     opened: list[tuple[str | None, int]] = []
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
-                raise ValueError(f"*{event.anchor} stands for nothing that is finished before it")
+                raise ValueError(f"*{event.anchor} refers to no anchor that ends before it")
             count += sizes[event.anchor]
         elif isinstance(event, yaml.NodeEvent):
             if getattr(event, "tag", None) is not None:
-                raise ValueError(f"the tag {event.tag} is not taken")  # pyright: ignore[reportAttributeAccessIssue]
+                raise ValueError(f"the tag {event.tag} is not allowed")  # pyright: ignore[reportAttributeAccessIssue]
             count += 1
             if isinstance(event, yaml.CollectionStartEvent):
                 opened.append((event.anchor, count - 1))
@@ -179,7 +179,7 @@ def _check_nodes(text: bytes) -> None:
             anchor, before = opened.pop()
             sizes[anchor] = count - before
         if count > MAX_NODES or len(opened) > MAX_DEPTH:
-            raise ValueError(f"holds more than {MAX_NODES:,} values, or stands more than {MAX_DEPTH} deep")
+            raise ValueError(f"holds more than {MAX_NODES:,} values, or is nested more than {MAX_DEPTH} deep")
 
 
 def _check_values(content: Any, where: str | Path) -> None:
@@ -188,15 +188,15 @@ def _check_values(content: Any, where: str | Path) -> None:
         key, value, depth = waiting.pop()
         problem = None
         if isinstance(value, dict | list):
-            problem = f"stands more than {MAX_DEPTH} deep" if depth > MAX_DEPTH else None
+            problem = f"is nested more than {MAX_DEPTH} deep" if depth > MAX_DEPTH else None
             entries = value.items() if isinstance(value, dict) else enumerate(value)
             if isinstance(value, dict) and not all(isinstance(name, str) for name in value):
                 name = next(name for name in value if not isinstance(name, str))
-                problem = f"has the key {str(name)[:80]}, which is no text; put it into quotes"
+                problem = f"has the key {str(name)[:80]}, which is not text; put it into quotes"
             if problem is None:
                 waiting += [(f"{key}.{name}" if key else str(name), entry, depth + 1) for name, entry in entries]
         elif isinstance(value, float):
-            problem = None if math.isfinite(value) else f"is {value}, and a finite number is wanted"
+            problem = None if math.isfinite(value) else f"is {value}; give a finite number"
         elif isinstance(value, int):
             problem = None if -(2**63) <= value < 2**63 else "is an integer of more than 64 bits"
         elif value is not None and not isinstance(value, str):
@@ -206,10 +206,10 @@ def _check_values(content: Any, where: str | Path) -> None:
 
 
 def read_lines(file: Path) -> Iterator[bytes]:
-    """The lines of a log, each with its end; none where there is no file.
+    """The lines of a log, each with its line end; none if there is no file.
 
     Raises:
-        ValueError: one is longer, or all are more, than any run writes.
+        ValueError: a line or the file is longer than any that a run writes.
         OSError: it cannot be read; see `open_regular`.
     """
     try:
@@ -222,14 +222,14 @@ def read_lines(file: Path) -> Iterator[bytes]:
             line = opened.readline(MAX_LINE + 1)
             size += len(line)
             if len(line) > MAX_LINE or size > MAX_LOG or number == MAX_LINES:
-                raise ValueError(f"{file}: line {number + 1} is too long, or the file, for a log")
+                raise ValueError(f"{file}: line {number + 1} or the file is too long for a log")
             if not line:
                 return
             yield line
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
-    """The JSON objects with a step that stand in a log, one a line; a line that a kill cut short is left out.
+    """The JSON objects with a step in a log, one per line; a line that a kill cut short is left out.
 
     Raises:
         ValueError, OSError: see `read_lines`.
@@ -247,7 +247,7 @@ def read_records(file: Path) -> list[dict[str, Any]]:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """`read_records` of a metrics.jsonl, whose values are numbers; None where one measured was none that JSON has."""
+    """`read_records` of a metrics.jsonl, whose values are numbers; None stands for NaN and infinity."""
 
     def is_measured(name: str, value: Any) -> bool:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -258,10 +258,10 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 def entry(content: Mapping[str, Any], key: str, kind: Any, file: Path) -> Any:
-    """What stands under a dotted key.
+    """The value under a dotted key.
 
     Raises:
-        ValueError: nothing does, or something of another type; names file and key.
+        ValueError: the key is missing or its value has another type; names file and key.
     """
     value: Any = content
     for name in key.split("."):
@@ -272,10 +272,10 @@ def entry(content: Mapping[str, Any], key: str, kind: Any, file: Path) -> Any:
 
 
 def settings_of(kind: type[_Settings], values: Mapping[str, Any]) -> _Settings:
-    """A dataclass out of the plain values that YAML or JSON has for it, lists for tuples.
+    """Build a settings dataclass from plain YAML or JSON values, with lists for tuples.
 
     Raises:
-        ValueError: a setting that it does not have, or a value of another type.
+        ValueError: the dataclass lacks a setting, or a value has another type.
     """
     types_of = get_type_hints(kind)
     for name, value in values.items():

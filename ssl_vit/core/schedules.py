@@ -1,18 +1,18 @@
-"""Schedules as pure functions of progress, the share of the run that is done, in [0, 1]."""
+"""Schedules as pure functions of progress, the completed share of the run, in [0, 1]."""
 
 import math
 from collections.abc import Sequence
 
 
 def progress_at(step: int, num_steps: int, extended: Sequence[Sequence[int]] = ()) -> float:
-    """The share of a run that is done before `step`, by which all schedules go.
+    """Progress before `step`: the completed share of the run, which all schedules follow.
 
-    A run that was lengthened on its way goes on from its progress then, in a line to 1 at its new end: schedules are
-    stretched. One that was at its end goes from 0 to 1 once more, over the added steps.
+    A run that is lengthened midway continues from its progress linearly to 1 at its new end: schedules are stretched.
+    A finished run that is lengthened goes from 0 to 1 again, over the added steps.
 
     Args:
-        num_steps: of the whole run.
-        extended: the step at which the run was lengthened, and its length until then, for each time.
+        num_steps: length of the whole run.
+        extended: for each time the run was lengthened, the step of that moment and the length until then.
     """
     start, done = 0, 0.0
     for switch, length in extended:
@@ -30,12 +30,12 @@ def cosine(progress: float, start: float, end: float) -> float:
 
 
 def warmup_cosine(progress: float, warmup: float, peak: float, end: float) -> float:
-    """A line from 0 to `peak` over the first `warmup` share of the run, then half a cosine down to `end`."""
+    """Linear from 0 to `peak` over the first `warmup` share of the run, then half a cosine down to `end`."""
     if progress < warmup:
         return peak * progress / warmup
     return cosine((progress - warmup) / (1 - warmup), peak, end)
 
 
 def warmup_linear(progress: float, warmup: float, start: float, end: float) -> float:
-    """A line from `start` to `end` over the first `warmup` share of the run, then `end`."""
+    """Linear from `start` to `end` over the first `warmup` share of the run, then `end`."""
     return start + (end - start) * progress / warmup if progress < warmup else end

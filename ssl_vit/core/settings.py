@@ -1,4 +1,4 @@
-"""Flags and YAML files of settings: checked before they are parsed, and errors of the parser in one line."""
+"""Checks flags and YAML files of settings before they are parsed; turns parser errors into one line."""
 
 import dataclasses
 import math
@@ -14,14 +14,14 @@ from ssl_vit.core.reading import read_yaml
 
 
 def read_words(args: Sequence[str], keys: Mapping[str, Any], others: Collection[str] = ("help",)) -> list[str]:
-    """Spell out switches in a command line, see `spell_out`, and refuse flags that no setting has.
+    """Spell out switches in a command line (see `spell_out`) and refuse unknown flags.
 
     Args:
-        keys: settings and their defaults; switches are those whose default is True or False.
-        others: further flags.
+        keys: settings and their defaults; a setting whose default is True or False is a switch.
+        others: further known flags.
 
     Raises:
-        ValueError: a flag that does not exist; names the nearest one.
+        ValueError: a flag does not exist; names the nearest one.
     """
     words = spell_out(args, {name for name, default in keys.items() if isinstance(default, bool)})
     known = {*keys, *others, *(key.split(".")[0] for key in keys if "." in key)}
@@ -33,7 +33,7 @@ def read_words(args: Sequence[str], keys: Mapping[str, Any], others: Collection[
 
 
 def split_config_files(args: Sequence[str], keys: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Separate `--config` files from other flags, see `read_words`."""
+    """Separate `--config` files from other flags; see `read_words`."""
     files: list[str] = []
     flags: list[str] = []
     words = iter(read_words(args, keys, ("help", "print_config", "config")))
@@ -49,14 +49,14 @@ def split_config_files(args: Sequence[str], keys: Mapping[str, Any]) -> tuple[li
 
 
 def check_file(path: str, keys: dict[str, Any]) -> None:
-    """Refuse a file that cannot be read, is no YAML mapping or has keys that no setting has."""
+    """Refuse a file that cannot be read, is no YAML mapping or has unknown keys."""
     try:
         values = read_yaml(Path(path), links=True)
     except OSError as error:
         raise ValueError(f"--config={path}: cannot be read: {error.strerror}") from error
     for name in ("fresh", "extend"):
         if values.get(name):
-            raise ValueError(f"{path}: {name}={values[name]!r}: changes a run that is there; only a flag may, --{name}")
+            raise ValueError(f"{path}: {name}={values[name]!r}: changes an existing run; give it as a flag, --{name}")
     sections = {key.rsplit(".", 1)[0] for key in keys if "." in key}
     for name, value in values.items():
         if name in sections:
@@ -70,7 +70,7 @@ def check_file(path: str, keys: dict[str, Any]) -> None:
 
 
 def in_one_line(message: str, keys: dict[str, Any]) -> str:
-    """Turn jsonargparse's message about a wrong type into one line with key, value and what is expected."""
+    """Turn jsonargparse's message about a wrong type into one line: key, value and expected type."""
     key = re.search(r'[Kk]ey "([\w.]+)"', message)
     value = re.search(r"(?:Got value|Given value): (.*)", message)
     if key and value:
@@ -83,14 +83,14 @@ def in_one_line(message: str, keys: dict[str, Any]) -> str:
 
 
 def check_ranges(settings: object, **allowed: str) -> None:
-    """Refuse numbers of a settings object that lie outside their range.
+    """Refuse numbers of a settings object outside their range.
 
-    None and "auto" pass. Of tuples, lists and dicts' values each number is checked. A number that misses a bound of
-    [0, 1] by no more than rounding does, 1e-6, is moved to it.
+    None and "auto" pass. In tuples, lists and dicts each number is checked. A number within 1e-6 of a bound of [0, 1],
+    as rounding leaves it, is moved to that bound.
 
     Args:
-        allowed: a range for each setting: "[0, 1]", "(0, 1]", "[1, inf)", with a unit if there is one, "(0, 240]
-            minutes"; after "; " what else the user should know: "[1, inf); null sets no number".
+        allowed: range of each setting: "[0, 1]", "(0, 1]", "[1, inf)"; a unit may follow, "(0, 240] minutes", and
+            after "; " further advice, "[1, inf); null sets no number".
 
     Raises:
         ValueError: the first number outside, in the form `name=value: must ...`.
@@ -113,7 +113,7 @@ def check_ranges(settings: object, **allowed: str) -> None:
 
 
 def check_interval(settings: object, *names: str) -> None:
-    """Refuse a pair of settings that is no (smallest, largest) within (0, 1], once its rounding is mended.
+    """Refuse a setting that is not a pair (smallest, largest) within (0, 1]; rounding errors are corrected first.
 
     Raises:
         ValueError: in the form `name=value: needs ...`.
@@ -144,7 +144,7 @@ def _numbers(value: Any) -> Iterator[float]:
 
 @contextmanager
 def section(name: str) -> Iterator[None]:
-    """Put a section's name in front of the key that a component's ValueError begins with."""
+    """Prefix the key at the start of a component's ValueError with the section's name."""
     try:
         yield
     except ValueError as error:
@@ -153,10 +153,10 @@ def section(name: str) -> Iterator[None]:
 
 @contextmanager
 def said_of(names: Mapping[str, str]) -> Iterator[None]:
-    """Put other names of settings into a ValueError: of the setting it is about, where shared code knows another.
+    """Rename settings in a ValueError of shared code to the names that the user gave.
 
     Args:
-        names: from the name that is known there to the one that was given.
+        names: from shared code's name to the user's.
     """
     try:
         yield
@@ -167,10 +167,10 @@ def said_of(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def as_flags(text: str, keys: Mapping[str, Any]) -> str:
-    """An error of shared code in one line, with the flags of a front that knows no sections: `--source`.
+    """An error of shared code in one line, with the flags of a script without sections: `--source`.
 
     Args:
-        keys: settings of the front.
+        keys: settings of the script.
     """
 
     def flag(found: re.Match[str]) -> str:
@@ -182,7 +182,7 @@ def as_flags(text: str, keys: Mapping[str, Any]) -> str:
 
 
 def as_plain(config: Any) -> dict[str, Any]:
-    """A config as dicts, lists and scalars, names that are no UTF-8 in the form that `as_path` reads."""
+    """A config as dicts, lists and scalars; file names that are not UTF-8 become text that `as_path` reads."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):

@@ -1,6 +1,6 @@
-"""Processes that give no sign of life: stopped, or on a machine that is frozen or cut off.
+"""Finds processes that give no sign of life: stopped, or on a machine that is frozen or cut off.
 
-One that is busy, with an evaluation for hours, is none of them: a thread of its own gives the sign.
+A process that is busy, such as with an evaluation of hours, is not silent: a separate thread gives its sign.
 """
 
 import os
@@ -16,32 +16,32 @@ from tqdm import tqdm
 EVERY = 5.0
 """Seconds between two signs of life."""
 SILENT = 60.0
-"""Seconds without one after which the others say so, and then again."""
+"""Seconds without a sign after which, and after each further period of which, other processes warn."""
 MAX_WAIT = 240.0
-"""Minutes without one after which the others end."""
+"""Minutes without a sign after which the other processes end."""
 _WATCHED = 32
-"""Others that a process looks after, so that the store of thousands of them is not busy with it."""
-_GONE = 2**40  # added to the count of a process that has ended well
+"""Processes that each process watches; a bound spares the store of thousands of processes."""
+_GONE = 2**40  # added to the count of a process that ended normally
 
 
 class Watch:
-    """Gives the sign of life of this process, and says which of the others give none.
+    """Gives this process's sign of life and names the other processes that give none.
 
-    One thread talks to the store, where it may wait for a process 0 that was stopped; another counts what it has heard.
-    It counts turns, not seconds: a process that was stopped itself blames nobody when it goes on.
+    One thread talks to the store and may block on it if process 0 was stopped; a second thread counts silent turns.
+    It counts turns, not seconds, so that a process that was stopped itself blames no other when it continues.
 
     Args:
-        store: `torch.distributed`'s, or a clone of it for this thread alone.
-        index: number of this process among `number`.
+        store: a `torch.distributed` store that no other thread uses, such as a clone.
+        index: rank of this process among `number` processes.
     """
 
     def __init__(self, store: Any, index: int, number: int) -> None:
         self.index = index
         self._watched = {0, *((index + step) % number for step in range(1, _WATCHED + 1))} - {index}
         self.max_wait, self.flag = MAX_WAIT, ""
-        """Minutes; the flag is named where there is one."""
+        """Limit in minutes, and the flag that set it, if any, to name in messages."""
         self.progress = 0
-        """Changes with what the main thread gets done: as long as it does, it waits for nobody."""
+        """Grows as the main thread works: while it grows, the main thread waits for no other process."""
         self.at_end: Callable[[], None] = lambda: None
         self._store, self._ended = store, Event()
         self._rounds, self._signs = 0, [0] * number
@@ -55,7 +55,7 @@ class Watch:
         Thread(target=self._count, daemon=True).start()
 
     def close(self) -> None:
-        """Let the others know that this process has ended, not hung."""
+        """Tell the other processes that this one has ended, not hung."""
         self._ended.set()
         self._talking.join(timeout=2)
 
@@ -73,7 +73,7 @@ class Watch:
             self.turn()
 
     def hear(self) -> None:
-        """Give a sign of life, and look for those of the others."""
+        """Give a sign of life and read those of the watched processes."""
         self._store.add(f"watch/{self.index}", 1)
         signs = list(self._signs)
         for other in self._watched:
@@ -86,7 +86,7 @@ class Watch:
         self._rounds += 1
 
     def turn(self) -> None:
-        """Count for how many turns nothing was heard of each, and say so or end."""
+        """Count the turns for which each process was silent; warn or end if there were too many."""
         rounds, progress, signs = self._rounds, self.progress, self._signs
         old_rounds, old_progress, old_signs = self._before
         self._before = (rounds, progress, signs)
@@ -94,17 +94,17 @@ class Watch:
             if signs[other] >= _GONE or progress != old_progress:
                 self._turns[other] = 0
             elif rounds == old_rounds:
-                self._turns[other] += other == 0  # the store is with it: of the others nothing can be heard
+                self._turns[other] += other == 0  # process 0 holds the store; without it no other can be heard
             else:
                 self._turns[other] = 0 if signs[other] != old_signs[other] else self._turns[other] + 1
         silent = {other: turns * EVERY for other, turns in enumerate(self._turns) if turns * EVERY >= SILENT}
         longest = max(silent.values(), default=0.0)
         if longest >= 60 * self.max_wait:
-            self._end(f"error: {self._describe(silent)}; {self._limit()} are over")
+            self._end(f"error: {self._describe(silent)}; the limit is {self._limit()}")
         self._told = self._told if silent else 0
         if longest - self._told * SILENT >= SILENT and self._speaks(silent):
             self._told = int(longest / SILENT)
-            tqdm.write(f"WARNING: waiting for {self._describe(silent)}; {self._limit()} end this", file=sys.stderr)
+            tqdm.write(f"WARNING: waiting for {self._describe(silent)}; the limit is {self._limit()}", file=sys.stderr)
 
     def _describe(self, silent: dict[int, float]) -> str:
         names = []
@@ -125,7 +125,7 @@ class Watch:
         return self.index == min(near, default=self.index)
 
     def _end(self, text: str) -> None:
-        """End the process, whose main thread waits where no exception reaches it; files that are whole stay so."""
+        """End the process, whose main thread blocks where no exception reaches it; complete files stay complete."""
         try:
             tqdm.write(f"{text}. The same command goes on from the newest checkpoint.", file=sys.stderr)
             self.at_end()

@@ -1,4 +1,4 @@
-"""Files that survive a kill and a full disk, and are written nowhere but where they are said to be."""
+"""Writes files that survive a kill and a full disk, and never follow links elsewhere."""
 
 import ctypes
 import errno
@@ -20,7 +20,7 @@ from ssl_vit.core.reading import MAX_JSON, open_regular, read_bytes, read_lines
 from ssl_vit.core.text import plain
 
 UNFINISHED = "unfinished-"
-"""What the names of files and folders begin with that are not whole yet."""
+"""Prefix of the names of incomplete files and folders."""
 
 
 def flush(path: Path) -> None:
@@ -33,7 +33,7 @@ def flush(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete whatever has a name, if anything has: a file, a link itself, or a folder with all that is in it."""
+    """Delete a file, a link (not its target) or a folder with its contents; nothing if there is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -41,28 +41,28 @@ def remove(path: Path) -> None:
 
 
 def own_folder(folder: Path) -> Path:
-    """Refuse a folder of a run that is a link, since what it leads to is not the run's.
+    """Refuse a folder of a run that is a link, since its target is not the run's.
 
     Raises:
-        ValueError: it is one, or something that is no folder.
+        ValueError: it is a link, or exists and is no folder.
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         what = "a link" if folder.is_symlink() else "no folder"
-        raise ValueError(f"{folder}: is {what}, and a run keeps its own files; put a folder there, or take this away")
+        raise ValueError(f"{folder}: is {what}; remove it or put a folder there, in which the run keeps its files")
     return folder
 
 
 @contextmanager
 def replacing(path: Path, *, flushed: bool = True) -> Iterator[Path]:
-    """Where to write a file that is then seen under `path`: with its old content or its new one, and nothing between.
+    """Yield a temporary file that replaces `path` at once: readers see the old or the new content, never a part.
 
-    A link, FIFO or leftover of either name is replaced itself, and never followed.
+    A link, FIFO or leftover of either name is replaced and never followed.
 
     Args:
         flushed: wait until it is on disk.
 
     Raises:
-        OSError: it could not be written; names the path. The old content is still there.
+        OSError: the file could not be written; names the path. The old content remains.
     """
     unfinished = path.with_name(f"{UNFINISHED}{path.name}")
     try:
@@ -73,7 +73,7 @@ def replacing(path: Path, *, flushed: bool = True) -> Iterator[Path]:
             flush(unfinished)
         unfinished.replace(path)
     except BaseException as error:
-        with suppress(OSError):  # of a disk that is read-only, where the first error says more
+        with suppress(OSError):  # a read-only disk; the first error says more
             remove(unfinished)
         number = error_number(error)
         if number is None:
@@ -90,7 +90,7 @@ def replace_text(path: Path, text: str, *, flushed: bool = True) -> None:
 
 
 def replace_json(path: Path, content: Mapping[str, Any]) -> None:
-    """`write_json` to a file that keeps its old content until the new one is whole; see `replacing`."""
+    """`write_json` that replaces a file at once; see `replacing`."""
     with replacing(path) as unfinished:
         write_json(unfinished, content)
 
@@ -101,13 +101,13 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write a safetensors file that every library of Hugging Face reads."""
+    """Write a safetensors file that every Hugging Face library reads."""
     whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     save_file(whole, file, metadata={"format": "pt"})
 
 
 def settle(folder: Path, like: Path) -> None:
-    """Flush the files of a folder, readable for whoever may read `like`: safetensors lets only its owner read."""
+    """Flush a folder's files and give them the mode of `like`: safetensors makes files that only the owner can read."""
     for file in folder.iterdir():
         file.chmod(like.stat().st_mode)
         flush(file)
@@ -115,7 +115,7 @@ def settle(folder: Path, like: Path) -> None:
 
 @contextmanager
 def fresh_folder(folder: Path) -> Iterator[Path]:
-    """A new, empty folder to work in, which is gone afterwards; what a killed process left in its place is removed."""
+    """A new, empty folder that is removed afterwards; what a killed process left there is removed first."""
     remove(folder)
     folder.mkdir(parents=True)
     try:
@@ -125,11 +125,11 @@ def fresh_folder(folder: Path) -> Iterator[Path]:
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Let a whole folder take the place of another at once, so that whoever looks finds the one or the other."""
+    """Replace `folder` by `new` at once: readers see the old or the new folder."""
     if not os.path.lexists(folder):
         new.rename(folder)
     elif not _exchange(new, folder):
-        # Two steps where the system has no single one; `restore_folder` takes back the first.
+        # Two steps if the system has no atomic exchange; `restore_folder` undoes the first.
         before = folder.with_name(f"{UNFINISHED}{folder.name}-before")
         remove(before)
         folder.rename(before)
@@ -139,17 +139,17 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 
 def restore_folder(folder: Path) -> None:
-    """Put back what a kill in the middle of `replace_folder` left beside its place."""
+    """Restore the old folder after a kill in the middle of `replace_folder`."""
     before = folder.with_name(f"{UNFINISHED}{folder.name}-before")
     if before.is_dir() and not before.is_symlink() and not os.path.lexists(folder):
         before.rename(folder)
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Let two names change places; False where the system or the file system cannot."""
+    """Exchange two names; False if the system or the file system cannot."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError):  # other systems than Linux
+    except (AttributeError, OSError):  # not Linux
         return False
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
@@ -157,7 +157,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 @contextmanager
 def naming_full_disk(path: Path) -> Iterator[None]:
-    """Say of an error of the system, whoever's library met it, what could not be written."""
+    """Name `path` in system errors, also in those that safetensors raises."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -168,12 +168,12 @@ def naming_full_disk(path: Path) -> Iterator[None]:
 
 
 def free_space(folder: Path) -> str:
-    """The space that is left where a folder lies, in words."""
+    """The free space of a folder's file system, in words."""
     return f"{shutil.disk_usage(folder).free / 2**20:,.1f} MiB are free"
 
 
 def error_number(error: BaseException) -> int | None:
-    """The system's number of an error, which safetensors tells in its text alone; None where it is no such error."""
+    """The errno of a system error, which safetensors gives in its text only; None for other errors."""
     if isinstance(error, OSError):
         return error.errno or errno.EIO
     found = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
@@ -181,13 +181,13 @@ def error_number(error: BaseException) -> int | None:
 
 
 def tell_error(error: Exception, *, failed_proof: bool = False) -> int:
-    """Print an error in one line and return the exit code: 2 where something named cannot be used, 1 for the machine.
+    """Print an error in one line and return the exit code: 2 for input that cannot be used, 1 for the machine.
 
     Args:
-        failed_proof: whether a RuntimeError may be that of a proof.
+        failed_proof: whether a RuntimeError may come from a failed proof, which is printed too.
 
     Raises:
-        RuntimeError: the error itself, where it says nothing about the machine.
+        RuntimeError: the error itself, if it says nothing about the machine.
     """
     text, code = " ".join(str(error).split()), 2 if isinstance(error, ValueError) else 1
     if isinstance(error, OSError) and error.strerror:
@@ -197,7 +197,7 @@ def tell_error(error: Exception, *, failed_proof: bool = False) -> int:
     elif any(sign in text for sign in ("/dev/shm", "shared memory", "Bus error")) or (
         text == os.strerror(errno.ENOENT) and not os.access("/dev/shm", os.W_OK)
     ):
-        text += "; loader processes need /dev/shm, a larger one where it is full (docker: --shm-size), or num_workers 0"
+        text += "; loader processes need /dev/shm; enlarge it if it is full (docker: --shm-size), or set num_workers 0"
     elif isinstance(error, RuntimeError) and not failed_proof:
         raise error
     print(f"error: {plain(text)}", file=sys.stderr, flush=True)
@@ -205,13 +205,13 @@ def tell_error(error: Exception, *, failed_proof: bool = False) -> int:
 
 
 FAULTS = (ValueError, OSError, RuntimeError, SafetensorError)
-"""What `tell_error` takes."""
+"""Errors that `tell_error` accepts."""
 
 
 class JsonLines:
-    """A file with a JSON object in each line, to which one process appends.
+    """A file with one JSON object per line, to which one process appends.
 
-    A run is worth more than its log: lines that cannot be written wait for the next time, and a warning is printed.
+    A failed write prints a warning instead of ending the run; the lines wait for the next write.
     """
 
     def __init__(self, path: Path) -> None:
@@ -219,7 +219,7 @@ class JsonLines:
         self._waiting: list[str] = []
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Write records behind those that are there, and those before them that could not be written."""
+        """Append records, after earlier ones that could not be written."""
         late = bool(self._waiting)
         self._waiting += [json.dumps(record) + "\n" for record in records]
         try:
@@ -228,7 +228,7 @@ class JsonLines:
             if not late:
                 print(
                     f"WARNING: {plain(self.path)}: {error.strerror}, {free_space(self.path.parent)}; "
-                    "what is to be logged waits until it can be written",
+                    "new lines wait until they can be written",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -237,7 +237,7 @@ class JsonLines:
 
 
 def _append(content: bytes, path: Path) -> None:
-    """Append all of the content or, with an OSError, nothing."""
+    """Append all of the content or, on an OSError, nothing."""
     descriptor = open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     try:
         length = os.fstat(descriptor).st_size
@@ -253,10 +253,10 @@ def _append(content: bytes, path: Path) -> None:
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Drop what a run that was killed logged after its last checkpoint; those steps are done again.
+    """Drop what a killed run logged after its last checkpoint, since those steps are repeated.
 
     Raises:
-        ValueError, OSError: it is no log that a run wrote; see `read_lines`.
+        ValueError, OSError: it is not a run's log; see `read_lines`.
     """
     if not os.path.lexists(path):
         return
@@ -264,8 +264,8 @@ def forget_after(path: Path, step: int) -> None:
     kept = [line for line in lines if _step_of(line) <= step]
     descriptor = open_regular(path, os.O_WRONLY)
     try:
-        shared = os.fstat(descriptor).st_nlink > 1  # another name of it, as in a backup, keeps what it has
-        if kept == lines[: len(kept)] and not shared:  # always but for lines that something else damaged
+        shared = os.fstat(descriptor).st_nlink > 1  # another hard link, such as a backup's, keeps its content
+        if kept == lines[: len(kept)] and not shared:  # always, unless lines were damaged
             if len(kept) < len(lines):
                 os.ftruncate(descriptor, sum(map(len, kept)))  # needs no space on the disk
             return
@@ -284,9 +284,9 @@ def _step_of(line: bytes) -> float:
 
 
 MARKER = ".ssl_vit"
-"""File that lists files of its folder that this package wrote; a dot stands for the whole folder."""
+"""File that lists the files in its folder that this package wrote; a dot means the whole folder."""
 
-# Files that hardly any other program writes, and those that prove a run beside one of them.
+# Files that hardly any other program writes, and files that prove a run beside one of these.
 _OF_A_RUN = {"run.lock", "heartbeat.json", "provenance.json", "bad_images.jsonl", "backbone.safetensors"}
 _BESIDE = {"config.yaml", "config.json", "metrics.jsonl", "results.json", "skipped_steps.json", "checkpoints"}
 _WEIGHTS = {"backbone.safetensors", "model.safetensors", "model.onnx", "model.pt2"}
@@ -295,9 +295,9 @@ _DECODED = {"about.json", "table.npy", "pixels.bin"}
 
 
 def mark(folder: Path, name: str = ".") -> None:
-    """Note that this package, and no user, wrote a file of a folder, or the whole folder.
+    """Record that this package, not a user, wrote a file of a folder or the whole folder.
 
-    A folder that cannot be written is no error.
+    Does nothing if the folder cannot be written.
     """
     with suppress(OSError):
         if name not in _marked(folder):
@@ -306,11 +306,11 @@ def mark(folder: Path, name: str = ".") -> None:
 
 
 def is_output(folder: Path, names: Collection[str], *, named: bool = False) -> bool:
-    """Whether a folder is a run, export, checkpoint or cache, of which some files may have been deleted.
+    """Whether a folder is a run, export, checkpoint or cache, even if files were deleted from it.
 
     Args:
         names: of all files and folders in it.
-        named: whether the user named this very folder. File names that any project may use then prove nothing.
+        named: whether the user named this folder; then file names that any project may use prove nothing.
     """
     held = set(names)
     return (
@@ -323,7 +323,7 @@ def is_output(folder: Path, names: Collection[str], *, named: bool = False) -> b
 
 
 def written_files(folder: Path, names: Collection[str]) -> set[str]:
-    """Files that this package wrote into a folder, finished or not."""
+    """Names of files that this package wrote into a folder, complete or not."""
     if MARKER not in names:
         return set()
     marked = _marked(folder)

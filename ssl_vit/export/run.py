@@ -24,7 +24,7 @@ def export_run(path: Path, weights: str | None = None, out: Path | None = None) 
         out: the folder to write to; None = the run's.
 
     Raises:
-        ValueError: the folder holds no whole checkpoint, or a run that has nothing to export.
+        ValueError: the folder holds no complete checkpoint, or a run that has nothing to export.
     """
     if out is None and not (path / CONFIG_FILE).is_file():
         raise ValueError(f"{path}: holds no run ({CONFIG_FILE} is missing); name the folder to write to with --out")
@@ -44,7 +44,7 @@ def export_fine_tuned(run: Path, folder: Path) -> Path:
     """Export the classifier of a fine-tuning; returns the file."""
     checkpoint = newest_checkpoint(run)
     if checkpoint is None:
-        raise ValueError(f"{run}: has no whole checkpoint yet")
+        raise ValueError(f"{run}: has no complete checkpoint yet")
     settings, state = read_settings(run), read_state(checkpoint)
     class_names = entry(state, "class_names", list[str], checkpoint / STATE_FILE)
     with section("encoder"):

@@ -1,1 +1,1 @@
-"""What is learned: one file an objective."""
+"""Objectives, one file each, and what they share."""

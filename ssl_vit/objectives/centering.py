@@ -1,4 +1,4 @@
-"""What keeps a teacher from giving one answer for all images: a moving centre, or Sinkhorn-Knopp."""
+"""Centring of the teacher against collapse: a moving centre, or Sinkhorn-Knopp."""
 
 from typing import Literal
 
@@ -16,7 +16,7 @@ Centering = Literal["center", "sinkhorn", "none"]
 def centered_probs(
     logits: Float[Tensor, "b k"], center: Float[Tensor, "1 k"], temp: float, centering: Centering, iterations: int
 ) -> Float[Tensor, "b k"]:
-    """The teacher's probabilities, centred as `centering` says; a centre that nothing moves is 0.
+    """The teacher's probabilities, centred by the method `centering`; a centre that is never updated is 0.
 
     Args:
         iterations: rounds of Sinkhorn-Knopp.
@@ -27,9 +27,9 @@ def centered_probs(
 
 
 class RunningMean:
-    """Mean of rows over the micro-batches of a step and all processes.
+    """Mean of rows over all micro-batches of a step and all processes.
 
-    A step that was skipped (fp16 overflow) leaves rows behind; the next step, at another progress, drops them.
+    A skipped step (fp16 overflow) leaves rows behind; the next step, at another progress, drops them.
     """
 
     def __init__(self) -> None:
@@ -38,16 +38,16 @@ class RunningMean:
         self._count = 0
 
     def add(self, rows: Float[Tensor, "n k"], progress: float) -> None:
-        """Take the rows of a micro-batch of the step at `progress`."""
+        """Add the rows of a micro-batch of the step at `progress`."""
         if progress != self._progress or self._sum is None:
             self._progress, self._sum, self._count = progress, rows.new_zeros(1, rows.shape[-1], dtype=torch.float32), 0
         self._sum += rows.sum(dim=0, keepdim=True, dtype=torch.float32)
         self._count += len(rows)
 
     def move(self, center: Float[Tensor, "1 k"], momentum: float, taken: Taken = None) -> None:
-        """center = momentum x center + (1 - momentum) x mean; starts anew.
+        """Set center = momentum x center + (1 - momentum) x mean and reset the mean.
 
-        Without any row the centre stays, and where `taken`, a scalar on the device, is False.
+        The centre does not move if there are no rows or if `taken`, a scalar on the device, is False.
         """
         assert self._sum is not None, "nothing was added"
         count = torch.full_like(self._sum[:, :1], self._count)
@@ -65,11 +65,11 @@ def sinkhorn_knopp(logits: Float[Tensor, "b k"], temp: float, num_iterations: in
     """The teacher's probabilities, balanced so that all prototypes get the same share of the batch (SwAV,
     arXiv:2006.09882, section 3; DINOv2, section 4).
 
-    Works on logarithms, so that no exponential over- or underflows, and over the rows of all processes, however many
-    each of them has. Rows sum to one.
+    Computes in logarithms, against over- and underflow, over the rows of all processes, which may have different
+    numbers of rows. Rows sum to one.
     """
     scaled = logits.float() / temp
-    # A factor for each prototype and one for each row are all that changes; rows come last in each iteration: softmax.
+    # Only one factor per prototype and one per row change; each iteration ends with the rows: softmax.
     log_share = -_logsumexp_over_processes(scaled)
     for _ in range(num_iterations - 1):
         log_norm = (scaled + log_share).logsumexp(dim=-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Signs of collapse in self-distillation, and what they mean in plain words."""
+"""Measures collapse in self-distillation and explains it in plain words."""
 
 import math
 from collections.abc import Mapping
@@ -17,9 +17,9 @@ RECIPE_LR = {"linear": 5e-4, "sqrt": 4e-3}
 
 
 def feature_std(features: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
-    """Spread of L2-normalised features: mean over dimensions of their deviation, times sqrt(d).
+    """Spread of L2-normalised features: mean of their standard deviation over dimensions, times sqrt(d).
 
-    Near 1 where features point everywhere, 0 where all are the same (SimSiam, arXiv:2011.10566, figure 2).
+    Near 1 if features point in all directions, 0 if all are equal (SimSiam, arXiv:2011.10566, figure 2).
     """
     return F.normalize(features.float(), dim=-1).std(dim=0).mean() * math.sqrt(features.shape[-1])
 
@@ -27,16 +27,16 @@ def feature_std(features: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
 def rankme(features: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
     """RankMe (Garrido et al. 2023, arXiv:2210.02885, equation 1): exponential of the entropy of the singular values.
 
-    How many dimensions the features make use of, at most min(n, d).
+    The number of dimensions that the features use, at most min(n, d).
     """
-    # Not finite after a loss that was not, which is told of in better words than svdvals has.
+    # svdvals raises on NaN; the non-finite loss is reported elsewhere.
     values = torch.linalg.svdvals(features.float().nan_to_num())
     shares = values / values.sum().clamp_min(1e-12) + 1e-7
     return (-(shares * shares.log()).sum()).exp()
 
 
 class PrototypeUse:
-    """Which prototypes were some sample's likeliest one since the last reading."""
+    """Prototypes that were the likeliest of any sample since the last reading."""
 
     def __init__(self) -> None:
         self._used: Bool[Tensor, " k"] | None = None
@@ -46,14 +46,14 @@ class PrototypeUse:
         """Count the likeliest prototype of every sample."""
         if self._used is None:
             self._used = torch.zeros(probs.shape[-1], dtype=torch.bool, device=probs.device)
-        self._used.index_fill_(0, probs.argmax(dim=-1), True)  # unlike an assignment does not wait for the device
+        self._used.index_fill_(0, probs.argmax(dim=-1), True)  # an assignment would wait for the device
         self._seen += len(probs)
 
     def read(self) -> Float[Tensor, ""]:
-        """Prototypes in use over those that could be (as many as samples, or all), over all processes; starts anew."""
+        """Share of used prototypes, of min(samples, prototypes), over all processes; resets the count."""
         assert self._used is not None, "nothing was noted"
         used = max_over_processes(self._used.to(torch.uint8)).sum()
-        # Every process has seen as many as this one.
+        # Every process has seen the same number of samples.
         share = used / min(self._seen * world_size(), len(self._used))
         self._used, self._seen = None, 0
         return share
@@ -62,15 +62,15 @@ class PrototypeUse:
 def diagnose(
     values: Mapping[str, float], objective: Mapping[str, Any], run: Mapping[str, Any] | None = None
 ) -> str | None:
-    """Say whether the averages of a log interval mean collapse, and what to change; None where they do not.
+    """Explain the collapse that the averages of a log interval show, and what to change; None if they show none.
 
-    Settings of the run that alone explain a collapse come first, then what helps in general.
+    Settings of the run that alone explain a collapse come first, then general advice.
 
     Args:
         values: teacher_entropy and kl in nats; feature_std (0 to 1) of the teacher's class tokens; prototypes_used
             (0 to 1).
         objective: settings of DINO or DINOv2, resolved.
-        run: settings as in a run's config.yaml, and `num_images` of its source, as far as they are known.
+        run: known settings, as in a run's config.yaml, and `num_images` of its source.
     """
     uniform = math.log(objective["num_prototypes"])
     entropy, kl = values["teacher_entropy"], values["kl"]
@@ -84,7 +84,9 @@ def diagnose(
             "a lower objective.teacher_temp and objective.warmup_teacher_temp, a longer objective.freeze_last_layer"
         )
     elif entropy < 0.02 * uniform and abs(kl) < 0.05 * uniform and values["prototypes_used"] < 0.1:
-        what = f"All images fall on the same few prototypes ({values['prototypes_used']:.1%} of those that could be)."
+        what = (
+            f"All images share the same few prototypes ({values['prototypes_used']:.1%} of those that could be in use)."
+        )
         advice = "a higher objective.teacher_temp, fewer prototypes (objective.num_prototypes)"
     elif values["feature_std"] < 0.05:
         what = f"All images get nearly the same features (spread {values['feature_std']:.3f} of 1)."
@@ -96,17 +98,18 @@ def diagnose(
 
 
 def causes(settings: Mapping[str, Any], *, is_uniform: bool) -> list[str]:
-    """Sentences on settings that alone explain a collapse, the surest first; README's "If it collapses" has them too.
+    """Sentences on settings that alone explain a collapse, the surest first; README's "If it collapses" lists them too.
 
     Args:
-        settings: as in a run's config.yaml, and `num_images`; what is not there is passed over.
-        is_uniform: whether all prototypes are alike, which centring brings about; else all images are.
+        settings: as in a run's config.yaml, and `num_images`; missing ones are skipped.
+        is_uniform: True if all prototypes get the same probability, an effect of centring; False if all images look
+            the same.
     """
     objective, optim = settings.get("objective") or {}, settings.get("optim") or {}
 
     def number(section: Mapping[str, Any], key: str) -> float:
         value = section.get(key)
-        return float(value) if isinstance(value, int | float) else math.nan  # of which no comparison is true
+        return float(value) if isinstance(value, int | float) else math.nan  # all comparisons with NaN are False
 
     batch, num_images = number(settings.get("batch") or {}, "size"), number(settings, "num_images")
     found = []
@@ -115,7 +118,7 @@ def causes(settings: Mapping[str, Any], *, is_uniform: bool) -> list[str]:
             momentum = f"objective.{name} {number(objective, name):g}"
             found.append(f"{momentum} makes the teacher a copy of the student: {remedy}.")
     base_lr, recipe = number(optim, "base_lr"), RECIPE_LR.get(optim.get("lr_scaling", ""), math.nan)
-    # Smaller batches bear more, by the square root for Adam; quickstart_dino.yaml has 16 times the recipe's.
+    # Smaller batches tolerate more, by the square root for Adam; quickstart_dino.yaml uses 16 times the recipe's.
     if base_lr > min(4.5 * max(1.0, (512 / batch) ** 0.5), 18.0) * recipe:
         found.append(f"optim.base_lr {base_lr:g} is {base_lr / recipe:.3g} times the recipe's {recipe:g}: lower it.")
     centering = objective.get("centering")
@@ -124,11 +127,11 @@ def causes(settings: Mapping[str, Any], *, is_uniform: bool) -> list[str]:
         found.append(f"{setting} leaves the teacher without a centre: objective.centering center or sinkhorn.")
     temp, at_start = number(objective, "teacher_temp"), number(objective, "warmup_teacher_temp")
     if is_uniform and max(temp, at_start) > 0.07:
-        found.append(f"objective.teacher_temp {max(temp, at_start):g} is too blunt, above .07.")
+        found.append(f"objective.teacher_temp {max(temp, at_start):g} is too high, above .07.")
     elif is_uniform and temp > 0.04 and number(objective, "teacher_temp_warmup") == 0:
         found.append(f"objective.teacher_temp_warmup 0 starts at {temp:g}: .3, from .04 on.")
     elif not is_uniform and min(temp, at_start) < 0.02:
-        found.append(f"objective.teacher_temp {min(temp, at_start):g} is too sharp, below .02.")
+        found.append(f"objective.teacher_temp {min(temp, at_start):g} is too low, below .02.")
     prototypes = number(objective, "num_prototypes")
     if num_images > 0 and prototypes > 4 * choose_num_prototypes(int(num_images)):
         found.append(f"objective.num_prototypes {prototypes:,.0f} are many for {num_images:,.0f} images: auto.")
@@ -141,6 +144,6 @@ def causes(settings: Mapping[str, Any], *, is_uniform: bool) -> list[str]:
         found.append("optim.warmup 0 starts at the full learning rate: auto.")
     if batch < 64:
         found.append(
-            f"batch.size {batch:g} is small: 256 and more, accumulated where memory is short (batch.per_device)."
+            f"batch.size {batch:g} is small: use 256 or more, with accumulation if memory is short (batch.per_device)."
         )
     return found

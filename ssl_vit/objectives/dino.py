@@ -35,8 +35,8 @@ class DINOConfig(MultiCropConfig):
     Settings that may be `auto` follow from the number of images, the batch and the length of the run.
     """
 
-    teacher_images: ClassVar[int] = 128_000  # that the teacher averages over: EMA .996 = 250 steps of 512 images
-    cls_token_std: ClassVar[float | None] = 0.02  # of a fresh class token; None = as timm leaves it, at 1e-6
+    teacher_images: ClassVar[int] = 128_000  # averaged by the teacher: EMA .996 = 250 steps of 512 images
+    cls_token_std: ClassVar[float | None] = 0.02  # initial class token; None = timm's 1e-6
     num_prototypes: int | Auto = 65536
     """Prototypes, the dimensions of the output (K), or auto."""
     hidden_dim: int = 2048
@@ -44,7 +44,7 @@ class DINOConfig(MultiCropConfig):
     bottleneck_dim: int = 256
     """Width of the head's last layer before the prototypes."""
     norm_last_layer: bool = True
-    """Keep the prototypes' norms at 1: steadier. The paper lets them learn for ViT-S only."""
+    """Fix the prototypes' norms at 1: more stable. The paper trains them for ViT-S only."""
     student_temp: float = 0.1
     """Temperature of the student's softmax."""
     teacher_temp: float | Auto = 0.04
@@ -52,19 +52,19 @@ class DINOConfig(MultiCropConfig):
     warmup_teacher_temp: float = 0.04
     """Temperature of the teacher's softmax at the start."""
     teacher_temp_warmup: float | Auto = 0.3
-    """Share of the run over which the teacher's temperature goes from the one to the other, or auto."""
+    """Share of the run over which the teacher's temperature rises to `teacher_temp`, or auto."""
     centering: Centering = "center"
-    """What keeps the teacher from one answer for all: a moving centre (DINO), Sinkhorn-Knopp (DINOv2), or nothing."""
+    """Centring against collapse: a moving centre (DINO), Sinkhorn-Knopp (DINOv2), or none."""
     sinkhorn_iterations: int = 3
     """Rounds of Sinkhorn-Knopp."""
     center_momentum: float = 0.9
-    """Share of the old centre that a step keeps."""
+    """Momentum of the centre: the share that a step keeps."""
     ema_momentum: float | Auto = 0.996
-    """Share of the old teacher that a step keeps, at the start, or auto."""
+    """Momentum of the teacher at the start: the share that a step keeps, or auto."""
     ema_momentum_end: float = 1.0
-    """The same at the end, approached along a cosine."""
+    """Momentum of the teacher at the end, reached along a cosine."""
     freeze_last_layer: float | Auto = 0.01
-    """Share of the run in which the prototypes do not learn, or auto: 1 of 100 epochs is .01."""
+    """Share of the run, from its start, in which prototypes do not train, or auto: 1 of 100 epochs is .01."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,7 +80,7 @@ class DINOConfig(MultiCropConfig):
         )
 
     def resolve(self, size: RunSize) -> dict[str, Resolved]:
-        """Values for those settings that are `auto`, by name, each with its reason."""
+        """Values of the `auto` settings, by name, each with its reason."""
         found = resolve_distillation(
             size,
             warmup_teacher_temp=self.warmup_teacher_temp,
@@ -90,7 +90,7 @@ class DINOConfig(MultiCropConfig):
         return {name: value for name, value in found.items() if getattr(self, name, None) == "auto"}
 
     def check_resolved(self) -> None:
-        """Refuse to be built while a setting is still `auto`."""
+        """Refuse a setting that is still `auto`."""
         for item in fields(self):
             if getattr(self, item.name) == "auto":
                 raise ValueError(
@@ -98,7 +98,7 @@ class DINOConfig(MultiCropConfig):
                 )
 
     def build(self, encoder: Encoder) -> "DINO":
-        """Put the objective around an encoder; the teacher starts as its copy.
+        """Build the objective on an encoder; the teacher starts as its copy.
 
         Raises:
             ValueError: a setting is still `auto`.
@@ -108,7 +108,7 @@ class DINOConfig(MultiCropConfig):
 
 
 class DINO(Objective):
-    """A student that agrees, on all crops, with what a slower copy of itself makes of the global ones."""
+    """A student that predicts, from all crops, the output of its slower copy on the global crops."""
 
     pooled = "cls"
     figure_file = "attention.png"
@@ -130,7 +130,7 @@ class DINO(Objective):
         self.register_buffer("center", torch.zeros(1, self.num_prototypes))
         self._teacher_sums = RunningMean()
         self._prototype_use = PrototypeUse()
-        self._teacher_cls: list[Tensor] = []  # of the micro-batches of the step at `_seen_at`
+        self._teacher_cls: list[Tensor] = []  # one per micro-batch of the step at `_seen_at`
         self._seen_at: float | None = None
 
     @property
@@ -164,10 +164,10 @@ class DINO(Objective):
         }
 
     def encode(self, encoder: Encoder, crops: list[Float[Tensor, "_ _ c _ _"]], **how: Any) -> list[Features]:
-        """Features of crops [b v c h w] of each size, views first: cls [v b d], patches [v b n d].
+        """Features of crops [b v c h w] of several sizes, views first: cls [v b d], patches [v b n d].
 
         Args:
-            how: `mask` and `mask_token` for the first size, or `cls_only`, as `Encoder.forward_groups` takes them.
+            how: arguments of `Encoder.forward_groups`: `mask` and `mask_token` for the first size, or `cls_only`.
         """
         groups = encoder.forward_groups([rearrange(views, "b v c h w -> (v b) c h w") for views in crops], **how)
         return [
@@ -181,19 +181,19 @@ class DINO(Objective):
     def center_probs(
         self, logits: Float[Tensor, "v b k"], center: Float[Tensor, "1 k"], temp: float
     ) -> Float[Tensor, "v b k"]:
-        """The teacher's probabilities, centred as `centering` says; Sinkhorn-Knopp over all views together."""
+        """The teacher's probabilities, centred by `centering`; Sinkhorn-Knopp runs over all views together."""
         config, rows = self.config, rearrange(logits, "v b k -> (v b) k")
         probs = centered_probs(rows, center, temp, config.centering, config.sinkhorn_iterations)
         return probs.reshape(logits.shape)
 
     def teacher_temp(self, progress: float) -> float:
-        """Temperature of the teacher at this point of the run."""
+        """Temperature of the teacher at `progress`."""
         config = self.config
         start, end = config.warmup_teacher_temp, float(config.teacher_temp)
         return warmup_linear(progress, float(config.teacher_temp_warmup), start, end)
 
     def ema_momentum(self, progress: float) -> float:
-        """Share of the old teacher that a step keeps at this point of the run."""
+        """Momentum of the teacher at `progress`."""
         return cosine(progress, float(self.config.ema_momentum), self.config.ema_momentum_end)
 
     def after_step(self, progress: float, taken: Taken = None) -> None:
@@ -208,7 +208,7 @@ class DINO(Objective):
         teacher_probs: Float[Tensor, "v b k"],
         progress: float,
     ) -> dict[str, Tensor]:
-        """Signs of collapse that cost little, in nats, and what `diagnostics` will need."""
+        """Cheap signs of collapse, in nats; stores what `diagnostics` needs."""
         with torch.no_grad():
             entropy = torch.special.entr(teacher_probs).sum(dim=-1).mean()
             self._prototype_use.note(rearrange(teacher_probs, "v b k -> (v b) k"))
@@ -223,7 +223,7 @@ class DINO(Objective):
 
     def diagnostics(self) -> dict[str, Tensor]:
         views = torch.cat(self._teacher_cls, dim=1)
-        # Of one view: a second view of the same images would only repeat them.
+        # One view only: a second view of the same images adds nothing.
         return {
             "feature_std": mean_over_processes(torch.stack([feature_std(view) for view in views]).mean()),
             "rankme": mean_over_processes(rankme(views[0])),
@@ -237,7 +237,7 @@ class DINO(Objective):
         return self.teacher_encoder
 
     def param_groups(self) -> list[ParamGroup]:
-        """The usual groups, with the last layers apart: they wait until `freeze_last_layer`."""
+        """The usual groups, with the last layers in groups of their own that are frozen until `freeze_last_layer`."""
         groups: list[ParamGroup] = []
         for group in super().param_groups():
             for is_last, until in ((False, 0.0), (True, float(self.config.freeze_last_layer))):
@@ -256,7 +256,7 @@ class DINO(Objective):
 
 
 def by_size(batch: Mapping[str, Tensor]) -> list[Float[Tensor, "b v c h w"]]:
-    """All crops, global ones first, as few tensors as their sizes allow."""
+    """All crops, global ones first, in one tensor per size."""
     crops = [batch[name] for name in ("global_crops", "local_crops") if name in batch]
     return [torch.cat(crops, dim=1)] if len({views.shape[-2:] for views in crops}) == 1 else crops
 
@@ -269,7 +269,7 @@ def dino_loss(
     Views are stacked first, global ones before local ones; a teacher's view is not compared with the student's view of
     the same index. Sums are taken in fp32.
 
-    Training computes the same from the head's last layer, see `ssl_vit.objectives.prototype_loss`.
+    Training computes the same loss from the head's last layer; see `ssl_vit.objectives.prototype_loss`.
 
     Args:
         student_logits: before the temperature.

@@ -35,13 +35,13 @@ from ssl_vit.objectives.prototype_loss import (
 
 @dataclass(frozen=True)
 class DINOv2Config(DINOConfig):
-    """Settings of DINOv2: those of DINO, and what it adds. The defaults are the paper's code's for ViT-L/16 on
-    ImageNet-1k (its short recipe), but for the centring, Sinkhorn-Knopp as in its large runs, and the blur, which is
-    the intended one.
+    """Settings of DINOv2, which extend DINO's. The defaults are those of the paper's code for ViT-L/16 on ImageNet-1k
+    (its short recipe), with two exceptions: centring is Sinkhorn-Knopp, as in its large runs, and the blur is the
+    intended one.
     """
 
     teacher_images: ClassVar[int] = 256_000  # EMA .992 = 125 steps of 2048 images
-    cls_token_std: ClassVar[float | None] = None  # 1e-6 in the paper's code, and so are registers
+    cls_token_std: ClassVar[float | None] = None  # 1e-6 in the paper's code, also for registers
 
     global_crop_scale: tuple[float, float] = (0.32, 1.0)
     local_crop_scale: tuple[float, float] = (0.05, 0.32)
@@ -52,15 +52,15 @@ class DINOv2Config(DINOConfig):
     ibot_weight: float = 1.0
     """Weight of the loss on masked patches (iBOT); 0 masks nothing."""
     ibot_separate_head: bool = False
-    """A head of its own for patches, as in the paper's large runs; else patches and class token share one."""
+    """Separate head for patches, as in the paper's large runs; else patches and class token share one."""
     mask_prob: float = 0.5
     """Share of the global crops that have masked patches."""
     mask_ratio: tuple[float, float] = (0.1, 0.5)
-    """Smallest and largest share of the patches that is masked in such a crop, drawn uniformly."""
+    """Smallest and largest share of masked patches in such a crop, drawn uniformly."""
     koleo_weight: float = 0.1
-    """Weight of KoLeo, which spreads the class tokens of each global crop; 0 leaves it out."""
+    """Weight of KoLeo, which spreads the class tokens of each global view; 0 = off."""
     layer_decay: float = 0.9
-    """Factor on the learning rate from each block to the one before it."""
+    """Factor on the learning rate from each block to the block before it."""
     patch_embed_lr: float = 0.2
     """Factor on the learning rate of the patch embedding."""
 
@@ -72,7 +72,7 @@ class DINOv2Config(DINOConfig):
         check_interval(self, "mask_ratio")
 
     def build(self, encoder: Encoder) -> "DINOv2":
-        """Put the objective around an encoder; the teacher starts as its copy.
+        """Build the objective on an encoder; the teacher starts as its copy.
 
         Raises:
             ValueError: a setting is still `auto`, or the encoder cannot mask patches.
@@ -81,12 +81,12 @@ class DINOv2Config(DINOConfig):
         return DINOv2(self, encoder)
 
     def build_transform(self, spec: InputSpec) -> "MaskedMultiCropTransform":
-        """As DINO's, with a mask for each global crop."""
+        """DINO's transform, with a mask for each global crop."""
         return MaskedMultiCropTransform(self, super().build_transform(spec), spec.grid_size)
 
 
 class MaskedMultiCropTransform:
-    """Multi-crop with `masks [b v n]`: True where the student does not see a patch of a global crop."""
+    """Multi-crop with `masks [b v n]`: True for patches of a global crop that the student does not see."""
 
     def __init__(self, config: DINOv2Config, crops: MultiCropTransform, grid_size: tuple[int, int]) -> None:
         self.config, self.crops, self.grid_size = config, crops, grid_size
@@ -95,7 +95,7 @@ class MaskedMultiCropTransform:
         return {**self.crops(image, rng), "masks": torch.stack([self._draw_mask(rng) for _ in range(2)])}
 
     def on_device(self, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-        # Which patches are masked is known here on the host, which need not wait for the device to tell.
+        # The masked indices are computed on the host, where masks are known, to avoid waiting for the device.
         extra = {"masks": batch["masks"], "masked": masked_indices(batch["masks"])}
         moved = {name: values.to(device, non_blocking=True) for name, values in extra.items()}
         return {**self.crops.on_device(batch, device), **moved}
@@ -115,7 +115,7 @@ class DINOv2(DINO):
     def __init__(self, config: DINOv2Config, encoder: Encoder) -> None:
         if config.ibot_weight and not encoder.supports_mask:
             raise ValueError(
-                f"ibot_weight={config.ibot_weight!r}: iBOT masks patches, and {type(encoder).__name__} cannot; use a "
+                f"ibot_weight={config.ibot_weight!r}: iBOT masks patches, but {type(encoder).__name__} cannot; use a "
                 "Vision Transformer, or DINO (or ibot_weight 0)"
             )
         super().__init__(config, encoder)
@@ -124,7 +124,7 @@ class DINOv2(DINO):
         if config.ibot_weight:
             self.mask_token = nn.Parameter(
                 torch.zeros(1, encoder.embed_dim)
-            )  # two dimensions: it decays, as the paper's
+            )  # 2-D, so it has weight decay, as in the paper
             self.register_buffer("patch_center", torch.zeros(1, self.num_prototypes))
             self._patch_sums = RunningMean()
             if config.ibot_separate_head:
@@ -178,7 +178,7 @@ class DINOv2(DINO):
             self._patch_sums.move(self.patch_center, self.config.center_momentum, taken)
 
     def param_groups(self) -> list[ParamGroup]:
-        """DINO's groups, split by the learning rate's factor: layer_decay to the power of the blocks that follow."""
+        """DINO's groups, split by learning rate: layer_decay to the power of the number of later blocks."""
         return self.split_by_lr(super().param_groups(), self._lr_scale)
 
     def _lr_scale(self, name: str) -> float:
@@ -193,12 +193,12 @@ class DINOv2(DINO):
 
 
 def masked_indices(masks: Bool[Tensor, "b v n"]) -> Int[Tensor, " m"]:
-    """Where the masked patches stand among those of all crops, views first."""
+    """Indices of the masked patches among the patches of all crops, views first."""
     return rearrange(masks, "b v n -> (v b n)").nonzero().flatten()
 
 
 def take_patches(patches: Float[Tensor, "v b n d"], indices: Int[Tensor, " m"]) -> Float[Tensor, "m d"]:
-    """Some patches of all crops together."""
+    """The patches of all crops at `indices`."""
     return rearrange(patches, "v b n d -> (v b n) d").index_select(0, indices)
 
 
@@ -210,8 +210,8 @@ def ibot_loss(
 ) -> Float[Tensor, ""]:
     """Cross-entropy between teacher and student on masked patches (iBOT, arXiv:2111.07832, equation 3).
 
-    A patch counts as one over the masked patches of its image; the sum is divided by the number of all global crops,
-    masked or not.
+    Each patch has weight 1 / (masked patches of its crop); the sum is divided by the number of all global crops, masked
+    or not.
 
     Args:
         student_logits, teacher_probs: of the masked patches only, in the order of `masks`.
@@ -225,8 +225,8 @@ def koleo_loss(features: Float[Tensor, "b d"], eps: float = 1e-8) -> Float[Tenso
     """Kozachenko-Leonenko regulariser (arXiv:1806.03198): minus the mean logarithm of the distance of each
     L2-normalised feature to its nearest neighbour.
 
-    Neighbours are looked for among the features of all processes, where the paper's code looks among a GPU's own, so
-    that the number of processes does not change what is learned. A single feature has none, and its loss is 0.
+    Neighbours come from the features of all processes, so that the number of processes does not change what is
+    learned; the paper's code searches within each GPU. A single feature has no neighbour, and its loss is 0.
     """
     with torch.autocast(features.device.type, enabled=False):
         own = F.normalize(features.float(), eps=eps, dim=-1)
@@ -236,7 +236,7 @@ def koleo_loss(features: Float[Tensor, "b d"], eps: float = 1e-8) -> Float[Tenso
         first = process_index() * len(own)
         with torch.no_grad():
             similarity = own @ everyone.T
-            similarity.diagonal(first).fill_(-1)  # not itself
+            similarity.diagonal(first).fill_(-1)  # a feature is not its own neighbour
             nearest = similarity.argmax(dim=-1)
         distance = F.pairwise_distance(own, everyone[nearest], eps=eps)
         return -(distance + eps).log().mean()

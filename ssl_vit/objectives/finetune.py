@@ -21,36 +21,39 @@ from ssl_vit.objectives.teacher import Teacher
 
 @dataclass(frozen=True)
 class SupervisedConfig(AugmentConfig):
-    """What every supervised objective is told."""
+    """Settings of every supervised objective."""
 
-    # Without test pictures of their own some of the source's are held out, and with them none.
+    # Without a test source some images of the source are held out; with one none are.
     decides_data: ClassVar[tuple[str, ...]] = ("evaluation.test_source", "evaluation.test_split")
 
     num_classes: int | Literal["auto"] = "auto"
-    """Classes; auto = those of the source."""
+    """Number of classes; auto = that of the source."""
 
     def resolve(self, size: RunSize) -> dict[str, Resolved]:
-        """The number of classes follows from the source.
+        """Resolve the number of classes from the source.
 
         Raises:
-            ValueError: the source has more classes.
+            ValueError: the source has more classes than `num_classes`.
         """
         if self.num_classes != "auto":
             if self.num_classes < size.num_classes:
                 raise ValueError(
-                    f"num_classes={self.num_classes!r}: the source has {size.num_classes} classes; give no smaller "
-                    "number, or 'auto'"
+                    f"num_classes={self.num_classes!r}: the source has {size.num_classes} classes; give at least "
+                    "that number, or 'auto'"
                 )
             return {}
         return {"num_classes": Resolved(size.num_classes, "classes of the source")}
 
     def build_transform(self, spec: InputSpec) -> SupervisedTransform:
-        """Crops and labels for images as `spec` says."""
+        """Crops and labels of images, for an encoder with this `spec`."""
         return SupervisedTransform(self, self.classes, spec)
 
     @property
     def classes(self) -> int:
-        """The number of classes, once it is known."""
+        """The number of classes.
+
+        Raises:
+            ValueError: it is still `auto`."""
         if self.num_classes == "auto":
             raise ValueError("num_classes='auto': follows from the source's classes; use RunConfig.resolve or a number")
         return self.num_classes
@@ -61,13 +64,13 @@ class FineTuneConfig(SupervisedConfig):
     """Full fine-tuning as in MAE's appendix (He et al. 2022, table 9), which follows BEiT and DeiT."""
 
     pool: Literal["mean", "cls"] = "mean"
-    """What is classified: the mean of the patch tokens, normalised after pooling; or the class token."""
+    """Feature to classify: the mean of the patch tokens, normalised after pooling, or the class token."""
     layer_decay: float = 0.65
-    """Factor of the learning rate from each block to the one below it."""
+    """Factor on the learning rate from each block to the block before it."""
     model_ema: float | None = None
-    """Momentum of an average of the weights, which is then what is tested and exported; null = none."""
+    """Momentum of an average of the weights, which is tested and exported instead of them; null = no average."""
     head_init: float = 2e-5
-    """Standard deviation of the head's first weights."""
+    """Standard deviation of the head's initial weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,10 +87,10 @@ class FineTuneConfig(SupervisedConfig):
 
 
 class Supervised(Objective):
-    """An objective whose batch has `images` and `targets`, and that can say what a picture is."""
+    """An objective whose batch has `images` and `targets`, and which classifies images."""
 
     def logits(self, images: Float[Tensor, "b c h w"]) -> dict[str, Float[Tensor, "b classes"]]:
-        """What each head says of normalised images."""
+        """Logits of each head for normalised images."""
         raise NotImplementedError
 
 
@@ -117,7 +120,7 @@ class FineTune(Supervised):
         self.encoder = encoder
         if config.pool == "mean":
             encoder.remove_norm()
-        encoder.requires_grad_(True)  # position tables too that pre-training keeps fixed
+        encoder.requires_grad_(True)  # also position tables, which pre-training may fix
         self.classifier = Classifier(encoder.embed_dim, config.classes, config)
         self.criterion = SoftTargetCrossEntropy()
         self.ema_encoder: Encoder | None = None
@@ -168,21 +171,21 @@ class AttentiveConfig(SupervisedConfig):
     """One cross-attention block over frozen patch tokens and a linear layer (V-JEPA, Bardes et al. 2024)."""
 
     crop_scale: tuple[float, float] = (0.3, 1.0)
-    """Share of the picture's area that a crop has: smallest and largest."""
+    """Smallest and largest share of the image's area that a crop covers."""
     rand_augment: str | None = None
-    """timm's name of a RandAugment; null = none."""
+    """RandAugment policy, in timm's notation; null = none."""
     random_erasing: float = 0.0
-    """How often a box is replaced by noise."""
+    """Probability of replacing a random box by noise."""
     mixup: float = 0.0
     """Alpha of Mixup; 0 = none."""
     cutmix: float = 0.0
     """Alpha of CutMix; 0 = none."""
     label_smoothing: float = 0.0
-    """Share of a label that is spread over all classes."""
+    """Label smoothing: share of a label that is spread over all classes."""
     lr_scales: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
-    """Factors of the learning rate, each with a probe of its own; the best is picked on a held-out part of the data."""
+    """Factors on the learning rate, one probe each; the best is chosen on a held-out part of the data."""
     num_heads: int = 8
-    """Attention heads of a probe; fewer where they do not divide the width of the tokens."""
+    """Attention heads of a probe; fewer if they do not divide the width of the tokens."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -212,7 +215,7 @@ class AttentiveProbe(Supervised):
             nn.Linear(width, config.classes),
         )
         self.names = [f"lr_{scale:g}" for scale in config.lr_scales]
-        self.probes = nn.ModuleList(copy.deepcopy(probe) for _ in self.names)  # all begin alike
+        self.probes = nn.ModuleList(copy.deepcopy(probe) for _ in self.names)  # all start with equal weights
         self.criterion = SoftTargetCrossEntropy()
 
     def forward(self, batch: Mapping[str, Tensor], progress: float) -> dict[str, Tensor]:

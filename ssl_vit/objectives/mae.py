@@ -30,9 +30,9 @@ class MAEConfig(OrientationConfig):
     """Settings of MAE; the defaults are the paper's for ViT-B, L and H."""
 
     mask_ratio: float = 0.75
-    """Share of the patches that is removed, between 0 and 1."""
+    """Share of the patches to remove, between 0 and 1."""
     norm_pix_loss: bool = True
-    """Predict each patch normalised by its own mean and deviation: better features, greyer pictures."""
+    """Predict patches normalised by their own mean and standard deviation: better features, greyer figures."""
     decoder_embed_dim: int = 512
     """Width of the decoder."""
     decoder_depth: int = 8
@@ -40,11 +40,11 @@ class MAEConfig(OrientationConfig):
     decoder_num_heads: int = 16
     """Attention heads of a decoder block."""
     decoder: Literal["self", "cross"] = "self"
-    """What decoder blocks attend to: all tokens (the paper's), or the encoder's alone, which is cheaper (CrossMAE)."""
+    """Tokens that decoder blocks attend to: all (the paper), or only the encoder's, which is cheaper (CrossMAE)."""
     predict_ratio: float | None = None
-    """Share of all patches that is predicted, at most mask_ratio; null = every removed one. Needs decoder cross."""
+    """Share of all patches to predict, at most mask_ratio; null = all removed ones. Needs decoder cross."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
-    """Smallest and largest share of the picture's area that a training crop covers."""
+    """Smallest and largest share of the image's area that a training crop covers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,12 +75,11 @@ class MAEConfig(OrientationConfig):
                 )
 
     def resolve(self, size: RunSize) -> dict[str, Resolved]:
-        """Nothing of MAE follows from the data."""
+        """No setting of MAE depends on the data."""
         return {}
 
     def build(self, encoder: Encoder) -> "MAE":
-        """Put the objective around an encoder, whose weights are re-initialised as in the paper's code unless they are
-        pre-trained ones.
+        """Build the objective on an encoder, initialised as in the paper's code unless its weights are pre-trained.
 
         Raises:
             ValueError: the encoder cannot drop tokens, or the mask ratio leaves no patch to see or to predict.
@@ -88,14 +87,14 @@ class MAEConfig(OrientationConfig):
         return MAE(self, encoder)
 
     def build_transform(self, spec: InputSpec) -> "MAETransform":
-        """Crop, flip and mask for images as `spec` says."""
+        """Crop, flip and mask images for an encoder with this `spec`."""
         return MAETransform(self, spec)
 
 
 class MAETransform:
     """One crop and one mask per image: `images [b c h w]` and `keep [b k]`.
 
-    With a `predict_ratio` also `predict [b m]`, the removed patches to predict.
+    With `predict_ratio` also `predict [b m]`, the removed patches to predict.
     """
 
     def __init__(self, config: MAEConfig, spec: InputSpec) -> None:
@@ -124,7 +123,7 @@ class MAE(Objective):
     The encoder sees visible patches only; the mask token, the decoder and its positions belong to the objective.
     """
 
-    pooled = "mean"  # nothing trains the class token
+    pooled = "mean"  # no loss trains the class token
     reconstructs = True
     figure_file = "reconstructions.png"
     decoder_pos_embed: Tensor
@@ -133,7 +132,7 @@ class MAE(Objective):
         super().__init__()
         if not encoder.supports_keep:
             raise ValueError(
-                f"MAE removes tokens before the encoder, and {type(encoder).__name__} cannot drop tokens; "
+                f"MAE removes tokens before the first block, but {type(encoder).__name__} cannot drop tokens; "
                 "use a Vision Transformer, or an objective that masks in place (SimMIM's way)"
             )
         kept = num_kept(encoder.num_patches, config.mask_ratio)
@@ -198,7 +197,7 @@ class MAE(Objective):
         return self.fill_in(images, keep.to(images.device))._replace(title=f"{mask_ratio:.0%} of the patches removed")
 
     def fill_in(self, images: Float[Tensor, "b c h w"], keep: Int[Tensor, "b k"]) -> Reconstruction:
-        """`reconstruct`, with what a figure of it needs."""
+        """`reconstruct`, with the facts that its figure needs."""
         patches = self.reconstruct(images, keep)
         visible = torch.zeros(patches.shape[:2], dtype=torch.bool, device=keep.device).scatter(1, keep, True)
         return Reconstruction(patches, visible, self.encoder.patch_size, self.config.norm_pix_loss)
@@ -220,10 +219,10 @@ class MAE(Objective):
     def _predict(
         self, features: Features, patches: Int[Tensor, "b m"], grid_size: tuple[int, int]
     ) -> Float[Tensor, "b m p"]:
-        """Some patches, each from the encoder's last tokens alone.
+        """Predict each of the given patches from the encoder's last tokens only.
 
-        CrossMAE (Fu et al., 2024, arXiv:2401.14391) without its inter-block attention, which shows each decoder block
-        another mixture of the encoder's layers.
+        This is CrossMAE (Fu et al., 2024, arXiv:2401.14391) without inter-block attention, which gives each decoder
+        block its own mixture of the encoder's layers.
         """
         memory = features.patches
         if self.encoder.has_cls_token:
@@ -235,7 +234,7 @@ class MAE(Objective):
         return self.decoder_pred(self.decoder_norm(queries))
 
     def _removed(self, images: Float[Tensor, "b c h w"], keep: Int[Tensor, "b k"]) -> Int[Tensor, "b r"]:
-        """Indices of all patches but those kept, in ascending order; no size depends on what is in `keep`."""
+        """Indices of the removed patches in ascending order; no shape depends on the values in `keep`."""
         rows, columns = self._grid_size(images)
         is_kept = torch.zeros(len(keep), rows * columns, device=keep.device).scatter(1, keep, 1.0)
         return is_kept.argsort(dim=1, stable=True)[:, : rows * columns - keep.shape[1]]
@@ -254,7 +253,7 @@ class MAE(Objective):
 
 
 class PatchError(nn.Module):
-    """Mean squared error of each predicted patch, over its pixels and in fp32."""
+    """Mean squared error of each predicted patch over its pixels, in fp32."""
 
     def __init__(self, patch_size: tuple[int, int], norm_pix_loss: bool) -> None:
         super().__init__()
@@ -266,9 +265,10 @@ class PatchError(nn.Module):
         images: Float[Tensor, "b c h w"],
         patches: Int[Tensor, "b m"] | None = None,
     ) -> Float[Tensor, "b m"]:
-        """
+        """Errors [b m] of predicted patches.
+
         Args:
-            patches: which ones are predicted; None = all, row-major.
+            patches: indices of the predicted patches; None = all, row-major.
         """
         target = patchify(images, self.patch_size)
         if self.norm_pix_loss:
@@ -281,9 +281,8 @@ class PatchError(nn.Module):
 def initialize(objective: MAE) -> None:
     """Initialise as the paper's code does.
 
-    Linear layers Xavier uniform with zero bias, the patch projection likewise as if it were linear, class and mask
-    token normal with deviation .02, norms 1 and 0. Fixed position tables are left alone, and so is an encoder that
-    holds pre-trained weights.
+    Linear layers and the patch projection (as a matrix): Xavier uniform with zero bias. Class and mask token: normal
+    with standard deviation .02. Norms: 1 and 0. Fixed position tables and pre-trained encoders are left as they are.
     """
     kept = set(objective.encoder.modules()) if objective.encoder.is_pretrained else set()
     for module in objective.modules():

@@ -1,4 +1,4 @@
-"""The objective contract: what the training loop may rely on, whatever is learned."""
+"""The objective contract: what the training loop may rely on in every objective."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ Leaves = Literal["backbone", "classifier", "nothing"]
 class ParamGroup:
     """Parameters that share an optimizer setting.
 
-    freeze_until: progress in [0, 1] before which they take no step at all: no gradient, no decay, no moments.
+    freeze_until: progress in [0, 1] before which they are frozen: no gradient, no weight decay, no moments.
     """
 
     params: list[tuple[str, nn.Parameter]]
@@ -33,12 +33,12 @@ class ParamGroup:
 
 @dataclass(frozen=True)
 class RunSize:
-    """What settings of `auto` follow from."""
+    """The sizes that `auto` settings follow from."""
 
     num_samples: int
     """Images of the source."""
     batch_size: int
-    """Images of an optimizer step, over all processes."""
+    """Images per optimizer step, over all processes."""
     num_steps: int
     """Optimizer steps of the whole run."""
     num_classes: int = 0
@@ -51,7 +51,7 @@ class RunSize:
 
 
 class Resolved(NamedTuple):
-    """A setting of `auto` in numbers, and why it is so."""
+    """The value of an `auto` setting, and the reason for it."""
 
     value: float
     reason: str
@@ -61,14 +61,14 @@ class Resolved(NamedTuple):
 class ObjectiveConfig(Protocol):
     """Settings of an objective; its class builds the objective and its transform.
 
-    Where settings of the evaluation decide what is learned from, a `decides_data` names them, and a run does not go on
-    with others.
+    If evaluation settings decide which images are trained on, `decides_data` names them; a run does not continue with
+    other values.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def resolve(self, size: RunSize) -> dict[str, Resolved]:
-        """Values for those settings that are `auto`, by name."""
+        """Values of the `auto` settings, by name."""
         ...
 
     def build(self, encoder: Encoder) -> "Objective": ...
@@ -77,15 +77,15 @@ class ObjectiveConfig(Protocol):
 
 
 class Reconstruction(NamedTuple):
-    """Masked images as a model fills them in."""
+    """Masked images and the patches that a model predicts for them."""
 
     patches: Float[Tensor, "b n p"]
     """Predicted patches in row-major order, pixels of a patch in (row, column, channel) order."""
     visible: Bool[Tensor, "b n"]
-    """Patches that the model has seen."""
+    """Patches that the model saw."""
     patch_size: tuple[int, int]
     norm_pix_loss: bool
-    """Whether each patch is predicted as normalised by its own mean and deviation."""
+    """Whether each predicted patch is normalised by its own mean and standard deviation."""
     title: str = ""
 
 
@@ -99,22 +99,22 @@ Preview = Reconstruction | AttentionMaps
 
 
 class Objective(nn.Module):
-    """An encoder with all that its training needs: heads, decoder, teacher, centre and loss."""
+    """An encoder with everything that its training needs: heads, decoder, teacher, centre and loss."""
 
     encoder: Encoder  # the one that receives gradients
     pooled: Pooled  # the feature that stands for an image after training: read by evaluation, export and figures
     leaves: Leaves = "backbone"  # what a run exports
     reconstructs = False  # whether it is a `Reconstructs`
     teacher: Teacher | None = None
-    figure_file = "figure.png"  # of what `preview` returns
+    figure_file = "figure.png"  # file name of the figure that shows `preview`'s result
 
     @property
     def name(self) -> str:
-        """Name of the class, also where FSDP has put its own before it."""
+        """Name of the class, without the prefix that FSDP adds."""
         return type(self).__name__.removeprefix("FSDP")
 
     def train(self, mode: bool = True) -> "Objective":
-        """As of any module, but a teacher stays in eval mode."""
+        """Set the mode as in any module, except that a teacher stays in eval mode."""
         super().train(mode)
         for module in self.teacher.modules() if self.teacher is not None else ():
             module.eval()
@@ -129,19 +129,19 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def after_step(self, progress: float, taken: Taken = None) -> None:
-        """Called once after every optimizer step: EMA, centre. Nothing by default.
+        """Update EMA and centre; called once after every optimizer step. Does nothing by default.
 
         Args:
-            taken: scalar on the device, False where the optimizer left the step out and nothing else may move either;
-                None = taken. The host does not know, so that it need not wait for the device.
+            taken: scalar on the device; False if the optimizer skipped the step, so that nothing else may move either;
+                None = taken. It stays on the device, so that the host need not wait.
         """
 
     def diagnostics(self) -> dict[str, Tensor]:
-        """Scalars that are too costly for every step; called on every process at log steps, after `forward`."""
+        """Scalars that are too expensive for every step; called on every process at log steps, after `forward`."""
         return {}
 
     def diagnose(self, values: Mapping[str, float], run: Mapping[str, Any] | None = None) -> str | None:
-        """What is wrong and what to change, by the averages of a log interval; None if all is well.
+        """Explain from the averages of a log interval what is wrong and what to change; None if all is well.
 
         Args:
             run: settings as in the run's config.yaml, and `num_images` of its source.
@@ -153,11 +153,11 @@ class Objective(nn.Module):
         return self.encoder
 
     def compilable(self) -> list[nn.Module]:
-        """Modules that torch.compile makes faster; by default what lies in lists called `blocks` or `..._blocks`."""
+        """Modules for torch.compile; by default those in module lists named `blocks` or `..._blocks`."""
         return [module for name, module in self.named_modules() if name.rpartition(".")[0].endswith("blocks")]
 
     def param_groups(self) -> list[ParamGroup]:
-        """Trainable parameters by optimizer setting. As in the papers, one-dimensional ones and biases don't decay."""
+        """Trainable parameters by optimizer setting. As in the papers, vectors and biases have no decay."""
         decayed: list[tuple[str, nn.Parameter]] = []
         undecayed: list[tuple[str, nn.Parameter]] = []
         for name, parameter in self._trainable():
@@ -165,7 +165,7 @@ class Objective(nn.Module):
         return [ParamGroup(decayed), ParamGroup(undecayed, weight_decay_scale=0.0)]
 
     def split_by_lr(self, groups: list[ParamGroup], lr_scale: Callable[[str], float]) -> list[ParamGroup]:
-        """The same groups, cut by the learning rate's factor that a parameter's name gives."""
+        """Split groups by the learning-rate factor that `lr_scale` gives for a parameter's name."""
         parts: dict[tuple[float, float, float], list[tuple[str, nn.Parameter]]] = {}
         for group in groups:
             for name, parameter in group.params:
@@ -177,7 +177,7 @@ class Objective(nn.Module):
         ]
 
     def preview(self, images: Float[Tensor, "b c h w"], rng: np.random.Generator) -> Preview | None:
-        """What was learned about normalised `images`, for a figure; None if there is nothing to show."""
+        """What the model makes of normalised `images`, for a figure; None if there is nothing to show."""
         return None
 
     def _trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -186,10 +186,10 @@ class Objective(nn.Module):
 
 @runtime_checkable
 class Reconstructs(Protocol):
-    """An objective that predicts removed patches from the kept ones, and so has reconstructions to show."""
+    """An objective that predicts removed patches from kept ones, so that figures can show reconstructions."""
 
     encoder: Encoder
     config: Any
-    """With a `mask_ratio`."""
+    """Has a `mask_ratio`."""
 
     def fill_in(self, images: Float[Tensor, "b c h w"], keep: Int[Tensor, "b k"]) -> Reconstruction: ...

@@ -1,7 +1,7 @@
-"""DINO's and iBOT's losses straight from the head's last layer, a part of the rows at a time.
+"""DINO's and iBOT's losses from the inputs of the head's last layer, in chunks of rows.
 
-Logits of 65,536 prototypes are the largest tensors of a step. Here those of a few rows exist at once, and their
-gradient is turned into that of features and prototypes on the spot: the same sums, as precise, in less memory.
+Logits of 65,536 prototypes are the largest tensors of a step. Here only a chunk's logits exist at once, and their
+gradient is turned into that of features and prototypes immediately: the same sums and precision in less memory.
 """
 
 from collections.abc import Callable
@@ -12,19 +12,19 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-CHUNK_NUMBERS = 2**22  # logits at a time: 16 MiB in fp32
+CHUNK_NUMBERS = 2**22  # logits per chunk: 16 MiB in fp32
 
 
 def cross_entropy(logits: Float[Tensor, "n k"], targets: Float[Tensor, "n k"]) -> Float[Tensor, " n"]:
-    """Of each row, in fp32: minus the sum of targets x log-softmax. The targets of a row need not sum to one."""
+    """Minus the sum of targets x log-softmax for each row, in fp32. A row's targets need not sum to one."""
     return targets.sum(dim=-1) * logits.logsumexp(dim=-1) - (targets * logits).sum(dim=-1)
 
 
 def num_terms(views: int, teachers: int) -> int:
-    """Pairs of a student's view and another view of the teacher's.
+    """Number of pairs of a student's view and a different view of the teacher.
 
     Raises:
-        ValueError: there is none, or the teacher has views that the student has not.
+        ValueError: there are none, or the teacher has views that the student lacks.
     """
     if teachers > views or views * teachers <= teachers:
         raise ValueError(
@@ -42,14 +42,14 @@ def dino_prototype_loss(
 ) -> Float[Tensor, ""]:
     """`dino_loss` of the logits features x prototypes (DINO, arXiv:2104.14294, equation 2).
 
-    For one student view the sum over teacher views is a single cross-entropy with the sum of their probabilities.
+    For a student view the sum over teacher views equals one cross-entropy with the sum of their probabilities.
     """
     views, batch, _ = features.shape
     teachers = len(teacher_probs)
     total = teacher_probs.sum(dim=0, dtype=torch.float32)
 
     def targets(rows: slice) -> Float[Tensor, "c k"]:
-        # Rows of one view only: no chunk goes past the end of a view.
+        # All rows belong to one view: no chunk crosses the end of a view.
         view, start = divmod(rows.start, batch)
         images = slice(start, start + rows.stop - rows.start)
         return total[images] - teacher_probs[view, images] if view < teachers else total[images].clone()
@@ -82,10 +82,10 @@ def ibot_prototype_loss(
 
 
 def masked_patch_weights(masks: Bool[Tensor, "*v n"], masked: Int[Tensor, " m"]) -> Float[Tensor, " m"]:
-    """Of each masked patch: one over the masked patches of its crop, over the number of all crops.
+    """Weight of each masked patch: 1 / (masked patches of its crop) / (number of all crops).
 
     Args:
-        masked: where the masked patches stand in `masks`, flattened.
+        masked: indices of the masked patches in the flattened `masks`.
     """
     weights = masks / masks.sum(dim=-1, keepdim=True).clamp(min=1)
     return weights.flatten().index_select(0, masked) / masks[..., 0].numel()
@@ -102,8 +102,8 @@ def _prototype_loss(
     """Weighted sum of the rows' cross-entropies.
 
     Args:
-        targets: those of a few rows, in fp32; what it returns is written over.
-        period: no chunk of rows goes past a multiple of this.
+        targets: returns the targets of a chunk of rows, in fp32; the result is overwritten.
+        period: no chunk of rows crosses a multiple of this.
     """
     size = max(1, min(period, CHUNK_NUMBERS // len(prototypes)))
     chunks = [
@@ -137,7 +137,7 @@ class _PrototypeLoss(torch.autograd.Function):
         rows, columns = features.to(dtype), prototypes.to(dtype)
         of_features = torch.zeros_like(features, dtype=torch.float32) if wants_gradient else None
         of_prototypes = torch.zeros_like(prototypes, dtype=torch.float32) if wants_gradient else None
-        # Half precision must not hold the weights, which are small: relative to the largest they lie in [0, 1].
+        # The weights are too small for half precision; divided by the largest they lie in [0, 1].
         largest = weights.max() if len(weights) else weights.new_ones(())
         for chunk in chunks:
             logits = (rows[chunk] @ columns.T).float().div_(temp)

@@ -4,23 +4,23 @@ import math
 
 from ssl_vit.objectives.objective import Resolved, RunSize
 
-_LARGE = 100_000  # images from which on the teacher is warmed up to the papers' .07
+_LARGE = 100_000  # from this many images on, the teacher's temperature warms up to the papers' .07
 
 
 def choose_num_prototypes(num_images: int) -> int:
-    """About one for 16 images, from 512 to 65,536."""
+    """About one prototype per 16 images, from 512 to 65,536."""
     return min(max(2 ** round(math.log2(num_images / 16)), 512), 65536)
 
 
 def resolve_distillation(
     size: RunSize, *, warmup_teacher_temp: float, teacher_temp: float | None, teacher_images: int
 ) -> dict[str, Resolved]:
-    """Number of prototypes, the teacher's temperature and momentum, and what is frozen at first.
+    """Resolve the number of prototypes, the teacher's temperature and momentum, and the freezing of the last layer.
 
     Args:
         warmup_teacher_temp: the teacher's temperature at the start.
-        teacher_temp: its temperature at the end, where that was given.
-        teacher_images: how many images the teacher averages over in the paper.
+        teacher_temp: its temperature at the end, if given.
+        teacher_images: number of images that the paper's teacher averages over.
     """
     images, epochs = f"{size.num_samples:,} images", size.epochs
     span = teacher_images / size.batch_size
@@ -54,7 +54,7 @@ def resolve_distillation(
 
 
 def resolve_warmup(size: RunSize) -> Resolved:
-    """The learning rate's warm-up as a share of the run."""
+    """Warm-up of the learning rate as a share of the run."""
     share = round(min(10 / size.epochs, 0.1), 4)
     return Resolved(
         share, "10 epochs, as DINO" if size.epochs >= 100 else "a tenth of the run: 10 epochs would be more"

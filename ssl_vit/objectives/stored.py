@@ -1,4 +1,4 @@
-"""What checkpoints and exports say of their objective."""
+"""Facts about the objective that checkpoints and exports store."""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -9,7 +9,7 @@ from ssl_vit.core.reading import entry
 from ssl_vit.objectives.objective import Leaves, Pooled
 
 _USUAL = {"pooled": "cls", "leaves": "backbone", "reconstructs": False}
-# Objectives of versions that stored no more than a name.
+# Objectives of early versions, which stored only the name.
 _BEFORE: dict[str, dict[str, Any]] = {
     "MAE": {"pooled": "mean", "reconstructs": True},
     "FineTune": {"leaves": "classifier"},
@@ -18,10 +18,10 @@ _BEFORE: dict[str, dict[str, Any]] = {
 
 
 def with_traits(known: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """The facts in a file, completed by `pooled`, `leaves` and `reconstructs` of the objective that it names.
+    """Complete a file's facts with `pooled`, `leaves` and `reconstructs` of the objective that it names.
 
     Raises:
-        ValueError: a value that these cannot have.
+        ValueError: one of these has an impossible value.
     """
     found = {**_USUAL, **_BEFORE.get(str(known.get("objective")), {}), **known}
     for name, kind in {"pooled": Pooled, "leaves": Leaves, "reconstructs": bool}.items():
@@ -30,7 +30,7 @@ def with_traits(known: Mapping[str, Any], file: Path) -> dict[str, Any]:
 
 
 def config_class(name: str) -> type[Any] | None:
-    """The settings of the objective called `name`, from the module of that name; None where there is none."""
+    """The settings class of the objective `name`, from the module of that name; None if there is none."""
     if not name.isidentifier():
         return None
     try:

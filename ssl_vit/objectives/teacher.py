@@ -1,4 +1,4 @@
-"""Teachers: copies of modules that follow them as exponential moving averages."""
+"""Teachers: exponential moving averages of modules."""
 
 import copy
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 class MovingAverage:
     """average = momentum x average + (1 - momentum) x model, for every parameter; buffers are copied.
 
-    The tensors of both are looked up once, so it is made when both are on their device, and sharded if they will be.
+    The constructor collects the tensors, so both modules must already be on their device, and sharded if they will be.
 
     Raises:
         ValueError: the two modules do not have the same parameters.
@@ -29,26 +29,26 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, momentum: float, taken: Bool[Tensor, ""] | None = None) -> None:
-        """Move the averages by a step.
+        """Move the averages by one step.
 
         Args:
-            taken: scalar on the device; where it is False nothing moves.
+            taken: scalar on the device; if False nothing moves.
         """
         foreach: Any = torch
         if self._averages:
             share: float | Tensor = 1 - momentum if taken is None else taken * (1 - momentum)
             steps = foreach._foreach_sub(self._values, self._averages)
-            foreach._foreach_mul_(steps, share)  # by a tensor, which averaging functions of torch do not take
+            foreach._foreach_mul_(steps, share)  # torch's averaging functions accept no tensor as factor
             foreach._foreach_add_(self._averages, steps)
         for buffer, value in self._buffers:
             buffer.copy_(value if taken is None else torch.where(taken, value, buffer))
 
 
 class Teacher:
-    """Copies of an objective's modules that learn nothing and follow them as moving averages.
+    """Copies of an objective's modules that follow them as moving averages and receive no gradient.
 
-    The copy of `objective.NAME` becomes `objective.PREFIXNAME`, so that checkpoints hold it under that name. It is
-    always in eval mode, without drop path.
+    The copy of `objective.NAME` becomes `objective.PREFIXNAME`, its name in checkpoints. It stays in eval mode, without
+    drop path.
     """
 
     def __init__(self, objective: nn.Module, prefix: str, *names: str) -> None:
@@ -69,7 +69,7 @@ class Teacher:
 
     def update(self, momentum: float, taken: Bool[Tensor, ""] | None = None) -> None:
         """Move the copies by a step; see `MovingAverage.update`."""
-        if not self._averages:  # looked up after the modules were put on their device, and sharded
+        if not self._averages:  # collected after modules moved to their device and were sharded
             followed = [self._objective.get_submodule(name) for name in self._names]
             self._averages = [MovingAverage(*pair) for pair in zip(self.modules(), followed, strict=True)]
         for average in self._averages:

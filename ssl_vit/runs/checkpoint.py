@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors and JSON in a folder that appears whole or not at all."""
+"""Checkpoints: safetensors and JSON in a folder that appears complete or not at all."""
 
 import json
 import os
@@ -31,19 +31,19 @@ MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safeten
 KEEP_FILE = "KEEP"
 DAMAGED = "damaged-"
 
-_known_whole: set[Path] = set()  # written or verified by this process, which does not read them again to prune
+_known_whole: set[Path] = set()  # written or verified by this process; pruning does not read them again
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save, and what to keep."""
+    """When to save checkpoints, and which to keep."""
 
     every_steps: int = 1000
-    """Optimizer steps between checkpoints; the end of the run and a signal save as well."""
+    """Optimizer steps between checkpoints; a run also saves at its end and on a signal."""
     keep: int = 2
-    """Newest checkpoints that stay on disk. One that holds a file named KEEP is never deleted."""
+    """Number of newest checkpoints to keep. A checkpoint that holds a file named KEEP is never deleted."""
     keep_every_steps: int | None = None
-    """Checkpoints at multiples of this many steps stay for good."""
+    """Checkpoints at multiples of this many steps are never deleted."""
 
     def __post_init__(self) -> None:
         check_ranges(self, every_steps="[1, inf)", keep="[1, inf)", keep_every_steps="[1, inf)")
@@ -54,38 +54,38 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """The run's checkpoints, oldest first. Unfinished ones carry another name and do not count.
+    """The run's checkpoints, oldest first. Unfinished ones have another name and do not count.
 
     Raises:
-        ValueError: their folder is a link.
+        ValueError: the checkpoints' folder is a link.
     """
     found = own_folder(run / "checkpoints").glob("step-[0-9]*")
     return sorted(path for path in found if path.name.removeprefix("step-").isdecimal())
 
 
 def step_of(folder: Path) -> int:
-    """The optimizer steps that a checkpoint of the run had done, by its folder's name."""
+    """Optimizer steps done at a checkpoint, from its folder's name."""
     return int(folder.name.removeprefix("step-"))
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint that is as it was written; damaged ones are reported, left alone and passed over."""
+    """The newest undamaged checkpoint; damaged ones are reported, left as they are and skipped."""
     for folder in reversed(list_checkpoints(run)):
         problem = find_damage(folder)
         if problem is None:
             return folder
-        print(f"Passing over the damaged checkpoint {plain(folder)}: {plain(problem)}")
+        print(f"Skipping the damaged checkpoint {plain(folder)}: {plain(problem)}")
     return None
 
 
 def find_damage(folder: Path, *, contents: bool = True) -> str | None:
-    """What is wrong with a checkpoint's files, None where nothing is.
+    """Describe the damage of a checkpoint's files; None if there is none.
 
-    Files are compared with the manifest that was written with them. Checkpoints of versions before it have none, and
-    are only looked at for missing and shortened files.
+    Files are compared with the manifest that was written with them. Checkpoints of early versions have no manifest and
+    are only checked for missing and shortened files.
 
     Args:
-        contents: whether to compare hashes too, for which everything is read.
+        contents: whether to compare hashes too, which reads everything.
     """
     if folder.is_symlink():
         return "is a link, which is not followed here"
@@ -111,20 +111,20 @@ def save_checkpoint(
 ) -> Path:
     """Write model, optimizer and `state` (JSON) under the run folder.
 
-    Every process calls this, the main one writes. Tensors are stored whole and by parameter name, so that any number
-    of processes can read them. The folder is written under a temporary name, flushed, then renamed.
+    Every process calls this; the main one writes. Tensors are stored unsharded and by parameter name, so that any
+    number of processes can read them. The folder is written under a temporary name, flushed, then renamed.
 
     Raises:
-        OSError: on every process, where the main one could not write, such as on a full disk. What it had written of
-            this checkpoint is removed; earlier ones are as they were.
+        OSError: the main process could not write, for example on a full disk; every process raises it. The incomplete
+            checkpoint is removed; earlier ones are unchanged.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    # torch types these by what a nested state dict may hold; whole and flat, they are tensors by name.
+    # torch's type covers nested state dicts; a full, flat one holds tensors by name.
     model_tensors = cast("dict[str, Tensor]", get_model_state_dict(model, options=options))
-    untouched = not optimizer.state  # where all steps so far were skipped
+    untouched = not optimizer.state  # all steps so far were skipped
     optimizer_state = cast("dict[str, Any]", get_optimizer_state_dict(model, optimizer, options=options))
     if untouched:
-        optimizer.state.clear()  # torch made moments, and counted a step, to have something to save
+        optimizer.state.clear()  # torch created moments and counted a step in order to save them
     folder = checkpoint_folder(run, step)
 
     def write() -> None:
@@ -151,7 +151,7 @@ def _write_whole(folder: Path, tensors: dict[str, dict[str, Tensor]], descriptio
         write_manifest(unfinished)
         for path in (*unfinished.iterdir(), unfinished):
             flush(path)
-        if folder.exists():  # damaged, and passed over when the run went on
+        if folder.exists():  # damaged, and skipped when the run resumed
             folder.rename(_free_name(folder.with_name(f"{DAMAGED}{folder.name}")))
         unfinished.rename(folder)
         flush(folder.parent)
@@ -166,16 +166,16 @@ def _write_whole(folder: Path, tensors: dict[str, dict[str, Tensor]], descriptio
 
 
 def _free_name(path: Path) -> Path:
-    """The path, or the first of its kind that nothing has yet."""
+    """The path, or its first numbered variant that does not exist."""
     names = (path if number == 1 else path.with_name(f"{path.name}-{number}") for number in range(1, 1000))
     return next(name for name in names if not os.path.lexists(name))
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Fill model and optimizer from a checkpoint and return its `state`.
+    """Load model and optimizer from a checkpoint and return its `state`.
 
     Raises:
-        ValueError: the checkpoint's parameters are not the model's.
+        ValueError: the checkpoint has other parameters than the model.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = read_json(folder / STATE_FILE)
@@ -186,7 +186,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     for key, value in read_tensors(folder / OPTIMIZER_FILE).items():
         name, slot = key.rsplit("/", 1)
         slots.setdefault(name, {})[slot] = value
-    # Parameters that are still frozen have no moments yet, which torch does not provide for: they get some to load.
+    # `set_optimizer_state_dict` needs state for every parameter: give frozen ones zeros, drop them afterwards.
     slots_of_one: dict[str, Tensor] = next(iter(slots.values()), {})
     frozen = []
     for name, parameter in model.named_parameters():
@@ -206,10 +206,10 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
 
 
 def prune_checkpoints(run: Path, config: CheckpointConfig) -> None:
-    """Delete all but the newest `keep` checkpoints and those marked to stay.
+    """Delete all checkpoints except the newest `keep` and those marked to stay.
 
-    Damaged ones are neither counted nor deleted, so that a good one never goes because of newer ones that are of no
-    use. One that cannot be deleted is reported.
+    Damaged ones are neither counted nor deleted, so that newer damaged ones never displace a good one. A checkpoint
+    that cannot be deleted is reported.
     """
     num_whole = 0
     for folder in reversed(list_checkpoints(run)):
@@ -219,7 +219,7 @@ def prune_checkpoints(run: Path, config: CheckpointConfig) -> None:
         step = step_of(folder)
         marked = (folder / KEEP_FILE).exists() or (config.keep_every_steps and step % config.keep_every_steps == 0)
         if not marked and _is_whole(folder):
-            # First renamed: a deletion that is cut short must not leave what looks like a damaged checkpoint.
+            # Rename first: an interrupted deletion must not leave what looks like a damaged checkpoint.
             unfinished = folder.with_name(f"{UNFINISHED}{folder.name}")
             try:
                 remove(unfinished)
@@ -230,7 +230,7 @@ def prune_checkpoints(run: Path, config: CheckpointConfig) -> None:
 
 
 def remove_unfinished(run: Path) -> None:
-    """Remove what a killed run had half written or half deleted; only the process that has the run's lock may."""
+    """Remove checkpoints that a killed run half wrote or half deleted; only the holder of the run's lock may."""
     for path in own_folder(run / "checkpoints").glob(f"{UNFINISHED}step-*"):
         with suppress(OSError):
             remove(path)

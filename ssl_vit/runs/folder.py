@@ -1,4 +1,4 @@
-"""The folder of a run: new or moved aside, never overwritten silently; its lock and its heartbeat."""
+"""The folder of a run: never overwritten silently, with a lock and a heartbeat."""
 
 import errno
 import fcntl
@@ -21,13 +21,13 @@ PICTURES_FOLDER = "pictures"
 
 
 def take_folder(folder: Path, *, fresh: bool) -> None:
-    """Lock a run's folder for this process and create what is missing; only the main process calls this.
+    """Lock a run's folder for this process, creating it if needed; only the main process calls this.
 
     Args:
-        fresh: whether a run that the folder holds is moved aside first.
+        fresh: first move an existing run aside.
 
     Raises:
-        ValueError: another run works in it.
+        ValueError: another run uses the folder.
     """
     if folder.exists():
         lock_folder(folder)
@@ -45,13 +45,13 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
     """Write results.json, which marks a run as finished and therefore comes last.
 
     Args:
-        results: for `json.dump`; its "step" is the one the run ends at.
+        results: for `json.dump`; "step" is the last step of the run.
     """
     replace_json(folder / RESULTS_FILE, results)
 
 
 def is_finished(folder: Path, num_steps: int) -> bool:
-    """Whether a run of so many steps has written everything it ends with."""
+    """Whether a run of `num_steps` steps has written all its final outputs."""
     try:
         return read_json(folder / RESULTS_FILE).get("step") == num_steps
     except (OSError, ValueError):
@@ -59,7 +59,7 @@ def is_finished(folder: Path, num_steps: int) -> bool:
 
 
 def holds_anything(folder: Path) -> bool:
-    """Whether there is more than a run leaves that was killed before it wrote its settings."""
+    """Whether a folder holds more than the leftovers of a run that was killed before it wrote its settings."""
     names = (path.name for path in folder.iterdir())
     return any(name not in (LOCK_FILE, MARKER) and not name.startswith(UNFINISHED) for name in names)
 
@@ -68,12 +68,14 @@ HEARTBEAT_FILE = "heartbeat.json"
 State = Literal["starting", "training", "evaluating", "finishing", "finished", "stopped", "failed"]
 
 
-def beat(folder: Path, state: State, step: int, num_steps: int, images_per_second: float | None = None) -> None:
-    """Rewrite the heartbeat; a reader finds the old one or the new one, never a part. Only the main process calls this.
+def write_heartbeat(
+    folder: Path, state: State, step: int, num_steps: int, images_per_second: float | None = None
+) -> None:
+    """Replace the heartbeat file at once; only the main process calls this.
 
     Args:
         step: optimizer steps done.
-        images_per_second: of all processes, over the last log interval.
+        images_per_second: by all processes, over the last log interval.
     """
     values = {
         "state": state,
@@ -84,43 +86,43 @@ def beat(folder: Path, state: State, step: int, num_steps: int, images_per_secon
         "host": platform.node(),
         "pid": os.getpid(),
     }
-    with suppress(OSError):  # a watcher's convenience must not end a run
+    with suppress(OSError):  # a failed heartbeat must not end a run
         replace_text(folder / HEARTBEAT_FILE, json.dumps(values) + "\n", flushed=False)
 
 
 def end_of_start(folder: Path, error: BaseException) -> None:
-    """Note that this process was stopped, or failed, while it was starting a run; not where it never had the folder."""
+    """Set the heartbeat of this process's starting run to "stopped" or "failed"; leave other runs' heartbeats alone."""
     with suppress(OSError, ValueError, KeyError):
         found = read_json(folder / HEARTBEAT_FILE)
         if (found["state"], found["pid"]) == ("starting", os.getpid()):
             state: State = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
-            beat(folder, state, found["step"], found["num_steps"])
+            write_heartbeat(folder, state, found["step"], found["num_steps"])
 
 
 LOCK_FILE = "run.lock"
 
-_held: dict[Path, int] = {}  # by path, the open files whose locks this process has
+_held: dict[Path, int] = {}  # path of a lock file: its open descriptor
 
 
 def lock_folder(folder: Path) -> None:
-    """Take a folder for this process, until it ends; a folder that it has already stays its own.
+    """Lock a folder until this process ends; does nothing if this process holds the lock already.
 
-    The file stays when the run is over, and only its lock counts. The lock is POSIX's: a process that is killed loses
-    it at once, loader workers do not inherit it, and file systems share it among machines where they support that.
+    The lock file stays after the run; only its lock counts. It is a POSIX lock: a killed process loses it at once,
+    loader workers do not inherit it, and some file systems share it among machines.
 
     Raises:
-        ValueError: another process has it; names the machine and the process.
+        ValueError: another process holds the lock; names the machine and the process.
     """
     path = folder.resolve() / LOCK_FILE
     if path in _held:
-        # Opening the file a second time would give the lock away when that is closed.
+        # Closing a second descriptor of the file would release the lock.
         if path.exists() and path.stat().st_ino == os.fstat(_held[path]).st_ino:
             return
         os.close(_held.pop(path))  # its folder was moved or deleted
     try:
         descriptor = open_regular(path, os.O_RDWR | os.O_CREAT)
     except OSError as error:
-        raise ValueError(f"output_dir={str(folder)!r}: {path}: {error.strerror}; remove it if no run works") from error
+        raise ValueError(f"output_dir={str(folder)!r}: {path}: {error.strerror}; remove it if unused") from error
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -131,7 +133,7 @@ def lock_folder(folder: Path) -> None:
         os.close(descriptor)
         if error.errno in (errno.EAGAIN, errno.EACCES):
             raise ValueError(
-                f"output_dir={str(folder)!r}: another run works in this folder, {_describe(holder)}; "
+                f"output_dir={str(folder)!r}: another run uses this folder, {_describe(holder)}; "
                 "wait for it, end it, or choose another --output_dir"
             ) from error
         return
@@ -139,10 +141,10 @@ def lock_folder(folder: Path) -> None:
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     text = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": started}) + "\n"
     try:
-        if os.fstat(descriptor).st_nlink == 1:  # what has another name as well, as in a backup, is left as it is
+        if os.fstat(descriptor).st_nlink == 1:  # another hard link, such as a backup's, keeps its content
             os.pwrite(descriptor, text.encode(), 0)
             os.ftruncate(descriptor, len(text.encode()))
-    except OSError:  # a full disk: the lock holds all the same
+    except OSError:  # the disk is full; the lock holds anyway
         pass
 
 
@@ -151,4 +153,4 @@ def _describe(holder: str) -> str:
         noted = json.loads(holder)
         return f"process {noted['pid']} on {noted['host']} since {noted['started']}"
     except (ValueError, KeyError, TypeError):
-        return "whose process cannot be told"
+        return "its process is unknown"

@@ -1,4 +1,4 @@
-"""Where a result comes from: facts stored with checkpoints and exports, and a record of each start of a run."""
+"""Provenance: facts stored with checkpoints and exports, and a record of each start of a run."""
 
 import hashlib
 import os
@@ -49,7 +49,7 @@ def facts(objective: Objective, source: Source | Stream, device: torch.device, n
 
 
 def provenance(settings: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
-    """The facts about its run that an export holds.
+    """The facts about a run that its export holds.
 
     Args:
         settings: the run's settings as plain values.
@@ -111,11 +111,11 @@ def note_session(
             if key.startswith(MATTERS) and old is not None
         ]
         if told:
-            print(f"note       not as when this run was started last: {plain(', '.join(told))}")
+            print(f"note       changed since the last start of this run: {plain(', '.join(told))}")
     try:
         replace_json(path, {"sessions": [*sessions, session]})
     except OSError as error:
-        print(f"WARNING: {plain(path)}: {error.strerror}, {free_space(folder)}; this start is not noted in it")
+        print(f"WARNING: {plain(path)}: {error.strerror}, {free_space(folder)}; this start is not recorded")
 
 
 def versions(more: Sequence[str] = ()) -> dict[str, str]:
@@ -134,7 +134,7 @@ def git_revision(folder: Path) -> dict[str, Any] | None:
     try:
         revision = _git(folder, "rev-parse", "HEAD")
         changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):  # no git, no checkout, no commit yet, or too slow a disk
+    except (OSError, subprocess.SubprocessError):  # no git, no checkout, no commit yet, or a slow disk
         return None
     return {"revision": revision.strip(), "dirty": bool(changes.strip())}
 
@@ -171,7 +171,7 @@ def hardware() -> dict[str, Any]:
 
 
 def fingerprint(source: Source | Stream) -> dict[str, Any]:
-    """A hash that identifies a set of images without reading them all, the same wherever its folder lies."""
+    """A hash that identifies a set of images without reading them all; it does not depend on the folder's path."""
     if isinstance(source, Stream):
         counts = None if source.counts is None else source.counts.tolist()
         digest = hashlib.sha256(repr(([Path(name).name for name in source.shards], counts)).encode())
@@ -213,5 +213,5 @@ def _read_sessions(path: Path) -> list[dict[str, Any]]:
         found = entry(read_json(path), "sessions", list[dict], path)
         return [session for session in found if isinstance(session, dict)]
     except (OSError, ValueError) as error:
-        print(f"WARNING: {plain(path)}: cannot be read and begins anew: {plain(repr(error))}")
+        print(f"WARNING: {plain(path)}: cannot be read and is replaced: {plain(repr(error))}")
         return []

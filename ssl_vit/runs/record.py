@@ -13,7 +13,7 @@ from ssl_vit.runs.folder import CONFIG_FILE, METRICS_FILE, PICTURES_FOLDER, RESU
 from ssl_vit.runs.provenance import PROVENANCE_FILE
 from ssl_vit.runs.trained import read_settings
 
-# Entries of a line of metrics.jsonl that say when it was measured.
+# Entries of metrics.jsonl that say when a line was measured.
 _PLACES = ("step", "progress", "epoch")
 _SCORES = (RESULTS_FILE, "knn.json", "linear.json", "retrieval.json", "segmentation.json")
 
@@ -32,7 +32,7 @@ class RunData:
     name: str
     settings: dict[str, Any]
     records: list[dict[str, Any]]
-    """Lines of metrics.jsonl with a loss, in their order. A number that JSON cannot say is None."""
+    """Lines of metrics.jsonl with a loss, in order. NaN and infinity are None."""
     evaluations: list[dict[str, Any]]
     """The other lines: scores during training, shares of 1."""
     results: dict[str, Any] | None
@@ -41,10 +41,10 @@ class RunData:
     """(file, row, column, share of 1, interval as text) of every score in the folder."""
     provenance: dict[str, Any] = field(default_factory=dict)
     fingerprint: str | None = None
-    """Of the training images; None where it was not recorded."""
+    """Hash of the training images; None if it was not recorded."""
     frames: list[Frame] = field(default_factory=list)
     picture: Path | None = None
-    """The figure that the run ended with."""
+    """The figure drawn at the end of the run."""
 
     @property
     def batch_size(self) -> int:
@@ -91,10 +91,10 @@ def read_run(folder: Path) -> RunData:
 
 
 def list_frames(run: Path) -> list[Frame]:
-    """Figures drawn during a run, in their order.
+    """Figures drawn during a run, in order.
 
     Raises:
-        ValueError: their folder is a link.
+        ValueError: the figures' folder is a link.
     """
     found = []
     for path in own_folder(run / PICTURES_FOLDER).glob("step-*.webp"):
@@ -141,7 +141,7 @@ def _is_share(value: Any) -> bool:
 
 
 def _provenance(folder: Path) -> dict[str, Any]:
-    """Facts from the export where there is one, else from the newest checkpoint; without the settings."""
+    """Facts, without settings, from the export or else the newest checkpoint."""
     known = (_read_json(folder / EXPORT_FILE) or {}).get("ssl_vit")
     known = known if isinstance(known, dict) else {}
     checkpoint = newest_checkpoint(folder)
@@ -160,7 +160,7 @@ def _fingerprint(folder: Path) -> str | None:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None where it cannot be read."""
+    """The JSON object in a file; None if it cannot be read."""
     try:
         return read_json(path)
     except (OSError, ValueError):

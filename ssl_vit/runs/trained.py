@@ -1,4 +1,4 @@
-"""A trained backbone, read at any time from a run's checkpoints, an export or published weights."""
+"""Reads a trained backbone from a run's checkpoints (at any time), an export or published weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,27 +40,27 @@ AVERAGE = "average-last-"
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained backbone and what is known of it."""
+    """A trained backbone and the facts known about it."""
 
     encoder: ViT
     """In eval mode, on the CPU."""
     normalization: Normalization
     crop_pct: float
-    """Share of a resized image's sides that its evaluation keeps."""
+    """Share of a resized image's sides that the centre crop of evaluation keeps."""
     provenance: dict[str, Any]
     folder: Path
-    """Of the run or the export, where its scores lie; of published weights their name."""
+    """Folder of the run or export, which holds its scores; for published weights their name."""
     objective: Reconstructs | None = None
-    """The objective with its decoder; None unless it reconstructs images and its checkpoint is at hand."""
+    """The objective with its decoder, if it reconstructs images and was read from a checkpoint; else None."""
 
     @property
     def pooled(self) -> Pooled:
-        """The feature that stands for an image, by the objective."""
+        """The feature that stands for an image, as the objective defines it."""
         return self.provenance.get("pooled", "cls")
 
     @property
     def feature(self) -> Pooled:
-        """The feature that the run was scored by, where that is known; else `pooled`."""
+        """The feature that scored the run, if known; else `pooled`."""
         scored = self.provenance.get("feature")
         return scored if scored in ("cls", "mean") else self.pooled
 
@@ -78,13 +78,13 @@ def open_trained(path: str | Path, weights: str | None = None) -> Trained:
     """Read a backbone from a run's newest checkpoint, from one checkpoint, from an export or from published weights.
 
     Args:
-        path: folder of a run, of a checkpoint or of an export, or whatever else `encoder.pretrained` takes, such as
-            the name of a timm model.
-        weights: "teacher" or "student", where there are both; "average-last-K": the mean over the last K checkpoints.
-            None: the teacher where there is one.
+        path: folder of a run, checkpoint or export, or anything else that `encoder.pretrained` takes, such as the name
+            of a timm model.
+        weights: "teacher" or "student", for objectives with both; "average-last-K": the mean of the last K checkpoints;
+            None: the teacher, or the only backbone.
 
     Raises:
-        ValueError: there is no backbone to export, or not with these weights.
+        ValueError: there is no backbone, or none with these weights.
     """
     path = Path(path)
     folder, checkpoint = (path.parent.parent, path) if (path / STATE_FILE).is_file() else (path, None)
@@ -94,9 +94,9 @@ def open_trained(path: str | Path, weights: str | None = None) -> Trained:
     settings, state = read_settings(folder), read_state(checkpoints[-1])
     if state["leaves"] == "nothing":
         backbone = settings["encoder"].get("pretrained")
-        raise ValueError(f"{folder}: is an attentive probe, which leaves its backbone as it was: {backbone}")
+        raise ValueError(f"{folder}: is an attentive probe, which does not change its backbone; use {backbone}")
     if state["leaves"] == "classifier":
-        raise ValueError(f"{folder}: is a fine-tuned classifier, which leaves as a timm model: --to timm")
+        raise ValueError(f"{folder}: is a fine-tuned classifier; export it as a timm model, --to timm")
     tensors = average([checkpoint / MODEL_FILE for checkpoint in checkpoints])
     prefix, file = _prefix(state, choice, folder), checkpoints[-1] / MODEL_FILE
     own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -127,10 +127,10 @@ def open_trained(path: str | Path, weights: str | None = None) -> Trained:
 
 
 def read_settings(run: Path) -> dict[str, Any]:
-    """The settings of a run; the sections and values that an export needs are there.
+    """The settings of a run, checked for the sections and values that an export needs.
 
     Raises:
-        ValueError: config.yaml cannot be read, or lacks one of them.
+        ValueError: config.yaml cannot be read, or lacks one of these.
     """
     file = run / CONFIG_FILE
     try:
@@ -145,10 +145,10 @@ def read_settings(run: Path) -> dict[str, Any]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The state.json of a checkpoint, with the values that an export needs; see `with_traits`.
+    """The state.json of a checkpoint, checked for the values that an export needs; see `with_traits`.
 
     Raises:
-        ValueError: state.json cannot be read, or lacks one of them.
+        ValueError: state.json cannot be read, or lacks one of these.
     """
     file = checkpoint / STATE_FILE
     try:
@@ -166,14 +166,14 @@ def _data_config(settings: dict[str, Any]) -> DataConfig:
 
 
 def data_settings(trained: Trained, source: str | None = None, *, asked: bool = False) -> DataConfig:
-    """Settings that read the images of `source`, or those that a backbone was trained on where these are known.
+    """Settings that read the images of `source` or, without it, the backbone's training images.
 
     Args:
         source: as `data.source` on the command line.
         asked: whether the user asked to open the training images; see `check_asked`.
 
     Raises:
-        ValueError: no source is named, and the training images are not known or were not asked for.
+        ValueError: `source` is None, and the training images are unknown or the user did not ask to open them.
     """
     settings_file = trained.folder / CONFIG_FILE
     known = _data_config(read_settings(trained.folder)) if settings_file.is_file() else DataConfig()
@@ -186,18 +186,18 @@ def data_settings(trained: Trained, source: str | None = None, *, asked: bool = 
         check_asked(own, trained.folder, asked=asked)
         named = own
     if named is None:
-        raise ValueError(f"{trained.folder}: does not say where the images lie that it was trained on; name some")
+        raise ValueError(f"{trained.folder}: does not say where its training images lie; name a source of images")
     return DataConfig(named, **trained.normalization._asdict(), pages=known.pages, label_column="none")
 
 
 def is_fine_tuned(path: Path) -> bool:
-    """Whether a folder holds a run that leaves a classifier."""
+    """Whether a folder holds a run that trains a classifier."""
     checkpoint = newest_checkpoint(path) if (path / CONFIG_FILE).is_file() else None
     return checkpoint is not None and read_state(checkpoint)["leaves"] == "classifier"
 
 
 def average(files: Sequence[Path]) -> dict[str, Tensor]:
-    """The mean of the tensors of several files, summed in float64; a single file's tensors stay as they are.
+    """The mean of the tensors of several files, summed in float64; a single file's tensors are returned unchanged.
 
     Raises:
         ValueError: a file is damaged, or the files do not hold the same tensors.
@@ -209,7 +209,7 @@ def average(files: Sequence[Path]) -> dict[str, Tensor]:
     for file in files[:-1]:
         found = read_tensors(file)
         if {name: value.shape for name, value in found.items()} != {name: v.shape for name, v in newest.items()}:
-            raise ValueError(f"{file}: holds other tensors than {files[-1]}; these cannot be averaged")
+            raise ValueError(f"{file}: holds other tensors than {files[-1]}; average checkpoints of one run")
         for name, total in sums.items():
             total += found[name]
     return {**newest, **{name: (total / len(files)).to(newest[name].dtype) for name, total in sums.items()}}
@@ -224,34 +224,34 @@ def _choose_checkpoints(folder: Path, checkpoint: Path | None, weights: str | No
             raise ValueError(f"{checkpoint}: is damaged: {problem}")
         chosen = checkpoint or newest_checkpoint(folder)
         if chosen is None:
-            raise ValueError(f"{folder}: has no whole checkpoint yet")
+            raise ValueError(f"{folder}: has no complete checkpoint yet")
         return [chosen], weights
     number = weights.removeprefix(AVERAGE)
     if not number.isdecimal() or int(number) < 1:
-        raise ValueError(f"weights={weights!r}: K of {AVERAGE}K is a number of checkpoints, such as {AVERAGE}3")
+        raise ValueError(f"weights={weights!r}: K in {AVERAGE}K must be a number of checkpoints, such as {AVERAGE}3")
     whole = [path for path in list_checkpoints(folder) if find_damage(path) is None]
     if checkpoint is not None:
         whole = [path for path in whole if path.name <= checkpoint.name]
     if len(whole) < int(number):
         raise ValueError(
-            f"weights={weights!r}: {folder} has {len(whole)} whole checkpoints; a run keeps N with --checkpoint.keep N"
+            f"weights={weights!r}: {folder} has {len(whole)} complete checkpoints; --checkpoint.keep N keeps N"
         )
     return whole[-int(number) :], None
 
 
 def _prefix(state: dict[str, Any], choice: str | None, folder: Path) -> str:
-    """The prefix of the wanted backbone's names among the objective's parameters."""
+    """Prefix of the chosen backbone's parameter names in the objective."""
     if choice is None:
         return state["backbone"]
     if not state["backbone"].startswith("teacher_"):
-        raise ValueError(f"weights={choice!r}: {state['objective']} in {folder} has no teacher; leave this out")
+        raise ValueError(f"weights={choice!r}: {state['objective']} in {folder} has no teacher; omit weights")
     return state["backbone"].removeprefix("teacher_") if choice == "student" else state["backbone"]
 
 
 def _open_exported(path: Path, weights: str | None) -> Trained:
     if weights is not None:
         raise ValueError(
-            f"weights={weights!r}: {path} is one backbone; name the folder of the run, whose checkpoints hold more"
+            f"weights={weights!r}: {path} is one backbone; name the folder of the run, whose checkpoints hold both"
         )
     file = path / BACKBONE_FILE if path.is_dir() else path
     if file.name != BACKBONE_FILE or not file.is_file():
@@ -268,7 +268,7 @@ def _open_exported(path: Path, weights: str | None) -> Trained:
 def _open_published(name: str) -> Trained:
     found = open_pretrained(name)
     if found.config is None:
-        raise ValueError(f"{name}: the architecture cannot be told from the weights; only the papers' widths are known")
+        raise ValueError(f"{name}: cannot infer the architecture from these weights; only the papers' widths are known")
     encoder = found.config.build()
     load_pretrained(encoder, name)
     normalization = found.normalization or DataConfig().normalization

@@ -14,7 +14,7 @@ from ssl_vit.core.front import stoppable
 from ssl_vit.core.text import plain
 from ssl_vit.core.writing import tell_error
 from ssl_vit.runs.checkpoint import newest_checkpoint
-from ssl_vit.runs.folder import RESULTS_FILE, beat, is_finished
+from ssl_vit.runs.folder import RESULTS_FILE, is_finished, write_heartbeat
 from ssl_vit.training import ending as pretraining
 from ssl_vit.training.config import RunConfig, parse_run
 from ssl_vit.training.device.micro_batch import explain_out_of_memory
@@ -82,7 +82,7 @@ def train(run: Run) -> int:
         ValueError: the device's memory does not suffice, or an image cannot be decoded.
     """
     nothing_done = run.step == run.num_steps
-    when_others_hang(lambda: beat(run.folder, "failed", run.step, run.num_steps))
+    when_others_hang(lambda: write_heartbeat(run.folder, "failed", run.step, run.num_steps))
     if run.faults.collapse and run.config.on_collapse == "stop" and not is_done(run):
         heartbeat(run, "stopped")
         run.accelerator.print(

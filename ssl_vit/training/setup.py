@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
-from ssl_vit.core.distributed import PATIENCE, on_main_process, start_processes
+from ssl_vit.core.distributed import PROCESS_GROUP_KWARGS, on_main_process, start_processes
 from ssl_vit.core.machine import resolve_precision
 from ssl_vit.core.schedules import warmup_cosine
 from ssl_vit.core.settings import section
@@ -27,7 +27,7 @@ from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.models.vit import choose_attention
 from ssl_vit.objectives.objective import Objective
 from ssl_vit.runs.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint, step_of
-from ssl_vit.runs.folder import State, beat, end_of_start
+from ssl_vit.runs.folder import State, end_of_start, write_heartbeat
 from ssl_vit.runs.provenance import facts, note_session
 from ssl_vit.training import ending as pretraining
 from ssl_vit.training.config import RunConfig
@@ -153,7 +153,7 @@ def _set_up(config: RunConfig, ending: Ending) -> Run:
     config, checkpoint = on_main_process(lambda: open_run_folder(config, lengthened))
     if accelerator.is_main_process:
         done = 0 if checkpoint is None else step_of(checkpoint)
-        beat(Path(config.output_dir), "starting", done, num_steps)
+        write_heartbeat(Path(config.output_dir), "starting", done, num_steps)
     compiled = resolve_compile(config.compile, accelerator.device, num_steps, accelerator.is_fsdp2)
     run = Run(
         config,
@@ -197,7 +197,7 @@ def _start(config: RunConfig) -> tuple[Accelerator, str]:
     device = cast(torch.device, start_processes(config.max_wait).device)
     precision = resolve_precision(config.precision, device)
     accelerator = Accelerator(
-        cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=[PATIENCE, DDP_KWARGS]
+        cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=[PROCESS_GROUP_KWARGS, DDP_KWARGS]
     )
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
@@ -351,7 +351,7 @@ def open_batches(
 def heartbeat(run: Run, state: State, images_per_second: float | None = None) -> None:
     """Write the heartbeat file, which tells what the run is doing."""
     if run.accelerator.is_main_process:
-        beat(run.folder, state, run.step, run.num_steps, images_per_second)
+        write_heartbeat(run.folder, state, run.step, run.num_steps, images_per_second)
 
 
 def save(run: Run, *, is_last: bool) -> Path | None:

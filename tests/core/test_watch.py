@@ -138,12 +138,12 @@ def test_max_wait_ends_the_process(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert (others.ended, done) == ([1], ["noted"])
     said = lines(capsys)[-1]
     assert said.startswith("error: process 1 on a (pid 101): no sign of life for 2")
-    assert said.endswith("; 2 min (--max_wait) are over. The same command goes on from the newest checkpoint.")
+    assert said.endswith("; the limit is 2 min (--max_wait). The same command goes on from the newest checkpoint.")
 
 
 @pytest.mark.parametrize("value", [0, -1, 241, 1e9])
 def test_max_wait_is_no_longer_than_the_processes_wait_for_each_other(tmp_path: Path, value: float) -> None:
-    with pytest.raises(ValueError, match=r"max_wait=.*: must lie between 0 and 240 minutes"):
+    with pytest.raises(ValueError, match=r"max_wait=.*: must lie in \(0, 240\] minutes"):
         parse_run(OBJECTIVES["mae"][0], ["--steps=1", f"--max_wait={value}"])
 
 
@@ -197,7 +197,7 @@ def test_processes_that_are_stopped(photo_folder: Path, tmp_path: Path) -> None:
         started[1].send_signal(signal.SIGSTOP)
         wait_for(0, f"WARNING: waiting for process 1 on {os.uname().nodename} (pid {started[1].pid})")
         assert started[0].wait(timeout=60) == 1
-        wait_for(0, "0.1 min (--max_wait) are over. The same command goes on from the newest checkpoint.")
+        wait_for(0, "the limit is 0.1 min (--max_wait). The same command goes on from the newest checkpoint.")
     finally:
         for process, file in zip(started, files, strict=True):
             process.kill()

@@ -65,7 +65,7 @@ SPOILED = [
     (["--optim.base_lr=0.012", "--batch.size=16"], "optim.base_lr 0.012 is 24 times"),
     (["--objective.centering=none"], "objective.centering none leaves"),
     (["--objective.center_momentum=1"], "objective.center_momentum 1 leaves"),
-    (["--objective.teacher_temp=0.01"], "objective.teacher_temp 0.01 is too sharp"),
+    (["--objective.teacher_temp=0.01"], "objective.teacher_temp 0.01 is too low"),
     (["--objective.num_prototypes=65536"], "objective.num_prototypes 65,536 are many for 20,000 images"),
     (["--optim.weight_decay_end=4"], "optim.weight_decay 4 is above 1"),
     (["--optim.warmup=0"], "optim.warmup 0 starts"),
@@ -90,7 +90,7 @@ def test_the_settings_that_explain_a_collapse_are_named_first(flags: list[str], 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--objective.teacher_temp=0.2"], "teacher_temp 0.2 is too blunt"),
+        (["--objective.teacher_temp=0.2"], "teacher_temp 0.2 is too high"),
         (["--objective.teacher_temp=0.06", "--objective.teacher_temp_warmup=0"], "teacher_temp_warmup 0 starts at"),
     ],
 )

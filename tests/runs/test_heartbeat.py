@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssl_vit.runs.folder import beat
+from ssl_vit.runs.folder import write_heartbeat
 from ssl_vit.training import ending
 from ssl_vit.training.signals import EXIT_STOPPED, OUT_OF_TIME
 from tests.conftest import last_weights
@@ -17,8 +17,8 @@ def read(run: Path) -> dict:
 
 
 def test_a_heartbeat_says_what_the_run_does_and_when(tmp_path: Path) -> None:
-    beat(tmp_path, "training", 3, 10, 12.5)
-    beat(tmp_path, "finished", 10, 10)
+    write_heartbeat(tmp_path, "training", 3, 10, 12.5)
+    write_heartbeat(tmp_path, "finished", 10, 10)
     values = read(tmp_path)
     assert (values["state"], values["step"], values["num_steps"], values["images_per_second"]) == (
         "finished",
@@ -31,14 +31,16 @@ def test_a_heartbeat_says_what_the_run_does_and_when(tmp_path: Path) -> None:
 
 
 def test_a_heartbeat_that_cannot_be_written_ends_no_run(tmp_path: Path) -> None:
-    beat(tmp_path / "nowhere", "training", 3, 10)
+    write_heartbeat(tmp_path / "nowhere", "training", 3, 10)
 
 
 def test_a_run_tells_all_that_it_does(
     start: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    monkeypatch.setattr("ssl_vit.training.setup.beat", lambda folder, state, step, *rest: seen.append((state, step)))
+    monkeypatch.setattr(
+        "ssl_vit.training.setup.write_heartbeat", lambda folder, state, step, *rest: seen.append((state, step))
+    )
     for name in ("evaluate_in_training", "finish"):  # which take longer than all the rest
         monkeypatch.setattr(ending, name, lambda *_: None)
     start("--evaluation.every_steps=2", "--log_every=3", labels=True, steps=3)

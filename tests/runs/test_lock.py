@@ -35,7 +35,7 @@ def test_a_second_run_is_refused_until_the_first_is_gone_however_it_goes(tmp_pat
                 with pytest.raises(ValueError, match=named) as refused:
                     lock_folder(tmp_path)
             assert "\n" not in str(refused.value)
-            assert str(refused.value).startswith(f"output_dir={str(tmp_path)!r}: another run works in this folder")
+            assert str(refused.value).startswith(f"output_dir={str(tmp_path)!r}: another run uses this folder")
             holder.send_signal(signal.SIGKILL)
             os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
             os.kill(child, 0)  # still there
@@ -53,7 +53,7 @@ TRY += "lock_folder(Path(sys.argv[1]))"
 
 def is_free(folder: Path) -> bool:
     done = subprocess.run([sys.executable, "-c", TRY, str(folder)], capture_output=True, text=True)
-    assert done.returncode == 0 or "another run works in this folder" in done.stderr
+    assert done.returncode == 0 or "another run uses this folder" in done.stderr
     return done.returncode == 0
 
 

@@ -75,7 +75,7 @@ def test_a_full_disk_or_a_damaged_file_does_not_stop_a_run(
     assert [session["step"] for session in noted(tmp_path)] == [0]
     (tmp_path / "provenance.json").write_text("{")
     note(tmp_path, photo_folder, step=4)
-    assert "cannot be read and begins anew" in capsys.readouterr().out
+    assert "cannot be read and is replaced" in capsys.readouterr().out
     assert [session["step"] for session in noted(tmp_path)] == [4]
 
 

@@ -72,7 +72,7 @@ def test_checkpoints_are_averaged(dino_run: Path) -> None:
         torch.testing.assert_close(value, sum(part[name].double() for part in parts).div(3).float(), rtol=0, atol=1e-7)
     assert trained.provenance["averaged_steps"] == [2, 4, 6]
     assert not torch.equal(trained.encoder.vit.norm.weight, parts[-1]["vit.norm.weight"])
-    with pytest.raises(ValueError, match=r"weights='average-last-4': .* has 3 whole checkpoints"):
+    with pytest.raises(ValueError, match=r"weights='average-last-4': .* has 3 complete checkpoints"):
         open_trained(dino_run, "average-last-4")
 
 
@@ -125,7 +125,7 @@ def test_a_damaged_checkpoint_that_is_named_is_refused(mae_run: Path, tmp_path: 
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-8])
     with pytest.raises(ValueError, match=r"step-00000006: is damaged"):
         open_trained(folder)
-    with pytest.raises(ValueError, match="has no whole checkpoint yet"):
+    with pytest.raises(ValueError, match="has no complete checkpoint yet"):
         open_trained(tmp_path)
 
 

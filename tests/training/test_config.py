@@ -144,7 +144,7 @@ class TestBatch:
 @pytest.mark.parametrize("text", ["fresh: true", "fresh: 1", "extend: true", "{fresh: yes, output_dir: /tmp/x}"])
 def test_what_changes_a_run_is_asked_for_by_flags_alone(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.yaml").write_text(text)
-    with pytest.raises(ValueError, match=r"run.yaml: \w+=.*: changes a run that is there; only a flag may"):
+    with pytest.raises(ValueError, match=r"run.yaml: \w+=.*: changes an existing run; give it as a flag"):
         parse_run(DEFAULTS, [f"--config={tmp_path / 'run.yaml'}"])
 
 

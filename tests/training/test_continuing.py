@@ -38,7 +38,7 @@ def test_a_run_that_is_working_is_neither_joined_nor_moved_aside(tmp_path: Path,
     with subprocess.Popen([sys.executable, "-c", HOLD, str(other)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         holder.stdout.readline()
-        with pytest.raises(ValueError, match=f"another run works in this folder, process {holder.pid} on"):
+        with pytest.raises(ValueError, match=f"another run uses this folder, process {holder.pid} on"):
             open_run_folder(config(other, fresh=fresh))
         holder.kill()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "run"]

@@ -191,7 +191,7 @@ def test_pre_training_goes_on_from_a_backbone(backbone: Path) -> None:
         (["--encoder.image_size=30"], "30 is not divisible by the patch size 8; the nearest that are: 24 and 32"),
         (["--evaluation.source=x"], "evaluation.source='x': a run with labels learns from data.source"),
         (["--data.label_column=none"], "has no labels"),
-        (["--objective.num_classes=1"], "objective.num_classes=1: the source has 2 classes; give no smaller number"),
+        (["--objective.num_classes=1"], "objective.num_classes=1: the source has 2 classes; give at least that number"),
         (["--evaluation.test_source=/nowhere"], "no such file or folder"),
     ],
 )

@@ -67,7 +67,7 @@ def test_files_and_an_exported_backbone(
     assert draw(capsys, export, *files, "--what", "similarity", "--image_size", 48, 64) == ["similarity.png"]
     assert (export / "pictures" / "similarity.png").exists()
     assert "holds no decoder" in refused(capsys, export, *files, "--what", "reconstructions")
-    assert "does not say where the images lie" in refused(capsys, export, "--what", "similarity")
+    assert "does not say where its training images lie" in refused(capsys, export, "--what", "similarity")
     assert "config.yaml: cannot be shown" in refused(capsys, mae_run, mae_run / "config.yaml", "--what", "pca")
     assert "no such file" in refused(capsys, mae_run, tmp_path / "nothing.png", "--what", "pca")
 

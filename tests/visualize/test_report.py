@@ -68,7 +68,7 @@ def test_text_of_others_is_escaped(mae_run: Path, tmp_path: Path) -> None:
     config = run / "config.yaml"
     config.write_text(config.read_text() + "\nnote: </script><script>alert(2)</script><!--\n")
     out = tmp_path / "report.html"
-    assert write_report([run], out) == [f"no panel: {run}: has no whole checkpoint yet"]
+    assert write_report([run], out) == [f"no panel: {run}: has no complete checkpoint yet"]
     text = out.read_text()
     assert "<img src=x" not in text
     assert "<script>alert" not in text

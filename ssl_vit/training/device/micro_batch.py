@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from accelerate import Accelerator
 
-from ssl_vit.core.distributed import alone, max_over_processes
+from ssl_vit.core.distributed import max_over_processes, without_collectives
 from ssl_vit.models.vit import choose_attention
 from ssl_vit.objectives.objective import Objective
 from ssl_vit.training.config import RunConfig
@@ -74,7 +74,7 @@ def try_sizes(
             objective.zero_grad()
             del buckets
 
-    with alone():
+    with without_collectives():
         return largest_that_fits(sizes, attempt)
 
 
