@@ -3,7 +3,6 @@
 import json
 import shutil
 import struct
-import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,8 @@ from scripts.pretrain_mae import DEFAULTS
 from ssl_vit.training import supervised
 from ssl_vit.training.loop import main
 from tests.conftest import SMALL_ENCODER, SMALL_RUN
-from tests.test_resume import STEPS, command, finish, kill_at, losses, same, weights
+from tests.processes import finish, kill_at
+from tests.test_resume import STEPS, command, losses, same, weights
 
 BAD = ("disc/07.png", "square/19.png")
 
@@ -36,7 +36,7 @@ def photos(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "whole"
-    text = finish([sys.executable, *command(photos, run)])
+    text = finish(command(photos, run))
     assert text.count("WARNING: images that cannot be decoded are passed over") == 1
     assert text.count("note       2 of the source's 40 images cannot be decoded; the first: ") == 1
     return run
@@ -62,7 +62,7 @@ def test_bad_images_are_counted_and_listed_once(photos: Path, whole: Path) -> No
 def test_a_killed_run_skips_the_same_pictures(photos: Path, whole: Path, tmp_path: Path, num_workers: int) -> None:
     run = tmp_path / "run"
     flags = (f"--data.num_workers={num_workers}", "--checkpoint.every_steps=3")
-    words = [sys.executable, *command(photos, run, *flags)]
+    words = command(photos, run, *flags)
     kill_at(words, 5)
     finish(words)
     assert same(weights(whole), weights(run)) == []
@@ -75,9 +75,8 @@ def test_a_killed_run_skips_the_same_pictures(photos: Path, whole: Path, tmp_pat
 def test_two_processes_skip_what_one_skips(photos: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     flags = ["--encoder.drop_path_rate=0", "--data.label_column=null", "--evaluation.every_steps=6"]
-    finish([sys.executable, *command(photos, one, *flags)])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    text = finish([*launcher, *command(photos, two, *flags)])
+    finish(command(photos, one, *flags))
+    text = finish(command(photos, two, *flags), num_processes=2)
     assert "2 processes on cpu" in text
     assert text.count("2 of the 40 evaluation images cannot be decoded and are left out") == 2
     for run in (one, two):

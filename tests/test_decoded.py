@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,8 @@ from ssl_vit.core.settings import as_plain
 from ssl_vit.training.config import RunConfig, parse_run, write_config
 from ssl_vit.training.continuing import check_run_folder
 from tests.interrupted import killed_after, run
-from tests.test_resume import STEPS, command, finish, losses, same, weights
+from tests.processes import finish
+from tests.test_resume import STEPS, command, losses, same, weights
 
 BAD = ("disc/07.png", "square/19.png")
 SIDE = "--data.cache_side=36"
@@ -69,9 +69,8 @@ def test_a_killed_run_goes_on_bit_for_bit_with_other_workers_and_from_disk(
 
 @pytest.mark.slow
 def test_two_processes_share_what_the_first_one_decodes(photos: Path, whole: Path, tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     flags = (SIDE, "--encoder.drop_path_rate=0", "--data.cache=ram")
-    text = finish([*launcher, *command(photos, tmp_path / "two", *flags)])
+    text = finish(command(photos, tmp_path / "two", *flags), num_processes=2)
     assert "2 processes on cpu" in text
     assert text.count("decoded in") == 1
     assert losses(tmp_path / "two") == pytest.approx(losses(whole), rel=1e-4)

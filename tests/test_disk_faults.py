@@ -23,8 +23,8 @@ from ssl_vit.data.sources.source import Source
 from ssl_vit.runs import checkpoint
 from ssl_vit.runs.checkpoint import find_damage, list_checkpoints
 from ssl_vit.training.loop import main
-from tests.conftest import ROOT
 from tests.core.test_writing import FullDisk
+from tests.processes import Launch
 from tests.runs.test_checkpoint import flip_a_byte, truncate
 from tests.test_resume import command, losses, same, weights
 
@@ -269,7 +269,6 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before_to
 
 FULL_IN_ONE_PROCESS = """
 import errno, os, sys
-sys.path.insert(0, {root!r})
 from scripts.pretrain_{objective} import DEFAULTS
 from ssl_vit.runs import checkpoint
 from ssl_vit.training.loop import main
@@ -299,17 +298,18 @@ def test_runs_change_their_number_of_processes_and_all_of_these_learn_of_a_full_
     """From one to two, whose one writer must neither be waited for nor leave the other alone, and back to one."""
     script, run = tmp_path / "full.py", tmp_path / "run"
     as_if_ended_at(whole(objective), run, 3)
-    script.write_text(FULL_IN_ONE_PROCESS.format(root=str(ROOT), objective=objective))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    script.write_text(FULL_IN_ONE_PROCESS.format(objective=objective))
     flags = [*USUAL, "--batch.per_device=2"]
-    words = [*launcher, str(script), *command(photo_folder, run, *flags, objective=objective)[1:]]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
-    assert "8 = 2 processes x 2 micro-batches x 2 images" in done.stdout
-    assert "step-00000003, step 3 of 12" in done.stdout
-    assert "processes.count 1 -> 2" in done.stdout
-    assert done.stdout.count("step-00000006: cannot be saved: No space left on device") == 1
-    assert done.returncode != 0
-    assert "step-00000012: cannot be saved: No space left on device" in done.stderr
+    words = [str(script), *command(photo_folder, run, *flags, objective=objective)[1:]]
+    with Launch(words, num_processes=2) as launched:
+        assert 0 not in launched.join()
+        printed = launched.printed()
+        errors = launched.errors(0) + launched.errors(1)
+    assert "8 = 2 processes x 2 micro-batches x 2 images" in printed
+    assert "step-00000003, step 3 of 12" in printed
+    assert "processes.count 1 -> 2" in printed
+    assert printed.count("step-00000006: cannot be saved: No space left on device") == 1
+    assert "step-00000012: cannot be saved: No space left on device" in errors
     assert steps(run) == [9]
     capsys.readouterr()
     assert start(run, objective=objective) == 0

@@ -3,12 +3,10 @@
 `pytest -m slow tests/test_kills.py -s` tells of each kill.
 """
 
-import multiprocessing
 import os
 import random
 import re
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -29,15 +27,13 @@ from ssl_vit.models.vit import ViT, ViTConfig
 from ssl_vit.runs.checkpoint import find_damage, list_checkpoints
 from ssl_vit.training.loop import main
 from tests.conftest import SMALL_DINO, SMALL_RUN, TINY
+from tests.processes import SERVER, environments, redirect_output
 from tests.specs import grey
 from tests.test_resume import losses
 
 STEPS, EVERY = 40, 2
 SMALL = {"mae": SMALL_RUN, "dino": [*SMALL_DINO, "--objective.freeze_last_layer=0.5"]}
 DEFAULTS = {"mae": scripts.pretrain_mae.DEFAULTS, "dino": scripts.pretrain_dino.DEFAULTS}
-# A fresh process for each start, forked from one that has imported torch and has run nothing.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.test_kills"])
 
 
 def work(objective: str, flags: list[str], log: Path, environment: dict[str, str]) -> None:
@@ -45,13 +41,10 @@ def work(objective: str, flags: list[str], log: Path, environment: dict[str, str
 
     Flushing takes 15 ms longer, so that more of the kills come in the middle of a save.
     """
-    os.setsid()
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    redirect_output(log, log)
     os.environ.update(environment)
     cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, [cores[int(environment["LOCAL_RANK"]) % len(cores)]])
+    os.sched_setaffinity(0, [cores[int(environment.get("LOCAL_RANK", "0")) % len(cores)]])
     fsync = os.fsync
 
     def slowly(descriptor: int) -> None:
@@ -67,14 +60,8 @@ def work(objective: str, flags: list[str], log: Path, environment: dict[str, str
 
 def start(objective: str, flags: list[str], log: Path, num_processes: int) -> list[BaseProcess]:
     log.unlink(missing_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     launched: list[BaseProcess] = []
-    for rank in map(str, range(num_processes)):
-        size = str(num_processes)
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for environment in environments(num_processes):
         launched.append(SERVER.Process(target=work, args=(objective, flags, log, environment)))
         launched[-1].start()
     return launched

@@ -1,12 +1,9 @@
 """Runs that are killed, and runs of two processes, through real processes and the real script."""
 
 import json
-import os
 import random
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT, SMALL_DINO, SMALL_DINOV2, SMALL_RUN
+from tests.processes import Launch, finish, kill_at
 
 STEPS = 12
 SMALL = {"mae": SMALL_RUN, "dino": SMALL_DINO, "dinov2": SMALL_DINOV2}
@@ -25,23 +23,6 @@ def command(photo_folder: Path, run: Path, *flags: str, objective: str = "mae") 
     settings = [f"--data.source={photo_folder}", f"--output_dir={run}", f"--steps={STEPS}"]
     script = str(ROOT / "scripts" / f"pretrain_{objective}.py")
     return [script, *SMALL[objective], *settings, "--data.label_column=none", *flags]
-
-
-def finish(words: list[str]) -> str:
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def kill_at(words: list[str], step: int) -> None:
-    """Start a run and kill it, without warning, as soon as it has logged a step."""
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if re.match(rf"step {step}/", line):
-                process.send_signal(signal.SIGKILL)
-                break
-    assert process.returncode == -signal.SIGKILL
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -58,7 +39,7 @@ def losses(run: Path) -> list[float]:
 def whole(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one process that nobody disturbed."""
     run = tmp_path_factory.mktemp("runs") / "whole"
-    finish([sys.executable, *command(photo_folder, run)])
+    finish(command(photo_folder, run))
     return run
 
 
@@ -68,10 +49,7 @@ def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(
 ) -> None:
     run, step = tmp_path / "run", random.randrange(4, STEPS - 1)
     print(f"killed after step {step}")
-    words = [
-        sys.executable,
-        *command(photo_folder, run, f"--data.num_workers={num_workers}", "--checkpoint.every_steps=3"),
-    ]
+    words = command(photo_folder, run, f"--data.num_workers={num_workers}", "--checkpoint.every_steps=3")
     kill_at(words, step)
     assert re.search(r"Going on from .*step-0000000[369]", finish(words))
     expected, found = weights(whole), weights(run)
@@ -96,9 +74,9 @@ def test_teacher_centre_and_frozen_layers_survive_being_killed(
     """In the middle of an epoch (5 steps), before and after the last layer has moments."""
     flags = (FREEZE, "--checkpoint.every_steps=3")
     undisturbed = tmp_path / "whole"
-    finish([sys.executable, *command(photo_folder, undisturbed, *flags, objective=objective)])
+    finish(command(photo_folder, undisturbed, *flags, objective=objective))
     run = tmp_path / "run"
-    words = [sys.executable, *command(photo_folder, run, *flags, objective=objective)]
+    words = command(photo_folder, run, *flags, objective=objective)
     for step in steps:
         kill_at(words, step)
     finish(words)
@@ -114,19 +92,13 @@ def test_a_signal_to_the_whole_group_saves_although_workers_get_it_too(
     photo_folder: Path, whole: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     run = tmp_path / "run"
-    words = [sys.executable, *command(photo_folder, run, "--data.num_workers=2")]
-    with subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        assert process.stdout is not None
-        lines = iter(process.stdout)
-        next(line for line in lines if line.startswith("step 4/"))
-        os.killpg(process.pid, number)
-        text = "".join(lines)
-        assert process.stderr is not None
-        assert "Traceback" not in process.stderr.read()
-    assert process.returncode == 128 + number
-    assert re.search(r"Stopped by a signal at step \d+ of 12 and saved", text)
+    words = command(photo_folder, run, "--data.num_workers=2")
+    with Launch(words) as launched:
+        launched.wait_for("step 4/")
+        launched.send(number, to_group=True)
+        assert launched.join() == [128 + number]
+        assert "Traceback" not in launched.errors()
+        assert re.search(r"Stopped by a signal at step \d+ of 12 and saved", launched.printed())
     finish(words)
     assert all(torch.equal(value, weights(run)[name]) for name, value in weights(whole).items())
 
@@ -138,10 +110,9 @@ def test_two_processes_learn_what_one_learns(photo_folder: Path, tmp_path: Path,
     # Sinkhorn-Knopp and KoLeo are over a micro-batch, so DINOv2 has only one.
     micro = {"mae": 2, "dino": 2, "dinov2": 1}[objective]
     one, two = tmp_path / "one", tmp_path / "two"
-    finish([sys.executable, *command(photo_folder, one, *flags, objective=objective)])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    finish(command(photo_folder, one, *flags, objective=objective))
     cut = f"--batch.per_device={4 // micro}"
-    text = finish([*launcher, *command(photo_folder, two, *flags, cut, objective=objective)])
+    text = finish(command(photo_folder, two, *flags, cut, objective=objective), num_processes=2)
     assert "2 processes on cpu" in text
     assert f"8 = 2 processes x {micro} micro-batch" in text
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
@@ -156,9 +127,8 @@ def test_two_processes_are_judged_as_one(photo_folder: Path, tmp_path: Path) -> 
     """All processes encode, the main one scores, in the middle of training and at its end."""
     one, two = tmp_path / "one", tmp_path / "two"
     flags = ["--encoder.drop_path_rate=0", "--data.label_column=null", "--evaluation.every_steps=6"]
-    finish([sys.executable, *command(photo_folder, one, *flags)])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    text = finish([*launcher, *command(photo_folder, two, *flags, "--evaluation.batch_size=7")])
+    finish(command(photo_folder, one, *flags))
+    text = finish(command(photo_folder, two, *flags, "--evaluation.batch_size=7"), num_processes=2)
     assert "2 processes on cpu" in text
     assert text.count("accuracy, %") == text.count("step 6  knn") == 1
     scores = [json.loads((run / "results.json").read_text())["scores"] for run in (one, two)]

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,8 @@ from ssl_vit.training.config import BatchConfig, RunConfig
 from ssl_vit.training.continuing import check_run_folder
 from ssl_vit.training.optim import OptimConfig
 from tests.data.shards import write_parquet, write_tars
-from tests.test_resume import command, finish, kill_at, losses, same, weights
+from tests.processes import finish, kill_at
+from tests.test_resume import command, losses, same, weights
 
 BAD = 17
 
@@ -40,7 +40,7 @@ def streamed(source: str, run: Path, *flags: str) -> list[str]:
 def whole(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one process that nobody disturbed."""
     run = tmp_path_factory.mktemp("runs") / "whole"
-    text = finish([sys.executable, *streamed(shards, run)])
+    text = finish(streamed(shards, run))
     assert f"data       {shards}: 40 images, no labels" in text
     assert "no scores at the end: a stream is judged by evaluation.source, which names none" in text
     assert "12 steps = 2.4 epochs" in text
@@ -63,7 +63,7 @@ def test_a_killed_streamed_run_ends_with_the_same_weights_bit_for_bit(
 ) -> None:
     run = tmp_path / "run"
     flags = (f"--data.num_workers={num_workers}", "--checkpoint.every_steps=2")
-    words = [sys.executable, *streamed(shards, run, *flags)]
+    words = streamed(shards, run, *flags)
     kill_at(words, 8)  # in the middle of the second epoch
     assert "Going on from" in finish(words)
     assert same(weights(whole), weights(run)) == []
@@ -81,17 +81,16 @@ def test_two_processes_learn_from_a_stream_what_one_learns_and_one_goes_on_where
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     flags = ["--encoder.drop_path_rate=0"]  # what is drawn on the device may depend on the process
-    finish([sys.executable, *streamed(shards, one, *flags)])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    finish(streamed(shards, one, *flags))
     saving = ("--checkpoint.every_steps=3", "--checkpoint.keep=9", "--data.num_workers=2")
-    text = finish([*launcher, *streamed(shards, two, *flags, *saving, "--batch.per_device=2")])
+    text = finish(streamed(shards, two, *flags, *saving, "--batch.per_device=2"), num_processes=2)
     assert "2 processes on cpu" in text
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
     assert sorted(bad_images(two)) == sorted(bad_images(one))
     for step in (9, 12):
         shutil.rmtree(two / "checkpoints" / f"step-{step:08d}")
     (two / "results.json").unlink()
-    assert "step-00000006" in finish([sys.executable, *streamed(shards, two, *flags)])
+    assert "step-00000006" in finish(streamed(shards, two, *flags))
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
     for name, value in weights(one).items():
         if not name.startswith("optimizer "):
@@ -103,7 +102,7 @@ def test_a_streamed_run_over_tars_is_judged_by_a_source_of_its_own_and_exported(
 ) -> None:
     shards, run = write_tars(tmp_path / "shards", [6, 6]), tmp_path / "run"
     judged = (f"--evaluation.source={photo_folder}", "--evaluation.max_images=10")
-    text = finish([sys.executable, *streamed(shards, run, *judged, "--steps=3", "--data.num_samples=12")])
+    text = finish(streamed(shards, run, *judged, "--steps=3", "--data.num_samples=12"))
     assert "trained" in text
     assert json.loads((run / "results.json").read_text())["scores"]["trained"]["knn"]["n"] == 10
     described = json.loads((run / "config.json").read_text())["ssl_vit"]

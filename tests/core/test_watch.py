@@ -3,9 +3,6 @@
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +11,8 @@ import pytest
 from ssl_vit.core import watch
 from ssl_vit.core.watch import EVERY, SILENT, Watch
 from ssl_vit.training.config import parse_run
-from tests.conftest import OBJECTIVES, ROOT, SMALL_RUN
+from tests.conftest import OBJECTIVES, SMALL_RUN
+from tests.processes import Launch
 
 TURNS = int(SILENT / EVERY)
 
@@ -147,60 +145,50 @@ def test_max_wait_is_no_longer_than_the_processes_wait_for_each_other(tmp_path: 
         parse_run(OBJECTIVES["mae"][0], ["--steps=1", f"--max_wait={value}"])
 
 
-FAST = "import ssl_vit.core.watch as watch; watch.EVERY, watch.SILENT = 0.1, 0.5; "
-FAST += "from scripts.pretrain_mae import DEFAULTS; "
-FAST += "from ssl_vit.training.loop import main; import sys; sys.exit(main(DEFAULTS))"
+FAST = """
+import sys
+import ssl_vit.core.watch as watch
+from scripts.pretrain_mae import DEFAULTS
+from ssl_vit.training.loop import main
+
+watch.EVERY, watch.SILENT = 0.1, 0.5
+sys.exit(main(DEFAULTS))
+"""
 
 
 def test_processes_that_are_stopped(photo_folder: Path, tmp_path: Path) -> None:
     """First the one that holds the store, which goes on again; then the other, until the time is over."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    run = tmp_path / "run"
+    run, script = tmp_path / "run", tmp_path / "fast.py"
+    script.write_text(FAST)
     settings = [f"--data.source={photo_folder}", f"--output_dir={run}", "--data.label_column=none", "--steps=100000"]
-    said = [tmp_path / "0.txt", tmp_path / "1.txt"]
-    files = [path.open("w") for path in said]
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", FAST, *SMALL_RUN, *settings, "--max_wait=0.1", "--quiet"],
-            stdout=subprocess.DEVNULL,
-            stderr=files[rank],
-            cwd=ROOT,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in (0, 1)
-    ]
-
-    def wait_for(rank: int, text: str) -> None:
-        end = time.monotonic() + 60
-        while text not in said[rank].read_text():
-            assert time.monotonic() < end, [path.read_text() for path in said]
-            time.sleep(0.05)
 
     def step() -> int:
         heartbeat = run / "heartbeat.json"
         return json.loads(heartbeat.read_text())["step"] if heartbeat.exists() else 0
 
-    try:
-        while step() < 2:
-            assert started[0].poll() is None
-            time.sleep(0.05)
-        started[0].send_signal(signal.SIGSTOP)
-        wait_for(1, f"(pid {started[0].pid}): no sign of life")
+    with Launch([str(script), *SMALL_RUN, *settings, "--max_wait=0.1", "--quiet"], num_processes=2) as launched:
+        first, second = launched.processes
+
+        def wait_for(rank: int, text: str) -> None:
+            end = time.monotonic() + 60
+            while text not in launched.errors(rank):
+                assert time.monotonic() < end, [launched.errors(rank) for rank in (0, 1)]
+                time.sleep(0.05)
+
+        def wait_for_step(least: int) -> None:
+            while step() < least:
+                assert first.is_alive()
+                time.sleep(0.05)
+
+        wait_for_step(2)
+        launched.send(signal.SIGSTOP, rank=0)
+        wait_for(1, f"(pid {first.pid}): no sign of life")
         before = step()
-        started[0].send_signal(signal.SIGCONT)
-        while step() == before:
-            assert started[0].poll() is None
-            time.sleep(0.05)
-        started[1].send_signal(signal.SIGSTOP)
-        wait_for(0, f"WARNING: waiting for process 1 on {os.uname().nodename} (pid {started[1].pid})")
-        assert started[0].wait(timeout=60) == 1
+        launched.send(signal.SIGCONT, rank=0)
+        wait_for_step(before + 1)
+        launched.send(signal.SIGSTOP, rank=1)
+        wait_for(0, f"WARNING: waiting for process 1 on {os.uname().nodename} (pid {second.pid})")
+        first.join(timeout=60)
+        assert first.exitcode == 1
         wait_for(0, "the limit is 0.1 min (--max_wait). The same command goes on from the newest checkpoint.")
-    finally:
-        for process, file in zip(started, files, strict=True):
-            process.kill()
-            process.wait()
-            file.close()
     assert json.loads((run / "heartbeat.json").read_text())["state"] == "failed"

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,9 @@ from ssl_vit.training import supervised
 from ssl_vit.training.config import RunConfig, parse_run
 from ssl_vit.training.loop import main
 from tests.conftest import ROOT, TINY
+from tests.processes import Launch, finish, kill_at
 from tests.specs import grey
-from tests.test_resume import finish, kill_at, losses, same
+from tests.test_resume import losses, same
 
 STEPS = 12
 SMALL = ["--batch.size=8", "--precision=no", "--log_every=1", f"--steps={STEPS}"]
@@ -134,7 +134,7 @@ def test_a_killed_fine_tuning_ends_with_the_same_weights_bit_for_bit(
 ) -> None:
     flags = ["--objective.model_ema=0.9", "--checkpoint.every_steps=3", "--data.num_workers=2"]
     runs = tmp_path / "whole", tmp_path / "killed"
-    commands = [[sys.executable, *words("finetune", backbone, photo_folder, run, *flags)] for run in runs]
+    commands = [words("finetune", backbone, photo_folder, run, *flags) for run in runs]
     finish(commands[0])
     kill_at(commands[1], 5)
     assert "Going on from" in finish(commands[1])
@@ -148,9 +148,8 @@ def test_two_processes_fine_tune_as_one(backbone: Path, photo_folder: Path, tmp_
     """But for Mixup, which looks at what a device takes at once."""
     flags = ["--encoder.drop_path_rate=0", "--objective.mixup=0", "--objective.cutmix=0"]
     one, two = tmp_path / "one", tmp_path / "two"
-    finish([sys.executable, *words("finetune", backbone, photo_folder, one, *flags)])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    text = finish([*launcher, *words("finetune", backbone, photo_folder, two, *flags)])
+    finish(words("finetune", backbone, photo_folder, one, *flags))
+    text = finish(words("finetune", backbone, photo_folder, two, *flags), num_processes=2)
     assert "2 processes on cpu" in text
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
     assert results(one)["scores"] == results(two)["scores"]
@@ -258,11 +257,9 @@ def test_a_run_does_not_go_on_with_other_test_pictures(
 
 def test_a_signal_saves(backbone: Path, photo_folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command = [sys.executable, *words("attentive_probe", backbone, photo_folder, run, "--steps=500")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        next(line for line in process.stdout if line.startswith("step 2/"))
-        process.send_signal(signal.SIGTERM)
-        text = process.stdout.read()
-    assert process.returncode == 143
-    assert "The same command goes on from there" in text
+    command = words("attentive_probe", backbone, photo_folder, run, "--steps=500")
+    with Launch(command) as launched:
+        launched.wait_for("step 2/")
+        launched.send(signal.SIGTERM)
+        assert launched.join() == [143]
+        assert "The same command goes on from there" in launched.printed()

@@ -1,11 +1,10 @@
+import contextlib
 import fcntl
 import json
 import os
 import pty
 import re
 import struct
-import subprocess
-import sys
 import termios
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 from ssl_vit.training.observe.metrics import CollapseAlarm, MetricLog, forget_after
-from tests.conftest import ROOT
+from tests.processes import SERVER, redirect_output
 
 
 def run(path: Path, losses: list[float], start_step: int = 0) -> None:
@@ -116,30 +115,29 @@ def test_a_quiet_log_is_written_and_not_shown(tmp_path: Path, capfd: pytest.Capt
 
 def test_the_bar_on_a_terminal_has_rate_time_left_and_no_colours(tmp_path: Path) -> None:
     """Through a real terminal, since only there is a bar drawn."""
-    code = (
-        "from pathlib import Path\nfrom tests.training.observe.test_metrics import progress\n"
-        f"progress(Path({str(tmp_path / 'm.jsonl')!r}))"
-    )
-    text = in_terminal([sys.executable, "-c", code])
+    text = in_terminal(tmp_path / "m.jsonl")
     assert re.search(r"3/8 \[\d\d:\d\d<\d\d:\d\d,.*loss 1.0000, \d+ images/s, 0% waiting for data, k-NN 25.0%", text)
     assert not re.search(r"\x1b\[[0-9;]*m", text)
 
 
-def in_terminal(words: list[str]) -> str:
-    """What a command writes to a terminal 200 wide."""
+def _progress_at(terminal: str, path: Path) -> None:
+    redirect_output(Path(terminal), Path(terminal))
+    os.environ["NO_COLOR"] = "1"
+    progress(path)
+
+
+def in_terminal(path: Path) -> str:
+    """Return what a log writes to a terminal 200 wide."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 200, 0, 0))
-    with subprocess.Popen(words, stdout=slave, stderr=slave, cwd=ROOT, env={**os.environ, "NO_COLOR": "1"}) as process:
-        os.close(slave)
-        text = b""
-        while True:
-            try:
-                part = os.read(master, 65536)
-            except OSError:  # what a closed terminal gives
-                break
-            if not part:
-                break
+    process = SERVER.Process(target=_progress_at, args=(os.ttyname(slave), path))
+    process.start()
+    process.join(timeout=60)
+    os.close(slave)
+    text = b""
+    with contextlib.suppress(OSError):  # what a closed terminal gives
+        while part := os.read(master, 65536):
             text += part
     os.close(master)
-    assert process.returncode == 0, text
+    assert process.exitcode == 0, text
     return text.decode()
