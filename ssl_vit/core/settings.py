@@ -112,6 +112,18 @@ def check_ranges(settings: object, **allowed: str) -> None:
                 raise ValueError(f"{name}={value!r}: must {must}{unit and ' ' + unit}{advice and '; ' + advice}")
 
 
+def check_given(settings: object, *names: str) -> None:
+    """Refuse settings that list nothing or the same value twice.
+
+    Raises:
+        ValueError: in the form `name=value: ...`.
+    """
+    for name in names:
+        values = getattr(settings, name)
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"{name}={values!r}: give at least one value, and none twice")
+
+
 def check_interval(settings: object, *names: str) -> None:
     """Refuse a setting that is not a pair (smallest, largest) within (0, 1]; rounding errors are corrected first.
 

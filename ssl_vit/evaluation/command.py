@@ -80,13 +80,12 @@ class PicturesConfig:
     def __post_init__(self) -> None:
         check_ranges(
             self,
+            image_size="[1, inf) pixel",
             crop_pct="(0, 1]; 1 keeps the largest centre crop",
             max_bad_share="[0, 1]; 1 never stops",
             batch_size="[1, inf)",
         )
         object.__setattr__(self, "num_workers", check_num_workers(self.num_workers))
-        if self.image_size is not None and min(pair(self.image_size)) < 1:
-            raise ValueError(f"image_size={self.image_size!r}: must be at least 1 pixel")
 
     @property
     def skipped_share(self) -> float | None:
@@ -96,7 +95,7 @@ class PicturesConfig:
 
 @dataclass(frozen=True)
 class LabelledConfig(PicturesConfig):
-    """Which labelled images judge a backbone, and beside what."""
+    """Which labelled images score a backbone, and beside which baselines."""
 
     test_source: str | dict[str, float] | None = None
     """Labelled images to test on; `null` = the source itself, each image by what was learned from others."""
@@ -119,12 +118,7 @@ class LabelledConfig(PicturesConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.folds < 2:
-            raise ValueError(f"folds={self.folds!r}: cross-validation needs at least 2; the usual number is 5")
-        for name, least in {"max_images": 1, "seed": 0}.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value!r}: must be at least {least}")
+        check_ranges(self, folds="[2, inf); the usual number is 5", max_images="[1, inf)", seed="[0, inf)")
         for name in self.baselines:
             if name not in BASELINES:
                 raise ValueError(f"baselines={self.baselines!r}: no {name!r}; choose of {', '.join(BASELINES)}")
@@ -152,8 +146,8 @@ class Backbone:
 
     @property
     def feature(self) -> str:
-        """What stands for an image unless another feature is named: what its run was judged by, else what its objective
-        pools."""
+        """What stands for an image unless another feature is named: the one that its run was scored by, else the one that
+        its objective pools."""
         return self.provenance.get("feature") or self.provenance["pooled"]
 
     def untrained(self, seed: int) -> Encoder:

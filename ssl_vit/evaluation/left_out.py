@@ -1,4 +1,4 @@
-"""Images that cannot be decoded, where a backbone is judged or features are extracted: how many may be, and which."""
+"""Images that cannot be decoded: how many of them an evaluation or an extraction leaves out, and their list."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from ssl_vit.data.sources.source import Source
 def check_bad_share(
     source: Source, bad: Sequence[int], num_images: int, max_bad_share: float, num_channels: int
 ) -> None:
-    """Refuse to judge by what is left of a source of which too much cannot be decoded.
+    """Refuse a source of which more images cannot be decoded than may be left out.
 
     Args:
         bad: rows of the source that could not be decoded.

@@ -17,7 +17,7 @@ from timm.optim.lars import Lars
 from torch import Tensor, nn
 
 from ssl_vit.core.schedules import warmup_cosine
-from ssl_vit.core.settings import check_ranges
+from ssl_vit.core.settings import check_given, check_ranges
 from ssl_vit.evaluation.features import FEATURES, select_feature
 from ssl_vit.evaluation.splits import held_out_rows
 
@@ -49,10 +49,7 @@ class LinearProbeConfig:
         for kind in self.features:
             if kind not in FEATURES:
                 raise ValueError(f"features={self.features!r}: no feature {kind!r}; choose of {', '.join(FEATURES)}")
-        if not self.features:
-            raise ValueError("features=(): name at least one")
-        if not self.base_lrs:
-            raise ValueError("base_lrs=(): give numbers above 0")
+        check_given(self, "features", "base_lrs")
         check_ranges(self, base_lrs="(0, inf)", epochs="[1, inf)", batch_size="[1, inf)", views="[0, inf)")
         check_ranges(self, held_out="[2, inf)", warmup="[0, 1); it is a share of the passes")
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssl_vit.core.distributed import process_index
+from ssl_vit.core.settings import check_given, check_ranges
 from ssl_vit.evaluation import linear_probe
 from ssl_vit.evaluation.command import LabelledConfig
 from ssl_vit.evaluation.evaluate import cross_validate
@@ -38,9 +39,8 @@ class KNNConfig(LabelledConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_feature(self.feature)
-        _check_ks(self.ks)
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature!r}: must be above 0; the usual value is 0.07")
+        check_given(self, "ks")
+        check_ranges(self, ks="[1, inf)", temperature="(0, inf); the usual value is 0.07")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class RetrievalConfig(LabelledConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_feature(self.feature)
-        _check_ks(self.ks)
+        check_given(self, "ks")
+        check_ranges(self, ks="[1, inf)")
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,7 @@ class LinearConfig(LabelledConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_feature(self.feature)
-        if any(shots < 1 for shots in self.shots):
-            raise ValueError(f"shots={self.shots!r}: must be at least 1 each")
-        if self.draws < 1:
-            raise ValueError(f"draws={self.draws!r}: must be at least 1")
+        check_ranges(self, shots="[1, inf)", draws="[1, inf)")
 
 
 def evaluate_knn(path: Path, config: KNNConfig) -> None:
@@ -256,8 +254,3 @@ def _format_few_shot(few: Mapping[str, Sequence[FewShot]], draws: int) -> str:
 
 def _take(pieces: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
     return {name: values[rows] for name, values in pieces.items()}
-
-
-def _check_ks(ks: Sequence[int]) -> None:
-    if not ks or min(ks) < 1:
-        raise ValueError(f"ks={tuple(ks)!r}: give numbers of at least 1")

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ssl_vit.core.distributed import process_index
 from ssl_vit.core.schedules import warmup_cosine
+from ssl_vit.core.settings import check_given, check_ranges
 from ssl_vit.core.text import plain
 from ssl_vit.data.augment.evaluation import EvalTransform
 from ssl_vit.data.loader import read_batches
@@ -75,11 +76,8 @@ class SegmentationConfig(PicturesConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in {"num_layers": 1, "steps": 1, "seed": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be at least {least}")
-        if not self.base_lrs or min(self.base_lrs) <= 0 or len(set(self.base_lrs)) < len(self.base_lrs):
-            raise ValueError(f"base_lrs={self.base_lrs!r}: give different numbers above 0")
+        check_given(self, "base_lrs")
+        check_ranges(self, num_layers="[1, inf)", steps="[1, inf)", seed="[0, inf)", base_lrs="(0, inf)")
         for name in self.baselines:
             if name != "untrained":
                 raise ValueError(f"baselines={self.baselines!r}: no {name!r}; there is untrained")

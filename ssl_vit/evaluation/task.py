@@ -1,4 +1,4 @@
-"""A backbone beside the labelled images that judge it: what k-NN, linear probe and retrieval begin with."""
+"""A backbone and the labelled images that it is scored on: what k-NN, linear probe and retrieval begin with."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -32,7 +32,7 @@ from ssl_vit.evaluation.splits import Split, split_sources
 
 @dataclass
 class Task:
-    """A backbone and the labelled images that judge it."""
+    """A backbone and the labelled images that it is scored on."""
 
     backbone: Backbone
     config: LabelledConfig
@@ -145,7 +145,7 @@ class Task:
         return encode
 
     def describe(self) -> dict[str, Any]:
-        """What was judged on what, for the result's JSON."""
+        """Return the backbone, the images and the settings, for the result's JSON."""
         return {
             "backbone": str(self.backbone.file),
             "source": self.train.name,

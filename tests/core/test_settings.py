@@ -2,7 +2,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from ssl_vit.core.settings import as_flags, check_interval, check_ranges, said_of
+from ssl_vit.core.settings import as_flags, check_given, check_interval, check_ranges, said_of
 
 KEYS = {"source": None, "label_column": None, "probe.epochs": None}
 
@@ -64,3 +64,10 @@ def test_numbers_that_miss_a_bound_by_rounding_are_moved_to_it() -> None:
     assert (numbers.share, numbers.pair) == (1, (0.5, 1))
     with pytest.raises(ValueError, match="needs 0 < smallest <= largest <= 1"):
         check_interval(Numbers(pair=(0.5, 0.4)), "pair")
+
+
+def test_lists_of_settings_hold_something_and_nothing_twice() -> None:
+    check_given(Numbers(pair=(0.5, 0.4)), "pair")
+    for values in ((), (0.5, 0.5)):
+        with pytest.raises(ValueError, match=r"^pair=\(.*\): give at least one value, and none twice$"):
+            check_given(Numbers(pair=values), "pair")

@@ -195,7 +195,7 @@ def test_a_result_that_cannot_be_written_ends_in_one_line(
     [
         ([], "--source: name the images"),
         (["--source=/nowhere"], "--source='/nowhere': no such file or folder"),
-        (["--source=PHOTOS", "--ks=[0]"], "ks=(0,): give numbers of at least 1"),
+        (["--source=PHOTOS", "--ks=[0]"], "ks=(0,): must be at least 1"),
         (["--source=PHOTOS", "--feature=patch"], "feature='patch': no such feature; choose one of cls, mean"),
         (["--source=PHOTOS", "--baselines=[random]"], "no 'random'; choose of pixels, untrained"),
         (

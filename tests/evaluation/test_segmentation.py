@@ -190,7 +190,7 @@ def test_masks_of_0_and_255_are_classes_when_told(
     ("flags", "message"),
     [
         (["--steps=0"], "steps=0: must be at least 1"),
-        (["--base_lrs=[]"], "base_lrs=(): give different numbers above 0"),
+        (["--base_lrs=[]"], "base_lrs=(): give at least one value, and none twice"),
         (["--baselines=[pixels]"], "no 'pixels'; there is untrained"),
         (["--num_layers=3"], "num_layers=3: the backbone has 2 blocks"),
         (["--mask_column=masks"], "mask_column='masks': no such column; did you mean 'mask'"),
