@@ -146,7 +146,7 @@ class Backbone:
 
     @property
     def feature(self) -> str:
-        """The default feature of an image: the one that its run was scored by, else the one that its objective pools."""
+        """Default feature of an image: the one that its run was scored by, else the one that its objective pools."""
         return self.provenance.get("feature") or self.provenance["pooled"]
 
     def untrained(self, seed: int) -> Encoder:
