@@ -85,7 +85,7 @@ def compare_loader(
 ) -> dict:
     """Images per second of one process, for MAE and DINO: the paper's pipeline, ours up to the crops, and ours whole.
 
-    Ours both as each picture is decoded and as it comes from the decoded cache, 256 pixels.
+    Ours both as each image is decoded and as it comes from the decoded cache, 256 pixels.
 
     Args:
         folder: a folder of images.

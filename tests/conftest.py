@@ -1,4 +1,4 @@
-"""Fixtures: tiny models and pictures made on the fly."""
+"""Fixtures: tiny models and images made on the fly."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def tiny_encoder() -> ViT:
 
 @pytest.fixture(scope="session")
 def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of 20 pictures: red discs and blue squares on noise."""
+    """Two classes of 20 images: red discs and blue squares on noise."""
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for name, channel in (("disc", 0), ("square", 2)):

@@ -59,7 +59,7 @@ def test_bad_images_are_counted_and_listed_once(photos: Path, whole: Path) -> No
 
 
 @pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.slow), 2])
-def test_a_killed_run_skips_the_same_pictures(photos: Path, whole: Path, tmp_path: Path, num_workers: int) -> None:
+def test_a_killed_run_skips_the_same_images(photos: Path, whole: Path, tmp_path: Path, num_workers: int) -> None:
     run = tmp_path / "run"
     flags = (f"--data.num_workers={num_workers}", "--checkpoint.every_steps=3")
     words = command(photos, run, *flags)

@@ -1,4 +1,4 @@
-"""Runs over pictures that are neither square nor of three channels, from the command line to the backbone."""
+"""Runs over images that are neither square nor of three channels, from the command line to the backbone."""
 
 import importlib
 from pathlib import Path
@@ -17,7 +17,7 @@ tifffile = pytest.importorskip("tifffile")
 
 @pytest.fixture
 def bands(tmp_path: Path) -> Path:
-    """Pictures of 12 bands, half of them arrays and half of them TIFF files of 12 pages of 16 bits."""
+    """Images of 12 bands, half of them arrays and half of them TIFF files of 12 pages of 16 bits."""
     folder = tmp_path / "bands"
     folder.mkdir()
     rng = np.random.default_rng(0)

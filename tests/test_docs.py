@@ -24,7 +24,7 @@ SHORT = {
     "attentive": [*_TRAINED, "--evaluation.max_images=8"],
     "finetune": [*_TRAINED, "--evaluation.max_images=8"],
     "linear_probe": ["--probe.epochs=1", "--folds=2", "--shots=[1]", "--draws=1"],
-    "doctor": ["--batch.size=8", "--epochs=1"],  # of a few pictures
+    "doctor": ["--batch.size=8", "--epochs=1"],  # of a few images
     "segmentation": ["--steps=2", "--batch_size=2"],
 }
 
@@ -46,8 +46,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory, photo_folder: Path) -> Path:
         table.to_parquet(str(folder / "cifar10" / f"{name}.parquet"))
     (folder / "my_masks").mkdir()
     for path in (folder / "my_images").rglob("*.png"):
-        with Image.open(path) as picture:
-            mask = (np.asarray(picture).max(axis=-1) == 255).astype(np.uint8)
+        with Image.open(path) as image:
+            mask = (np.asarray(image).max(axis=-1) == 255).astype(np.uint8)
         (folder / "my_masks" / path.parent.name).mkdir(exist_ok=True)
         Image.fromarray(mask).save(folder / "my_masks" / path.parent.name / path.name)
     return folder
@@ -99,7 +99,7 @@ def test_files_named_in_the_docs_exist() -> None:
             assert "NAME" in path or (ROOT / path).exists(), f"{document} names {path}"
 
 
-def test_pictures_of_readme_exist_are_described_and_stay_small() -> None:
+def test_images_of_readme_exist_are_described_and_stay_small() -> None:
     shown = re.findall(r"!\[([^]]*)\]\((docs/images/[\w-]+\.webp)\)", README)
     assert sorted(path for _, path in shown) == sorted(
         str(path.relative_to(ROOT)) for path in (ROOT / "docs" / "images").iterdir()

@@ -22,7 +22,7 @@ def test_a_recorded_run_learns_what_blocks_as_written_learn(
     monkeypatch: pytest.MonkeyPatch,
     objective: str,
 ) -> None:
-    """Bit for bit: micro-batches, stochastic depth, pictures, and an evaluation that clears what was recorded."""
+    """Bit for bit: micro-batches, stochastic depth, figures, and an evaluation that clears what was recorded."""
     flags = ("--batch.per_device=4", "--evaluation.every_steps=2", "--evaluation.pictures_every_steps=1", *EVERY_STEP)
     flags = (*flags, "--encoder.drop_path_rate=0.2")
     start(*flags, steps=4, labels=True, name="plain", objective=objective)

@@ -56,8 +56,8 @@ def test_there_is_a_panel_for_each_axis(tmp_path: Path, name: str) -> None:
     two = Series("data", "rows", "s", [10, 100], [1, 2], [0.2, 2], is_logarithmic=True, more=[])
     result = as_result(config_of("mae"), [one, two])
     draw(result, tmp_path / name)
-    with Image.open(tmp_path / name) as picture:
-        assert picture.width > 1.8 * picture.height
+    with Image.open(tmp_path / name) as figure:
+        assert figure.width > 1.8 * figure.height
     assert len(as_lines(result)) == 2 + 3 + 2
 
 

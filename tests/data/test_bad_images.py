@@ -27,7 +27,7 @@ def transform():
 
 
 def folder_of(folder: Path, num_good: int, bad: tuple[int, ...] = ()) -> Source:
-    """Pictures by number, in two classes in turns, some of them broken."""
+    """Images by number, in two classes in turns, some of them broken."""
     for number in range(num_good + len(bad)):
         path = folder / f"{number:03d}.png"
         noise().save(path)

@@ -106,14 +106,14 @@ def test_the_key_changes_with_all_that_features_follow_from(photo_folder: Path) 
     assert len({first, *(feature_key(**(given | change)) for change in changes)}) == 8
 
 
-def test_pictures_that_change_are_noticed(photo_folder: Path, tmp_path: Path) -> None:
-    picture = tmp_path / "a.png"
-    picture.write_bytes((photo_folder / "disc" / "00.png").read_bytes())
+def test_images_that_change_are_noticed(photo_folder: Path, tmp_path: Path) -> None:
+    image = tmp_path / "a.png"
+    image.write_bytes((photo_folder / "disc" / "00.png").read_bytes())
     source = open_source(DataConfig(source=str(tmp_path)))
     first = fingerprint(source, np.array([0]))
     assert first == fingerprint(source, np.array([0]))
-    status = picture.stat()
-    os.utime(picture, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000))
+    status = image.stat()
+    os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000))
     assert fingerprint(source, np.array([0])) != first
 
 

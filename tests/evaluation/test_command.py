@@ -82,7 +82,7 @@ def test_a_table_is_printed_and_written_and_repeats_itself(
 
 
 @pytest.mark.parametrize("name", ["knn", "retrieval"])
-def test_pictures_are_encoded_once_for_a_backbone(
+def test_images_are_encoded_once_for_a_backbone(
     backbone: Path, photo_folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     given = [backbone, f"--source={photo_folder}", "--baselines=[]"]
@@ -258,7 +258,7 @@ def test_what_cannot_be_used_ends_in_one_line(
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("baselines", ["[]", "[pixels]"])
-def test_pictures_of_other_channels_than_the_backbones_are_refused(
+def test_images_of_other_channels_than_the_backbones_are_refused(
     photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], num_workers: int, baselines: str
 ) -> None:
     encoder = ViTConfig(image_size=32, in_chans=5, **TINY).build()
@@ -280,7 +280,7 @@ def test_a_folder_without_a_backbone_is_refused(tmp_path: Path, capsys: pytest.C
 def test_two_processes_share_the_encoding_and_find_what_one_finds(
     backbone: Path, photo_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """37 pictures, which neither the batch nor the processes divide."""
+    """37 images, which neither the batch nor the processes divide."""
     flags = [f"--source={photo_folder}", "--max_images=37", "--batch_size=5", "--precision=no", "--cache=false"]
     assert run("knn", backbone, *flags) == 0
     text, one = capsys.readouterr().out, json.loads((backbone / "knn.json").read_text())

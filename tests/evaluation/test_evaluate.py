@@ -24,10 +24,10 @@ class Stripes(Source):
     """A source of dark noise with a bright stripe whose height tells the class."""
 
     def image(self, index: int, num_channels: int) -> Tensor:
-        picture = np.random.default_rng(index).integers(0, 50, (num_channels, 32, 32), dtype=np.uint8)
+        image = np.random.default_rng(index).integers(0, 50, (num_channels, 32, 32), dtype=np.uint8)
         top = 4 + 8 * self.labels[index]
-        picture[:, top : top + 8] += 200
-        return torch.from_numpy(picture)
+        image[:, top : top + 8] += 200
+        return torch.from_numpy(image)
 
 
 def source(labels, *, groups=None, names=("a", "b", "c"), name="stripes") -> Stripes:
@@ -63,7 +63,7 @@ def test_config_refuses_nonsense(field, value):
         EvaluationConfig(**{field: value})
 
 
-def test_every_picture_is_predicted_once_while_held_out(monkeypatch):
+def test_every_image_is_predicted_once_while_held_out(monkeypatch):
     """Each feature is the number of its row, so that the probe can tell which rows it was given."""
     labels = np.random.default_rng(0).integers(0, 3, 61)
     predicted = []
@@ -109,7 +109,7 @@ def test_train_and_test_set():
             assert (score.accuracy, score.n) == (accuracy, 33)
 
 
-def test_a_class_with_fewer_pictures_than_folds_still_works():
+def test_a_class_with_fewer_images_than_folds_still_works():
     labels = np.array([0] * 20 + [1] * 20 + [2])
     scores = evaluate_features(clusters(labels), labels)
     for score in scores.values():

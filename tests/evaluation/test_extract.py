@@ -40,7 +40,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def parquet(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pictures as bytes, with names and numbers."""
+    """The images as bytes, with names and numbers."""
     source = open_source(DataConfig(source=str(photo_folder)))
     rows = {
         "image": [{"bytes": Path(row["path"]).read_bytes(), "path": None} for row in source.rows["image"]],
@@ -135,11 +135,11 @@ def test_ids_are_carried_along(
 
 @pytest.fixture
 def numbered(tmp_path: Path) -> Path:
-    """Three pictures with columns of numbers, and with names of columns that parquet output has itself."""
+    """Three images with columns of numbers, and with names of columns that parquet output has itself."""
     Image.new("RGB", (32, 32)).save(tmp_path / "picture.png")
-    picture = {"bytes": (tmp_path / "picture.png").read_bytes(), "path": None}
+    image = {"bytes": (tmp_path / "picture.png").read_bytes(), "path": None}
     columns = {
-        "image": pa.array([picture] * 3, pa.struct({"bytes": pa.binary(), "path": pa.string()})),
+        "image": pa.array([image] * 3, pa.struct({"bytes": pa.binary(), "path": pa.string()})),
         "large": pa.array([2**53 + 1, -(2**63), 2**63 - 1], pa.int64()),
         "gap": pa.array([2**53 + 1, None, 3], pa.int64()),
         "unsigned": pa.array([0, 1, 2**63], pa.uint64()),

@@ -21,19 +21,19 @@ from tests.specs import GREY, grey
 
 
 @dataclass(frozen=True)
-class Pictures(Source):
-    """A source whose pictures are tensors that need no decoding."""
+class Images(Source):
+    """A source whose images are tensors that need no decoding."""
 
-    pictures: tuple[Tensor, ...] = ()
+    images: tuple[Tensor, ...] = ()
 
     def image(self, index: int, num_channels: int) -> Tensor:
-        assert num_channels == self.pictures[index].shape[0]
-        return self.pictures[index]
+        assert num_channels == self.images[index].shape[0]
+        return self.images[index]
 
 
-def source_of(*pictures: Tensor) -> Pictures:
-    rows = datasets.Dataset.from_dict({"image": [""] * len(pictures)})
-    return Pictures("pictures", rows, "image", pictures=pictures)
+def source_of(*images: Tensor) -> Images:
+    rows = datasets.Dataset.from_dict({"image": [""] * len(images)})
+    return Images("pictures", rows, "image", images=images)
 
 
 class Averager(Encoder):
@@ -80,9 +80,9 @@ def test_features_follow_the_indices_and_are_normalised():
 
 
 def test_cls_and_mean_are_what_they_say():
-    picture = torch.zeros(3, 8, 16, dtype=torch.uint8)
-    picture[:, :4, :8] = 255  # one quarter of four
-    features = extract_features(Averager(), source_of(picture), np.array([0]), **settings())
+    image = torch.zeros(3, 8, 16, dtype=torch.uint8)
+    image[:, :4, :8] = 255  # one quarter of four
+    features = extract_features(Averager(), source_of(image), np.array([0]), **settings())
     torch.testing.assert_close(features["cls"], torch.ones(1, 1, 3))
     torch.testing.assert_close(features["mean"], torch.full((1, 3), 0.25))
 
@@ -128,7 +128,7 @@ def test_no_rows_are_refused():
         extract_features(Averager(), source_of(plain(9, 9, 9)), np.array([], dtype=np.int64), **settings())
 
 
-def test_pixel_features_are_the_shrunken_picture():
+def test_pixel_features_are_the_shrunken_image():
     ramp = torch.arange(16, dtype=torch.uint8).mul(16).expand(3, 16, 16)
     features = pixel_features(source_of(plain(255, 0, 51), ramp), np.array([1, 0]), 3, size=16)["mean"]
     assert features.shape == (2, 3 * 16 * 16)
@@ -151,7 +151,7 @@ def test_class_tokens_of_the_last_blocks_and_patches(tiny_encoder):
     transform = EvalTransform((32, 32), GREY, crop_pct=1.0)
     given = settings(transform=transform, num_layers=2)
     features = extract_features(tiny_encoder, source, np.arange(3), **given)
-    images = torch.stack(source.pictures).float() / 255 * 2 - 1
+    images = torch.stack(source.images).float() / 255 * 2 - 1
     layers = tiny_encoder.eval().last_layers(images, 2)
     torch.testing.assert_close(features["cls"], torch.stack([layer.cls for layer in layers], dim=1))
     torch.testing.assert_close(features["mean"], tiny_encoder(images).patches.mean(dim=1))
@@ -162,20 +162,20 @@ def test_class_tokens_of_the_last_blocks_and_patches(tiny_encoder):
 
 def test_views_are_random_crops_that_follow_from_view_and_row():
     source = source_of(*(torch.randint(0, 256, (3, 30, 40), dtype=torch.uint8) for _ in range(2)))
-    pictures = [source.image(row, 3) for row in (0, 1)]
-    views = {view: [EvalTransform((8, 16), RAW, view=view)(pictures[row], row) for row in (0, 1)] for view in (0, 1)}
+    images = [source.image(row, 3) for row in (0, 1)]
+    views = {view: [EvalTransform((8, 16), RAW, view=view)(images[row], row) for row in (0, 1)] for view in (0, 1)}
     again = EvalTransform((8, 16), RAW, view=0)
-    assert torch.equal(views[0][1], again(pictures[1], 1))
+    assert torch.equal(views[0][1], again(images[1], 1))
     assert views[0][0].shape == (3, 8, 16)
     assert not torch.equal(views[0][0], views[1][0])
-    assert not torch.equal(again(pictures[0], 0), again(pictures[0], 1))  # the row decides, not the picture alone
+    assert not torch.equal(again(images[0], 0), again(images[0], 1))  # the row decides, not the image alone
 
 
 def test_another_size_and_padding_reach_the_encoder(tiny_encoder):
-    picture = torch.randint(0, 256, (3, 40, 44), dtype=torch.uint8)
+    image = torch.randint(0, 256, (3, 40, 44), dtype=torch.uint8)
     size, padding = fit_size((40, 44), tiny_encoder.patch_size, "pad")
     transform = EvalTransform(size, GREY, 1.0, padding)
-    found = extract_features(tiny_encoder, source_of(picture), np.array([0]), **settings(transform=transform))
+    found = extract_features(tiny_encoder, source_of(image), np.array([0]), **settings(transform=transform))
     images = torch.zeros(1, 3, 40, 48)
-    images[..., :44] = picture.float() / 255 * 2 - 1
+    images[..., :44] = image.float() / 255 * 2 - 1
     torch.testing.assert_close(found["mean"], tiny_encoder.eval()(images).patches.mean(dim=1))

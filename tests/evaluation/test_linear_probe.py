@@ -87,8 +87,8 @@ def test_the_same_call_gives_the_same_result_and_every_step_is_reported() -> Non
 
 
 @pytest.mark.parametrize("n", range(3, 41))
-def test_a_batch_norm_learns_from_any_number_of_pictures(n: int) -> None:
-    """No batch may be of one picture, whatever remains of so few when some are held out."""
+def test_a_batch_norm_learns_from_any_number_of_images(n: int) -> None:
+    """No batch may be of one image, whatever remains of so few when some are held out."""
     train, labels = toy(n)
     steps = []
     config = replace(QUICK, epochs=2, batch_norm=True, base_lrs=(0.1, 1.0))
@@ -98,7 +98,7 @@ def test_a_batch_norm_learns_from_any_number_of_pictures(n: int) -> None:
         assert len(steps) == num_steps(n, config)
 
 
-def test_a_batch_norm_refuses_a_single_picture() -> None:
+def test_a_batch_norm_refuses_a_single_image() -> None:
     train, labels = toy(1)
     with pytest.raises(ValueError, match="batch_norm=True: needs at least 2 training images"):
         linear_probe([train], labels, train, replace(QUICK, batch_norm=True), num_classes=4)
@@ -116,7 +116,7 @@ def test_views_are_taken_in_turns_and_heads_compared_on_the_centre_crop() -> Non
     assert only_first.held_out["mean", 1.0] >= 0.9
 
 
-def test_a_class_of_one_picture_can_be_there() -> None:
+def test_a_class_of_one_image_can_be_there() -> None:
     train, labels = toy(41)
     labels[-1] = 4
     assert len(linear_probe([train], labels, train, QUICK, num_classes=5).predictions) == 41

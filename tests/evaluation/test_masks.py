@@ -24,7 +24,7 @@ def png(pixels: np.ndarray, mode: str | None = None) -> bytes:
 
 @pytest.fixture
 def folders(tmp_path: Path) -> tuple[Path, Path]:
-    """Three pictures, and masks whose classes are the halves of the picture; 255 belongs to none."""
+    """Three images, and masks whose classes are the halves of the image; 255 belongs to none."""
     for kind in ("images", "masks"):
         (tmp_path / kind / "sub").mkdir(parents=True)
     for number in range(3):
@@ -146,7 +146,7 @@ def test_a_mask_that_does_not_fit_is_named(folders: tuple[Path, Path]) -> None:
         open_folders(folders).mask(0)
 
 
-def test_crops_and_flips_keep_picture_and_mask_together() -> None:
+def test_crops_and_flips_keep_image_and_mask_together() -> None:
     mask = torch.zeros(60, 90, dtype=torch.int64)
     mask[10:40, 20:50] = 1
     image = (mask * 255).to(torch.uint8).expand(3, 60, 90)

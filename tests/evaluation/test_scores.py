@@ -51,7 +51,7 @@ def test_the_spread_of_seeds_widens_a_paired_interval():
     assert paired_interval(a, seeds[1], seeds[1])[1:] == pytest.approx(paired_interval(a, seeds[1])[1:])
 
 
-def test_paired_interval_needs_the_same_pictures():
+def test_paired_interval_needs_the_same_images():
     with pytest.raises(ValueError, match="5 images with 4"):
         paired_interval(np.ones(5, bool), np.ones(4, bool))
 

@@ -39,7 +39,7 @@ def backbone(tiny_encoder: ViT, tmp_path: Path) -> Path:
 
 
 def write(file: Path, num: int, *, shuffled: bool = False, classes: int = 2) -> Path:
-    """Pictures of blocks of 8 pixels, whose colour is the class; the first row of pixels belongs to none."""
+    """Images of blocks of 8 pixels, whose colour is the class; the first row of pixels belongs to none."""
     rng = np.random.default_rng(0)
     images, masks = [], []
     for _ in range(num):
@@ -108,7 +108,7 @@ def test_the_loss_is_that_of_known_pixels_and_sums_in_a_fixed_order_on_cuda() ->
     assert not [name for name in names if "NllLoss2D" in name or "Upsample" in name]
 
 
-def test_the_interval_holds_the_value_and_narrows_with_more_pictures() -> None:
+def test_the_interval_holds_the_value_and_narrows_with_more_images() -> None:
     generator = torch.Generator().manual_seed(0)
     recognised, missed, wrong = torch.randint(0, 20, (3, 200, 3), generator=generator)
     recognised += 20
@@ -153,7 +153,7 @@ def test_without_a_test_source_a_fifth_is_held_out_and_the_result_repeats_itself
     assert capsys.readouterr().out == text
 
 
-def test_folders_of_pictures_and_masks_of_any_size(backbone: Path, tmp_path: Path) -> None:
+def test_folders_of_images_and_masks_of_any_size(backbone: Path, tmp_path: Path) -> None:
     for kind in ("images", "masks"):
         (tmp_path / kind).mkdir()
     for number in range(10):

@@ -30,7 +30,7 @@ def test_classes_of_the_test_set_are_matched_by_name():
     for labels, names, expected in (
         ([0, 1, 1, -1], ("b", "c"), [1, 2, 2]),  # lacks the first class
         ([0, 1, 2], ("c", "a", "b"), [2, 0, 1]),  # another order
-        ([0, 3], ("a", "d", "e", "b"), [0, 1]),  # names without pictures
+        ([0, 3], ("a", "d", "e", "b"), [0, 1]),  # names without images
     ):
         split = split_sources(train, source(labels, names=names), max_images=None)
         assert split.test_labels is not None
@@ -38,7 +38,7 @@ def test_classes_of_the_test_set_are_matched_by_name():
         assert split.class_names == ("a", "b", "c")
 
 
-def test_one_picture_of_each_class_is_enough_to_learn_from_where_there_is_a_test_set():
+def test_one_image_of_each_class_is_enough_to_learn_from_where_there_is_a_test_set():
     split = split_sources(source([0, 1, 2]), source([2, 2]), max_images=None)
     assert split.test_labels is not None
     assert split.test_labels.tolist() == [2, 2]

@@ -140,7 +140,7 @@ def test_a_library_that_is_not_installed_is_named(tmp_path: Path) -> None:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Three smooth pictures, larger than the encoders' size."""
+    """Three smooth images, larger than the encoders' size."""
     folder = tmp_path / "photos"
     folder.mkdir()
     rng = np.random.default_rng(0)

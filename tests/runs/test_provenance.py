@@ -41,7 +41,7 @@ def test_each_start_is_noted_and_what_changed_is_told(
     assert first["command"][0]
 
 
-def test_other_pictures_are_told_of(tmp_path: Path, photo_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_images_are_told_of(tmp_path: Path, photo_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos = tmp_path / "photos"
     shutil.copytree(photo_folder, photos)
     before = fingerprint(open_source(DataConfig(source=str(photo_folder))))

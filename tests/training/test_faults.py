@@ -132,7 +132,7 @@ def test_too_many_in_a_row_stop_the_run_and_name_their_samples(
         assert [sample["row"] for sample in entry["samples"]] == [key.index for key in keys]
         assert [sample["position"] for sample in entry["samples"]] == [key.position for key in keys]
     assert list_checkpoints(run)[-1].name == "step-00000004"
-    assert start(*flags, steps=9) == 0  # the pictures are good now
+    assert start(*flags, steps=9) == 0  # the images are good now
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert records[-1]["skipped_steps"] == 2  # steps 1 and 3; those after the checkpoint were done again
     assert all(value.isfinite().all() for value in last_weights(run).values())

@@ -297,7 +297,7 @@ def test_wrong_settings_end_in_one_line_and_code_2(
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_broken_picture_ends_a_run_in_one_line_and_code_1(
+def test_a_broken_image_ends_a_run_in_one_line_and_code_1(
     photo_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

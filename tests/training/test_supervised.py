@@ -91,7 +91,7 @@ def test_fine_tuning_ends_with_a_classifier_that_timm_loads(
     assert "This run is finished" in capsys.readouterr().out
 
 
-def test_an_attentive_probe_picks_its_head_on_pictures_that_are_not_tested(
+def test_an_attentive_probe_picks_its_head_on_images_that_are_not_tested(
     backbone: Path,
     photo_folder: Path,
     tmp_path: Path,
@@ -236,7 +236,7 @@ def test_a_test_source_may_lack_classes(backbone: Path, photo_folder: Path, tmp_
 
 
 @pytest.mark.parametrize(("before", "after"), [(True, False), (False, True)])
-def test_a_run_does_not_go_on_with_other_test_pictures(
+def test_a_run_does_not_go_on_with_other_test_images(
     backbone: Path,
     photo_folder: Path,
     tmp_path: Path,

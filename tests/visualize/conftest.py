@@ -1,4 +1,4 @@
-"""Two tiny runs whose pictures were drawn in training."""
+"""Two tiny runs whose figures were drawn in training."""
 
 import sys
 from pathlib import Path

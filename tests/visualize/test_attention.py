@@ -38,7 +38,7 @@ def test_kept_patches_are_the_fewest_that_hold_the_mass() -> None:
 
 @pytest.mark.parametrize("mass", [None, 0.6])
 @pytest.mark.parametrize("channels", [1, 3, 5])
-def test_a_picture_shows_image_mean_and_heads(tmp_path: Path, channels: int, mass: float | None) -> None:
+def test_a_figure_shows_image_mean_and_heads(tmp_path: Path, channels: int, mass: float | None) -> None:
     images, attention = torch.zeros(2, channels, 16, 24), torch.rand(2, 3, 2, 3)
     path = tmp_path / "new" / "attention.png"
     draw_attention(images, attention, normalization=grey(channels, std=0.25), path=path, mass=mass)

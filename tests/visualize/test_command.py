@@ -38,9 +38,9 @@ def test_all_that_an_mae_can_show(mae_run: Path, tmp_path: Path, capsys: pytest.
         "positions.png",
     ]
     for file in files:
-        with Image.open(tmp_path / file) as picture:
-            assert picture.format == "PNG"
-            assert len(np.unique(np.asarray(picture.convert("L")))) > 20
+        with Image.open(tmp_path / file) as figure:
+            assert figure.format == "PNG"
+            assert len(np.unique(np.asarray(figure.convert("L")))) > 20
 
 
 def test_all_that_dino_can_show_as_webp(dino_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,8 +52,8 @@ def test_all_that_dino_can_show_as_webp(dino_run: Path, tmp_path: Path, capsys: 
     )  # fmt: skip
     names = ["attention", "attention_60", "patch_attention_0", "patch_attention_15", "pca", "neighbours"]
     assert files == [f"{name}.webp" for name in names]
-    with Image.open(tmp_path / "neighbours.webp") as picture:
-        assert picture.format == "WEBP"
+    with Image.open(tmp_path / "neighbours.webp") as figure:
+        assert figure.format == "WEBP"
 
 
 def test_files_and_an_exported_backbone(
@@ -77,15 +77,15 @@ def test_a_mask_given_by_hand_hides_these_patches(
 ) -> None:
     hide = ["--open_source", "true", "--what", "reconstructions", "--num_images", 1, "--out", tmp_path, "--hide"]
     assert draw(capsys, mae_run, *hide, "0-7") == ["reconstructions_hidden.png"]
-    with Image.open(tmp_path / "reconstructions_hidden.png") as picture:
-        grey = (np.asarray(picture.convert("RGB")) == 217).all(axis=-1)
+    with Image.open(tmp_path / "reconstructions_hidden.png") as figure:
+        grey = (np.asarray(figure.convert("RGB")) == 217).all(axis=-1)
     top, bottom = np.flatnonzero(grey.sum(axis=1) > 100)[[0, -1]]
     cell = (bottom - top + 1) * 2
-    assert grey.sum() == pytest.approx(cell * cell / 2, rel=0.02)  # half of a square picture
+    assert grey.sum() == pytest.approx(cell * cell / 2, rel=0.02)  # half of a square image
     assert "--hide 16: there are 16 patches" in refused(capsys, mae_run, *hide, "16")
 
 
-def test_the_same_seed_shows_the_same_pictures(mae_run: Path, photo_folder: Path) -> None:
+def test_the_same_seed_shows_the_same_figures(mae_run: Path, photo_folder: Path) -> None:
     trained = open_trained(mae_run)
     first, again, other = (open_shown_images(trained, [], number=4, seed=seed, asked=True) for seed in (1, 1, 2))
     assert first.rows == again.rows != other.rows
@@ -104,7 +104,7 @@ def test_neighbours_are_ordered_and_no_variant_of_the_query() -> None:
         nearest(gallery[:1], gallery, 4, query_groups=groups[:1], gallery_groups=groups)
 
 
-def test_pictures_are_drawn_in_training_at_their_steps(mae_run: Path, dino_run: Path) -> None:
+def test_figures_are_drawn_in_training_at_their_steps(mae_run: Path, dino_run: Path) -> None:
     for run in (mae_run, dino_run):
         assert [frame.step for frame in list_frames(run)] == [0, 2, 4, 6]
     first, last = (np.asarray(Image.open(list_frames(mae_run)[place].path)) for place in (0, -1))
@@ -125,7 +125,7 @@ def test_a_film_shows_them_in_their_order(mae_run: Path, tmp_path: Path, capsys:
     assert "name a .gif" in refused(capsys, "film", mae_run, "--out", tmp_path / "film.mp4")
 
 
-def test_a_tracker_is_given_the_numbers_and_the_pictures_of_the_run(mae_run: Path) -> None:
+def test_a_tracker_is_given_the_numbers_and_the_figures_of_the_run(mae_run: Path) -> None:
     lines = map(json.loads, (mae_run / "metrics.jsonl").read_text().splitlines())
     records = {line["step"]: line for line in lines if "loss" in line}
     read = EventAccumulator(str(mae_run / "tensorboard"))

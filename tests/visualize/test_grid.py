@@ -8,10 +8,10 @@ from ssl_vit.visualize.grid import draw_grid, enlarge
 
 
 def shades(path: Path, number: int) -> dict[int, tuple[int, int]]:
-    """Where the middle of each image lies in the picture, as (row, column), by the number of its shade."""
-    with Image.open(path) as picture:
-        red = np.asarray(picture.convert("RGB"))[..., 0]
-        blue = np.asarray(picture.convert("RGB"))[..., 2]
+    """Where the middle of each image lies in the figure, as (row, column), by the number of its shade."""
+    with Image.open(path) as figure:
+        red = np.asarray(figure.convert("RGB"))[..., 0]
+        blue = np.asarray(figure.convert("RGB"))[..., 2]
     found = {}
     for shade in range(1, number + 1):
         rows, columns = ((red == 20 * shade) & (blue == 0)).nonzero()
@@ -32,9 +32,9 @@ def test_images_share_a_row_where_there_are_few_columns(tmp_path: Path) -> None:
     # Two rows of three, read from left to right; the sixth place is white.
     assert places[1][0] == places[2][0] == places[3][0] < places[4][0] == places[5][0]
     assert places[1][1] == places[4][1] < places[2][1] == places[5][1] < places[3][1]
-    with Image.open(tmp_path / "five.png") as picture:
-        assert picture.width > 1100
-        assert picture.convert("RGB").getpixel((places[3][1], places[4][0])) == (255, 255, 255)
+    with Image.open(tmp_path / "five.png") as figure:
+        assert figure.width > 1100
+        assert figure.convert("RGB").getpixel((places[3][1], places[4][0])) == (255, 255, 255)
 
 
 def test_each_image_has_its_row_where_there_are_many_columns(tmp_path: Path) -> None:
@@ -47,12 +47,12 @@ def test_lines_below_a_panel_get_their_room(tmp_path: Path) -> None:
     heights = []
     for text in ("one", "one\ntwo"):
         draw_grid(panels(2, 1), ["a"], tmp_path / "cells.png", cells=[[text]] * 2)
-        with Image.open(tmp_path / "cells.png") as picture:
-            heights.append(picture.height)
+        with Image.open(tmp_path / "cells.png") as figure:
+            heights.append(figure.height)
     assert heights[1] > heights[0] + 2 * 10
 
 
-def test_a_small_picture_is_enlarged_without_change() -> None:
+def test_a_small_figure_is_enlarged_without_change() -> None:
     small = torch.rand(1, 2, 6, 9, 3)
     large = enlarge(small)
     factor = large.shape[3] // 9

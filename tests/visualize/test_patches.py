@@ -71,16 +71,16 @@ def test_positions_are_compared_without_those_of_prefix_tokens(tiny_encoder: ViT
 def test_what_is_no_foreground_is_black_and_nothing_else_is(tmp_path: Path) -> None:
     images = torch.full((1, 3, 48, 48), 0.9)
     draw_pca(images, object_on_ground(1), (6, 6), path=tmp_path / "pca.png", foreground=True, normalization=GREY)
-    with Image.open(tmp_path / "pca.png") as picture:
-        pixels = np.asarray(picture.convert("RGB"))
+    with Image.open(tmp_path / "pca.png") as figure:
+        pixels = np.asarray(figure.convert("RGB"))
     panel = pixels[:, -pixels.shape[1] // 3 + 20 :].reshape(-1, 3)
     black = (panel == 0).all(axis=-1)
-    cells = black | ((panel.min(axis=-1) >= 50) & (panel.min(axis=-1) < 250))  # of the picture, not of its letters
+    cells = black | ((panel.min(axis=-1) >= 50) & (panel.min(axis=-1) < 250))  # of the figure, not of its letters
     assert black.sum() == pytest.approx(32 / 36 * cells.sum(), rel=0.05)
 
 
 def test_of_many_positions_some_are_drawn(tmp_path: Path) -> None:
     encoder = ViTConfig(arch="vit_tiny_patch16_224", image_size=320, depth=1).build()
     draw_positions(encoder, tmp_path / "positions.png")
-    with Image.open(tmp_path / "positions.png") as picture:
-        assert 1100 < picture.width < 1600
+    with Image.open(tmp_path / "positions.png") as figure:
+        assert 1100 < figure.width < 1600

@@ -38,7 +38,7 @@ def embedded(page: Path) -> dict[str, Any]:
     return json.loads(found.group(1))
 
 
-def test_it_holds_curves_pictures_scores_and_settings_of_both_runs(page: Path) -> None:
+def test_it_holds_curves_images_scores_and_settings_of_both_runs(page: Path) -> None:
     text, data = page.read_text(), embedded(page)
     assert page.stat().st_size < MOST_BYTES
     assert [run["name"] for run in data["runs"]] == ["mae", "dino"]
@@ -80,8 +80,8 @@ def test_text_of_others_is_escaped(mae_run: Path, tmp_path: Path) -> None:
 
 def test_the_panel_holds_the_attention_and_the_similarity_of_the_model(mae_run: Path) -> None:
     trained = open_trained(mae_run)
-    pictures = open_shown_images(trained, [], number=2, seed=0, asked=True)
-    data = panel_data(trained, pictures)
+    shown = open_shown_images(trained, [], number=2, seed=0, asked=True)
+    data = panel_data(trained, shown)
     assert (data["grid"], data["layers"], data["heads"], data["has_cls"]) == ([4, 4], [0, 1], 2, True)
 
     def unpack(text: str, *shape: int) -> torch.Tensor:
@@ -90,12 +90,12 @@ def test_the_panel_holds_the_attention_and_the_similarity_of_the_model(mae_run: 
     for place in range(2):
         maps = unpack(data["images"][place]["attention"], 2, 2, 17, 16)
         for layer, patch in ((0, None), (1, 5)):
-            direct = attention_maps(trained.encoder, pictures.images, layer=layer, patch=patch)[place].flatten(1)
+            direct = attention_maps(trained.encoder, shown.images, layer=layer, patch=patch)[place].flatten(1)
             found = maps[layer, :, 0 if patch is None else patch + 1]
             torch.testing.assert_close(found, direct / direct.max(), rtol=0, atol=0.003)
         similarity = unpack(data["images"][place]["similarity"], 16, 16)
         with torch.inference_mode():
-            tokens = trained.encoder(pictures.images).patches
+            tokens = trained.encoder(shown.images).patches
         direct = patch_similarity(tokens, 3)[place].clamp_min(0)
         torch.testing.assert_close(similarity[3], direct, rtol=0, atol=0.003)
         assert {"masked", "tokens", "decoded", "pasted"} <= set(data["images"][place])
@@ -114,13 +114,13 @@ def test_what_does_not_fit_into_the_panel_is_left_out_evenly() -> None:
 
 def test_the_panel_keeps_to_its_size(mae_run: Path) -> None:
     trained = open_trained(mae_run)
-    pictures = open_shown_images(trained, [], number=2, seed=0, asked=True)
-    whole = panel_data(trained, pictures)
+    shown = open_shown_images(trained, [], number=2, seed=0, asked=True)
+    whole = panel_data(trained, shown)
     assert whole["layers"] == [0, 1]
     found = []
     for most in range(len(json.dumps(whole)), 0, -500):
         try:
-            data = panel_data(trained, pictures, most_bytes=most)
+            data = panel_data(trained, shown, most_bytes=most)
         except ValueError as error:
             assert str(error).endswith("MB are left for it in the page")  # noqa: PT017
             break
@@ -147,7 +147,7 @@ def test_panels_that_do_not_fit_are_left_out_and_the_page_says_so(
     assert text.count("MB are left for it in the page") == 2
     assert "Nothing to look inside of mae" in text
     assert 'id="panel-run"' not in text
-    # With room for fewer pictures than were asked for, there are fewer.
+    # With room for fewer figures than were asked for, there are fewer.
     monkeypatch.setattr(report, "MOST_BYTES", size + report._FRAME_BYTES + 40_000)
     assert write_report([mae_run, dino_run], out, asked=True) == []
     assert out.stat().st_size < report.MOST_BYTES
@@ -222,7 +222,7 @@ def test_it_works_in_a_browser(browser_page: tuple[Any, list[str]]) -> None:
     page.keyboard.press("Home")
     assert chart.locator("output").inner_text().startswith("images 8 ·")
 
-    # The slider goes through the pictures.
+    # The slider goes through the figures.
     film = page.locator(".film").first
     last = film.locator("img").get_attribute("src")
     slider = film.locator("input")

@@ -44,7 +44,7 @@ def test_a_png_cut_or_changed_anywhere_is_refused(mode: str):
             decode(data[:place] + bytes([data[place] ^ 255]) + data[place + 1 :], 3)
 
 
-def test_what_follows_a_picture_does_no_harm():
+def test_what_follows_an_image_does_no_harm():
     for file_format in ("JPEG", "PNG"):
         data = encoded(noise(), file_format)
         assert torch.equal(decode(data + bytes(100), 3), decode(data, 3))

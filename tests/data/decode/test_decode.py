@@ -94,7 +94,7 @@ def test_every_kind_of_file_decodes_to_what_pillow_gives(name: str, num_channels
     assert (pixels.int() - expected.int()).abs().max() <= tolerance
 
 
-def test_exif_orientation_turns_the_picture():
+def test_exif_orientation_turns_the_image():
     exif = Image.Exif()
     exif[0x112] = 6
     assert decode(_encoded(_rgb(24, 32), "JPEG", exif=exif), 3).shape == (3, 32, 24)
@@ -155,7 +155,7 @@ def test_truncated_file_is_refused(file_format: str):
         decode(data[: len(data) // 2], 3)
 
 
-def test_what_is_no_picture_is_refused():
+def test_what_is_no_image_is_refused():
     with pytest.raises(ValueError, match="the file is empty"):
         decode(b"", 3)
     with pytest.raises(ValueError, match="not an image file"):

@@ -26,7 +26,7 @@ def _png(value: int) -> bytes:
 
 
 def _write(*paths: Path) -> None:
-    """Pictures whose red value is their position in the list."""
+    """Images whose red value is their position in the list."""
     for value, path in enumerate(paths):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(_png(value))
@@ -37,7 +37,7 @@ def _open(source: str | Path, **settings: object) -> sources.Source:
 
 
 def _table(values: range = range(4), **columns: object) -> datasets.Dataset:
-    """Pictures of these red values with further columns."""
+    """Images of these red values with further columns."""
     images = [{"bytes": _png(value), "path": None} for value in values]
     return datasets.Dataset.from_dict({"image": images, **columns}).cast_column("image", datasets.Image())
 

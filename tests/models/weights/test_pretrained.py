@@ -217,7 +217,7 @@ def test_three_channels_become_others(tmp_path: Path, in_chans: int) -> None:
     repeated = weight[:, [channel % 3 for channel in range(in_chans)]] * 3 / in_chans
     expected = weight.sum(1, keepdim=True) if in_chans == 1 else repeated
     torch.testing.assert_close(encoder.vit.patch_embed.proj.weight, expected)
-    if in_chans % 3 == 0 or in_chans == 1:  # a grey picture looks as it did
+    if in_chans % 3 == 0 or in_chans == 1:  # a grey image looks as it did
         grey = torch.randn(2, 1, 64, 64)
         found = encoder.eval()(grey.expand(-1, in_chans, -1, -1))
         torch.testing.assert_close(found.cls, original(grey.expand(-1, 3, -1, -1)).cls, rtol=0, atol=1e-4)

@@ -100,7 +100,7 @@ def test_each_size_and_mode_is_recorded_once(made: list[FakeRecording], blocks: 
             with torch.no_grad():
                 run_blocks(blocks, small, False)
     assert [recording.replays for recording in made] == [3, 3, 3]
-    run_blocks(blocks, small, False)  # outside, as pictures and evaluations run them
+    run_blocks(blocks, small, False)  # outside, as figures and evaluations run them
     assert [recording.replays for recording in made] == [3, 3, 3]
 
 

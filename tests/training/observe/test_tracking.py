@@ -29,29 +29,29 @@ def _no_settings_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
+def figure(tmp_path: Path) -> Path:
     path = tmp_path / "step-00000002.webp"
     Image.fromarray(np.full((8, 12, 3), 200, dtype=np.uint8)).save(path, lossless=True)
     return path
 
 
-def track(name: Any, folder: Path, picture: Path, start_step: int = 0) -> None:
+def track(name: Any, folder: Path, figure: Path, start_step: int = 0) -> None:
     folder.mkdir(exist_ok=True)
     tracker = start_tracker(name, folder, SETTINGS, start_step, is_writer=True)
     assert isinstance(tracker, Tracker)
     for record in RECORDS:
         tracker.log({**record, "step": record["step"] + start_step})
-    tracker.picture(picture, 2 + start_step)
+    tracker.picture(figure, 2 + start_step)
     tracker.finish()
 
 
-def test_tensorboard_reads_the_same_numbers_and_pictures(tmp_path: Path, picture: Path) -> None:
+def test_tensorboard_reads_the_same_numbers_and_figures(tmp_path: Path, figure: Path) -> None:
     pytest.importorskip("tensorboard", reason='pip install "ssl-vit[tensorboard]"')
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = tmp_path / "run"
-    track("tensorboard", run, picture)
-    track("tensorboard", run, picture, start_step=1)  # killed after step 1 was saved: step 2 is done again
+    track("tensorboard", run, figure)
+    track("tensorboard", run, figure, start_step=1)  # killed after step 1 was saved: step 2 is done again
     read = EventAccumulator(str(run / "tensorboard"))
     read.Reload()
     assert [(event.step, event.value) for event in read.Scalars("loss")] == [(1, 2.0), (2, 2.0), (3, 1.5)]
@@ -61,36 +61,36 @@ def test_tensorboard_reads_the_same_numbers_and_pictures(tmp_path: Path, picture
 
 
 @pytest.mark.filterwarnings("ignore")  # those of the package itself
-def test_mlflow_keeps_numbers_settings_and_pictures_in_the_folder(tmp_path: Path, picture: Path) -> None:
+def test_mlflow_keeps_numbers_settings_and_figures_in_the_folder(tmp_path: Path, figure: Path) -> None:
     mlflow = pytest.importorskip("mlflow", reason='pip install "ssl-vit[mlflow]"')
     run = tmp_path / "run"
-    track("mlflow", run, picture)
-    track("mlflow", run, picture, start_step=1)
+    track("mlflow", run, figure)
+    track("mlflow", run, figure, start_step=1)
     client = mlflow.MlflowClient(f"sqlite:///{run.resolve() / 'mlflow' / 'mlflow.db'}")
     (experiment,) = client.search_experiments(filter_string="name = 'ssl_vit'")
     (found,) = client.search_runs([experiment.experiment_id])  # the one that was begun goes on
     assert found.data.params["optim.base_lr"] == "0.1"
     assert found.data.metrics["loss"] == 1.5
-    assert [file.path for file in client.list_artifacts(found.info.run_id, "pictures")] == [f"pictures/{picture.name}"]
+    assert [file.path for file in client.list_artifacts(found.info.run_id, "pictures")] == [f"pictures/{figure.name}"]
     mlflow.set_tracking_uri(None)
 
 
 @pytest.mark.filterwarnings("ignore")  # those of the package itself
-def test_wandb_is_offline_and_writes_into_the_folder(tmp_path: Path, picture: Path) -> None:
+def test_wandb_is_offline_and_writes_into_the_folder(tmp_path: Path, figure: Path) -> None:
     pytest.importorskip("wandb", reason='pip install "ssl-vit[wandb]"')
     run = tmp_path / "run"
-    track("wandb", run, picture)
+    track("wandb", run, figure)
     (offline,) = (run / "wandb").glob("offline-run-*")
     assert list(offline.glob("*.wandb"))
     assert len(list((offline / "files" / "media" / "images").rglob("*.png"))) == 1
 
 
 @pytest.mark.filterwarnings("ignore")  # those of the package itself
-def test_trackio_keeps_its_numbers_in_the_folder(tmp_path: Path, picture: Path) -> None:
+def test_trackio_keeps_its_numbers_in_the_folder(tmp_path: Path, figure: Path) -> None:
     if find_spec("trackio") is None:  # not imported yet: it reads where to write as it is
         pytest.skip('pip install "ssl-vit[trackio]"')
     run = tmp_path / "run"
-    track("trackio", run, picture)
+    track("trackio", run, figure)
     assert [path for path in (run / "trackio").rglob("*") if path.is_file()]
 
 
