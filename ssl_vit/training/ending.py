@@ -33,7 +33,7 @@ from ssl_vit.training.config import RunConfig, as_stored
 from ssl_vit.training.faults import by_product
 from ssl_vit.training.observe.metrics import MetricLog
 
-NUM_PICTURES = 8
+NUM_IMAGES = 8
 UNTRAINED_SEEDS = 3  # the verdict uses their mean; each costs one more encoding of the labelled images
 
 
@@ -56,7 +56,7 @@ def evaluate_in_training(
     accelerator.wait_for_everyone()
 
 
-def is_picture_due(config: RunConfig, step: int, num_steps: int) -> bool:
+def is_figure_due(config: RunConfig, step: int, num_steps: int) -> bool:
     """Whether to draw a figure at this step."""
     every = config.evaluation.pictures_every_steps
     return every is not None and (step % every == 0 or step == num_steps)
@@ -79,7 +79,7 @@ def draw_in_training(
     path = Path(config.output_dir) / PICTURES_FOLDER / f"step-{step:08d}.webp"
     if step == log.start_step and path.exists():  # drawn before the run was interrupted
         return
-    if draw(config, objective, source, path, accelerator.device, num_pictures=4):
+    if draw(config, objective, source, path, accelerator.device, num_images=4):
         log.picture(path, step)
 
 
@@ -138,7 +138,7 @@ def draw(
     source: Source | Stream,
     path: Path,
     device: torch.device,
-    num_pictures: int = NUM_PICTURES,
+    num_images: int = NUM_IMAGES,
 ) -> bool:
     """Draw what was learned about a few images, the same ones for the same seed; of a stream, its first ones.
 
@@ -150,14 +150,14 @@ def draw(
     encoder = objective.encoder
     rng = np.random.default_rng((config.seed, 2))
     if isinstance(source, Stream):
-        decoded = source.first_images(num_pictures, encoder.in_chans)
+        decoded = source.first_images(num_images, encoder.in_chans)
     else:
-        chosen = rng.choice(len(source), size=min(NUM_PICTURES, len(source)), replace=False)
+        chosen = rng.choice(len(source), size=min(NUM_IMAGES, len(source)), replace=False)
         decoded = [
             source.next_image(int(index), encoder.in_chans)[0]
             if config.data.on_bad_image == "skip"
             else source.image(int(index), encoder.in_chans)
-            for index in chosen[:num_pictures]
+            for index in chosen[:num_images]
         ]
     size, crop_pct = encoder.image_size, config.evaluation.crop_pct
     images = torch.stack([centre_crop(picture, size, crop_pct) for picture in decoded])

@@ -168,7 +168,7 @@ def evaluate(run: Run, monitor: Monitor) -> None:
 
 def draw_figure(run: Run, monitor: Monitor) -> None:
     """Draw what is known before the next step, where a figure is due."""
-    if pretraining.is_picture_due(run.config, run.step, run.num_steps):
+    if pretraining.is_figure_due(run.config, run.step, run.num_steps):
         with monitor.paused():
             objective = unsharded(run)
             with eager(run), by_product(f"figure at step {run.step:,}", monitor.log.say):
