@@ -1,6 +1,6 @@
 """Features of any source into one file: parquet or safetensors, one row for each image, in the order of the source.
 
-    python scripts/extract_features.py runs/NAME --source PICTURES --output features.parquet
+    python scripts/extract_features.py runs/NAME --source IMAGES --output features.parquet
 
 Memory stays flat however many images there are, and the same command goes on where it was killed. Several processes:
 start it with `accelerate launch`. Read the file with `pandas.read_parquet`, `datasets.load_dataset("parquet", ...)` or

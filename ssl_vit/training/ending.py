@@ -80,7 +80,7 @@ def draw_in_training(
     if step == log.start_step and path.exists():  # drawn before the run was interrupted
         return
     if draw(config, objective, source, path, accelerator.device, num_images=4):
-        log.picture(path, step)
+        log.figure(path, step)
 
 
 def finish(
@@ -114,7 +114,7 @@ def finish(
             if draw(config, objective, source, figure, accelerator.device):
                 written.insert(1, f"figure     {figure}")
     scores: dict[str, Any] = {"scores": None}
-    streamed = "a stream gives no pictures to judge by"
+    streamed = "a stream has no labelled images; evaluation.source can name some"
     why = streamed if isinstance(source, Stream) else _why_none(config, source)
     if judges is not None:
         why = "they could not be computed"
@@ -160,7 +160,7 @@ def draw(
             for index in chosen[:num_images]
         ]
     size, crop_pct = encoder.image_size, config.evaluation.crop_pct
-    images = torch.stack([centre_crop(picture, size, crop_pct) for picture in decoded])
+    images = torch.stack([centre_crop(image, size, crop_pct) for image in decoded])
     objective.eval()
     try:
         normalised = normalize(images.to(device), config.data.normalization)
@@ -254,7 +254,7 @@ def _judged_on(config: RunConfig, judges: Judges) -> dict[str, Any]:
 
 
 def prepare(config: RunConfig, source: Source | Stream) -> tuple[Source | Stream, Judges | None]:
-    """The pictures to learn from, all of them, and the labelled ones that judge the run, if there are any.
+    """The images to learn from, all of them, and the labelled images that the run is scored on, if there are any.
 
     A stream is judged by `evaluation.source` alone.
 
@@ -288,7 +288,7 @@ def prepare(config: RunConfig, source: Source | Stream) -> tuple[Source | Stream
 
 
 def open_test_source(config: RunConfig) -> Source | None:
-    """The labelled pictures that a run is tested on; None where none are named."""
+    """The labelled images that a run is tested on; None if none are named."""
     settings = config.evaluation
     if settings.test_source is None and settings.test_split is None:
         return None
@@ -305,7 +305,7 @@ def _judging(config: RunConfig, source: str | dict[str, float]) -> DataConfig:
 
 
 def _readable(config: RunConfig, accelerator: Accelerator, judges: Judges, num_channels: int) -> Judges:
-    """The pictures that judge, chosen as ever, without those that cannot be decoded where these are skipped."""
+    """The labelled images, chosen as always, without those that cannot be decoded if bad images are skipped."""
     if config.data.on_bad_image == "raise":
         return judges
     split = split_sources(*judges, config.evaluation.max_images, config.seed)

@@ -144,9 +144,9 @@ class MetricLog:
             self._file.append([plain])
             self._track(lambda tracker: tracker.log(plain))
 
-    def picture(self, path: Path, step: int) -> None:
+    def figure(self, path: Path, step: int) -> None:
         """Send a figure to the tracker."""
-        self._track(lambda tracker: tracker.picture(path, step))
+        self._track(lambda tracker: tracker.figure(path, step))
 
     def _track(self, send: Callable[[Tracker], None]) -> None:
         """Use the tracker, if there is one; a tracker that fails is dropped."""

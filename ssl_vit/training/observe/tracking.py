@@ -41,15 +41,15 @@ class Tracker:
         values = {name: value for name, value in record.items() if name != "step" and value is not None}
         self._tracker.log(values, step=record["step"])
 
-    def picture(self, path: Path, step: int) -> None:
+    def figure(self, path: Path, step: int) -> None:
         """Send a figure that was drawn at a step."""
         if self.name == "mlflow":
             self._tracker.log_artifact(str(path), "pictures")
         elif self.name == "trackio":
             import trackio  # pyright: ignore[reportMissingImports]
 
-            with Image.open(path) as picture:
-                self._tracker.log({"pictures": trackio.Image(picture.convert("RGB"))}, step=step)
+            with Image.open(path) as figure:
+                self._tracker.log({"pictures": trackio.Image(figure.convert("RGB"))}, step=step)
         else:
             with Image.open(path) as opened:
                 pixels = np.asarray(opened.convert("RGB"))

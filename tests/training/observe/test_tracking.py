@@ -41,7 +41,7 @@ def track(name: Any, folder: Path, figure: Path, start_step: int = 0) -> None:
     assert isinstance(tracker, Tracker)
     for record in RECORDS:
         tracker.log({**record, "step": record["step"] + start_step})
-    tracker.picture(figure, 2 + start_step)
+    tracker.figure(figure, 2 + start_step)
     tracker.finish()
 
 
