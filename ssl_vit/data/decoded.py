@@ -61,7 +61,7 @@ class Decoded:
         self.folder, self.num_channels = folder, num_channels
         pixels = folder / _PIXELS
         self._pixels = np.memmap(pixels, np.uint8, "r") if pixels.stat().st_size else np.empty(0, np.uint8)
-        self.table: Int64[np.ndarray, "n 3"] = np.load(folder / _TABLE, mmap_mode="r")
+        self.table: Int64[np.ndarray, "n 3"] = np.load(folder / _TABLE, mmap_mode="r", allow_pickle=False)
         """Where each row's image begins, its height and width; -1 = it cannot be decoded."""
 
     def __reduce__(self) -> tuple[Any, ...]:
