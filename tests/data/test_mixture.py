@@ -141,7 +141,7 @@ def test_errors_name_the_source_in_the_mixture(sources: tuple[Path, Path], tmp_p
         source.image(14, 3)
     assert source.next_image(14, 3)[1] == 15  # of the same source
     (photos / "dog/5.png").write_bytes(b"no image")
-    assert source.next_image(14, 3)[1] == 10  # round the end of that source
+    assert source.next_image(14, 3)[1] == 10  # wraps around within that source
 
 
 @pytest.mark.parametrize(
