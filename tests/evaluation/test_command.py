@@ -1,10 +1,7 @@
 """The evaluation scripts, from the command line to table and JSON."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +22,8 @@ from ssl_vit.evaluation.probes import (
 )
 from ssl_vit.export import export_backbone
 from ssl_vit.models.vit import ViT, ViTConfig
-from tests.conftest import ROOT, TINY
+from tests.conftest import TINY
+from tests.processes import finish
 from tests.specs import GREY, grey
 
 SCRIPTS: dict[str, tuple[Callable[..., None], dict]] = {
@@ -295,12 +293,8 @@ def test_two_processes_share_the_encoding_and_find_what_one_finds(
         "    PartialState().print(PartialState().num_processes, 'processes')\n"
         "main(evaluate, {'': KNNConfig()}, None)\n"
     )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    words = [*launcher, str(script), str(backbone), *flags]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{text}2 processes\n"
+    printed = finish([str(script), str(backbone), *flags], num_processes=2)
+    assert printed == f"{text}2 processes\n"
     assert json.loads((backbone / "knn.json").read_text()) == one
 
 
