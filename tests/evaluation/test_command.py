@@ -49,7 +49,7 @@ def backbone(tiny_encoder: ViT, tmp_path: Path) -> Path:
     [
         ("knn", ["--ks=[3,5]"], "k=3"),
         ("retrieval", ["--ks=[1,2]"], "recall@2"),
-        ("linear", ["--folds=2", "--shots=[1,3]", "--draws=2"], "linear"),
+        ("linear", ["--folds=2", "--shots=[1,3]", "--draws=2", "--probe.base_lrs=[0.001,0.01]"], "linear"),
         ("linear", ["--folds=2", "--logistic=true", "--shots=[]"], "linear"),
         pytest.param(
             "linear",

@@ -126,16 +126,18 @@ def test_a_damaged_part_is_done_again(
     torch.testing.assert_close(embeddings(file), expected(backbone, photo_folder, "cls"), rtol=1e-4, atol=1e-5)
 
 
-def test_killed_without_warning_it_goes_on(backbone: Path, photo_folder: Path, tmp_path: Path) -> None:
-    file = tmp_path / "features.safetensors"
-    flags = [f"--source={photo_folder}", f"--output={file}", "--rows_per_part=1", "--batch_size=1", "--precision=no"]
-    words = [str(SCRIPT), str(backbone), *flags]
-    with Launch(words) as launched:
+def test_killed_without_warning_it_goes_on(
+    backbone: Path, photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, flags = tmp_path / "features.safetensors", ["--rows_per_part=1", "--batch_size=1"]
+    given = [f"--source={photo_folder}", f"--output={file}", "--precision=no", *flags]
+    with Launch([str(SCRIPT), str(backbone), *given]) as launched:
         while not (tmp_path / "features.safetensors.parts" / "part-00000003.safetensors").exists():
             assert launched.processes[0].is_alive(), launched.errors()
         launched.kill()
     assert not file.exists()
-    assert "Going on from row" in finish(words)
+    assert run(backbone, photo_folder, file, *flags) == 0
+    assert "Going on from row" in capsys.readouterr().out
     torch.testing.assert_close(embeddings(file), expected(backbone, photo_folder, "cls"), rtol=1e-4, atol=1e-5)
 
 

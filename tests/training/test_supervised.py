@@ -130,25 +130,28 @@ def test_what_is_learned_picked_and_tested_does_not_overlap(backbone: Path, phot
 
 
 def test_a_killed_fine_tuning_ends_with_the_same_weights_bit_for_bit(
-    backbone: Path, photo_folder: Path, tmp_path: Path
+    backbone: Path, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = ["--objective.model_ema=0.9", "--checkpoint.every_steps=3", "--data.num_workers=2"]
-    runs = tmp_path / "whole", tmp_path / "killed"
-    commands = [words("finetune", backbone, photo_folder, run, *flags) for run in runs]
-    finish(commands[0])
-    kill_at(commands[1], 5)
-    assert "Going on from" in finish(commands[1])
+    """And with other loader workers than the run that nobody disturbed."""
+    runs, flags = (tmp_path / "whole", tmp_path / "killed"), ["--objective.model_ema=0.9", "--checkpoint.every_steps=3"]
+    whole, killed = (words("finetune", backbone, photo_folder, run, *flags) for run in runs)
+    assert call(monkeypatch, whole) == 0
+    killed.append("--data.num_workers=2")
+    kill_at(killed, 5)
+    assert "Going on from" in finish(killed)
     one, two = (load_file(run / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors") for run in runs)
     assert same(one, two) == []
     assert losses(runs[0]) == losses(runs[1])
     assert results(runs[0]) == results(runs[1])
 
 
-def test_two_processes_fine_tune_as_one(backbone: Path, photo_folder: Path, tmp_path: Path) -> None:
+def test_two_processes_fine_tune_as_one(
+    backbone: Path, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """But for Mixup, which looks at what a device takes at once."""
-    flags = ["--encoder.drop_path_rate=0", "--objective.mixup=0", "--objective.cutmix=0"]
+    flags = ["--steps=5", "--encoder.drop_path_rate=0", "--objective.mixup=0", "--objective.cutmix=0"]
     one, two = tmp_path / "one", tmp_path / "two"
-    finish(words("finetune", backbone, photo_folder, one, *flags))
+    assert call(monkeypatch, words("finetune", backbone, photo_folder, one, *flags)) == 0
     text = finish(words("finetune", backbone, photo_folder, two, *flags), num_processes=2)
     assert "2 processes on cpu" in text
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
