@@ -4,57 +4,64 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
+import time
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
 from ssl_vit.runs.folder import lock_folder
+from tests.processes import SERVER
 
-HOLD = """
-import os, sys, time
-from pathlib import Path
-from ssl_vit.runs.folder import lock_folder
-lock_folder(Path(sys.argv[1]))
-child = os.fork()  # as a loader worker, which lives on for a while
-if child:
-    print(child, flush=True)
-time.sleep(600)
-"""
+
+def hold(folder: Path, pipe: Connection) -> None:
+    """Lock a folder until this process is killed; tell of a child, as a loader worker, which lives on for a while."""
+    lock_folder(folder)
+    child = os.fork()
+    if child:
+        pipe.send(child)
+    time.sleep(600)
 
 
 def test_a_second_run_is_refused_until_the_first_is_gone_however_it_goes(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
-        child = int(holder.stdout.readline())
-        try:
-            named = f"process {holder.pid} on {re.escape(socket.gethostname())} since "
-            for _ in range(2):  # looking does not take it away
-                with pytest.raises(ValueError, match=named) as refused:
-                    lock_folder(tmp_path)
-            assert "\n" not in str(refused.value)
-            assert str(refused.value).startswith(f"output_dir={str(tmp_path)!r}: another run uses this folder")
-            holder.send_signal(signal.SIGKILL)
-            os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
-            os.kill(child, 0)  # still there
-            lock_folder(tmp_path)
-        finally:
-            holder.kill()
-            with suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
+    ours, theirs = SERVER.Pipe()
+    holder = SERVER.Process(target=hold, args=(tmp_path, theirs))
+    holder.start()
+    assert ours.poll(60)
+    child = ours.recv()
+    try:
+        named = f"process {holder.pid} on {re.escape(socket.gethostname())} since "
+        for _ in range(2):  # looking does not take it away
+            with pytest.raises(ValueError, match=named) as refused:
+                lock_folder(tmp_path)
+        assert "\n" not in str(refused.value)
+        assert str(refused.value).startswith(f"output_dir={str(tmp_path)!r}: another run uses this folder")
+        holder.kill()
+        holder.join()
+        os.kill(child, 0)  # still there
+        lock_folder(tmp_path)
+    finally:
+        holder.kill()
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
     assert f'"pid": {os.getpid()}' in (tmp_path / "run.lock").read_text()
 
 
-TRY = "import sys; from pathlib import Path; from ssl_vit.runs.folder import lock_folder; "
-TRY += "lock_folder(Path(sys.argv[1]))"
+def try_to_lock(folder: Path) -> None:
+    try:
+        lock_folder(folder)
+    except ValueError as error:
+        sys.exit(3 if "another run uses this folder" in str(error) else 4)
 
 
 def is_free(folder: Path) -> bool:
-    done = subprocess.run([sys.executable, "-c", TRY, str(folder)], capture_output=True, text=True)
-    assert done.returncode == 0 or "another run uses this folder" in done.stderr
-    return done.returncode == 0
+    process = SERVER.Process(target=try_to_lock, args=(folder,))
+    process.start()
+    process.join(60)
+    assert process.exitcode in (0, 3)
+    return process.exitcode == 0
 
 
 def test_a_process_keeps_what_it_takes_twice_and_lets_go_of_a_folder_that_moved(tmp_path: Path) -> None:

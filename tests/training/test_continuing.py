@@ -1,6 +1,6 @@
 import json
-import subprocess
-import sys
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,15 +11,8 @@ from ssl_vit.data.decode.bounds import MAX_IMAGE_BYTES
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.training.config import RunConfig
 from ssl_vit.training.continuing import check_run_folder, open_run_folder
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from ssl_vit.runs.folder import lock_folder
-lock_folder(Path(sys.argv[1]))
-print("held", flush=True)
-time.sleep(60)
-"""
+from tests.processes import SERVER
+from tests.runs.test_lock import hold
 
 
 def config(folder: Path, **settings) -> RunConfig:
@@ -35,12 +28,16 @@ def test_a_run_that_is_working_is_neither_joined_nor_moved_aside(tmp_path: Path,
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.yaml").write_text((run / "config.yaml").read_text())
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(other)], stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
-        holder.stdout.readline()
-        with pytest.raises(ValueError, match=f"another run uses this folder, process {holder.pid} on"):
-            open_run_folder(config(other, fresh=fresh))
-        holder.kill()
+    ours, theirs = SERVER.Pipe()
+    holder = SERVER.Process(target=hold, args=(other, theirs))
+    holder.start()
+    assert ours.poll(60)
+    child = ours.recv()
+    with pytest.raises(ValueError, match=f"another run uses this folder, process {holder.pid} on"):
+        open_run_folder(config(other, fresh=fresh))
+    for pid in (holder.pid, child):
+        os.kill(pid, signal.SIGKILL)
+    holder.join()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "run"]
     open_run_folder(config(other, fresh=fresh))
     assert len(list(tmp_path.iterdir())) == 2 + fresh
