@@ -75,8 +75,8 @@ def _measure(job: dict[str, Any], path: Path, count: int) -> dict[str, Any]:
         env={**os.environ, "PYTHONPATH": paths},
     )
     if done.returncode:
-        told = re.search(r"^(?:\[rank\d+\]: )?(?:error|\w*Error): (.+)$", done.stderr, re.MULTILINE)
-        why = told[1] if told else done.stderr.strip()[-500:]
+        found = re.search(r"^(?:\[rank\d+\]: )?(?:error|\w*Error): (.+)$", done.stderr, re.MULTILINE)
+        why = found[1] if found else done.stderr.strip()[-500:]
         raise ChildProcessError(f"a run in {count} processes failed: {why}")
     parts = [json.loads(path.with_suffix(f".{rank}").read_text()) for rank in range(count)]
     return {

@@ -42,7 +42,7 @@ def whole(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "whole"
     text = finish(streamed(shards, run))
     assert f"data       {shards}: 40 images, no labels" in text
-    assert "no scores at the end: a stream is judged by evaluation.source, which names none" in text
+    assert "no scores at the end: a stream needs evaluation.source, which is not set" in text
     assert "12 steps = 2.4 epochs" in text
     assert text.count("WARNING: images that cannot be decoded are passed over") == 1
     return run

@@ -120,17 +120,17 @@ def _scores(folder: Path) -> Iterator[str]:
 
 def measured_on(result: dict[str, Any]) -> str:
     """As Markdown, the images that a result was measured on and those that its probes learned from, where recorded."""
-    told: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for part in (result.get("settings"), result, result.get("judged_on")):
-        told |= part if isinstance(part, dict) else {}
-    source, test = told.get("source"), told.get("test_source") or told.get("test")
+        settings |= part if isinstance(part, dict) else {}
+    source, test = settings.get("source"), settings.get("test_source") or settings.get("test")
     if not isinstance(source, str) and test is None:
         return "not recorded"
-    tested = _data(str(test or source), told.get("test_split") or told.get("split"), told.get("num_test"))
-    tested += f" of {_number(told['num_classes'])} classes" if told.get("num_classes") else ""
+    tested = _data(str(test or source), settings.get("test_split") or settings.get("split"), settings.get("num_test"))
+    tested += f" of {_number(settings['num_classes'])} classes" if settings.get("num_classes") else ""
     if test is None:
         return f"{tested}, each by what was learned from others"
-    learned = _data(source, told.get("split"), told.get("num_train")) if isinstance(source, str) else ""
+    learned = _data(source, settings.get("split"), settings.get("num_train")) if isinstance(source, str) else ""
     return f"{tested}; learned from {learned}" if learned else tested
 
 

@@ -105,13 +105,13 @@ def note_session(
     sessions = _read_sessions(path)
     if sessions:
         changed = differences(sessions[-1], session)
-        told = [
+        changes = [
             f"{key} {old} -> {new}"
             for key, (old, new) in changed.items()
             if key.startswith(MATTERS) and old is not None
         ]
-        if told:
-            print(f"note       changed since the last start of this run: {plain(', '.join(told))}")
+        if changes:
+            print(f"note       changed since the last start of this run: {plain(', '.join(changes))}")
     try:
         replace_json(path, {"sessions": [*sessions, session]})
     except OSError as error:

@@ -37,7 +37,7 @@ NUM_IMAGES = 8
 UNTRAINED_SEEDS = 3  # the verdict uses their mean; each costs one more encoding of the labelled images
 
 
-class Judges(NamedTuple):
+class EvalSources(NamedTuple):
     """Labelled images that probes learn from, and those they are tested on (None: cross-validation)."""
 
     labelled: Source
@@ -45,14 +45,14 @@ class Judges(NamedTuple):
 
 
 def evaluate_in_training(
-    config: RunConfig, accelerator: Accelerator, objective: Objective, judges: Judges, step: int, log: MetricLog
+    config: RunConfig, accelerator: Accelerator, objective: Objective, eval_data: EvalSources, step: int, log: MetricLog
 ) -> None:
     """Score the backbone as it is now: all processes encode, the main one scores."""
-    judges = _readable(config, accelerator, judges, objective.encoder.in_chans)
-    scores = _evaluate(objective.backbone(), config, judges, accelerator)
+    eval_data = _readable(config, accelerator, eval_data, objective.encoder.in_chans)
+    scores = _evaluate(objective.backbone(), config, eval_data, accelerator)
     if accelerator.is_main_process:
         log.write({"step": step, **{f"eval_{name}": score.accuracy for name, score in scores.items()}})
-        log.say(f"step {step}  " + "  ".join(f"{name} {score.accuracy:.1%}" for name, score in scores.items()))
+        log.report(f"step {step}  " + "  ".join(f"{name} {score.accuracy:.1%}" for name, score in scores.items()))
     accelerator.wait_for_everyone()
 
 
@@ -88,7 +88,7 @@ def finish(
     accelerator: Accelerator,
     objective: Objective,
     source: Source | Stream,
-    judges: Judges | None,
+    eval_data: EvalSources | None,
     step: int,
     collapse: str = "",
 ) -> None:
@@ -116,13 +116,13 @@ def finish(
     scores: dict[str, Any] = {"scores": None}
     streamed = "a stream has no labelled images; evaluation.source can name some"
     why = streamed if isinstance(source, Stream) else _why_none(config, source)
-    if judges is not None:
+    if eval_data is not None:
         why = "they could not be computed"
         settings = config.evaluation
         named = settings.source is not None or settings.test_source is not None or settings.test_split is not None
         with nullcontext() if named else by_product("scores", shared=True):
-            judges = _readable(config, accelerator, judges, objective.encoder.in_chans)
-            scores, text = compare(config, accelerator, backbone, judges)
+            eval_data = _readable(config, accelerator, eval_data, objective.encoder.in_chans)
+            scores, text = compare(config, accelerator, backbone, eval_data)
             written.append(f"scores     {folder / RESULTS_FILE}")
     if scores.get("scores", ...) is None:
         text = f"No scores: {plain(why)}. scripts/evaluate_knn.py takes a labelled source."
@@ -177,7 +177,7 @@ def compare(
     config: RunConfig,
     accelerator: Accelerator,
     trained: Encoder,
-    judges: Judges,
+    eval_data: EvalSources,
 ) -> tuple[dict[str, Any], str]:
     """Score raw pixels, the backbone at the start and the trained one: numbers for results.json, and a table as text.
 
@@ -190,7 +190,7 @@ def compare(
     before = []
     with by_product("scores of raw pixels", shared=True):
         rows["raw pixels"] = evaluate_pixels(
-            *judges, config.evaluation, num_channels=trained.in_chans, seed=config.seed
+            *eval_data, config.evaluation, num_channels=trained.in_chans, seed=config.seed
         )
     with by_product(f"scores of the {start} backbone", shared=True):
         for number in range(UNTRAINED_SEEDS if start == "untrained" else 1):
@@ -198,16 +198,16 @@ def compare(
                 encoder = untrained_encoder(config.encoder, config.objective, config.seed + number)
             else:
                 encoder = config.build_objective().backbone()
-            before.append(_evaluate(encoder.to(accelerator.device), config, judges, accelerator))
+            before.append(_evaluate(encoder.to(accelerator.device), config, eval_data, accelerator))
         rows[start] = before[0]
-    rows["trained"] = _evaluate(trained, config, judges, accelerator)
+    rows["trained"] = _evaluate(trained, config, eval_data, accelerator)
     if not accelerator.is_main_process:
         return {}, ""
     differences = {
         name: paired_interval(score.correct, *(scores[name].correct for scores in before))
         for name, score in (rows["trained"].items() if start in rows else ())
     }
-    results: dict[str, Any] = {"scores": scores_to_json(rows), "judged_on": _judged_on(config, judges)}
+    results: dict[str, Any] = {"scores": scores_to_json(rows), "judged_on": _judged_on(config, eval_data)}
     shares = {name: [scores[name].accuracy for scores in before] for name in differences}
     if len(before) > 1:
         results["untrained_seeds"] = {
@@ -229,8 +229,8 @@ def compare(
 
 def _why_none(config: RunConfig, source: Source) -> str:
     if source.labels is not None:
-        return "the labels cannot judge; the note at the start says why"
-    return f"the source has no labels to judge by: {source.unlabelled}"
+        return "the labels cannot be used; the note at the start says why"
+    return f"the source has no labels: {source.unlabelled}"
 
 
 def _seeds(shares: list[float]) -> str:
@@ -238,25 +238,25 @@ def _seeds(shares: list[float]) -> str:
     return f" (mean of {len(shares)} seeds, {values})" if len(shares) > 1 else ""
 
 
-def _judged_on(config: RunConfig, judges: Judges) -> dict[str, Any]:
+def _judged_on(config: RunConfig, eval_data: EvalSources) -> dict[str, Any]:
     """What the scores were measured on, for results.json and the model card."""
-    split = split_sources(*judges, config.evaluation.max_images, config.seed)
+    split = split_sources(*eval_data, config.evaluation.max_images, config.seed)
     tested = split.labels if split.test_labels is None else split.test_labels
     return {
-        "source": judges.labelled.name,
+        "source": eval_data.labelled.name,
         "split": config.data.split,
-        "test_source": None if judges.test is None else judges.test.name,
-        "test_split": None if judges.test is None else config.evaluation.test_split or config.data.split,
+        "test_source": None if eval_data.test is None else eval_data.test.name,
+        "test_split": None if eval_data.test is None else config.evaluation.test_split or config.data.split,
         "num_train": len(split.labels),
         "num_test": len(tested),
         "num_classes": split.num_classes,
     }
 
 
-def prepare(config: RunConfig, source: Source | Stream) -> tuple[Source | Stream, Judges | None]:
+def prepare(config: RunConfig, source: Source | Stream) -> tuple[Source | Stream, EvalSources | None]:
     """The images to learn from, all of them, and the labelled images that the run is scored on, if there are any.
 
-    A stream is judged by `evaluation.source` alone.
+    A run on a stream is evaluated only on `evaluation.source`.
 
     Raises:
         ValueError: a source that was named for it cannot be used.
@@ -264,7 +264,7 @@ def prepare(config: RunConfig, source: Source | Stream) -> tuple[Source | Stream
     settings = config.evaluation
     if isinstance(source, Stream) and settings.source is None:
         if process_index() == 0:
-            print("note       no scores at the end: a stream is judged by evaluation.source, which names none")
+            print("note       no scores at the end: a stream needs evaluation.source, which is not set")
         return source, None
     test = open_test_source(config)
     named = settings.source is not None or test is not None
@@ -284,7 +284,7 @@ def prepare(config: RunConfig, source: Source | Stream) -> tuple[Source | Stream
         if process_index() == 0:
             print(f"note       no scores at the end: {plain(error)}")
         return source, None
-    return source, Judges(labelled, test)
+    return source, EvalSources(labelled, test)
 
 
 def open_test_source(config: RunConfig) -> Source | None:
@@ -304,26 +304,28 @@ def _judging(config: RunConfig, source: str | dict[str, float]) -> DataConfig:
     return dataclasses.replace(config.data, source=source, label_column=column, streaming=False, num_samples=None)
 
 
-def _readable(config: RunConfig, accelerator: Accelerator, judges: Judges, num_channels: int) -> Judges:
+def _readable(config: RunConfig, accelerator: Accelerator, eval_data: EvalSources, num_channels: int) -> EvalSources:
     """The labelled images, chosen as always, without those that cannot be decoded if bad images are skipped."""
     if config.data.on_bad_image == "raise":
-        return judges
-    split = split_sources(*judges, config.evaluation.max_images, config.seed)
+        return eval_data
+    split = split_sources(*eval_data, config.evaluation.max_images, config.seed)
     num_workers = choose_num_workers(config.data.num_workers, accelerator.device)
     rows = {"labelled": split.rows, "test": split.test_rows}
     found = {}
-    for name, source in judges._asdict().items():
+    for name, source in eval_data._asdict().items():
         if source is not None:
             chosen = source.subset(rows[name])
             readable = leave_out_bad(chosen, num_channels, num_workers)
             found[name] = source if readable is chosen else readable
-    return judges._replace(**found)
+    return eval_data._replace(**found)
 
 
-def _evaluate(encoder: Encoder, config: RunConfig, judges: Judges, accelerator: Accelerator) -> dict[str, Score]:
+def _evaluate(
+    encoder: Encoder, config: RunConfig, eval_data: EvalSources, accelerator: Accelerator
+) -> dict[str, Score]:
     return evaluate_encoder(
         encoder,
-        *judges,
+        *eval_data,
         config.evaluation,
         eval_transform(config, encoder),
         encode_settings(config, accelerator),

@@ -156,14 +156,14 @@ def train_steps(run: Run, stop: StopSignal) -> int | None:
 def evaluate(run: Run, monitor: Monitor) -> None:
     """Score the backbone as it is now, where that is due; at the end of the run `finish` does it."""
     every, config = run.config.evaluation.every_steps, run.config
-    if run.judges is None or every is None or run.step % every or run.step == run.num_steps:
+    if run.eval_data is None or every is None or run.step % every or run.step == run.num_steps:
         return
     with monitor.paused():
         heartbeat(run, "evaluating")
         run.train_step.graphs.clear()  # the memory of a step, which the evaluation may need
         objective = unsharded(run)
-        with eager(run), by_product(f"evaluation at step {run.step:,}", monitor.log.say, shared=True):
-            run.ending.evaluate_in_training(config, run.accelerator, objective, run.judges, run.step, monitor.log)
+        with eager(run), by_product(f"evaluation at step {run.step:,}", monitor.log.report, shared=True):
+            run.ending.evaluate_in_training(config, run.accelerator, objective, run.eval_data, run.step, monitor.log)
 
 
 def draw_figure(run: Run, monitor: Monitor) -> None:
@@ -171,7 +171,7 @@ def draw_figure(run: Run, monitor: Monitor) -> None:
     if pretraining.is_figure_due(run.config, run.step, run.num_steps):
         with monitor.paused():
             objective = unsharded(run)
-            with eager(run), by_product(f"figure at step {run.step:,}", monitor.log.say):
+            with eager(run), by_product(f"figure at step {run.step:,}", monitor.log.report):
                 pretraining.draw_in_training(run.config, run.accelerator, objective, run.source, run.step, monitor.log)
 
 
@@ -201,7 +201,7 @@ def go_back(run: Run, log: MetricLog) -> None:
     run.train_step.optimizer.zero_grad()
     run.train_step.optimizer.state.clear()
     resume(run, checkpoint)
-    log.say(
+    log.report(
         f"WARNING: the loss jumped in step {step + 1:,}. Back to {checkpoint} and on from step {step + 1:,}, past the "
         f"samples since then (rewind {faults.rewinds + 1} of {run.config.rewind_on_spike})."
     )
@@ -221,8 +221,8 @@ def finish(run: Run, nothing_done: bool) -> None:
         run.train_step.graphs.clear()
         objective = unsharded(run)
         with eager(run):
-            judges, collapse = run.judges, run.faults.collapse
-            run.ending.finish(config, accelerator, objective, run.source, judges, run.num_steps, collapse)
+            eval_data, collapse = run.eval_data, run.faults.collapse
+            run.ending.finish(config, accelerator, objective, run.source, eval_data, run.num_steps, collapse)
     if run.faults.collapse:
         accelerator.print(f"WARNING: the features of this backbone collapsed at {plain(run.faults.collapse)}")
     heartbeat(run, "finished")

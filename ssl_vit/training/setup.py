@@ -50,11 +50,11 @@ class Ending(Protocol):
     """Evaluation and final outputs of a run, given as a module: `training.ending` for pre-training."""
 
     def prepare(self, config: RunConfig, source: Source | Stream) -> tuple[Source | Stream, Any]:
-        """The images to learn from, and the `judges` that the other functions get; None if nothing can be scored."""
+        """The images to learn from, and the `eval_data` that the other functions get; None if nothing can be scored."""
         ...
 
     def evaluate_in_training(
-        self, config: RunConfig, accelerator: Accelerator, objective: Any, judges: Any, step: int, log: MetricLog
+        self, config: RunConfig, accelerator: Accelerator, objective: Any, eval_data: Any, step: int, log: MetricLog
     ) -> None: ...
 
     def finish(
@@ -63,7 +63,7 @@ class Ending(Protocol):
         accelerator: Accelerator,
         objective: Any,
         source: Any,  # what prepare returned
-        judges: Any,
+        eval_data: Any,
         step: int,
         collapse: str,
     ) -> None:
@@ -85,7 +85,7 @@ class Run:
     source: Source | Stream
     images: Source | Stream
     """What is trained on: the source, or its images decoded beforehand."""
-    judges: Any
+    eval_data: Any
     """What scores the run; None where nothing has labels."""
     objective: Objective
     train_step: TrainingStep
@@ -136,7 +136,7 @@ def _set_up(config: RunConfig, ending: Ending) -> Run:
     check_tracker(config.tracking)
     accelerator, precision = _start(config)
     with accelerator.main_process_first():  # the main process fills the caches
-        source, judges = ending.prepare(config, open_images(config.data))
+        source, eval_data = ending.prepare(config, open_images(config.data))
     config, lengthened = go_on_as_before(config, source.num_samples)
     num_steps = config.num_steps(source.num_samples)
     config, reasons = config.resolve(source.num_samples, len(source.class_names))
@@ -161,7 +161,7 @@ def _set_up(config: RunConfig, ending: Ending) -> Run:
         ending,
         source,
         images,
-        judges,
+        eval_data,
         objective,
         _prepare_step(config, accelerator, objective, precision, compiled=compiled),
         num_steps,
@@ -294,8 +294,8 @@ def eager(run: Run) -> AbstractContextManager[Any]:
 
 
 def unsharded(run: Run) -> Objective:
-    """The objective with whole parameters on every process; every process calls this."""
-    return prepare.whole(run.config, run.train_step.model, run.objective, run.accelerator.device)
+    """The objective with unsharded parameters on every process; every process calls this."""
+    return prepare.unsharded(run.config, run.train_step.model, run.objective, run.accelerator.device)
 
 
 def build_sampler(run: Run) -> StepSampler:

@@ -85,13 +85,15 @@ def _hold_out(source: Source, folds: int, seed: int) -> tuple[Source, Source]:
 
 
 def evaluate_in_training(
-    config: RunConfig, accelerator: Accelerator, objective: Supervised, judges: EvalSplit, step: int, log: MetricLog
+    config: RunConfig, accelerator: Accelerator, objective: Supervised, eval_data: EvalSplit, step: int, log: MetricLog
 ) -> None:
     """Test the current classifier, only for the log: nothing is chosen by this score."""
-    scores = _test(config, accelerator, objective, judges.test)
+    scores = _test(config, accelerator, objective, eval_data.test)
     if accelerator.is_main_process:
         log.write({"step": step, **{f"eval_{name}": score.accuracy for name, score in scores.items()}})
-        log.say(f"step {step}  test accuracy  " + "  ".join(f"{name} {s.accuracy:.1%}" for name, s in scores.items()))
+        log.report(
+            f"step {step}  test accuracy  " + "  ".join(f"{name} {s.accuracy:.1%}" for name, s in scores.items())
+        )
     accelerator.wait_for_everyone()
 
 
@@ -100,23 +102,23 @@ def finish(
     accelerator: Accelerator,
     objective: Supervised,
     source: Source | Stream,
-    judges: EvalSplit,
+    eval_data: EvalSplit,
     step: int,
     collapse: str = "",
 ) -> None:
     """Pick the best head, test it, print the tables, and export the classifier of a fine-tuning."""
     folder = Path(config.output_dir)
-    picked = {} if judges.pick is None else _test(config, accelerator, objective, judges.pick)
-    scores = _test(config, accelerator, objective, judges.test)
+    picked = {} if eval_data.pick is None else _test(config, accelerator, objective, eval_data.pick)
+    scores = _test(config, accelerator, objective, eval_data.test)
     if accelerator.is_main_process:
         best = max(picked, key=lambda name: picked[name].accuracy) if picked else next(iter(scores))
         classes = per_class(scores[best], source.class_names)
         kind = "fine-tuned" if isinstance(objective, FineTune) else "attentive"
         rows = {kind: {"test": scores[best]}}
-        print(f"tested on {plain(judges.test_name)}\n{format_table(rows)}")
+        print(f"tested on {plain(eval_data.test_name)}\n{format_table(rows)}")
         if picked:
             shown = ", ".join(f"{name} {score.accuracy:.1%}" for name, score in picked.items())
-            print(f"{best} was picked on {len(judges.pick or ())} held-out training images: {shown}")
+            print(f"{best} was picked on {len(eval_data.pick or ())} held-out training images: {shown}")
         print(f"\n{format_classes(classes)}\nbalanced accuracy {100 * scores[best].balanced_accuracy:.1f} %")
         written = [f"scores     {folder / RESULTS_FILE}", f"metrics    {folder / METRICS_FILE}"]
         if isinstance(objective, FineTune):
@@ -125,7 +127,7 @@ def finish(
         results: dict[str, Any] = {
             "step": step,
             "source": source.name,
-            "test_source": judges.test_name,
+            "test_source": eval_data.test_name,
             "num_train": source.num_samples,
             "num_test": scores[best].n,
             "num_classes": len(source.class_names),

@@ -37,12 +37,12 @@ def _compare(a: RunData, b: RunData, name_a: str, name_b: str) -> str:
         return f"{pair} cannot be compared: {why}."
     if differing := _differing(a, b, shared):
         return f"{pair} cannot be compared, since they were not judged alike: {'; '.join(differing)}."
-    signs, told = set(), []
+    signs, differences = set(), []
     for name in shared:
         first, second = scores_a[name], scores_b[name]
         difference, low, high = newcombe_interval(first["accuracy"], first["n"], second["accuracy"], second["n"])
         signs.add(1 if low > 0 else -1 if high < 0 else 0)
-        told.append(
+        differences.append(
             f"{SCORES.get(name, name)} {100 * first['accuracy']:.1f} and {100 * second['accuracy']:.1f} %, difference "
             f"{100 * difference:+.1f} points (95 % interval {100 * low:+.1f} to {100 * high:+.1f})"
         )
@@ -52,7 +52,7 @@ def _compare(a: RunData, b: RunData, name_a: str, name_b: str) -> str:
         verdict = f"Each of {pair} is better by another score"
     else:
         verdict = f"{name_a} is better than {name_b}" if 1 in signs else f"{name_b} is better than {name_a}"
-    return f"{verdict}: {'; '.join(told)}, of {scores_a[shared[0]]['n']:,} images."
+    return f"{verdict}: {'; '.join(differences)}, of {scores_a[shared[0]]['n']:,} images."
 
 
 def _scores(run: RunData) -> dict[str, Any]:

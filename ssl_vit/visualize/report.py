@@ -24,7 +24,7 @@ from ssl_vit.visualize.comparison import SCORES, compare
 from ssl_vit.visualize.film import Frame, open_figure, spread
 from ssl_vit.visualize.inputs import ShownImages, open_shown_images
 from ssl_vit.visualize.panel import panel_data
-from ssl_vit.visualize.verdict import judge
+from ssl_vit.visualize.verdict import assess
 
 MOST_BYTES = 15_000_000
 _FIGURES_BYTES = 4_500_000  # of all runs together, before base64
@@ -117,12 +117,12 @@ def render(runs: Sequence[RunData], panels: Sequence[dict[str, Any] | str] = ())
     """
     most_figures = _FIGURES_BYTES // len(runs)
     names = distinct([run.name for run in runs])
-    told = [_about(run, name, most_figures) for run, name in zip(runs, names, strict=True)]
+    described = [_about(run, name, most_figures) for run, name in zip(runs, names, strict=True)]
     shown = [panel if isinstance(panel, dict) else None for panel in panels]
     data = {
         "runs": [{"name": name, **_curves(run)} for run, name in zip(runs, names, strict=True)],
         "curves": _curve_list(runs),
-        "frames": [about.pop("frames") for about in told],
+        "frames": [about.pop("frames") for about in described],
         "panels": shown,
         "viridis": _map_table("viridis"),
         "inferno": _map_table("inferno"),
@@ -135,7 +135,7 @@ def render(runs: Sequence[RunData], panels: Sequence[dict[str, Any] | str] = ())
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
     return environment.from_string((templates / "report.html").read_text(encoding="utf-8")).render(
-        runs=told,
+        runs=described,
         comparison=compare(runs, names),
         differing=_differing(runs),
         unchanged=_unchanged(runs),
@@ -158,7 +158,7 @@ def json_for_script(data: Any) -> str:
 
 
 def _about(run: RunData, name: str, most_bytes: int) -> dict[str, Any]:
-    verdict = judge(run)
+    verdict = assess(run)
     hours = run.hours
     last = run.records[-1] if run.records else {}
     rates = [record["images_per_second"] for record in run.records if record.get("images_per_second")]

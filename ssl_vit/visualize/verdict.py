@@ -24,7 +24,7 @@ class Verdict(NamedTuple):
     """Sentences, the one that decided first."""
 
 
-def judge(run: RunData) -> Verdict:
+def assess(run: RunData) -> Verdict:
     """The first of these rules that applies decides; what else is known is added as further reasons.
 
     1. diverged: the last loss is not a finite number.

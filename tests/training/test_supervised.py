@@ -117,16 +117,16 @@ def test_what_is_learned_picked_and_tested_does_not_overlap(backbone: Path, phot
     flags = [f"--encoder.pretrained={backbone}", f"--data.source={photo_folder}"]
     config = parse_run(defaults("attentive_probe"), flags)
     source = open_source(DataConfig(source=str(photo_folder)))
-    train, judges = supervised.prepare(config, source)
-    assert judges.pick is not None
+    train, eval_data = supervised.prepare(config, source)
+    assert eval_data.pick is not None
 
     def paths(part: Any) -> set[str]:
         return {row["path"] for row in part.rows["image"]}
 
-    parts = [paths(train), paths(judges.pick), paths(judges.test)]
+    parts = [paths(train), paths(eval_data.pick), paths(eval_data.test)]
     assert [len(part) for part in parts] == [28, 4, 8]
     assert len(set.union(*parts)) == 40
-    assert np.bincount(judges.test.labels).tolist() == [4, 4]
+    assert np.bincount(eval_data.test.labels).tolist() == [4, 4]
 
 
 def test_a_killed_fine_tuning_ends_with_the_same_weights_bit_for_bit(
@@ -232,10 +232,12 @@ def test_a_test_source_may_lack_classes(backbone: Path, photo_folder: Path, tmp_
     shutil.copytree(photo_folder, train)
     shutil.copytree(photo_folder / "disc", train / "arc")
     flags = [f"--encoder.pretrained={backbone}", f"--data.source={train}", f"--evaluation.test_source={photo_folder}"]
-    _, judges = supervised.prepare(parse_run(defaults("finetune"), flags), open_source(DataConfig(source=str(train))))
-    assert judges.test.labels is not None
-    assert judges.test.labels.tolist() == [1] * 20 + [2] * 20
-    assert judges.test.class_names == ("arc", "disc", "square")
+    _, eval_data = supervised.prepare(
+        parse_run(defaults("finetune"), flags), open_source(DataConfig(source=str(train)))
+    )
+    assert eval_data.test.labels is not None
+    assert eval_data.test.labels.tolist() == [1] * 20 + [2] * 20
+    assert eval_data.test.class_names == ("arc", "disc", "square")
 
 
 @pytest.mark.parametrize(("before", "after"), [(True, False), (False, True)])

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from ssl_vit.runs.record import RunData
-from ssl_vit.visualize.verdict import judge
+from ssl_vit.visualize.verdict import assess
 
 HEALTHY = {"teacher_entropy": 3.0, "kl": 0.5, "feature_std": 0.7, "prototypes_used": 0.8, "rankme": 20.0}
 
@@ -31,27 +31,27 @@ def results(low: float, high: float) -> dict[str, Any]:
 
 
 def test_no_or_few_intervals_are_too_early() -> None:
-    assert judge(run([])).word == "too early to say"
-    assert judge(run(falling(5))).word == "too early to say"  # one of the five is within the warm-up
-    assert "Only 4 log intervals" in judge(run(falling(5))).reasons[0]
-    assert judge(run(falling(6))).word == "learning"
+    assert assess(run([])).word == "too early to say"
+    assert assess(run(falling(5))).word == "too early to say"  # one of the five is within the warm-up
+    assert "Only 4 log intervals" in assess(run(falling(5))).reasons[0]
+    assert assess(run(falling(6))).word == "learning"
 
 
 def test_a_loss_that_is_not_finite_is_diverged() -> None:
-    assert judge(run([*falling(), {"loss": None}])).word == "diverged"
-    assert judge(run([*falling(), {"loss": math.nan}])).word == "diverged"
+    assert assess(run([*falling(), {"loss": None}])).word == "diverged"
+    assert assess(run([*falling(), {"loss": math.nan}])).word == "diverged"
 
 
 def test_a_falling_loss_is_learning_and_a_flat_one_is_not() -> None:
-    assert judge(run(falling())).word == "learning"
-    flat = judge(run([{"loss": 1.0 - 0.0001 * place} for place in range(20)]))
+    assert assess(run(falling())).word == "learning"
+    flat = assess(run([{"loss": 1.0 - 0.0001 * place} for place in range(20)]))
     assert flat.word == "not learning"
     assert flat.reasons[0].startswith("The loss fell by 0.1 %")
 
 
 @pytest.mark.parametrize(("wait", "word"), [(0.39, "learning"), (0.41, "starved for data")])
 def test_a_run_that_waits_is_starved(wait: float, word: str) -> None:
-    found = judge(run(falling(data_wait=wait)))
+    found = assess(run(falling(data_wait=wait)))
     assert found.word == word
     if word == "starved for data":
         assert found.reasons[0].startswith(
@@ -62,40 +62,40 @@ def test_a_run_that_waits_is_starved(wait: float, word: str) -> None:
 def test_three_intervals_in_a_row_are_a_collapse_and_two_are_not() -> None:
     collapsed = {**HEALTHY, "feature_std": 0.01}
     healthy = [{"loss": 5.0, **HEALTHY}] * 20
-    found = judge(run([*healthy, *[{"loss": 5.0, **collapsed}] * 3]))
+    found = assess(run([*healthy, *[{"loss": 5.0, **collapsed}] * 3]))
     assert found.word == "collapsing"
     assert "nearly the same features" in found.reasons[0]
-    assert judge(run([*healthy, *[{"loss": 5.0, **collapsed}] * 2])).word != "collapsing"
+    assert assess(run([*healthy, *[{"loss": 5.0, **collapsed}] * 2])).word != "collapsing"
     uniform = {**HEALTHY, "teacher_entropy": math.log(1024), "kl": 0.0}
-    assert judge(run([*healthy, *[{"loss": 6.9, **uniform}] * 3])).word == "collapsing"
+    assert assess(run([*healthy, *[{"loss": 6.9, **uniform}] * 3])).word == "collapsing"
 
 
 def test_scores_at_the_end_outweigh_the_loss() -> None:
-    assert judge(run(falling(), results=results(0.01, 0.05))).word == "learning"
-    below = judge(run(falling(), results=results(-0.05, -0.01)))
+    assert assess(run(falling(), results=results(0.01, 0.05))).word == "learning"
+    below = assess(run(falling(), results=results(-0.05, -0.01)))
     assert below.word == "not learning"
     assert "3.0 points below untrained" in below.reasons[0]
     flat = [{"loss": 1.0}] * 20
-    assert judge(run(flat, results=results(0.01, 0.05))).word == "learning"
-    assert judge(run(flat, results=results(-0.01, 0.05))).word == "not learning"  # undecided: the loss decides
+    assert assess(run(flat, results=results(0.01, 0.05))).word == "learning"
+    assert assess(run(flat, results=results(-0.01, 0.05))).word == "not learning"  # undecided: the loss decides
 
 
 def test_a_rising_knn_is_learning_whatever_the_loss() -> None:
     flat = [{"loss": 1.0}] * 20
     assert (
-        judge(run(flat, evaluations=[{"step": 1, "eval_knn": 0.5}, {"step": 2, "eval_knn": 0.52}])).word == "learning"
+        assess(run(flat, evaluations=[{"step": 1, "eval_knn": 0.5}, {"step": 2, "eval_knn": 0.52}])).word == "learning"
     )
     same = [{"step": 1, "eval_knn": 0.5}, {"step": 2, "eval_knn": 0.505}]
-    assert judge(run(flat, evaluations=same)).word == "not learning"
+    assert assess(run(flat, evaluations=same)).word == "not learning"
 
 
 def test_of_self_distillation_the_spread_decides_and_not_the_loss() -> None:
     rising = [{"loss": 4.0 + 0.02 * place, **HEALTHY} for place in range(20)]
-    assert judge(run(rising)).word == "learning"
+    assert assess(run(rising)).word == "learning"
     narrow = [{"loss": 4.0, **HEALTHY, "rankme": 20.0 - 0.9 * place} for place in range(20)]
-    found = judge(run(narrow))
+    found = assess(run(narrow))
     assert found.word == "not learning"
     assert "RankMe is 2.9, 18.2 at its highest" in found.reasons[0]
-    few = judge(run([{"loss": 4.0, **HEALTHY, "prototypes_used": 0.01}] * 20))
+    few = assess(run([{"loss": 4.0, **HEALTHY, "prototypes_used": 0.01}] * 20))
     assert few.word == "not learning"
     assert "1 % of the prototypes" in few.reasons[0]

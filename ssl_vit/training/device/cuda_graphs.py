@@ -72,8 +72,8 @@ class BlockGraphs:
 
     def __init__(self, enabled: bool, must_work: bool = False) -> None:
         self.enabled, self.must_work = enabled, must_work
-        self._recordings: dict[Any, Recording] = {}
-        self._ending: list[Recording] = []  # cleared, and awaiting their backward pass
+        self._recordings: dict[Any, GraphedPass] = {}
+        self._ending: list[GraphedPass] = []  # cleared, and awaiting their backward pass
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -113,7 +113,7 @@ class BlockGraphs:
 
     def _record(self, key: Any, blocks: nn.Module, tokens: Tensor, pack_kwargs: dict[str, Any]) -> None:
         try:
-            self._recordings[key] = Recording(blocks, tokens, pack_kwargs)
+            self._recordings[key] = GraphedPass(blocks, tokens, pack_kwargs)
             torch.cuda.empty_cache()  # memory of the proof, which other streams cannot reuse
         except Exception as error:  # blocks that cannot be recorded can still run eagerly
             if self.must_work:
@@ -200,21 +200,21 @@ class Capture:
         return torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local")
 
 
-class Recording:
+class GraphedPass:
     """A pass through blocks at one size as CUDA graphs, forward and, with gradients, backward.
 
     It is made only if a replay gives what blocks give as they are written, to rounding. Each has memory of its own:
     what the forward pass leaves for the backward pass must outlive the passes of others.
     """
 
-    _all: ClassVar["weakref.WeakSet[Recording]"] = weakref.WeakSet()
+    _all: ClassVar["weakref.WeakSet[GraphedPass]"] = weakref.WeakSet()
 
     def __init__(self, blocks: nn.Module, tokens: Float[Tensor, "b t d"], pack_kwargs: dict[str, Any]) -> None:
         grad = torch.is_grad_enabled()
         self.blocks = blocks  # held, so that its id stays its own
-        taken = {other.slot for other in Recording._all}
+        taken = {other.slot for other in GraphedPass._all}
         self.slot = next(slot for slot in itertools.count() if slot not in taken)
-        Recording._all.add(self)
+        GraphedPass._all.add(self)
         self._pass: Callable[[], Any] = lambda: None  # the last one of autograd, for as long as that holds it
         named = dict(blocks.named_parameters(prefix="blocks"))
         self.parameters = list(named.values())
@@ -350,7 +350,7 @@ class _Replay(torch.autograd.Function):
     """Forward and backward of a recording as one operation of autograd."""
 
     @staticmethod
-    def forward(ctx: Any, recording: Recording, tokens: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, recording: GraphedPass, tokens: Tensor, *parameters: Tensor) -> Tensor:
         ctx.recording = recording
         recording.begin(ctx)
         return recording.replay_forward(tokens)

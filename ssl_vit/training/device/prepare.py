@@ -51,8 +51,8 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def whole(config: RunConfig, model: nn.Module, objective: Objective, device: torch.device) -> Objective:
-    """The objective with whole parameters on every process, for work beside training: itself or, if sharded, a copy.
+def unsharded(config: RunConfig, model: nn.Module, objective: Objective, device: torch.device) -> Objective:
+    """The objective with unsharded parameters on every process, for other work than training; a copy if it is sharded.
 
     Every process calls this. Shards can be called through the prepared module alone.
     """

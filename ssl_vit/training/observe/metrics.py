@@ -152,11 +152,11 @@ class MetricLog:
         """Use the tracker, if there is one; a tracker that fails is dropped."""
         tracker, self.tracker = self.tracker, None
         if tracker is not None:
-            with by_product(f"tracker {tracker.name} fails and is", self.say):
+            with by_product(f"tracker {tracker.name} fails and is", self.report):
                 send(tracker)
                 self.tracker = tracker
 
-    def say(self, text: str) -> None:
+    def report(self, text: str) -> None:
         """Print above the progress bar."""
         if self.is_writer:
             with tqdm.external_write_mode():

@@ -99,7 +99,7 @@ class Monitor:
             before = self.bad_images.count
             values["bad_images"] = self.bad_images.settle(run.step)
             if self.bad_images.count > before == 0:
-                log.say(f"WARNING: images that cannot be decoded are passed over; see {self.bad_images.path}")
+                log.report(f"WARNING: images that cannot be decoded are passed over; see {self.bad_images.path}")
         written = log.write_interval(values, progress)
         heartbeat(run, "training", written["images_per_second"])
         # Weights that have hardly moved look like a collapse and are none.
@@ -108,11 +108,11 @@ class Monitor:
         diagnosis = run.objective.diagnose(written, known) if is_judged else None
         if self._alarm.raised(diagnosis):
             run.faults.collapse = f"step {run.step:,}. {diagnosis}"
-            log.say(f"WARNING: collapse at {run.faults.collapse}")
+            log.report(f"WARNING: collapse at {run.faults.collapse}")
             return run.config.on_collapse == "stop"
         if self._alarm.is_over and run.faults.collapse:
             run.faults.collapse = ""
-            log.say(f"note       no sign of collapse in the last {self._alarm.calm} log intervals")
+            log.report(f"note       no sign of collapse in the last {self._alarm.calm} log intervals")
         return False
 
     def check_bad_images(self) -> None:

@@ -58,7 +58,7 @@ class StepTrace:
         paused = self.log.pause()
         self._number += 1
         if self._number == -WARMUP:
-            with by_product("trace", self.log.say):
+            with by_product("trace", self.log.report):
                 self._profiler = self._start()
         elif self._profiler is not None:
             self._profiler.step()
@@ -85,7 +85,7 @@ class StepTrace:
         if 0 < number <= self.num_steps:
             self._timed = (number, self._since_began())
         if number <= self.num_steps + 1:
-            self.log.say(
+            self.log.report(
                 f"WARNING: --profile {self.num_steps}: too few steps to trace any: {WARMUP} warm up, {self.num_steps} "
                 "are timed, and one begins the trace"
             )
@@ -127,7 +127,7 @@ class StepTrace:
         profiler, self._profiler, self.num_steps = self._profiler, None, 0
         (num_timed, untraced), (num_traced, traced) = self._timed, self._traced
         if profiler is not None:
-            with by_product("trace", self.log.say):
+            with by_product("trace", self.log.report):
                 profiler.stop()
         if num_timed == 0:
             return
@@ -135,7 +135,7 @@ class StepTrace:
         for name, before, after in self._marks:
             spent[name] += self._milliseconds(before, after)
         lines = summarize(spent, untraced, num_timed)
-        with by_product(f"trace {self.folder / TRACE_FILE}", self.log.say):
+        with by_product(f"trace {self.folder / TRACE_FILE}", self.log.report):
             if profiler is not None and num_traced > 0:
                 lines.append(compare(untraced / num_timed, traced / num_traced))
                 if self.device.type == "cuda":
@@ -146,7 +146,7 @@ class StepTrace:
             replace_text(self.folder / SUMMARY_FILE, "".join(f"{line}\n" for line in lines))
         if not self.log.quiet:
             for line in lines:
-                self.log.say(line)
+                self.log.report(line)
 
 
 def summarize(spent: dict[str, float], total: float, num_steps: int) -> list[str]:

@@ -19,10 +19,10 @@ from tests.reruns import Rerun
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-class FakeRecording:
+class FakePass:
     """Counts what is replayed, where a GPU would replay it."""
 
-    made: list["FakeRecording"]
+    made: list["FakePass"]
 
     def __init__(self, blocks: nn.Module, tokens: Tensor, pack_kwargs: dict[str, Any]) -> None:
         self.blocks, self.pack_kwargs = blocks, pack_kwargs
@@ -41,10 +41,10 @@ class FakeRecording:
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[FakeRecording]:
-    FakeRecording.made = []
-    monkeypatch.setattr(cuda_graphs, "Recording", FakeRecording)
-    return FakeRecording.made
+def made(monkeypatch: pytest.MonkeyPatch) -> list[FakePass]:
+    FakePass.made = []
+    monkeypatch.setattr(cuda_graphs, "GraphedPass", FakePass)
+    return FakePass.made
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_what_cannot_be_recorded_is_refused(device: torch.device, runs: dict[str
         resolve_cuda_graphs(True, device, **runs)
 
 
-def test_each_size_and_mode_is_recorded_once(made: list[FakeRecording], blocks: nn.ModuleList) -> None:
+def test_each_size_and_mode_is_recorded_once(made: list[FakePass], blocks: nn.ModuleList) -> None:
     graphs, small, large = BlockGraphs(enabled=True), torch.randn(2, 3, 4), torch.randn(2, 5, 4)
     for _ in range(3):
         with graphs.active():
@@ -105,7 +105,7 @@ def test_each_size_and_mode_is_recorded_once(made: list[FakeRecording], blocks: 
 
 
 def test_blocks_run_as_written_between_a_forward_pass_and_its_backward_pass(
-    made: list[FakeRecording], blocks: nn.ModuleList
+    made: list[FakePass], blocks: nn.ModuleList
 ) -> None:
     graphs, tokens = BlockGraphs(enabled=True), torch.randn(2, 3, 4)
     with graphs.active():
@@ -116,7 +116,7 @@ def test_blocks_run_as_written_between_a_forward_pass_and_its_backward_pass(
     assert len(made) == 1
 
 
-def test_parameters_that_have_moved_are_recorded_anew(made: list[FakeRecording], blocks: nn.ModuleList) -> None:
+def test_parameters_that_have_moved_are_recorded_anew(made: list[FakePass], blocks: nn.ModuleList) -> None:
     graphs, tokens = BlockGraphs(enabled=True), torch.randn(2, 3, 4)
     with graphs.active():
         run_blocks(blocks, tokens, False)
@@ -125,7 +125,7 @@ def test_parameters_that_have_moved_are_recorded_anew(made: list[FakeRecording],
     assert [recording.replays for recording in made] == [1, 1]
 
 
-def test_sizes_that_keep_changing_are_not_all_recorded(made: list[FakeRecording], blocks: nn.ModuleList) -> None:
+def test_sizes_that_keep_changing_are_not_all_recorded(made: list[FakePass], blocks: nn.ModuleList) -> None:
     graphs = BlockGraphs(enabled=True)
     with graphs.active():
         for length in range(1, 20):
@@ -143,7 +143,7 @@ def test_a_recording_that_fails_is_told_once_and_the_run_goes_on(
     def fail(*args: object) -> None:
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
-    monkeypatch.setattr(cuda_graphs, "Recording", fail)
+    monkeypatch.setattr(cuda_graphs, "GraphedPass", fail)
     tokens = torch.randn(2, 3, 4)
     told = r"^cuda_graphs=auto: blocks cannot be recorded.*\(operation not permitted when stream is capturing\)$"
     with BlockGraphs(enabled=True).active():
@@ -157,7 +157,7 @@ def test_a_recording_that_fails_is_told_once_and_the_run_goes_on(
 
 
 def test_nothing_is_recorded_of_no_blocks_with_checkpointing_or_where_it_is_off(
-    made: list[FakeRecording], blocks: nn.ModuleList
+    made: list[FakePass], blocks: nn.ModuleList
 ) -> None:
     tokens = torch.randn(2, 3, 4, requires_grad=True)
     with BlockGraphs(enabled=True).active():
@@ -349,7 +349,7 @@ def test_what_awaits_its_backward_pass_is_not_ended_before_the_next_step(
         assert recording() is None
 
 
-def test_a_step_made_for_a_benchmark_records_nothing_on_a_cpu(made: list[FakeRecording]) -> None:
+def test_a_step_made_for_a_benchmark_records_nothing_on_a_cpu(made: list[FakePass]) -> None:
     config, _ = parse_run(OBJECTIVES["mae"][0], [*OBJECTIVES["mae"][1], "--cuda_graphs=true", "--steps=9"]).resolve(40)
     prepare_step(config, config.build_objective(), 2, CPU).forward_backward()
     assert not made

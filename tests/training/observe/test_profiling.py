@@ -116,7 +116,7 @@ class Log(MetricLog):
     def __init__(self) -> None:
         self.said: list[str] = []
 
-    def say(self, text: str) -> None:
+    def report(self, text: str) -> None:
         self.said += text.splitlines()
 
     def pause(self) -> float:
