@@ -14,6 +14,7 @@ from tests.reruns import FakeCapture, Rerun
 from tests.training.test_faults import EVERY_STEP, same, state_at
 
 
+@pytest.mark.usefixtures("quick_scores")
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
 def test_a_recorded_run_learns_what_blocks_as_written_learn(
     start: Callable[..., int],

@@ -71,7 +71,7 @@ PHASES = {
 }
 
 
-@pytest.mark.usefixtures("_fresh_state")
+@pytest.mark.usefixtures("_fresh_state", "quick_scores")
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_run_that_is_stopped_outside_its_loop(
     photo_folder: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture, phase: str

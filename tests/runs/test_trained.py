@@ -20,18 +20,16 @@ from ssl_vit.export.run import export_run
 from ssl_vit.models.vit import ViTConfig
 from ssl_vit.runs.trained import open_trained
 from ssl_vit.training.loop import main
-from tests.conftest import SMALL_DINO, SMALL_RUN
+from tests.conftest import SMALL_DINO, SMALL_RUN, nearest_mean
 
 LONG = ["--steps=6", "--checkpoint.every_steps=2", "--checkpoint.keep=3", "--evaluation.max_images=16"]
 
 
 def train(defaults: object, flags: list[str], source: Path, folder: Path, *more: str) -> Path:
-    patch = pytest.MonkeyPatch()
-    patch.setattr(sys, "argv", ["train", *flags, *LONG, *more, f"--data.source={source}", f"--output_dir={folder}"])
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train", *flags, *LONG, *more, f"--data.source={source}", f"--output_dir={folder}"])
+        patch.setattr("ssl_vit.evaluation.evaluate.logistic_predict", nearest_mean)
         assert main(defaults) == 0
-    finally:
-        patch.undo()
     return folder
 
 

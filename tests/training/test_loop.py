@@ -65,6 +65,7 @@ def test_a_run_ends_with_everything_it_promises(
     assert (provenance["objective"], provenance["steps"], provenance["num_images"]) == ("MAE", 6, 40)
 
 
+@pytest.mark.usefixtures("quick_scores")
 def test_the_untrained_row_is_the_backbone_of_step_0(start: Callable[..., int], tmp_path: Path) -> None:
     start("--optim.base_lr=1e-12", "--optim.weight_decay=0", steps=1, labels=True)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -143,6 +144,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert all(torch.equal(value, last_weights(run)[name]) for name, value in last_weights(tmp_path / "whole").items())
 
 
+@pytest.mark.usefixtures("quick_scores")
 @pytest.mark.parametrize("at", ["export_backbone", "compare"])
 def test_a_run_that_was_killed_at_its_end_is_not_finished(
     start: Callable[..., int],
@@ -225,6 +227,7 @@ def test_labels_that_are_identifiers_do_not_judge_a_run(
         start(f"--evaluation.source={tmp_path / 'numbered.parquet'}", trusted[0], steps=1, labels=True, name="judged")
 
 
+@pytest.mark.usefixtures("quick_scores")
 def test_a_labelled_source_can_judge_an_unlabelled_one(
     start: Callable[..., int], photo_folder: Path, tmp_path: Path
 ) -> None:
