@@ -51,6 +51,11 @@ def select_feature(pieces: Mapping[str, Tensor], kind: str) -> Float[Tensor, "n 
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
+def take(pieces: Mapping[str, Tensor], rows: Tensor | slice) -> dict[str, Tensor]:
+    """Take rows of all pieces that `extract_features` returns."""
+    return {name: values[rows] for name, values in pieces.items()}
+
+
 def check_feature(kind: str | None) -> None:
     """Refuse an unknown kind of feature; None leaves the choice to the backbone.
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ssl_vit.core.schedules import warmup_cosine
 from ssl_vit.core.settings import check_given, check_ranges
-from ssl_vit.evaluation.features import FEATURES, select_feature
+from ssl_vit.evaluation.features import FEATURES, select_feature, take
 from ssl_vit.evaluation.splits import held_out_rows
 
 
@@ -174,7 +174,7 @@ def _train_heads(
     heads = []
     for kind, base_lr in grid:
         generator = torch.Generator().manual_seed(seed)  # anew, so that no head depends on which others there are
-        linear = nn.Linear(select_feature(_rows(views[0], slice(1)), kind).shape[1], num_classes)
+        linear = nn.Linear(select_feature(take(views[0], slice(1)), kind).shape[1], num_classes)
         nn.init.normal_(linear.weight, std=0.01, generator=generator)
         nn.init.zeros_(linear.bias)
         norm = nn.BatchNorm1d(linear.in_features, eps=1e-6, affine=False) if config.batch_norm else nn.Identity()
@@ -187,7 +187,7 @@ def _train_heads(
         if position == 0:
             shuffled = order.permutation(rows)
         chosen = torch.from_numpy(np.array_split(shuffled, steps_per_epoch)[position])
-        batch = _rows(views[epoch % len(views)], chosen)
+        batch = take(views[epoch % len(views)], chosen)
         targets = labels[chosen.to(device)]
         inputs = {kind: select_feature(batch, kind).to(device) for kind in dict.fromkeys(kind for kind, _ in grid)}
         # Each head's loss has gradients for this head alone, so their sum trains all of them.
@@ -221,11 +221,7 @@ def _predict(
 ) -> Int[Tensor, " r"]:
     head.model.eval()
     parts = [
-        head.model(select_feature(_rows(pieces, part), head.feature).to(device)).argmax(dim=1)
+        head.model(select_feature(take(pieces, part), head.feature).to(device)).argmax(dim=1)
         for part in rows.split(16384)
     ]
     return torch.cat(parts)
-
-
-def _rows(pieces: Mapping[str, Tensor], rows: Tensor | slice) -> dict[str, Tensor]:
-    return {name: values[rows] for name, values in pieces.items()}

@@ -1,6 +1,6 @@
 """What evaluate_knn.py, linear_probe.py and evaluate_retrieval.py do with a backbone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ssl_vit.core.settings import check_given, check_ranges
 from ssl_vit.evaluation import linear_probe
 from ssl_vit.evaluation.command import LabelledConfig
 from ssl_vit.evaluation.evaluate import cross_validate
-from ssl_vit.evaluation.features import check_feature, num_layers_for, select_feature
+from ssl_vit.evaluation.features import check_feature, num_layers_for, select_feature, take
 from ssl_vit.evaluation.few_shot import FewShot, few_shot, most_shots
 from ssl_vit.evaluation.knn import knn_predict
 from ssl_vit.evaluation.linear_probe import LinearProbeConfig
@@ -83,45 +83,25 @@ def evaluate_knn(path: Path, config: KNNConfig) -> None:
     task = Task.open(path, config)
     feature = config.feature or task.backbone.feature
     rows: dict[str, dict[str, Score]] = {}
-    for name in (*config.baselines, "backbone"):
-        train, test = task.features(name, num_layers_for([feature], task.backbone.encoder))
-        if process_index() == 0:
-            rows[name] = _knn(task, train[0], test, config, "mean" if name == "pixels" else feature)
+    for name, train, test in _features(task, feature):
+        split = task.split  # without the images that could not be decoded
+        labels = torch.from_numpy(split.labels).to(train.device)
+        predictions = knn_predict(
+            train, labels, test, num_classes=split.num_classes, ks=config.ks, temperature=config.temperature
+        )
+        rows[name] = {f"k={k}": Score.of(split.scored_labels, found.cpu().numpy()) for k, found in predictions.items()}
     if process_index() == 0:
         print(format_table(rows))
         task.write("knn.json", {"feature": feature, **scores_to_json(rows)})
 
 
-def _knn(
-    task: Task, train: Mapping[str, Tensor], test: Mapping[str, Tensor] | None, config: KNNConfig, kind: str
-) -> dict[str, Score]:
-    device, split = task.backbone.settings.device, task.split
-    labels = split.labels if split.test_labels is None else split.test_labels
-    predictions = knn_predict(
-        select_feature(train, kind).to(device),
-        torch.from_numpy(split.labels).to(device),
-        None if test is None else select_feature(test, kind).to(device),
-        num_classes=split.num_classes,
-        ks=config.ks,
-        temperature=config.temperature,
-    )
-    return {f"k={k}": Score.of(labels, found.cpu().numpy()) for k, found in predictions.items()}
-
-
 def evaluate_retrieval(path: Path, config: RetrievalConfig) -> None:
     """Score a backbone by retrieval: a table, and a JSON file."""
     task = Task.open(path, config)
-    device = task.backbone.settings.device
     feature = config.feature or task.backbone.feature
     found: dict[str, Retrieval] = {}
-    for name in (*config.baselines, "backbone"):
-        train, test = task.features(name, num_layers_for([feature], task.backbone.encoder))
-        kind = "mean" if name == "pixels" else feature
-        if process_index() == 0:
-            gallery = select_feature(train[0], kind).to(device)
-            queries = None if test is None else select_feature(test, kind).to(device)
-            split = task.split
-            found[name] = retrieve(gallery, split.labels, queries, split.test_labels, ks=config.ks)
+    for name, gallery, queries in _features(task, feature):
+        found[name] = retrieve(gallery, task.split.labels, queries, task.split.test_labels, ks=config.ks)
     if process_index() == 0:
         lines = [["%", "mAP", *(f"recall@{k}" for k in config.ks), "queries"]]
         for name, item in found.items():
@@ -132,11 +112,26 @@ def evaluate_retrieval(path: Path, config: RetrievalConfig) -> None:
         task.write("retrieval.json", {"feature": feature, **rows})
 
 
+def _features(task: Task, feature: str) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Yield the name and the training and test features of each baseline and of the backbone, in the main process."""
+    for name in (*task.config.baselines, "backbone"):
+        train, test = task.features(name, num_layers_for([feature], task.backbone.encoder))
+        if process_index() == 0:
+            yield name, *_select(task, name, feature, train[0], test)
+
+
+def _select(
+    task: Task, name: str, feature: str, train: Mapping[str, Tensor], test: Mapping[str, Tensor] | None
+) -> tuple[Tensor, Tensor | None]:
+    """Select one kind of feature and move it to the device; pixels have one kind alone."""
+    kind, device = "mean" if name == "pixels" else feature, task.backbone.settings.device
+    return select_feature(train, kind).to(device), None if test is None else select_feature(test, kind).to(device)
+
+
 def evaluate_linear(path: Path, config: LinearConfig, probe: LinearProbeConfig) -> None:
     """Score a backbone by a linear probe and from few labels: tables, and a JSON file."""
     task = Task.open(path, config)
-    config = replace(config, feature=config.feature or task.backbone.feature)
-    feature = str(config.feature)
+    feature = config.feature or task.backbone.feature
     kinds = [feature] if config.logistic else [feature, *probe.features]
     views = 0 if config.logistic else probe.views
     rows: dict[str, dict[str, Score]] = {}
@@ -145,10 +140,9 @@ def evaluate_linear(path: Path, config: LinearConfig, probe: LinearProbeConfig) 
     for name in (*config.baselines, "backbone"):
         train, test = task.features(name, num_layers_for(kinds, task.backbone.encoder), views)
         if process_index() == 0:
-            pixels = name == "pixels"
-            score, heads[name] = _linear(task, train, test, config, probe, pixels, name)
+            score, heads[name] = _linear(task, name, feature, train, test, config, probe)
             rows[name] = {"linear": score}
-            few[name] = _few_shot(task, train[0], test, config, "mean" if pixels else feature)
+            few[name] = _few_shot(task, *_select(task, name, feature, train[0], test), config)
     if process_index() != 0:
         return
     print(format_table(rows))
@@ -175,38 +169,38 @@ def evaluate_linear(path: Path, config: LinearConfig, probe: LinearProbeConfig) 
 
 def _linear(
     task: Task,
+    name: str,
+    feature: str,
     train: Sequence[Mapping[str, Tensor]],
     test: Mapping[str, Tensor] | None,
     config: LinearConfig,
     probe: LinearProbeConfig,
-    pixels: bool,
-    name: str,
 ) -> tuple[Score, dict[str, Any] | None]:
     """The score of the linear probe, and the head that was chosen where heads were trained."""
     split, device = task.split, task.backbone.settings.device
-    if pixels:
-        probe = LinearProbeConfig(**{**vars(probe), "features": ("mean",), "views": 0})
+    if name == "pixels":
+        probe = replace(probe, features=("mean",), views=0)
     chosen: dict[str, Any] | None = None
     clean, views = train[0], list(train[1:]) or [train[0]]
-    kind = "mean" if pixels else str(config.feature)
+    seed = config.seed
 
     def predict(fit: Tensor, query: Mapping[str, Tensor]) -> np.ndarray:
         nonlocal chosen
         labels = split.labels[fit.numpy()]
         if config.logistic:
             targets = torch.from_numpy(labels).to(device)
-            features = (select_feature(pieces, kind).to(device) for pieces in (_take(clean, fit), query))
-            found = logistic_predict(next(features), targets, next(features), num_classes=split.num_classes, seed=seed)
-            return found.cpu().numpy()
+            known, asked = _select(task, name, feature, take(clean, fit), query)
+            assert asked is not None
+            return logistic_predict(known, targets, asked, num_classes=split.num_classes, seed=seed).cpu().numpy()
         total = linear_probe.num_steps(len(fit), probe)
         with tqdm(total=total, desc=f"linear probe, {name}", unit="step", leave=False, disable=None) as bar:
             result = linear_probe.linear_probe(
-                [_take(view, fit) for view in views],
+                [take(view, fit) for view in views],
                 labels,
                 query,
                 probe,
                 num_classes=split.num_classes,
-                clean=_take(clean, fit),
+                clean=take(clean, fit),
                 seed=seed,
                 device=device,
                 on_step=bar.update,
@@ -216,31 +210,18 @@ def _linear(
             chosen = {"feature": result.feature, "base_lr": result.base_lr, "held_out": grid}
         return result.predictions.numpy()
 
-    seed = task.config.seed
     if test is not None and split.test_labels is not None:
         return Score.of(split.test_labels, predict(torch.arange(len(split.labels)), test)), chosen
-    predictions = cross_validate(split.labels, config.folds, seed, lambda fit, rows: predict(fit, _take(clean, rows)))
+    predictions = cross_validate(split.labels, config.folds, seed, lambda fit, rows: predict(fit, take(clean, rows)))
     return Score.of(split.labels, predictions), chosen
 
 
-def _few_shot(
-    task: Task, train: Mapping[str, Tensor], test: Mapping[str, Tensor] | None, config: LinearConfig, kind: str
-) -> list[FewShot]:
-    split, device = task.split, task.backbone.settings.device
-    features = select_feature(train, kind).to(device)
-    queries = None if test is None else select_feature(test, kind).to(device)
+def _few_shot(task: Task, train: Tensor, test: Tensor | None, config: LinearConfig) -> list[FewShot]:
+    labels, test_labels = task.split.labels, task.split.test_labels
+    most = most_shots(labels, test is not None)
+    settings = {"num_draws": config.draws, "seed": config.seed}
     return [
-        few_shot(
-            features,
-            split.labels,
-            queries,
-            split.test_labels,
-            shots=shots,
-            num_draws=config.draws,
-            seed=config.seed,
-        )
-        for shots in config.shots
-        if shots <= most_shots(split.labels, test is not None)
+        few_shot(train, labels, test, test_labels, shots=shots, **settings) for shots in config.shots if shots <= most
     ]
 
 
@@ -250,7 +231,3 @@ def _format_few_shot(few: Mapping[str, Sequence[FewShot]], draws: int) -> str:
         [name, *(f"{100 * item.mean:.1f} ± {100 * item.std:.1f}" for item in items)] for name, items in few.items()
     ]
     return lay_out([heading, *lines])
-
-
-def _take(pieces: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-    return {name: values[rows] for name, values in pieces.items()}

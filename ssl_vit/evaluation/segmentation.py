@@ -40,7 +40,6 @@ from ssl_vit.evaluation.left_out import refuse
 from ssl_vit.evaluation.masks import MaskedSource, Problems, centre_pair, open_masked, random_pair
 from ssl_vit.evaluation.scores import lay_out
 from ssl_vit.evaluation.splits import PICK_FOLDS, TEST_FOLDS
-from ssl_vit.models.encoder import Encoder
 
 
 @dataclass(frozen=True)
@@ -151,16 +150,15 @@ class LinearHead(nn.Module):
 
 
 def train_heads(
-    encoder: Encoder,
+    backbone: Backbone,
     source: MaskedSource,
     base_lrs: Sequence[float],
-    backbone: Backbone,
     config: SegmentationConfig,
     num_classes: int,
     on_step: Callable[[], object] = lambda: None,
 ) -> list[LinearHead]:
-    """A head for each learning rate, all trained on the same batches; the same call gives the same heads."""
-    device = backbone.settings.device
+    """Train a head for each learning rate, all on the same batches; the same call gives the same heads."""
+    encoder, device = backbone.encoder, backbone.settings.device
     heads = []
     for _ in base_lrs:
         generator = torch.Generator().manual_seed(config.seed)
@@ -172,9 +170,9 @@ def train_heads(
     sampler = StepSampler(
         num_samples=len(source), batch_size=config.batch_size, num_steps=config.steps, seed=config.seed
     )
-    loader = _loader(_Pairs(source, encoder.in_chans, backbone, config.seed), backbone.settings, batch_sampler=sampler)
+    loader = _loader(_Pairs(source, backbone, config.seed), backbone.settings, batch_sampler=sampler)
     for step, (images, masks) in enumerate(read_batches(loader)):
-        tokens, grid = _tokens(encoder, images, backbone, config.num_layers)
+        tokens, grid = _tokens(backbone, images, config.num_layers)
         masks = masks.to(device, non_blocking=True)
         losses = [_loss(_enlarge(head(tokens, grid), backbone.transform), masks) for head in heads]
         for group in optimizer.param_groups:
@@ -188,20 +186,19 @@ def train_heads(
 
 @torch.no_grad()
 def segment(
-    encoder: Encoder,
+    backbone: Backbone,
     heads: Sequence[LinearHead],
     source: MaskedSource,
-    backbone: Backbone,
     config: SegmentationConfig,
     num_classes: int,
 ) -> list[Int64[Tensor, "n 3 classes"]]:
-    """The pixel counts of each image, for each head; all that the scores need, and small for many classes too."""
+    """Return for each head the pixel counts of each image: all that the scores need, and small for many classes."""
     found: list[list[Tensor]] = [[] for _ in heads]
-    loader = _loader(_Pairs(source, encoder.in_chans, backbone, None), backbone.settings)
+    loader = _loader(_Pairs(source, backbone, None), backbone.settings)
     for head in heads:
         head.eval()
     for images, masks in read_batches(loader):
-        tokens, grid = _tokens(encoder, images, backbone, config.num_layers)
+        tokens, grid = _tokens(backbone, images, config.num_layers)
         for head, counts in zip(heads, found, strict=True):
             predictions = _enlarge(head(tokens, grid), backbone.transform).argmax(dim=1).cpu()
             counts += [pixel_counts(*pair, num_classes) for pair in zip(predictions, masks, strict=True)]
@@ -211,8 +208,10 @@ def segment(
 class _Pairs(Dataset):
     """Images and masks at the encoder's size: random crops by sample key, or the centres by row."""
 
-    def __init__(self, source: MaskedSource, num_channels: int, backbone: Backbone, seed: int | None) -> None:
-        self.source, self.num_channels, self.transform, self.seed = source, num_channels, backbone.transform, seed
+    def __init__(self, source: MaskedSource, backbone: Backbone, seed: int | None) -> None:
+        # Not the backbone itself: loader processes get a copy of what is kept here.
+        self.source, self.num_channels = source, backbone.encoder.in_chans
+        self.transform, self.seed = backbone.transform, seed
 
     def __len__(self) -> int:
         return len(self.source)
@@ -238,11 +237,9 @@ def _loader(pairs: Dataset, settings: EncodeSettings, batch_sampler: StepSampler
     )
 
 
-def _tokens(
-    encoder: Encoder, images: Tensor, backbone: Backbone, num_layers: int
-) -> tuple[Float[Tensor, "b n d"], tuple[int, int]]:
+def _tokens(backbone: Backbone, images: Tensor, num_layers: int) -> tuple[Float[Tensor, "b n d"], tuple[int, int]]:
     """Frozen patch tokens of the last blocks, side by side, and their grid."""
-    device, dtype = backbone.settings.device, backbone.settings.autocast_dtype
+    encoder, device, dtype = backbone.encoder, backbone.settings.device, backbone.settings.autocast_dtype
     with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         normalised = backbone.transform.on_device(images, device)
         layers = encoder.last_layers(normalised, num_layers)
@@ -251,7 +248,7 @@ def _tokens(
 
 
 def _enlarge(logits: Float[Tensor, "b k r s"], transform: EvalTransform) -> Float[Tensor, "b k h w"]:
-    """To the size of the masks; what belongs to padding is cut off."""
+    """Enlarge logits to the size of the masks, without the padding."""
     (height, width), (below, right) = transform.size, transform.padding
     rows = _stretch(logits.shape[2], height + below, logits.device)[:, :height]
     columns = _stretch(logits.shape[3], width + right, logits.device)[:, :width]
@@ -267,7 +264,7 @@ def _loss(logits: Float[Tensor, "b k h w"], masks: Int64[Tensor, "b h w"]) -> Fl
 
 
 def _stretch(length: int, to: int, device: torch.device) -> Float[Tensor, "length to"]:
-    """What a line of values is multiplied by to be enlarged linearly."""
+    """Matrix that a line of `length` values is multiplied by to be enlarged linearly."""
     return F.interpolate(torch.eye(length, device=device)[None], to, mode="linear", align_corners=False)[0]
 
 
@@ -284,7 +281,7 @@ def evaluate_segmentation(path: Path, config: SegmentationConfig) -> None:
     rows: dict[str, Segmentation] = {}
     for name in (*config.baselines, "backbone"):
         encoder = backbone.untrained(config.seed) if name == "untrained" else backbone.encoder
-        rows[name] = _evaluate(name, encoder.eval(), train, test, backbone, config, num_classes)
+        rows[name] = _evaluate(name, replace(backbone, encoder=encoder.eval()), train, test, config, num_classes)
     lines = [["%", "mIoU", "pixel accuracy", "images"]]
     for name, item in rows.items():
         shown = f"{100 * item.miou:.1f} [{100 * item.low:.1f}, {100 * item.high:.1f}]"
@@ -299,10 +296,9 @@ def evaluate_segmentation(path: Path, config: SegmentationConfig) -> None:
 
 def _evaluate(
     name: str,
-    encoder: Encoder,
+    backbone: Backbone,
     train: MaskedSource,
     test: MaskedSource,
-    backbone: Backbone,
     config: SegmentationConfig,
     num_classes: int,
 ) -> Segmentation:
@@ -313,12 +309,12 @@ def _evaluate(
     with tqdm(total=total, desc=f"segmentation, {name}", unit="step", leave=False, disable=None) as bar:
         if several:
             fit, pick = _hold_out(train, PICK_FOLDS, config.seed + 1)
-            heads = train_heads(encoder, fit, config.base_lrs, backbone, config, num_classes, bar.update)
-            found = segment(encoder, heads, pick, backbone, config, num_classes)
+            heads = train_heads(backbone, fit, config.base_lrs, config, num_classes, bar.update)
+            found = segment(backbone, heads, pick, config, num_classes)
             held_out = {lr: mean_iou(counts.sum(dim=0)) for lr, counts in zip(config.base_lrs, found, strict=True)}
             best = max(held_out, key=lambda lr: held_out[lr])
-        heads = train_heads(encoder, train, [best], backbone, config, num_classes, bar.update)
-    counts = segment(encoder, heads, test, backbone, config, num_classes)[0]
+        heads = train_heads(backbone, train, [best], config, num_classes, bar.update)
+    counts = segment(backbone, heads, test, config, num_classes)[0]
     total_counts = counts.sum(dim=0)
     low, high = bootstrap_interval(counts, config.seed)
     accuracy = float(total_counts[0].sum() / total_counts[1].sum())
@@ -330,7 +326,7 @@ def _evaluate(
 def _open(
     backbone: Backbone, config: SegmentationConfig, bad: list[dict[str, Any]]
 ) -> tuple[MaskedSource, MaskedSource, str]:
-    """What is learned from and what is tested, without pairs that cannot be decoded, which are added to `bad`."""
+    """Open the training and the test images; pairs that cannot be decoded are left out and added to `bad`."""
     data = data_config(backbone, config, label_column="none")
     shared = {"mask_column": config.mask_column, "ignore_index": config.ignore_index}
     with naming_own(config):
@@ -347,7 +343,7 @@ def _open(
 def _readable(
     source: MaskedSource, backbone: Backbone, config: SegmentationConfig, bad: list[dict[str, Any]]
 ) -> MaskedSource:
-    """The pairs whose image and mask can be used, found by decoding all, which a run does many times."""
+    """Keep the pairs whose image and mask can be used; to find them, each pair is decoded once before training."""
     tell_notes(source.images, source.masks)
     if config.on_bad_image == "raise":
         return source
@@ -370,7 +366,7 @@ def _hold_out(source: MaskedSource, folds: int, seed: int) -> tuple[MaskedSource
 
 
 def _count_classes(train: MaskedSource, test: MaskedSource) -> int:
-    """One more than the highest class; all masks are read, so that what is wrong with one is found at once."""
+    """Return one more than the highest class; all masks are read, so a broken mask stops the run before training."""
     learned, tested = (
         set(torch.cat([source.mask(row).unique() for row in range(len(source))]).unique().tolist())
         for source in (train, test)

@@ -151,7 +151,7 @@ class Task:
             "source": self.train.name,
             "test_source": None if self.test is None else self.test.name,
             "num_train": len(self.split.labels),
-            "num_test": len(self.split.labels if self.split.test_labels is None else self.split.test_labels),
+            "num_test": len(self.split.scored_labels),
             "num_classes": self.split.num_classes,
             "num_bad": len(self.bad),
             "crop_pct": self.backbone.transform.crop_pct,

@@ -133,7 +133,8 @@ def test_colours_that_give_the_class_are_found_and_shuffled_masks_are_not(backbo
     assert (found["num_classes"], found["num_train"]) == (2, 40)
     shuffled = write(tmp_path / "shuffled.parquet", 40, shuffled=True)
     output = tmp_path / "shuffled.json"
-    assert run(backbone, f"--source={shuffled}", f"--test_source={test}", f"--output={output}", *flags) == 0
+    flags += [f"--output={output}", "--base_lrs=[0.1]"]
+    assert run(backbone, f"--source={shuffled}", f"--test_source={test}", *flags) == 0
     assert json.loads(output.read_text())["backbone"]["miou"] < 0.5
     assert json.loads((backbone / "segmentation.json").read_text()) == found
 
