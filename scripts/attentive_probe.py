@@ -10,10 +10,10 @@ Saves and resumes as pre-training does; `--help` lists all settings.
 
 import sys
 
-from ssl_vit.core.front import heed_signals
+from ssl_vit.core.front import handle_signals
 
 if __name__ == "__main__":
-    heed_signals()
+    handle_signals()
 
 from ssl_vit.evaluation.evaluate import EvaluationConfig
 from ssl_vit.objectives.finetune import AttentiveConfig

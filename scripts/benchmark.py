@@ -20,10 +20,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ssl_vit.core.front import FlagParser, heed_signals, stoppable
+from ssl_vit.core.front import FlagParser, handle_signals, stoppable
 
 if __name__ == "__main__":
-    heed_signals()
+    handle_signals()
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where benchmarks/ and scripts/ are
 

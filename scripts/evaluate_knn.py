@@ -7,10 +7,10 @@ Without a test source each image is classified by all others (leave-one-out).
 
 import sys
 
-from ssl_vit.core.front import heed_signals
+from ssl_vit.core.front import handle_signals
 
 if __name__ == "__main__":
-    heed_signals()
+    handle_signals()
 
 from ssl_vit.evaluation.command import main
 from ssl_vit.evaluation.probes import KNNConfig, evaluate_knn

@@ -7,10 +7,10 @@ Without queries each image of the gallery looks for the others of its class.
 
 import sys
 
-from ssl_vit.core.front import heed_signals
+from ssl_vit.core.front import handle_signals
 
 if __name__ == "__main__":
-    heed_signals()
+    handle_signals()
 
 from ssl_vit.evaluation.command import main
 from ssl_vit.evaluation.probes import RetrievalConfig, evaluate_retrieval

@@ -8,10 +8,10 @@ A mask has one channel whose values are classes; 255 belongs to none. Without a 
 
 import sys
 
-from ssl_vit.core.front import heed_signals
+from ssl_vit.core.front import handle_signals
 
 if __name__ == "__main__":
-    heed_signals()
+    handle_signals()
 
 from ssl_vit.evaluation.command import main
 from ssl_vit.evaluation.segmentation import SegmentationConfig, evaluate_segmentation

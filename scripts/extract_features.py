@@ -9,10 +9,10 @@ start it with `accelerate launch`. Read the file with `pandas.read_parquet`, `da
 
 import sys
 
-from ssl_vit.core.front import heed_signals
+from ssl_vit.core.front import handle_signals
 
 if __name__ == "__main__":
-    heed_signals()
+    handle_signals()
 
 from ssl_vit.evaluation.command import main
 from ssl_vit.evaluation.extract import ExtractConfig, extract

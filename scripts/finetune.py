@@ -9,10 +9,10 @@ Without a test source a fifth of the images is held out. Ends with a timm classi
 
 import sys
 
-from ssl_vit.core.front import heed_signals
+from ssl_vit.core.front import handle_signals
 
 if __name__ == "__main__":
-    heed_signals()
+    handle_signals()
 
 from ssl_vit.evaluation.evaluate import EvaluationConfig
 from ssl_vit.models.vit import ViTConfig

@@ -9,10 +9,10 @@ LARS). Without a test source the accuracy is cross-validated.
 
 import sys
 
-from ssl_vit.core.front import FlagParser, heed_signals
+from ssl_vit.core.front import FlagParser, handle_signals
 
 if __name__ == "__main__":
-    heed_signals()
+    handle_signals()
 
 from ssl_vit.evaluation.command import main
 from ssl_vit.evaluation.linear_probe import PRESETS

@@ -7,10 +7,10 @@
 
 import sys
 
-from ssl_vit.core.front import heed_signals
+from ssl_vit.core.front import handle_signals
 
 if __name__ == "__main__":
-    heed_signals()
+    handle_signals()
 
 from ssl_vit.models.vit import ViTConfig
 from ssl_vit.objectives.mae import MAEConfig

@@ -10,13 +10,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssl_vit.core.front import FlagParser, heed_signals, stoppable
+from ssl_vit.core.front import FlagParser, handle_signals, stoppable
 
 if __name__ == "__main__":
-    heed_signals()
+    handle_signals()
 
 from ssl_vit.core.text import plain
-from ssl_vit.core.writing import FAULTS, tell_error
+from ssl_vit.core.writing import FAULTS, report_error
 from ssl_vit.runs.record import read_run
 from ssl_vit.visualize.comparison import compare
 from ssl_vit.visualize.report import distinct, write_report
@@ -38,7 +38,7 @@ def main(args: Sequence[str] | None = None) -> int:
         )
         runs = [read_run(folder) for folder in given.runs]
     except FAULTS as error:
-        return tell_error(error)
+        return report_error(error)
     for sentence in compare(runs, distinct([run.name for run in runs])):
         print(plain(sentence))
     for note in notes:

@@ -15,10 +15,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssl_vit.core.front import FlagParser, heed_signals, stoppable
+from ssl_vit.core.front import FlagParser, handle_signals, stoppable
 
 if __name__ == "__main__":
-    heed_signals()
+    handle_signals()
 
 from ssl_vit.visualize.command import WHAT, film, visualize
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from scripts import export, report, visualize
 from ssl_vit.core import writing
-from ssl_vit.core.writing import tell_error
+from ssl_vit.core.writing import report_error
 from ssl_vit.evaluation import command, extract
 from tests.hostile import small_run
 
@@ -159,7 +159,7 @@ def test_faults_of_the_machine_say_what_to_do(
     error: Exception, code: int, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(writing.os, "access", lambda path, mode: False)
-    assert tell_error(error) == code
+    assert report_error(error) == code
     text = capsys.readouterr().err
     assert told in text
     assert text.count("\n") == 1
@@ -167,4 +167,4 @@ def test_faults_of_the_machine_say_what_to_do(
 
 def test_a_fault_of_ours_is_not_hidden() -> None:
     with pytest.raises(RuntimeError, match="shapes"):
-        tell_error(RuntimeError("shapes do not fit"))
+        report_error(RuntimeError("shapes do not fit"))

@@ -39,7 +39,7 @@ def test_the_flags_of_a_front_are_those_that_were_decided_on(
     front: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
     """A new flag is a decision: `pytest -n 0 tests/test_structure.py --write-golden` notes it."""
-    monkeypatch.setattr("ssl_vit.core.front.heed_signals", lambda: None)
+    monkeypatch.setattr("ssl_vit.core.front.handle_signals", lambda: None)
     monkeypatch.setattr(sys, "argv", [front, "--help"])
     monkeypatch.syspath_prepend(str(ROOT))
     with pytest.raises(SystemExit) as ended:

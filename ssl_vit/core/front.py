@@ -30,7 +30,7 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
-def heed_signals() -> None:
+def handle_signals() -> None:
     """Let a signal end this process with one line. Scripts call this before imports that take seconds."""
     for number in _NUMBERS:
         signal.signal(number, lambda number, _: _end_at_once(number, ""))

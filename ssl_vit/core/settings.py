@@ -164,7 +164,7 @@ def section(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def said_of(names: Mapping[str, str]) -> Iterator[None]:
+def renamed_settings(names: Mapping[str, str]) -> Iterator[None]:
     """Rename settings in a ValueError of shared code to the names that the user gave.
 
     Args:

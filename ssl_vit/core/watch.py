@@ -16,7 +16,7 @@ from tqdm import tqdm
 EVERY = 5.0
 """Seconds between two signs of life."""
 SILENT = 60.0
-"""Seconds without a sign after which, and after each further period of which, other processes warn."""
+"""Seconds without a sign after which other processes warn; they warn again after each such period."""
 MAX_WAIT = 240.0
 """Minutes without a sign after which the other processes end."""
 _WATCHED = 32

@@ -180,7 +180,7 @@ def error_number(error: BaseException) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def tell_error(error: Exception, *, failed_proof: bool = False) -> int:
+def report_error(error: Exception, *, failed_proof: bool = False) -> int:
     """Print an error in one line and return the exit code: 2 for input that cannot be used, 1 for the machine.
 
     Args:
@@ -205,7 +205,7 @@ def tell_error(error: Exception, *, failed_proof: bool = False) -> int:
 
 
 FAULTS = (ValueError, OSError, RuntimeError, SafetensorError)
-"""Errors that `tell_error` accepts."""
+"""Errors that `report_error` accepts."""
 
 
 class JsonLines:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ssl_vit.core.writing import tell_error
+from ssl_vit.core.writing import report_error
 from ssl_vit.data.sources.source import open_source
 from ssl_vit.doctor.diagnose import Measure, adopt, diagnose
 from ssl_vit.training.config import OF_ONE_CALL, RunConfig, as_stored, own_folder, parse_run
@@ -46,7 +46,7 @@ def examine(
         text = " ".join(str(error).split())
         if "objective." in text and "no such" in text:
             text += f". Settings were read as {type(defaults.objective).__name__}'s; --objective names another"
-        return tell_error(ValueError(text))
+        return report_error(ValueError(text))
     facts = diagnose(config, source, sample=sample, step=step, adopts=config_file is not None)
     print(json.dumps(dataclasses.asdict(facts), indent=2) if as_json else facts)
     if config_file is not None and facts.settings is None:
@@ -55,7 +55,7 @@ def examine(
         try:
             write_settings(defaults, adopt(config, facts.settings), config_file)
         except ValueError as error:
-            return tell_error(error)
+            return report_error(error)
         print(f"written to {config_file}", file=sys.stderr)
     return 1 if facts.problems else 0
 

@@ -15,9 +15,9 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from ssl_vit.core.distributed import end_processes, process_index, start_processes
 from ssl_vit.core.front import stoppable
 from ssl_vit.core.machine import autocast_dtype, resolve_precision
-from ssl_vit.core.settings import as_flags, check_ranges, in_one_line, read_words, said_of, section
+from ssl_vit.core.settings import as_flags, check_ranges, in_one_line, read_words, renamed_settings, section
 from ssl_vit.core.text import plain
-from ssl_vit.core.writing import FAULTS, replace_text, tell_error
+from ssl_vit.core.writing import FAULTS, replace_text, report_error
 from ssl_vit.data.augment.evaluation import EvalTransform, fit_size
 from ssl_vit.data.sources.source import DataConfig, Source
 from ssl_vit.data.transform import pair
@@ -204,7 +204,7 @@ def naming_own(config: PicturesConfig) -> Iterator[None]:
 def naming_test(config: Any) -> AbstractContextManager[None]:
     """Say of an error about the source that it is the test source's, as far as one is named."""
     names = {"source": config.test_source, "split": config.test_split}
-    return said_of({f"data.{name}": f"data.test_{name}" for name, given in names.items() if given is not None})
+    return renamed_settings({f"data.{name}": f"data.test_{name}" for name, given in names.items() if given is not None})
 
 
 def tell_notes(*sources: Source | None) -> None:
@@ -256,9 +256,9 @@ def main(
         evaluate(Path(given.backbone), **settings)
     except (ValueError, ArgumentError) as error:
         text = in_one_line(str(error), keys) if isinstance(error, ArgumentError) else str(error)
-        return tell_error(ValueError(as_flags(text, keys)))
+        return report_error(ValueError(as_flags(text, keys)))
     except FAULTS as error:
-        return tell_error(error)
+        return report_error(error)
     finally:
         end_processes()
     return 0

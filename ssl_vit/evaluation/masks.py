@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode
 
-from ssl_vit.core.settings import said_of
+from ssl_vit.core.settings import renamed_settings
 from ssl_vit.data.augment.crops import draw_crop
 from ssl_vit.data.augment.evaluation import cover, middle
 from ssl_vit.data.config import DataConfig, near_match
@@ -123,7 +123,7 @@ def open_masked(
     """
     if mask_source is not None:
         images = open_source(data)
-        with said_of({"data.source": "data.mask_source"}):
+        with renamed_settings({"data.source": "data.mask_source"}):
             masks = open_source(
                 replace(data, source=mask_source, image_column=None, label_column="none", pages="first")
             )

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from ssl_vit.core.text import plain
-from ssl_vit.core.writing import FAULTS, tell_error
+from ssl_vit.core.writing import FAULTS, report_error
 from ssl_vit.export.run import export_fine_tuned, export_run
 from ssl_vit.export.targets import TARGETS, export_to, proof_images, push
 from ssl_vit.export.transformers import has_plain_decoder
@@ -20,7 +20,7 @@ def export(args: argparse.Namespace) -> int:
     try:
         return _export(args)
     except FAULTS as error:
-        return tell_error(error, failed_proof=True)
+        return report_error(error, failed_proof=True)
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -53,7 +53,7 @@ def _export(args: argparse.Namespace) -> int:
         try:
             found = export_to(trained, target, out, proof, license=args.license, overwrite=args.overwrite)
         except ValueError as error:  # the other libraries may take it
-            code = tell_error(ValueError(f"--to {target}: {error}"))
+            code = report_error(ValueError(f"--to {target}: {error}"))
             continue
         print(f"{target:<17}{plain(found.folder)}   largest difference {found.difference:.1e}")
         if args.push_to_hub:

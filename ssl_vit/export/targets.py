@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_vit.core.privacy import public
-from ssl_vit.core.settings import said_of
+from ssl_vit.core.settings import renamed_settings
 from ssl_vit.core.text import code
 from ssl_vit.core.writing import UNFINISHED, fresh_folder, naming_full_disk, replace_folder, restore_folder, settle
 from ssl_vit.data.augment.device import normalize
@@ -158,7 +158,7 @@ def proof_images(trained: Trained, source: str | None = None, *, asked: bool = F
     """
     encoder, why = trained.encoder, ""
     try:
-        with said_of({"data.source": "--images"} if source is not None else {}):
+        with renamed_settings({"data.source": "--images"} if source is not None else {}):
             opened = open_images(data_settings(trained, source, asked=asked))
         if isinstance(opened, Stream):
             decoded = opened.first_images(_NUM_IMAGES, encoder.in_chans)

@@ -229,14 +229,14 @@ def koleo_loss(features: Float[Tensor, "b d"], eps: float = 1e-8) -> Float[Tenso
     learned; the paper's code searches within each GPU. A single feature has no neighbour, and its loss is 0.
     """
     with torch.autocast(features.device.type, enabled=False):
-        own = F.normalize(features.float(), eps=eps, dim=-1)
-        everyone = gather_with_gradient(own)
+        normalized = F.normalize(features.float(), eps=eps, dim=-1)
+        everyone = gather_with_gradient(normalized)
         if len(everyone) < 2:
-            return own.sum() * 0
-        first = process_index() * len(own)
+            return normalized.sum() * 0
+        first = process_index() * len(normalized)
         with torch.no_grad():
-            similarity = own @ everyone.T
+            similarity = normalized @ everyone.T
             similarity.diagonal(first).fill_(-1)  # a feature is not its own neighbour
             nearest = similarity.argmax(dim=-1)
-        distance = F.pairwise_distance(own, everyone[nearest], eps=eps)
+        distance = F.pairwise_distance(normalized, everyone[nearest], eps=eps)
         return -(distance + eps).log().mean()

@@ -99,12 +99,12 @@ def open_trained(path: str | Path, weights: str | None = None) -> Trained:
         raise ValueError(f"{folder}: is a fine-tuned classifier; export it as a timm model, --to timm")
     tensors = average([checkpoint / MODEL_FILE for checkpoint in checkpoints])
     prefix, file = _prefix(state, choice, folder), checkpoints[-1] / MODEL_FILE
-    own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    encoder_tensors = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     with section("encoder"):
         config = ViTConfig.from_plain(settings["encoder"])
-        check_sizes(config, {name.removeprefix("vit."): value for name, value in own.items()}, file)
+        check_sizes(config, {name.removeprefix("vit."): value for name, value in encoder_tensors.items()}, file)
         encoder = config.build()
-    load_strictly(encoder, own, file)
+    load_strictly(encoder, encoder_tensors, file)
     objective, kind = None, config_class(state["objective"])
     if state["reconstructs"] and kind is not None:
         with section("objective"):
@@ -181,10 +181,10 @@ def data_settings(trained: Trained, source: str | None = None, *, asked: bool = 
         check_asked(known.source, trained.folder, asked=asked)
         return known
     named = yaml.safe_load(source) if source and source.startswith("{") and source.endswith("}") else source
-    own = None if named else place_of(trained.provenance.get("source"))
-    if own is not None:
-        check_asked(own, trained.folder, asked=asked)
-        named = own
+    recorded = None if named else place_of(trained.provenance.get("source"))
+    if recorded is not None:
+        check_asked(recorded, trained.folder, asked=asked)
+        named = recorded
     if named is None:
         raise ValueError(f"{trained.folder}: does not say where its training images lie; name a source of images")
     return DataConfig(named, **trained.normalization._asdict(), pages=known.pages, label_column="none")
@@ -259,8 +259,8 @@ def _open_exported(path: Path, weights: str | None) -> Trained:
     encoder = load_backbone(file)
     assert isinstance(encoder, ViT)
     described = read_config(file.parent)
-    own = ("encoder", "version", "torch", "timm", WEIGHTS_HASH)
-    known = {name: value for name, value in described["ssl_vit"].items() if name not in own}
+    left_out = ("encoder", "version", "torch", "timm", WEIGHTS_HASH)
+    known = {name: value for name, value in described["ssl_vit"].items() if name not in left_out}
     known["pooled"] = with_traits(known, file.parent / CONFIG_JSON)["pooled"]
     return Trained(encoder, *read_normalisation(described, file.parent / CONFIG_JSON), known, file.parent)
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from ssl_vit.core.distributed import process_index
 from ssl_vit.core.machine import autocast_dtype
-from ssl_vit.core.settings import said_of
+from ssl_vit.core.settings import renamed_settings
 from ssl_vit.core.text import plain
 from ssl_vit.data.augment.device import normalize
 from ssl_vit.data.augment.evaluation import EvalTransform, centre_crop
@@ -273,7 +273,7 @@ def prepare(config: RunConfig, source: Source | Stream) -> tuple[Source | Stream
     labelled, setting = source, "data.source"
     if settings.source is not None:
         setting = "evaluation.source"
-        with said_of({"data.source": setting}):
+        with renamed_settings({"data.source": setting}):
             labelled = open_source(_judging(config, settings.source))
     assert isinstance(labelled, Source)
     try:
@@ -294,7 +294,9 @@ def open_test_source(config: RunConfig) -> Source | None:
         return None
     data = _judging(config, settings.test_source or config.data.source)
     names = {"source": settings.test_source, "split": settings.test_split}
-    with said_of({f"data.{name}": f"evaluation.test_{name}" for name, given in names.items() if given is not None}):
+    with renamed_settings(
+        {f"data.{name}": f"evaluation.test_{name}" for name, given in names.items() if given is not None}
+    ):
         return open_source(dataclasses.replace(data, split=settings.test_split or data.split))
 
 

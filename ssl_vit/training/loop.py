@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from ssl_vit.core.distributed import end_processes, lost_process, on_main_process, when_others_hang
 from ssl_vit.core.front import stoppable
 from ssl_vit.core.text import plain
-from ssl_vit.core.writing import tell_error
+from ssl_vit.core.writing import report_error
 from ssl_vit.runs.checkpoint import newest_checkpoint
 from ssl_vit.runs.folder import RESULTS_FILE, is_finished, write_heartbeat
 from ssl_vit.training import ending as pretraining
@@ -54,7 +54,7 @@ def main(defaults: RunConfig, quickstart: str | None = None, ending: Ending = pr
         try:
             run = set_up(parse_run(defaults, args), ending)
         except ValueError as error:
-            return tell_error(error)
+            return report_error(error)
         return train(run)
     except (FloatingPointError, OSError, ValueError) as error:
         text = " ".join(str(error).split()).rstrip(".")

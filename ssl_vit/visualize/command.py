@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ssl_vit.core.text import plain
-from ssl_vit.core.writing import FAULTS, own_folder, tell_error
+from ssl_vit.core.writing import FAULTS, own_folder, report_error
 from ssl_vit.data.sources.source import open_source
 from ssl_vit.models.attention_maps import attention_maps, has_cls_attention, has_plain_attention
 from ssl_vit.runs.folder import CONFIG_FILE, PICTURES_FOLDER
@@ -38,7 +38,7 @@ def visualize(args: argparse.Namespace) -> int:
             for path in _draw(what, trained, inputs, out, args):
                 print(plain(path))
     except FAULTS as error:
-        return tell_error(error)
+        return report_error(error)
     return 0
 
 
@@ -48,7 +48,7 @@ def film(args: argparse.Namespace) -> int:
     try:
         number = write_film(args.path, out, seconds=args.seconds, width=args.width)
     except FAULTS as error:
-        return tell_error(error)
+        return report_error(error)
     print(f"{plain(out)}   {number} figures")
     return 0
 

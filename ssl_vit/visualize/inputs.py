@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ssl_vit.core.settings import said_of
+from ssl_vit.core.settings import renamed_settings
 from ssl_vit.data.augment.device import normalize
 from ssl_vit.data.augment.evaluation import centre_crop
 from ssl_vit.data.decode.decode import decode
@@ -74,7 +74,7 @@ def open_shown_images(
 @contextmanager
 def naming(flag: str, given: object) -> Iterator[None]:
     """Say of an error about a source that it is what a flag names, or the run's own where none is given."""
-    with said_of({"data.source": flag} if given else {}):
+    with renamed_settings({"data.source": flag} if given else {}):
         try:
             yield
         except ValueError as error:

@@ -106,7 +106,7 @@ def test_other_scripts_are_stopped(tmp_path: Path, monkeypatch: Patch, capsys: C
 
 def test_every_script_heeds_signals_before_it_imports_torch() -> None:
     for path in (ROOT / "scripts").glob("*.py"):
-        before, found, _ = path.read_text().partition('if __name__ == "__main__":\n    heed_signals()\n')
+        before, found, _ = path.read_text().partition('if __name__ == "__main__":\n    handle_signals()\n')
         assert found, path
         assert "from ssl_vit.core.front import" in before
         imported = [line for line in before.splitlines() if line.startswith(("import", "from"))]

@@ -2,7 +2,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from ssl_vit.core.settings import as_flags, check_given, check_interval, check_ranges, said_of
+from ssl_vit.core.settings import as_flags, check_given, check_interval, check_ranges, renamed_settings
 
 KEYS = {"source": None, "label_column": None, "probe.epochs": None}
 
@@ -27,7 +27,7 @@ def test_errors_of_shared_code_name_the_flags_of_the_front(text: str, shown: str
 def test_another_setting_may_be_at_fault() -> None:
     with (
         pytest.raises(ValueError, match=r"^data.test_source='b': as data.source_of"),
-        said_of({"data.source": "data.test_source"}),
+        renamed_settings({"data.source": "data.test_source"}),
     ):
         raise ValueError("data.source='b': as data.source_of")
 

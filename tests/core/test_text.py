@@ -18,7 +18,7 @@ import yaml
 
 from ssl_vit.core.front import stoppable, warning_once
 from ssl_vit.core.text import MOST, cell, code, plain, without_orders
-from ssl_vit.core.writing import tell_error
+from ssl_vit.core.writing import report_error
 from ssl_vit.data.sources.source import Source
 from ssl_vit.doctor.facts import (
     Class,
@@ -118,7 +118,7 @@ def test_code_is_code_where_it_can_be() -> None:
 
 @every
 def test_an_error_is_one_line(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tell_error(ValueError(f"data.label_column={text}: no such column")) == 2
+    assert report_error(ValueError(f"data.label_column={text}: no such column")) == 2
     shown = capsys.readouterr().err
     assert shown.startswith("error: data.label_column=")
     assert shown.count("\n") == 1
