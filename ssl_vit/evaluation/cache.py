@@ -1,4 +1,4 @@
-"""Features that were extracted once are read the next time, as long as nothing they follow from has changed."""
+"""A cache of features: read again while the weights, the images and how they are encoded are the same."""
 
 import tempfile
 from collections.abc import Callable, Mapping
@@ -29,7 +29,7 @@ def cached_features(
     num_layers: int,
     extract: Callable[[], dict[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """What `extract` returns, from `folder`/`key`.safetensors where it is there with at least `num_layers` blocks.
+    """Read features from `folder`/`key`.safetensors if it has at least `num_layers` blocks, else call `extract`.
 
     Every process calls this, and either all read or all extract. Only the main process is given the features. A folder
     that cannot be written is no error: the features are then extracted each time.
@@ -68,7 +68,7 @@ def feature_key(
     transform: EvalTransform,
     dtype: torch.dtype | None,
 ) -> str:
-    """A name for features that changes with all they follow from.
+    """Hash everything that features depend on.
 
     Args:
         backbone: hash of the weights, see `hash_file`.

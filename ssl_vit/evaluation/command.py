@@ -1,4 +1,4 @@
-"""What the evaluation scripts share: a backbone, labelled images, and features of them that are extracted once."""
+"""What the evaluation scripts share: their settings, the backbone, the front and the written result."""
 
 import json
 import sys
@@ -44,7 +44,7 @@ BASELINES = ("pixels", "untrained")
 
 @dataclass(frozen=True)
 class PicturesConfig:
-    """Which images a script is given, and how they are encoded."""
+    """Images that a script reads, and how they are encoded."""
 
     source: str | dict[str, float] | None = None
     """Images, as in pre-training's data.source but no stream; labelled, where they are learned from; `null` = the
@@ -89,7 +89,7 @@ class PicturesConfig:
 
     @property
     def skipped_share(self) -> float | None:
-        """The share of images that may be left out; None = the first bad one raises."""
+        """Share of images that may be left out; None = the first bad one raises."""
         return self.max_bad_share if self.on_bad_image == "skip" else None
 
 
@@ -98,7 +98,7 @@ class LabelledConfig(PicturesConfig):
     """Which labelled images score a backbone, and beside which baselines."""
 
     test_source: str | dict[str, float] | None = None
-    """Labelled images to test on; `null` = the source itself, each image by what was learned from others."""
+    """Labelled images to test on; `null` = the source itself, where each image is predicted from other images."""
     test_split: str | None = None
     """Split of the test source; `null` = that of the source. Given alone, it is one of the source."""
     label_column: str | None = None
@@ -108,11 +108,11 @@ class LabelledConfig(PicturesConfig):
     folds: int = 5
     """Folds of the cross-validation, where there is no test source."""
     baselines: tuple[str, ...] = ("pixels",)
-    """What stands beside the backbone: pixels (16 x 16), untrained (the architecture with fresh weights)."""
+    """Baselines shown beside the backbone: pixels (16 x 16), untrained (the architecture with fresh weights)."""
     seed: int = 0
-    """Everything random follows from it."""
+    """Seed of everything random."""
     cache: bool = True
-    """Keep features beside the backbone, and read them where nothing they follow from has changed."""
+    """Keep features beside the backbone, and read them again while weights, images and settings are the same."""
     output: str | None = None
     """JSON file to write; `null` = one beside the backbone, named after the evaluation."""
 
@@ -126,14 +126,14 @@ class LabelledConfig(PicturesConfig):
 
 @dataclass
 class Backbone:
-    """A backbone on its device, and how images are brought to it."""
+    """A backbone on its device, and how images are prepared for it."""
 
     file: Path
     encoder: Encoder
     transform: EvalTransform
     settings: EncodeSettings
     provenance: dict[str, Any]
-    """What it is known to come from; see `ssl_vit.runs.provenance`."""
+    """How it was trained, as far as its export says; see `ssl_vit.runs.provenance`."""
 
     @property
     def folder(self) -> Path:
@@ -141,7 +141,7 @@ class Backbone:
 
     @property
     def encoder_settings(self) -> dict[str, Any]:
-        """What the encoder is built with, as in config.json."""
+        """Settings that the encoder is built with, as in config.json."""
         return asdict(read_encoder_config(self.folder))
 
     @property
@@ -150,14 +150,14 @@ class Backbone:
         return self.provenance.get("feature") or self.provenance["pooled"]
 
     def untrained(self, seed: int) -> Encoder:
-        """The same architecture with the weights that its training would begin with; of seed 0, those of its run."""
+        """Build the same architecture with the weights that training starts from; seed 0 gives those of its own run."""
         own = self.provenance.get("seed") or 0
         objective = objective_of(self.provenance)
         return untrained_encoder(read_encoder_config(self.folder), objective, own + seed).to(self.settings.device)
 
     @classmethod
     def load(cls, path: Path, config: PicturesConfig) -> "Backbone":
-        """Load what a run exported.
+        """Load an exported backbone.
 
         Raises:
             ValueError: no whole backbone there, or an image size that does not fit it.
@@ -177,7 +177,7 @@ class Backbone:
 
 
 def data_config(backbone: Backbone, config: PicturesConfig, label_column: str | None = None) -> DataConfig:
-    """The images that a script names.
+    """Return the settings of the images that a script names.
 
     Raises:
         ValueError: none are named, and the backbone does not say what it was trained on, or it is not to be opened.
@@ -192,7 +192,7 @@ def data_config(backbone: Backbone, config: PicturesConfig, label_column: str | 
 
 @contextmanager
 def naming_own(config: PicturesConfig) -> Iterator[None]:
-    """Say of an error that the images at fault are those of the run, where none are named."""
+    """Add to an error that the images are those of the run, if the user named none."""
     try:
         yield
     except ValueError as error:
@@ -202,13 +202,13 @@ def naming_own(config: PicturesConfig) -> Iterator[None]:
 
 
 def naming_test(config: Any) -> AbstractContextManager[None]:
-    """Say of an error about the source that it is the test source's, as far as one is named."""
+    """Let an error about the source or split name the test source or test split, if the user gave one."""
     names = {"source": config.test_source, "split": config.test_split}
     return renamed_settings({f"data.{name}": f"data.test_{name}" for name, given in names.items() if given is not None})
 
 
 def tell_notes(*sources: Source | None) -> None:
-    """Print what the user should know of the images, once for each note."""
+    """Print the notes of the sources, each once."""
     notes = dict.fromkeys(note for source in sources if source is not None for note in source.notes)
     if process_index() == 0:
         print("".join(f"note       {plain(note)}\n" for note in notes), end="")

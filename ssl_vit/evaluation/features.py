@@ -213,7 +213,7 @@ def pixel_features(
 
 
 class _Images(Dataset):
-    """Chosen rows of a source at the encoder's size, each with a flag; it is False for a blank, undecodable image."""
+    """Chosen rows of a source at the encoder's size, each with a flag: False for a blank, undecodable image."""
 
     def __init__(
         self, source: Source, indices: np.ndarray, num_channels: int, transform: EvalTransform, skip_bad: bool
@@ -238,7 +238,7 @@ class _Images(Dataset):
 
 
 def _loader(images: _Images, batch_size: int, num_workers: int, num_processes: int) -> DataLoader:
-    """Batches in order; with several processes this one's share of them, filled up with the last row."""
+    """Load batches in order; of several processes each loads its share, filled up with the last row."""
     if num_processes > 1:
         num_rows = len(images)
         step = batch_size * num_processes

@@ -1,4 +1,4 @@
-"""Few labelled images: ridge regression in closed form on a few drawn ones of each class."""
+"""Few-shot classification: ridge regression in closed form on a few drawn images of each class."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,11 +20,11 @@ class FewShot(NamedTuple):
 
     shots: int
     mean: float
-    """Over the draws."""
+    """Mean over the draws."""
     std: float
-    """Over the draws, of a sample (n - 1); 0 for a single draw."""
+    """Standard deviation over the draws, of a sample (n - 1); 0 for a single draw."""
     accuracies: tuple[float, ...]
-    """Of each draw."""
+    """Accuracy of each draw."""
 
 
 def few_shot(
@@ -73,7 +73,7 @@ def few_shot(
 
 
 def most_shots(train_labels: Int[np.ndarray, " n"], has_test: bool) -> int:
-    """Images that every class can give; without a test set each keeps one to be tested on."""
+    """Return how many images of every class can be drawn; without a test set each keeps one to be tested on."""
     return int(np.unique(train_labels, return_counts=True)[1].min()) - (not has_test)
 
 

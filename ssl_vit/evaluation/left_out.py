@@ -34,7 +34,7 @@ def check_bad_share(
 
 
 def refuse(num_bad: int, num_images: int, max_bad_share: float, first: str) -> None:
-    """As `check_bad_share`, with what is wrong with the first one in words."""
+    """Refuse as `check_bad_share` does, with the given reason of the first bad image."""
     if _too_many(num_bad, num_images, max_bad_share):
         raise ValueError(
             f"max_bad_share={max_bad_share}: {num_bad:,} or more of the {num_images:,} images cannot be used; the "
@@ -53,7 +53,7 @@ def without_bad(
     num_channels: int,
     max_bad_share: float | None,
 ) -> dict[str, Tensor]:
-    """Batches as one, with the "places" of good images in place of the flag of them; {} where there are no batches."""
+    """Join the good images of batches; "places", their positions, replaces the flag "good"; {} without batches."""
     parts, bad, start = [], [], 0
     for batch in batches:
         good = batch.pop("good")

@@ -39,11 +39,11 @@ class MaskedSource:
         return len(self.images)
 
     def subset(self, rows: Int64[np.ndarray, " r"]) -> "MaskedSource":
-        """Some rows of the source, in this order."""
+        """Return the given rows, in this order."""
         return MaskedSource(self.images.subset(rows), self.masks.subset(rows), self.ignore_index)
 
     def pair(self, index: int, num_channels: int) -> tuple[UInt8[Tensor, "c h w"], Int64[Tensor, "h w"]]:
-        """An image and its mask; -1 where a pixel belongs to no class.
+        """Return an image and its mask; -1 where a pixel belongs to no class.
 
         Raises:
             ValueError: one of them cannot be read, they differ in size, or the mask holds no classes.
@@ -56,7 +56,7 @@ class MaskedSource:
         return image, mask
 
     def mask(self, index: int) -> Int64[Tensor, "h w"]:
-        """The mask of a row, -1 where a pixel belongs to no class."""
+        """Return the mask of a row, -1 where a pixel belongs to no class."""
         try:
             values = read_mask(self.masks.encoded(index), self.masks.max_image_bytes)
         except (ValueError, OSError) as error:
@@ -73,7 +73,7 @@ class MaskedSource:
 
 
 def read_mask(data: bytes, max_image_bytes: int = MAX_IMAGE_BYTES) -> Int64[Tensor, "h w"]:
-    """The numbers that a mask's file stores for its pixels: palette indices as they are, 16 bits undivided.
+    """Read the numbers that a mask's file stores for its pixels: palette indices as they are, 16 bits undivided.
 
     Raises:
         ValueError: no image, or an image of several channels.
@@ -91,7 +91,7 @@ def read_mask(data: bytes, max_image_bytes: int = MAX_IMAGE_BYTES) -> Int64[Tens
 
 
 class Problems(Dataset):
-    """Why a pair of an image and its mask cannot be used; None where it can."""
+    """For each pair of an image and its mask why it cannot be used; None where it can."""
 
     def __init__(self, source: MaskedSource, num_channels: int) -> None:
         self.source, self.num_channels = source, num_channels
@@ -110,7 +110,7 @@ class Problems(Dataset):
 def open_masked(
     data: DataConfig, *, mask_source: str | None, mask_column: str | None, ignore_index: int
 ) -> MaskedSource:
-    """Images with masks: two columns of one source, or two folders whose files have the same names.
+    """Open images with masks: two columns of one source, or two folders whose files have the same names.
 
     Args:
         data: the images. Where they are in a column, `mask_column` is another one of the same source.
@@ -129,7 +129,7 @@ def open_masked(
             )
         return MaskedSource(*_match(images, masks), ignore_index)
     if data.image_column is None:
-        # Of two columns of images first find the one that is no mask.
+        # Where both images and masks are columns of images, prefer the column "image".
         data = _with_column(data, "image")
     images = open_source(data)
     columns = images.columns
@@ -156,7 +156,7 @@ def _with_column(data: DataConfig, column: str) -> DataConfig:
 
 
 def _match(images: Source, masks: Source) -> tuple[Source, Source]:
-    """The masks in the order of their images."""
+    """Return the images, and the masks in the order of their images."""
 
     def names(source: Source) -> list[str]:
         if source.root is None:
@@ -197,7 +197,7 @@ def centre_pair(
 def random_pair(
     image: UInt8[Tensor, "c h w"], mask: Int64[Tensor, "h w"], size: tuple[int, int], rng: np.random.Generator
 ) -> tuple[UInt8[Tensor, "c height width"], Int64[Tensor, "height width"]]:
-    """The same random crop (half of the area or more) and flip of both; masks take the nearest pixel."""
+    """Crop (half of the area or more) and flip both alike, at random; masks take the nearest pixel."""
     stretch = size[1] / size[0]
     box = draw_crop(image.shape[1], image.shape[2], rng, (0.5, 1.0), (3 / 4 * stretch, 4 / 3 * stretch))
     image = TF.resized_crop_image(image, *box, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True)

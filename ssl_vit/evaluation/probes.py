@@ -1,4 +1,4 @@
-"""What evaluate_knn.py, linear_probe.py and evaluate_retrieval.py do with a backbone."""
+"""Score a backbone by k-NN, linear probe, few-shot classification and retrieval: the scripts call these functions."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,9 +30,9 @@ class KNNConfig(LabelledConfig):
     """Weighted k-NN."""
 
     feature: str | None = None
-    """What stands for an image: cls, mean, cls+mean, cls4 or cls4+mean; `null` = mean for MAE, else cls."""
+    """Feature of an image: cls, mean, cls+mean, cls4 or cls4+mean; `null` = mean for MAE, else cls."""
     ks: tuple[int, ...] = (10, 20, 100, 200)
-    """Neighbours that vote."""
+    """Numbers of neighbours that vote."""
     temperature: float = 0.07
     """Temperature of the votes' weights."""
 
@@ -48,9 +48,9 @@ class RetrievalConfig(LabelledConfig):
     """Retrieval; the source is the gallery, the test source the queries."""
 
     feature: str | None = None
-    """What stands for an image: cls, mean, cls+mean, cls4 or cls4+mean; `null` = mean for MAE, else cls."""
+    """Feature of an image: cls, mean, cls+mean, cls4 or cls4+mean; `null` = mean for MAE, else cls."""
     ks: tuple[int, ...] = (1, 5, 10)
-    """For recall@k."""
+    """Numbers of nearest images for recall@k."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,11 +66,11 @@ class LinearConfig(LabelledConfig):
     logistic: bool = False
     """Fit a logistic regression to its optimum instead of training heads: for small data, on `feature` alone."""
     feature: str | None = None
-    """What the logistic regression and the few-shot classification look at; `null` = mean for MAE, else cls."""
+    """Feature for the logistic regression and the few-shot classification; `null` = mean for MAE, else cls."""
     shots: tuple[int, ...] = (1, 5, 10)
     """Labelled images of each class for few-shot classification; [] = none."""
     draws: int = 5
-    """Draws of these images."""
+    """How many times these images are drawn."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -176,7 +176,7 @@ def _linear(
     config: LinearConfig,
     probe: LinearProbeConfig,
 ) -> tuple[Score, dict[str, Any] | None]:
-    """The score of the linear probe, and the head that was chosen where heads were trained."""
+    """Return the score of the linear probe and, where heads were trained, the one that was chosen."""
     split, device = task.split, task.backbone.settings.device
     if name == "pixels":
         probe = replace(probe, features=("mean",), views=0)

@@ -27,7 +27,7 @@ class Score:
     labels: Int[np.ndarray, " n"]
     """Class of each image."""
     predictions: Int[np.ndarray, " n"]
-    """What each image was taken for."""
+    """Predicted class of each image."""
 
     @property
     def correct(self) -> Bool[np.ndarray, " n"]:
@@ -36,7 +36,7 @@ class Score:
 
     @property
     def n(self) -> int:
-        """How many images."""
+        """Number of images."""
         return len(self.labels)
 
     @classmethod
@@ -123,7 +123,7 @@ def _interval(score: Score) -> str:
 
 
 def lay_out(lines: Sequence[Sequence[str]]) -> str:
-    """A table as text: the first line is its heading, the first column is set left and the others right."""
+    """Lay out a table as text: the first line is its heading, the first column is set left and the others right."""
     lines = [[plain(entry, _WIDEST) for entry in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [
@@ -134,7 +134,7 @@ def lay_out(lines: Sequence[Sequence[str]]) -> str:
 
 
 def scores_to_json(rows: Mapping[str, Mapping[str, Score]]) -> dict[str, dict[str, dict[str, float]]]:
-    """The numbers of a table for `json.dump`: dictionaries of line, column, number. Shares, not percent."""
+    """Convert a table for `json.dump`: dictionaries of line, column, number. Shares, not percent."""
     numbers = ("accuracy", "low", "high", "balanced_accuracy", "n")
     return {
         name: {column: {number: getattr(score, number) for number in numbers} for column, score in scores.items()}
@@ -143,7 +143,7 @@ def scores_to_json(rows: Mapping[str, Mapping[str, Score]]) -> dict[str, dict[st
 
 
 class ClassScore(NamedTuple):
-    """How one class fared. Shares, not percent."""
+    """Recall and precision of one class. Shares, not percent."""
 
     name: str
     n: int
@@ -151,13 +151,13 @@ class ClassScore(NamedTuple):
     recall: float
     """Share of them that were recognised: the class's accuracy."""
     precision: float | None
-    """Share of the images taken for this class that are of it; None where none was."""
+    """Share of the images predicted as this class that belong to it; None if there are none."""
     confused_with: str | None
-    """The class that its other images were most often taken for; None where all were recognised."""
+    """Most frequent wrong prediction for its images; None if all were recognised."""
 
 
 def per_class(score: Score, class_names: Sequence[str]) -> list[ClassScore]:
-    """A line for each class that was tested, in the order of the classes."""
+    """Score each class that was tested, in the order of the classes."""
     found = []
     for label in np.unique(score.labels).tolist():
         of_class, taken_for = score.labels == label, score.predictions == label
@@ -170,7 +170,7 @@ def per_class(score: Score, class_names: Sequence[str]) -> list[ClassScore]:
 
 
 def format_classes(classes: Sequence[ClassScore], most: int = 30) -> str:
-    """The table of `per_class` as text; of more than `most` classes those with the lowest recall."""
+    """Lay out `per_class` as text; of more than `most` classes those with the lowest recall."""
     shown = sorted(classes, key=lambda item: item.recall)[:most] if len(classes) > most else classes
     lines = [["class", "n", "recall, %", "precision, %", "most taken for"]]
     for item in shown:
@@ -181,5 +181,5 @@ def format_classes(classes: Sequence[ClassScore], most: int = 30) -> str:
 
 
 def class_name(label: int, class_names: Sequence[str]) -> str:
-    """The name of a class, its number where it has none."""
+    """Return the name of a class, or its number if it has none."""
     return class_names[label] if label < len(class_names) else str(label)

@@ -61,15 +61,15 @@ class SegmentationConfig(PicturesConfig):
     ignore_index: int = 255
     """Value of pixels that belong to no class."""
     num_layers: int = 1
-    """Last blocks whose patch tokens are put together: 1 or, in DINOv2's larger setting, 4."""
+    """Last blocks whose patch tokens are concatenated: 1 or, in DINOv2's larger setting, 4."""
     steps: int = 2000
     """Optimizer steps."""
     base_lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
     """Learning rates of AdamW, each with a head of its own; the best is picked on a held-out part of the source."""
     baselines: tuple[str, ...] = ("untrained",)
-    """What stands beside the backbone: untrained (the architecture with fresh weights)."""
+    """Baselines shown beside the backbone: untrained (the architecture with fresh weights)."""
     seed: int = 0
-    """Everything random follows from it."""
+    """Seed of everything random."""
     output: str | None = None
     """JSON file to write; `null` = segmentation.json beside the backbone."""
 
@@ -83,18 +83,18 @@ class SegmentationConfig(PicturesConfig):
 
 
 class Segmentation(NamedTuple):
-    """How well pixels are told apart. Shares, not percent."""
+    """How well pixels are classified. Shares, not percent."""
 
     miou: float
-    """Mean over the classes of intersection over union; classes that are neither there nor predicted are left out."""
+    """Mean over the classes of intersection over union; classes that are neither present nor predicted do not count."""
     low: float
     high: float
     """Ends of the 95 % interval of the mean IoU, by bootstrap over the images."""
     pixel_accuracy: float
     iou: dict[int, float]
-    """Of each class."""
+    """Intersection over union of each class."""
     base_lr: float
-    """Of the head that was picked."""
+    """Learning rate of the head that was picked."""
     held_out: dict[float, float]
     """Mean IoU of each head on the part that it was picked on."""
 
@@ -102,23 +102,23 @@ class Segmentation(NamedTuple):
 def pixel_counts(
     predictions: Int64[Tensor, "h w"], mask: Int64[Tensor, "h w"], num_classes: int
 ) -> Int64[Tensor, "3 classes"]:
-    """Pixels of each class: recognised, there and predicted; those of no class (-1) do not count."""
+    """Count pixels of each class: recognised, present and predicted; pixels of no class (-1) do not count."""
     known = mask >= 0
-    there, predicted = mask[known], predictions[known]
-    kinds = (there[there == predicted], there, predicted)
+    present, predicted = mask[known], predictions[known]
+    kinds = (present[present == predicted], present, predicted)
     return torch.stack([kind.bincount(minlength=num_classes) for kind in kinds])
 
 
 def intersection_over_union(counts: Int64[Tensor, "3 classes"]) -> dict[int, float]:
-    """IoU of each class that is there or was predicted."""
-    intersection, there, predicted = counts
-    union = there + predicted - intersection
+    """Return the IoU of each class that is present or was predicted."""
+    intersection, present, predicted = counts
+    union = present + predicted - intersection
     labels = union.nonzero().flatten()
     return dict(zip(labels.tolist(), (intersection[labels].double() / union[labels]).tolist(), strict=True))
 
 
 def mean_iou(counts: Int64[Tensor, "3 classes"]) -> float:
-    """Mean over the classes that are there or were predicted."""
+    """Return the mean IoU over the classes that are present or were predicted."""
     return float(np.mean(list(intersection_over_union(counts).values())))
 
 

@@ -44,7 +44,7 @@ class Task:
 
     @classmethod
     def open(cls, path: Path, config: LabelledConfig) -> "Task":
-        """Load and open everything, and find what is wrong with it before the first image is decoded."""
+        """Load the backbone, open the sources and check the labels before the first image is decoded."""
         backbone = Backbone.load(path, config)
         data = data_config(backbone, config, label_column=config.label_column)
         # Other processes wait until the first one has filled the caches.
@@ -62,7 +62,7 @@ class Task:
     def features(
         self, name: str, num_layers: int, views: int = 0
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor] | None]:
-        """Features of the training and of the test images; see `extract_features`. Every process calls this.
+        """Return features of the training and of the test images; see `extract_features`. Every process calls this.
 
         Images that cannot be decoded are left out of `split` as well, so that features and labels stay side by side.
 
@@ -86,7 +86,7 @@ class Task:
     def _good(
         self, encode: Callable[[Source, Any, int | None], dict[str, Tensor]], source: Source, view: int | None
     ) -> dict[str, Tensor]:
-        """Features of those rows of a source that can be decoded; the others are left out of `split`."""
+        """Return features of the rows that can be decoded; the other rows are left out of `split`."""
         is_test = source is self.test
         rows = self.split.test_rows if is_test else self.split.rows
         assert rows is not None
