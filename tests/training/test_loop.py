@@ -221,7 +221,7 @@ def test_labels_that_are_identifiers_do_not_judge_a_run(
     assert start(f"--data.source={tmp_path / 'numbered.parquet'}", *trusted, steps=1, labels=True) == 0
     text = capsys.readouterr().out
     assert "note       no scores at the end: " in text
-    assert "each of the 20 labelled pictures has a class of its own" in text
+    assert "each of the 20 labelled images has a class of its own" in text
     assert json.loads((tmp_path / "run" / "results.json").read_text())["scores"] is None
     with pytest.raises(ValueError, match=r"has no labels, .*: no column is known to hold classes; there are label"):
         start(f"--evaluation.source={tmp_path / 'numbered.parquet'}", trusted[0], steps=1, labels=True, name="judged")
