@@ -35,7 +35,8 @@ def environments(num_processes: int) -> list[dict[str, str]]:
 
 
 def redirect_output(out: Path, err: Path) -> None:
-    """Let this process be the first of a group, and write to files."""
+    """Let this process be the first of a group, write to files, and start loader workers as a script does."""
+    multiprocessing.set_start_method(None, force=True)  # not from a server of its own, whose workers outlive a kill
     os.setsid()
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
