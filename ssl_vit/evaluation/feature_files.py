@@ -61,7 +61,7 @@ def write_safetensors(file: Path, parts: list[Path], source: Source, described: 
             name: torch.from_numpy(np.memmap(folder / name, dtype, "c", shape=(count, *shape)))
             for name, (dtype, shape) in arrays.items()
         }
-        save_file(mapped, file, {"format": "pt", "ssl_vit": json.dumps(described)})
+        save_file(mapped, file, {"ssl_vit": json.dumps(described)})  # one key: several would come in any order
 
 
 def _read(
