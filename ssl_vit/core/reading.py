@@ -7,6 +7,7 @@ import os
 import stat
 import types
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -107,6 +108,15 @@ def read_tensors(file: Path, *, links: bool = False) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ValueError(f"{file}: is no whole safetensors file: {reason}") from error
+
+
+@contextmanager
+def readable(file: Path) -> Iterator[None]:
+    """Turn the OSError of a file that cannot be read into a ValueError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
 
 
 def read_json(file: Path, *, links: bool = False) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import yaml
 from torch import Tensor
 
 from ssl_vit.core.manifest import hash_file
-from ssl_vit.core.reading import entry, read_json, read_tensors, read_yaml, settings_of
+from ssl_vit.core.reading import entry, read_json, read_tensors, read_yaml, readable, settings_of
 from ssl_vit.core.settings import section
 from ssl_vit.data.augment.evaluation import CROP_PCT
 from ssl_vit.data.sources.source import DataConfig
@@ -133,10 +133,8 @@ def read_settings(run: Path) -> dict[str, Any]:
         ValueError: config.yaml cannot be read, or lacks one of these.
     """
     file = run / CONFIG_FILE
-    try:
+    with readable(file):
         settings = read_yaml(file)
-    except OSError as error:
-        raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
     for name in ("objective", "encoder", "data", "batch", "optim", "evaluation"):
         entry(settings, name, dict, file)
     for name, kind in {"batch.size": int, "encoder.arch": str, "seed": int, "data.source": str | dict}.items():
@@ -151,10 +149,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         ValueError: state.json cannot be read, or lacks one of these.
     """
     file = checkpoint / STATE_FILE
-    try:
+    with readable(file):
         state = read_json(file)
-    except OSError as error:
-        raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
     for name, kind in {"objective": str, "backbone": str, "step": int}.items():
         entry(state, name, kind, file)
     return with_traits(state, file)

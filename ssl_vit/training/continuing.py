@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_vit.core.paths import PATHS, is_same, path_to_text
-from ssl_vit.core.reading import read_json, read_yaml
+from ssl_vit.core.reading import read_json, read_yaml, readable
 from ssl_vit.core.settings import as_plain, differences
 from ssl_vit.core.writing import mark
 from ssl_vit.data.config import bytes_of_pixels
@@ -148,10 +148,8 @@ def open_run_folder(config: RunConfig, lengthened: int | None = None) -> tuple[R
 
 def _read_config(path: Path, config: RunConfig) -> dict[str, Any]:
     """A run's settings; settings that did not exist when it was written have their defaults, by which it ran."""
-    try:
+    with readable(path):
         saved = read_yaml(path)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     for item in fields(config):
         own = getattr(config, item.name)
         if is_dataclass(own) and isinstance(saved.get(item.name), dict):

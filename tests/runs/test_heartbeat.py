@@ -32,6 +32,7 @@ def test_a_heartbeat_says_what_the_run_does_and_when(tmp_path: Path) -> None:
 
 def test_a_heartbeat_that_cannot_be_written_ends_no_run(tmp_path: Path) -> None:
     write_heartbeat(tmp_path / "nowhere", "training", 3, 10)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_tells_all_that_it_does(
