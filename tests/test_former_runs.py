@@ -66,3 +66,9 @@ def test_a_former_checkpoint_can_be_exported(name: str) -> None:
     trained = open_trained(RUNS / name)
     assert trained.provenance["objective"] == {"mae": "MAE", "dino": "DINO"}[name]
     assert trained.provenance["steps"] == 10
+
+
+@pytest.mark.parametrize(("name", "pooled"), [("mae", "mean"), ("dino", "cls")])
+def test_the_feature_of_a_former_run_and_export_follows_from_its_objective(name: str, pooled: str) -> None:
+    assert open_trained(RUNS / name).pooled == pooled
+    assert open_trained(RUNS / name / "backbone.safetensors").pooled == pooled
