@@ -124,6 +124,7 @@ class Batches:
         with self._naming(), plain_errors():
             if self._iterator is None:
                 self._iterator = iter(self._loader)
+                self._samples.current.watch(self._iterator)
             batch = next(self._iterator)
         if self.note_bad is not None:
             self.note_bad(batch.pop("bad_row"))

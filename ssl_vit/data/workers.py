@@ -78,6 +78,7 @@ class CurrentRows:
     def __init__(self, num_workers: int) -> None:
         # Process id and row of each worker; -1 before it has begun.
         self._rows = torch.full((max(1, num_workers), 2), -1, dtype=torch.int64).share_memory_()
+        self._workers: list[Any] = []
 
     def note(self, row: int) -> None:
         """Note the row that is read next; does nothing without workers."""
@@ -90,16 +91,15 @@ class CurrentRows:
         """The row that a worker was at last, by its process id."""
         return dict(self._rows.tolist()).get(process)
 
+    def watch(self, iterator: object) -> None:
+        """Remember the workers of a loader's iterator, if it has any, so that `find_killed` can ask them."""
+        self._workers = list(getattr(iterator, "_workers", ()))
+
     def find_killed(self) -> tuple[int, str] | None:
         """A worker that a signal has ended: its process id, and the signal's name."""
-        for process in self._rows[:, 0].tolist():
-            try:
-                # WNOWAIT: others that wait for this process still learn of its end.
-                ended = os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) if process > 0 else None
-            except ChildProcessError:
-                continue
-            if ended is not None and ended.si_code != os.CLD_EXITED:
-                return process, signal.strsignal(ended.si_status) or str(ended.si_status)
+        for worker in self._workers:
+            if worker.pid is not None and (worker.exitcode or 0) < 0:
+                return worker.pid, signal.strsignal(-worker.exitcode) or str(-worker.exitcode)
         return None
 
 
@@ -129,6 +129,7 @@ def in_workers(
         worker_init_fn=leave_signals_to_the_main_process,
     )
     iterator = iter(loader)
+    dataset.current.watch(iterator)
     every = 0.5 if sys.stderr.isatty() else 30.0  # a log file gets a line now and then
     bar = tqdm(total=len(rows), desc=doing, unit="image", mininterval=every, leave=False, disable=doing is None)
 

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,8 @@ def test_workers_may_be_started_by_spawn(photo_folder: Path) -> None:
     ("number", "advice"), [(signal.SIGKILL, "fewer --data.num_workers"), (signal.SIGSEGV, "decoder")]
 )
 @pytest.mark.parametrize("in_a_step", [False, True])
+# torch's signal handler raises the news wherever Python happens to be, also where errors are ignored.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_worker_that_is_killed_names_the_image_it_was_at(
     tmp_path: Path, number: signal.Signals, advice: str, in_a_step: bool
 ) -> None:
@@ -138,6 +141,18 @@ def test_a_worker_that_is_killed_names_the_image_it_was_at(
     with pytest.raises(ValueError, match=expected) as raised:
         train()
     assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_killed_worker_is_found_after_others_have_waited_for_it(photo_folder: Path) -> None:
+    with batches(open_source(DataConfig(source=str(photo_folder))), Signed(), 1) as of_run:
+        process = int(next(of_run)["process"][0])
+        os.kill(process, signal.SIGKILL)
+        with suppress(RuntimeError):  # torch's signal handler may raise the news here
+            time.sleep(1)
+        (worker,) = of_run._iterator._workers
+        worker.join(30)  # as torch's loader does when a queue breaks: nobody can wait for the process again
+        with pytest.raises(ValueError, match="the loader worker at this image was killed"), of_run._naming():
+            raise ConnectionResetError
 
 
 def test_an_error_that_no_worker_died_of_is_left_alone(photo_folder: Path) -> None:
