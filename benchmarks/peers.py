@@ -34,7 +34,7 @@ def transformers_mae(config: RunConfig, batch: int, device: torch.device, dtype:
     model: Any = ViTMAEForPreTraining(
         ViTMAEConfig(
             image_size=encoder.image_size[0],
-            patch_size=encoder.patch_size[0],
+            patch_size=encoder.stride[0],
             num_channels=encoder.in_chans,
             hidden_size=encoder.embed_dim,
             num_hidden_layers=len(encoder.vit.blocks),
@@ -65,7 +65,7 @@ def lightly_mae(config: RunConfig, batch: int, device: torch.device, dtype: torc
         warnings.simplefilter("ignore")  # a new name is announced
         decoder = MAEDecoderTIMM(
             num_patches=encoder.num_patches,
-            patch_size=encoder.patch_size[0],
+            patch_size=encoder.stride[0],
             in_chans=encoder.in_chans,
             embed_dim=encoder.embed_dim,
             decoder_embed_dim=settings.decoder_embed_dim,
@@ -82,7 +82,7 @@ def lightly_mae(config: RunConfig, batch: int, device: torch.device, dtype: torc
         tokens = utils.repeat_token(decoder.mask_token, (batch, length))
         tokens = utils.set_at_index(tokens, keep, visible.type_as(tokens))
         predicted = decoder.predict(utils.get_at_index(decoder.decode(tokens), masked))
-        target = utils.get_at_index(utils.patchify(images, encoder.patch_size[0]), masked - 1)
+        target = utils.get_at_index(utils.patchify(images, encoder.stride[0]), masked - 1)
         if settings.norm_pix_loss:
             target = utils.normalize_mean_var(target)
         return nn.functional.mse_loss(predicted, target)

@@ -15,7 +15,7 @@ if __name__ == "__main__":
     handle_signals()
 
 from ssl_vit.evaluation.evaluate import EvaluationConfig
-from ssl_vit.models.vit import ViTConfig
+from ssl_vit.models.config import EncoderConfig
 from ssl_vit.objectives.finetune import FineTuneConfig
 from ssl_vit.training import supervised
 from ssl_vit.training.config import BatchConfig, RunConfig
@@ -26,7 +26,7 @@ from ssl_vit.training.optim import OptimConfig
 DEFAULTS = RunConfig(
     objective=FineTuneConfig(),
     epochs=100,
-    encoder=ViTConfig(drop_path_rate=0.1),
+    encoder=EncoderConfig(drop_path_rate=0.1),
     optim=OptimConfig(base_lr=5e-4, min_lr=1e-6, warmup=0.05, weight_decay=0.05, betas=(0.9, 0.999)),
     batch=BatchConfig(size=1024),
     evaluation=EvaluationConfig(max_images=None),

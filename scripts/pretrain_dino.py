@@ -13,7 +13,7 @@ if __name__ == "__main__":
     handle_signals()
 
 from ssl_vit.evaluation.evaluate import EvaluationConfig
-from ssl_vit.models.vit import ViTConfig
+from ssl_vit.models.config import EncoderConfig
 from ssl_vit.objectives.dino import DINOConfig
 from ssl_vit.training.config import BatchConfig, RunConfig
 from ssl_vit.training.loop import main
@@ -29,7 +29,7 @@ DEFAULTS = RunConfig(
         freeze_last_layer="auto",
     ),
     epochs=100,
-    encoder=ViTConfig(arch="vit_small_patch16_224", drop_path_rate=0.1),
+    encoder=EncoderConfig(arch="vit_small_patch16_224", drop_path_rate=0.1),
     optim=OptimConfig(
         base_lr=5e-4,
         min_lr=1e-6,

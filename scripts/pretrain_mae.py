@@ -12,7 +12,7 @@ from ssl_vit.core.front import handle_signals
 if __name__ == "__main__":
     handle_signals()
 
-from ssl_vit.models.vit import ViTConfig
+from ssl_vit.models.config import EncoderConfig
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.training.config import RunConfig
 from ssl_vit.training.loop import main
@@ -22,7 +22,7 @@ from ssl_vit.training.optim import OptimConfig
 DEFAULTS = RunConfig(
     objective=MAEConfig(),
     epochs=800,
-    encoder=ViTConfig(arch="vit_base_patch16_224", pos_embed="sincos"),
+    encoder=EncoderConfig(arch="vit_base_patch16_224", pos_embed="sincos"),
     optim=OptimConfig(base_lr=1.5e-4, weight_decay=0.05, betas=(0.9, 0.95), warmup=0.05),
 )
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_vit.models.vit import ViTConfig
+from ssl_vit.models.config import EncoderConfig
 from ssl_vit.objectives.dino import DINOConfig
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.objectives.objective import Objective
@@ -20,7 +20,7 @@ TINY = {"arch": "vit_small_patch16_224", "patch_size": 8, "embed_dim": 32, "dept
 def objective_and_batch(kind: str, drop_path_rate: float) -> tuple[Objective, dict[str, Tensor]]:
     config = DINOConfig(num_prototypes=64, hidden_dim=32, bottleneck_dim=16, local_crop_size=16, num_local_crops=2)
     chosen = MAEConfig(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=4) if kind == "mae" else config
-    encoder = ViTConfig(image_size=32, drop_path_rate=drop_path_rate, **TINY).build()
+    encoder = EncoderConfig(image_size=32, drop_path_rate=drop_path_rate, **TINY).build()
     transform = chosen.build_transform(spec(32))
     image = torch.randint(0, 256, (3, 48, 48), dtype=torch.uint8)
     samples = [transform(image, np.random.default_rng(seed)) for seed in range(4)]

@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from scripts import pretrain_dino, pretrain_dinov2, pretrain_mae
-from ssl_vit.models.vit import ViT, ViTConfig
+from ssl_vit.models.config import EncoderConfig
+from ssl_vit.models.vit import ViT
 from ssl_vit.runs.checkpoint import list_checkpoints
 from ssl_vit.training.config import parse_run
 from ssl_vit.training.device import cuda_graphs
@@ -47,7 +48,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def tiny_encoder() -> ViT:
-    return ViTConfig(image_size=32, pos_embed="sincos", **TINY).build()
+    return EncoderConfig(image_size=32, pos_embed="sincos", **TINY).build()
 
 
 @pytest.fixture(scope="session")

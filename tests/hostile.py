@@ -13,7 +13,7 @@ from PIL import Image
 
 from ssl_vit.core.writing import replace_json
 from ssl_vit.data.sources.source import DataConfig
-from ssl_vit.models.vit import ViTConfig
+from ssl_vit.models.config import EncoderConfig
 from ssl_vit.models.weights.backbone import export_backbone
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.runs.checkpoint import save_checkpoint
@@ -28,7 +28,7 @@ def small_run(folder: Path) -> Path:
     """What an MAE of three steps leaves, with no images anywhere."""
     objective = MAEConfig(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
     config = RunConfig(
-        objective, str(folder), steps=3, encoder=ViTConfig(image_size=32, **TINY), data=DataConfig(source="nowhere")
+        objective, str(folder), steps=3, encoder=EncoderConfig(image_size=32, **TINY), data=DataConfig(source="nowhere")
     )
     (folder / "pictures").mkdir(parents=True)
     write_config(config, folder / "config.yaml")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ssl_vit.data.transform import InputSpec
+from ssl_vit.models.config import EncoderConfig
 from ssl_vit.models.encoder import Encoder
-from ssl_vit.models.vit import ViTConfig
 from ssl_vit.objectives.dino import DINOConfig
 from ssl_vit.objectives.dinov2 import DINOv2Config
 from ssl_vit.objectives.finetune import FineTuneConfig
@@ -19,12 +19,12 @@ from tests.conftest import TINY
 from tests.specs import grey
 
 ENCODERS = {
-    "vit": ViTConfig(image_size=32, **TINY),
-    "vit, fixed positions, not square": ViTConfig(image_size=(16, 48), pos_embed="sincos", **TINY),
-    "vit, one channel, drop path": ViTConfig(image_size=32, in_chans=1, drop_path_rate=0.3, **TINY),
-    "vit, registers, LayerScale": ViTConfig(arch="vit_small_patch14_reg4_dinov2", image_size=42, depth=1),
-    "vit, no class token": ViTConfig(arch="vit_medium_patch16_gap_256", image_size=64, depth=1),
-    "vit, SwiGLU": ViTConfig(arch="vit_giant_patch14_dinov2", image_size=42, depth=1, embed_dim=96, num_heads=4),
+    "vit": EncoderConfig(image_size=32, **TINY),
+    "vit, fixed positions, not square": EncoderConfig(image_size=(16, 48), pos_embed="sincos", **TINY),
+    "vit, one channel, drop path": EncoderConfig(image_size=32, in_chans=1, drop_path_rate=0.3, **TINY),
+    "vit, registers, LayerScale": EncoderConfig(arch="vit_small_patch14_reg4_dinov2", image_size=42, depth=1),
+    "vit, no class token": EncoderConfig(arch="vit_medium_patch16_gap_256", image_size=64, depth=1),
+    "vit, SwiGLU": EncoderConfig(arch="vit_giant_patch14_dinov2", image_size=42, depth=1, embed_dim=96, num_heads=4),
 }
 SMALL_HEAD = {"num_prototypes": 32, "hidden_dim": 24, "bottleneck_dim": 8, "num_local_crops": 2}
 OBJECTIVES = {
@@ -49,7 +49,7 @@ def encoder(request: pytest.FixtureRequest) -> Encoder:
 def config(request: pytest.FixtureRequest, encoder: Encoder) -> ObjectiveConfig:
     config = OBJECTIVES[request.param]
     if isinstance(config, DINOConfig):  # one or two patches a side
-        config = dataclasses.replace(config, local_crop_size=encoder.patch_size)
+        config = dataclasses.replace(config, local_crop_size=encoder.stride)
     return config
 
 
@@ -60,7 +60,7 @@ def objective(encoder: Encoder, config: ObjectiveConfig) -> Objective:
 
 @pytest.fixture
 def batch(encoder: Encoder, config: ObjectiveConfig) -> dict[str, Tensor]:
-    transform = config.build_transform(InputSpec(encoder.image_size, encoder.patch_size, grey(encoder.in_chans)))
+    transform = config.build_transform(InputSpec(encoder.image_size, encoder.stride, grey(encoder.in_chans)))
     image = torch.randint(0, 256, (encoder.in_chans, 70, 80), dtype=torch.uint8)
     samples = [transform(image, np.random.default_rng(seed)) | {"label": torch.tensor(seed % 3)} for seed in range(4)]
     return transform.on_device(

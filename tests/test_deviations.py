@@ -15,8 +15,8 @@ from ssl_vit.core.schedules import warmup_cosine
 from ssl_vit.data.augment.crops import draw_crop
 from ssl_vit.data.augment.device import JITTER_ORDERS, color_jitter, gaussian_blur, to_unit
 from ssl_vit.data.augment.masking import draw_block_mask
+from ssl_vit.models.config import EncoderConfig
 from ssl_vit.models.patches import sincos_positions
-from ssl_vit.models.vit import ViTConfig
 from ssl_vit.objectives.dino import DINO, DINOConfig
 from tests.conftest import ROOT
 
@@ -38,7 +38,7 @@ def levels(ours: torch.Tensor, theirs: Image.Image) -> float:
 
 def local_positions(table: torch.Tensor) -> float:
     """DINO's and DINOv2's code resize to 6 x 6 by the factor 6.1 / 14, bicubic without antialiasing; relative norm."""
-    vit = ViTConfig(arch="vit_small_patch16_224", depth=0).build().vit
+    vit = EncoderConfig(arch="vit_small_patch16_224", depth=0).build().vit
     vit.pos_embed.data.copy_(table)
     vit.cls_token.data.zero_()
     ours = vit._pos_embed(torch.zeros(1, 6, 6, 384))[0, 1:]

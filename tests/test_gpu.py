@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ssl_vit.models.blocks import Block, run_blocks
-from ssl_vit.models.vit import ViTConfig
+from ssl_vit.models.config import EncoderConfig
 from ssl_vit.runs.checkpoint import list_checkpoints
 from ssl_vit.training.config import parse_run
 from ssl_vit.training.device import cuda_graphs
@@ -140,14 +140,14 @@ def test_a_recorded_run_learns_and_goes_on_as_one_that_is_not(
 
 
 def test_two_passes_before_the_backward_pass_have_their_own_gradients() -> None:
-    blocks = ViTConfig(image_size=32, **TINY).build().vit.blocks.cuda().train()
+    blocks = EncoderConfig(image_size=32, **TINY).build().vit.blocks.cuda().train()
     first, second = (torch.randn(2, 16, 32, device="cuda") for _ in range(2))
     check_two_passes(blocks, first, second)
 
 
 def test_what_is_cleared_gives_its_memory_back() -> None:
     """Also while the loss of the last step is held, as the training loop holds it."""
-    blocks = ViTConfig(image_size=32, **TINY).build().vit.blocks.cuda().train()
+    blocks = EncoderConfig(image_size=32, **TINY).build().vit.blocks.cuda().train()
     graphs = BlockGraphs(enabled=True, must_work=True)
     with graphs.active():
         loss = run_blocks(blocks, torch.randn(4096, 16, 32, device="cuda"), False).square().mean()

@@ -16,7 +16,7 @@ from scripts import export, report, visualize
 from ssl_vit.core.writing import JsonLines, forget_after, replace_json
 from ssl_vit.data.bad_images import BAD_IMAGES_FILE
 from ssl_vit.evaluation.cache import cached_features
-from ssl_vit.models.vit import ViTConfig
+from ssl_vit.models.config import EncoderConfig
 from ssl_vit.models.weights.backbone import export_backbone, load_backbone
 from ssl_vit.models.weights.pretrained import open_pretrained
 from ssl_vit.runs.checkpoint import (
@@ -80,7 +80,7 @@ def encode(run: Path) -> None:
 
 
 def write_backbone(run: Path) -> None:
-    encoder = ViTConfig(image_size=32, **{**TINY, "depth": 1}).build()
+    encoder = EncoderConfig(image_size=32, **{**TINY, "depth": 1}).build()
     export_backbone(encoder, run, normalization=GREY, provenance={})
 
 

@@ -23,7 +23,8 @@ import scripts.pretrain_mae
 from ssl_vit.core import writing
 from ssl_vit.evaluation import command, extract
 from ssl_vit.export import export_backbone, load_backbone
-from ssl_vit.models.vit import ViT, ViTConfig
+from ssl_vit.models.config import EncoderConfig
+from ssl_vit.models.vit import ViT
 from ssl_vit.runs.checkpoint import find_damage, list_checkpoints
 from ssl_vit.training.loop import main
 from tests.conftest import SMALL_DINO, SMALL_RUN, TINY
@@ -186,7 +187,7 @@ def leftovers(folder: Path) -> list[str]:
 
 def build(seed: int) -> ViT:
     torch.manual_seed(seed)
-    return ViTConfig(image_size=32, **{**TINY, "depth": 1}).build().eval()
+    return EncoderConfig(image_size=32, **{**TINY, "depth": 1}).build().eval()
 
 
 def export(encoder: ViT, folder: Path) -> None:
@@ -198,7 +199,11 @@ def test_a_kill_in_an_export_leaves_a_pair_or_an_error_and_the_next_one_mends_it
     tmp_path: Path, other_width: bool
 ) -> None:
     folder, old = tmp_path / "run", build(1)
-    new = ViTConfig(image_size=32, **{**TINY, "embed_dim": 64, "depth": 1}).build().eval() if other_width else build(2)
+    new = (
+        EncoderConfig(image_size=32, **{**TINY, "embed_dim": 64, "depth": 1}).build().eval()
+        if other_width
+        else build(2)
+    )
     folder.mkdir()
     refused, step = 0, 1
     while True:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from ssl_vit.data.sources.source import DataConfig, open_source
-from ssl_vit.models.vit import ViTConfig
+from ssl_vit.models.config import EncoderConfig
 from ssl_vit.models.weights.pretrained import load_pretrained
 from tests.conftest import ROOT
 
@@ -90,7 +90,7 @@ def test_code_that_comes_with_weights_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(described))
     (tmp_path / "modeling_evil.py").write_text(EVIL)
     save_file({"embeddings.cls_token": torch.zeros(1, 1, 192)}, tmp_path / "model.safetensors")
-    encoder = ViTConfig(arch="vit_tiny_patch16_224", depth=1).build()
+    encoder = EncoderConfig(arch="vit_tiny_patch16_224", depth=1).build()
     with pytest.raises(ValueError, match="does not fit"):
         load_pretrained(encoder, str(tmp_path))
     assert not (tmp_path / "was_run").exists()
@@ -104,4 +104,4 @@ def test_an_architecture_names_no_place(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "evil" / "config.json").write_text(json.dumps(described))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="arch="):
-        ViTConfig(arch=arch).build()
+        EncoderConfig(arch=arch).build()

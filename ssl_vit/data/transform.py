@@ -27,8 +27,8 @@ def check_divisible(setting: str, size: tuple[int, int], stride: tuple[int, int]
         if length < step or length % step:
             nearest = dict.fromkeys((max(length // step, 1) * step, (length // step + 1) * step))
             raise ValueError(
-                f"{setting}: the {axis} {length} is not divisible by the patch size {step}; the nearest that are: "
-                f"{' and '.join(map(str, nearest))}{advice}"
+                f"{setting}: the {axis} {length} is no multiple of {step}, the encoder's stride; the "
+                f"nearest that are: {' and '.join(map(str, nearest))}{advice}"
             )
 
 

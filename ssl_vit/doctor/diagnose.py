@@ -158,7 +158,7 @@ def _examine_run(
         objective=type(objective).__name__,
         arch=config.encoder.arch,
         image_size=encoder.image_size,
-        patch_size=encoder.patch_size,
+        patch_size=encoder.stride,
         num_parameters=trainable,
         batch_size=config.batch.size,
         num_steps=num_steps,

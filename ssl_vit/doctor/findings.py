@@ -150,7 +150,7 @@ def _warnings_of_local_crops(config: RunConfig, images: Images, encoder: Encoder
     if not isinstance(objective, MultiCropConfig) or not objective.num_local_crops:
         return
     size, share = objective.local_size, objective.local_crop_scale[0]
-    rows, columns = (side // patch for side, patch in zip(size, encoder.patch_size, strict=True))
+    rows, columns = (side // patch for side, patch in zip(size, encoder.stride, strict=True))
     if min(rows, columns) < _LEAST_GRID:
         yield (
             f"local crops: {_pixels(size)} are only {rows} x {columns} patches; raise objective.local_crop_size or "

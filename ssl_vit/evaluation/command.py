@@ -167,7 +167,7 @@ class Backbone:
         described = read_config(file.parent)
         device = cast(torch.device, PartialState().device)
         size = encoder.image_size if config.image_size is None else pair(config.image_size)
-        size, padding = fit_size(size, encoder.patch_size, config.indivisible)
+        size, padding = fit_size(size, encoder.stride, config.indivisible)
         normalization, own_crop_pct = read_normalisation(described, file.parent / CONFIG_FILE)
         crop_pct = config.crop_pct if config.crop_pct is not None else own_crop_pct
         dtype = autocast_dtype(resolve_precision(config.precision, device))

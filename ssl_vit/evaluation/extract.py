@@ -123,7 +123,7 @@ def _describe(backbone: Backbone, source: Source, config: ExtractConfig) -> dict
     """Describe an extraction; where two descriptions agree but for provenance, the features are the same."""
     digest, rows, settings = hash_file(backbone.file, links=True), np.arange(len(source)), backbone.encoder_settings
     transform, dtype = backbone.transform, backbone.settings.autocast_dtype
-    sides = zip(transform.size, transform.padding, backbone.encoder.patch_size, strict=True)
+    sides = zip(transform.size, transform.padding, backbone.encoder.stride, strict=True)
     grid = [(size + padding) // patch for size, padding, patch in sides]
     feature = config.feature or backbone.feature
     # Tokens that make the feature of an image, and its patch tokens.

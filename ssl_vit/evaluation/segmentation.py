@@ -243,7 +243,7 @@ def _tokens(backbone: Backbone, images: Tensor, num_layers: int) -> tuple[Float[
     with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         normalised = backbone.transform.on_device(images, device)
         layers = encoder.last_layers(normalised, num_layers)
-    grid = normalised.shape[-2] // encoder.patch_size[0], normalised.shape[-1] // encoder.patch_size[1]
+    grid = normalised.shape[-2] // encoder.stride[0], normalised.shape[-1] // encoder.stride[1]
     return torch.cat([features.patches for features in layers], dim=2).float(), grid
 
 

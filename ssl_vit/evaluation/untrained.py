@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
+from ssl_vit.models.config import EncoderConfig
 from ssl_vit.models.encoder import Encoder
-from ssl_vit.models.vit import ViTConfig
 from ssl_vit.objectives.finetune import SupervisedConfig
 from ssl_vit.objectives.objective import ObjectiveConfig
 from ssl_vit.objectives.stored import config_class
 
 
-def untrained_encoder(encoder: ViTConfig, objective: ObjectiveConfig | None, seed: int) -> Encoder:
+def untrained_encoder(encoder: EncoderConfig, objective: ObjectiveConfig | None, seed: int) -> Encoder:
     """Build the encoder that a run with these settings has before its first step if it starts from fresh weights.
 
     Args:

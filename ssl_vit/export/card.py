@@ -70,9 +70,7 @@ def write_card(
 def _describe(trained: Trained) -> Iterator[tuple[str, Any]]:
     encoder, known = trained.encoder, public(trained.provenance)
     height, width = encoder.image_size
-    size = (
-        f"{height} x {width} pixels, {encoder.in_chans} channels, patches of {' x '.join(map(str, encoder.patch_size))}"
-    )
+    size = f"{height} x {width} pixels, {encoder.in_chans} channels, patches of {' x '.join(map(str, encoder.stride))}"
     mean, std = map(list, trained.normalization)
     yield "input", f"{size}; scaled to [0, 1], mean {mean}, deviation {std}"
     tokens = f"{'class token and ' if encoder.has_cls_token else ''}{encoder.num_patches} patch tokens"

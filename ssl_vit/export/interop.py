@@ -45,9 +45,9 @@ def _read_mae(objective: Objective, found: dict[str, Tensor]) -> dict[str, Tenso
 
 def _read_dino(objective: Objective, found: dict[str, Tensor]) -> dict[str, Tensor]:
     parts = {
-        "student.backbone.": "encoder.vit.",
+        "student.backbone.": f"encoder.{objective.encoder.model_name}.",
         "student.head.": "head.",
-        "teacher.backbone.": "teacher_encoder.vit.",
+        "teacher.backbone.": f"teacher_encoder.{objective.encoder.model_name}.",
         "teacher.head.": "teacher_head.",
     }
     tensors = {

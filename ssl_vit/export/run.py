@@ -8,7 +8,7 @@ from ssl_vit.core.reading import entry, read_tensors, settings_of
 from ssl_vit.core.settings import section
 from ssl_vit.data.transform import Normalization
 from ssl_vit.export.classifier import export_classifier
-from ssl_vit.models.vit import ViTConfig
+from ssl_vit.models.config import EncoderConfig
 from ssl_vit.models.weights.backbone import export_backbone, load_strictly
 from ssl_vit.objectives.finetune import FineTune, FineTuneConfig
 from ssl_vit.runs.checkpoint import MODEL_FILE, STATE_FILE, newest_checkpoint
@@ -48,7 +48,7 @@ def export_fine_tuned(run: Path, folder: Path) -> Path:
     settings, state = read_settings(run), read_state(checkpoint)
     class_names = entry(state, "class_names", list[str], checkpoint / STATE_FILE)
     with section("encoder"):
-        encoder = ViTConfig.from_plain(settings["encoder"]).build()
+        encoder = EncoderConfig.from_plain(settings["encoder"]).build()
     with section("objective"):
         objective = FineTune(settings_of(FineTuneConfig, settings["objective"]), encoder)
     load_strictly(objective, read_tensors(checkpoint / MODEL_FILE), run)

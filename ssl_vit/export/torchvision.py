@@ -57,8 +57,8 @@ def write(trained: Trained, folder: Path) -> None:
     reason = None
     if encoder.in_chans != 3:
         reason = f"it takes 3 channels, and this backbone {encoder.in_chans}"
-    elif len(set(encoder.image_size)) != 1 or len(set(encoder.patch_size)) != 1:
-        reason = f"it takes square images and patches, and this backbone {encoder.image_size} and {encoder.patch_size}"
+    elif len(set(encoder.image_size)) != 1 or len(set(encoder.stride)) != 1:
+        reason = f"it takes square images and patches, and this backbone {encoder.image_size} and {encoder.stride}"
     elif shape.num_registers or shape.has_swiglu:
         reason = "it knows no registers" if shape.num_registers else "it knows no SwiGLU"
     elif shape.eps != 1e-6:
@@ -68,7 +68,7 @@ def write(trained: Trained, folder: Path) -> None:
     tensors = plain_tensors(encoder.vit)
     tensors = to_torchvision(fold_layer_scale(tensors) if shape.has_layer_scale else tensors)
     save_tensors(tensors, folder / "model.safetensors")
-    patch_size = encoder.patch_size[0]
+    patch_size = encoder.stride[0]
     described: dict[str, Any] = {
         "architecture": _NAMED.get((shape.width, shape.depth, shape.num_heads, shape.hidden, patch_size)),
         "arguments": {

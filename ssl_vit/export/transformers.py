@@ -64,7 +64,7 @@ def write(trained: Trained, folder: Path) -> None:
         if not _fits_dinov2(encoder, shape):
             raise ValueError(
                 "transformers' Dinov2Model cannot be this backbone: it takes square images and patches, and an MLP "
-                f"whose width is a whole multiple; this one has {encoder.image_size}, {encoder.patch_size} and "
+                f"whose width is a whole multiple; this one has {encoder.image_size}, {encoder.stride} and "
                 f"{shape.hidden / shape.width:g}; export to timm"
             )
         config, renamed = _dinov2(encoder, shape, tensors)
@@ -170,7 +170,7 @@ def _fits_dinov2(encoder: ViT, shape: Shape) -> bool:
 
 
 def _is_square(encoder: ViT) -> bool:
-    return len(set(encoder.image_size)) == 1 and len(set(encoder.patch_size)) == 1
+    return len(set(encoder.image_size)) == 1 and len(set(encoder.stride)) == 1
 
 
 def _dinov2_mlp_ratio(shape: Shape) -> int | None:
@@ -219,7 +219,7 @@ def _sizes(encoder: ViT, shape: Shape) -> dict[str, Any]:
         "hidden_act": "gelu",
         "layer_norm_eps": shape.eps,
         "image_size": plain(encoder.image_size),
-        "patch_size": plain(encoder.patch_size),
+        "patch_size": plain(encoder.stride),
         "num_channels": encoder.in_chans,
         "qkv_bias": True,
     }

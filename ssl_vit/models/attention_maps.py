@@ -7,22 +7,15 @@ from typing import Any
 import torch
 from einops import rearrange
 from jaxtyping import Float
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from torch import Tensor, nn
 
 from ssl_vit.models.encoder import Encoder, eval_mode
-from ssl_vit.models.vit import ViT
-
-
-def has_plain_attention(encoder: Encoder) -> bool:
-    """Whether `attention_weights` supports this encoder: a Vision Transformer with plain blocks."""
-    if not isinstance(encoder, ViT) or len(encoder.vit.blocks) == 0:
-        return False
-    return hasattr(getattr(encoder.vit.blocks[-1], "attn", None), "qkv")
 
 
 def has_cls_attention(encoder: Encoder) -> bool:
-    """Whether `attention_maps` supports this encoder: a Vision Transformer with a class token and plain blocks."""
-    return has_plain_attention(encoder) and encoder.has_cls_token
+    """Whether `attention_maps` supports this encoder without a query: a Vision Transformer with a class token."""
+    return encoder.has_attention_maps and encoder.has_cls_token
 
 
 def attention_maps(
@@ -42,9 +35,9 @@ def attention_maps(
         ValueError: the encoder does not support attention maps, or has no such block or patch.
     """
     if patch is None and not has_cls_attention(encoder):
-        raise ValueError(f"{type(encoder).__name__}: has no class token, or its blocks have no attention to show")
+        raise ValueError(f"{encoder.config.arch}: has no class token, or its blocks have no attention to show")
     _check(encoder, layer)
-    rows, columns = (side // size for side, size in zip(images.shape[-2:], encoder.patch_size, strict=True))
+    rows, columns = encoder.grid_of(*images.shape[-2:])
     if patch is not None and not 0 <= patch < rows * columns:
         raise ValueError(f"patch={patch}: there are {rows} x {columns} patches, numbered 0 to {rows * columns - 1}")
     vit: Any = encoder.get_submodule("vit")
@@ -70,28 +63,46 @@ def attention_weights(
         _check(encoder, layer)
     blocks: Any = encoder.get_submodule("vit.blocks")
     modules = [blocks[layer].attn for layer in layers]
-    inputs: dict[int, Tensor] = {}
+    inputs: dict[int, tuple[Tensor, Tensor | None]] = {}
     with ExitStack() as stack:
         for place, module in enumerate(modules):
 
-            def note(_: nn.Module, args: tuple[Tensor, ...], place: int = place) -> None:
-                inputs[place] = args[0]
+            def note(_: nn.Module, args: tuple[Tensor, ...], given: dict[str, Any], place: int = place) -> None:
+                inputs[place] = args[0], given.get("rope")
 
-            stack.callback(module.register_forward_pre_hook(note).remove)
+            stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
         with eval_mode(encoder):
             encoder(images)
     found = []
     for place, module in enumerate(modules):
-        packed = module.qkv(inputs[place])
-        query, key, _ = rearrange(packed, "b t (three h d) -> three b h t d", three=3, h=module.num_heads)
-        query, key = module.q_norm(query[:, :, queries]), module.k_norm(key)
+        query, key = _queries_and_keys(module, *inputs[place])
+        query = query[:, :, queries]
         found.append((query * module.scale @ key.transpose(-2, -1)).softmax(dim=-1))
     return found
 
 
+def _queries_and_keys(
+    attn: Any, tokens: Float[Tensor, "b t d"], rope: Float[Tensor, "*_ n e"] | None
+) -> tuple[Float[Tensor, "b h t k"], Float[Tensor, "b h t k"]]:
+    """Queries and keys of timm's attention, rotated by `rope` but for prefix tokens."""
+    packed = attn.qkv(tokens)
+    if getattr(attn, "q_bias", None) is not None:
+        packed = packed + torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+    query, key, _ = rearrange(packed, "b t (three h d) -> three b h t d", three=3, h=attn.num_heads)
+    query, key = attn.q_norm(query), attn.k_norm(key)
+    if rope is None:
+        return query, key
+    first, half = attn.num_prefix_tokens, getattr(attn, "rotate_half", False)
+    query, key = (
+        torch.cat([one[:, :, :first], apply_rot_embed_cat(one[:, :, first:], rope, half=half)], dim=2)
+        for one in (query, key)
+    )
+    return query, key
+
+
 def _check(encoder: Encoder, layer: int) -> None:
-    if not has_plain_attention(encoder):
-        raise ValueError(f"{type(encoder).__name__}: its blocks have no attention to show")
+    if not encoder.has_attention_maps:
+        raise ValueError(f"{encoder.config.arch}: its blocks have no attention to show; choose a Vision Transformer")
     if not -encoder.num_layers <= layer < encoder.num_layers:
         raise ValueError(
             f"layer={layer}: there are {encoder.num_layers} blocks, numbered 0 to {encoder.num_layers - 1}; "

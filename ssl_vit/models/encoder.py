@@ -2,10 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+from ssl_vit.data.transform import check_divisible, pair
+
+if TYPE_CHECKING:
+    from ssl_vit.models.config import EncoderConfig
 
 
 @contextmanager
@@ -23,8 +28,10 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 class Features(NamedTuple):
     """What an encoder returns.
 
-    cls: final-norm class token; without a class token, the mean of the final-norm patch tokens.
-    patches: final-norm patch tokens, row-major; with `keep` only the kept ones, in the order of `keep`.
+    cls: what stands for the image: the final-norm class token, or the architecture's own pooled feature (ConvNeXt: norm
+        of the mean; Swin and ViTs without a class token: mean of the normed tokens).
+    patches: final-norm tokens, row-major over `Encoder.grid_of`; with `keep` only the kept ones, in the order of
+        `keep`.
     """
 
     cls: Float[Tensor, "b d"]
@@ -32,35 +39,88 @@ class Features(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """A backbone that turns images into a class token and patch tokens.
+    """A timm model that turns images into a feature of the image and a grid of tokens.
 
-    Takes images of any size that the patch size divides, square or not. `image_size` is the size it was built for.
+    Takes images of any size that `stride` divides, square or not. `image_size` is the size it was built for. A pair of
+    objective and encoder that cannot work is refused when the objective is built, by what the encoder supports.
     """
 
+    config: "EncoderConfig"  # builds the encoder again
+    model_name: ClassVar[str]  # the attribute that holds the timm model, and the prefix of its parameters' names
+    model_args: dict[str, Any]  # arguments of timm's factory that build the model again
     embed_dim: int
     in_chans: int
     image_size: tuple[int, int]  # (height, width) in pixels
-    patch_size: tuple[int, int]  # (height, width) in pixels
+    stride: tuple[int, int]  # (height, width) in pixels of one output token
+    mask_dim: int  # width of a mask token: that of the stem's outputs
     has_cls_token: bool
-    supports_keep: bool  # can drop tokens before the first block (MAE, I-JEPA)
-    supports_mask: bool  # can replace patch embeddings with a mask token (SimMIM, iBOT)
-    num_layers: int  # blocks
+    supports_keep: bool  # can drop tokens before the first block (MAE)
+    supports_mask: bool  # can replace the stem's outputs, which hold pixels of one token alone (SimMIM, iBOT)
+    has_attention_maps: bool = False  # `attention_maps.attention_weights` supports it
+    num_layers: int  # layers between embeddings and final norm, for `layer_of`
+    num_last_layers: int  # blocks at the end that share width and grid
     grad_checkpointing: bool = False  # blocks store only their input; the backward pass recomputes them
     is_pretrained: bool = False  # pretrained weights are loaded; objectives must not re-initialise
     pretrained_cfg: dict[str, Any]  # of a loaded backbone: input size, mean, std and crop, in timm's form
 
+    example: ClassVar[str] = ""  # `model_args` of such an architecture
+
+    def __init__(self, model: nn.Module, config: "EncoderConfig", arguments: dict[str, Any]) -> None:
+        """Take a timm model.
+
+        Args:
+            config: the settings that the model was built from.
+            arguments: of timm's factory, as it was called.
+        """
+        super().__init__()
+        setattr(self, self.model_name, model)
+        self.config, self.model_args = config, arguments
+        self.image_size, self.in_chans = pair(config.image_size), config.in_chans
+        self.grad_checkpointing = config.grad_checkpointing
+
+    @classmethod
+    def arguments(cls, config: "EncoderConfig") -> dict[str, Any]:
+        """Arguments of timm's factory that models of this family are built with, beside settings."""
+        return {}
+
+    @property
+    def model(self) -> nn.Module:
+        """The timm model, with timm's names of parameters."""
+        return self.get_submodule(self.model_name)
+
     @property
     def grid_size(self) -> tuple[int, int]:
-        """Rows and columns of patches at the size the encoder was built for."""
-        return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
+        """Rows and columns of tokens at the size the encoder was built for."""
+        return self.grid_of(*self.image_size)
 
     @property
     def num_patches(self) -> int:
         return self.grid_size[0] * self.grid_size[1]
 
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the tokens of an image.
+
+        Raises:
+            ValueError: the stride does not divide the size.
+        """
+        check_divisible(f"image_size={(height, width)}", (height, width), self.stride)
+        return height // self.stride[0], width // self.stride[1]
+
     def layer_of(self, name: str) -> int:
         """Depth of a parameter: 0 for embeddings, 1 to `num_layers` for blocks, `num_layers` + 1 for what follows."""
         raise NotImplementedError
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that timm exempts from weight decay, beside vectors and biases."""
+        names = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else ()  # pyright: ignore[reportCallIssue]
+        known = {name for name, _ in self.named_parameters()}
+        return {f"{self.model_name}.{name}" for name in names} & known
+
+    def block_classes(self) -> set[str]:
+        """Names of the classes of the blocks, the units that FSDP shards."""
+        return {
+            type(part).__name__ for name, part in self.named_modules() if name.rpartition(".")[0].endswith("blocks")
+        }
 
     def forward(
         self,
@@ -74,9 +134,11 @@ class Encoder(nn.Module):
 
         Args:
             images: normalised images.
-            keep: indices of the patches that enter the blocks; all others are dropped.
-            mask: True where the patch embedding is replaced by `mask_token` (before positions are added).
-            mask_token: the replacement. The objective owns it, so that a backbone has no unused parameter.
+            keep: indices of the tokens that enter the blocks; all others are dropped. Needs `supports_keep`.
+            mask: True where the stem's outputs are replaced by `mask_token` (before positions are added), one value
+                for each output token. Needs `supports_mask`.
+            mask_token: the replacement, `mask_dim` wide. The objective owns it, so that a backbone has no unused
+                parameter.
         """
         raise NotImplementedError
 
@@ -98,15 +160,40 @@ class Encoder(nn.Module):
         masking = {} if mask is None else {"mask": mask, "mask_token": mask_token}
         return [self(images, **(masking if number == 0 else {})) for number, images in enumerate(groups)]
 
-    def remove_norm(self) -> None:
-        """Remove the final norm, for heads that pool before they normalise."""
-        raise ValueError(f"{type(self).__name__} has no final norm to remove")
+    def timm_arguments(self, pooled: str) -> tuple[dict[str, Any], str]:
+        """Arguments of timm's factory with which `timm.create_model` pools as asked, and timm's name of that pooling.
+
+        Args:
+            pooled: "cls" or "mean"; a backbone without a class token has its own pooling.
+        """
+        return self.model_args, "avg"
+
+    def remove_norm(self) -> bool:
+        """Remove the final norm where heads pool before they normalise; False where `cls` is pooled in that order."""
+        return False
 
     def last_layers(self, images: Float[Tensor, "b c h w"], num_layers: int) -> list[Features]:
         """Features of the last `num_layers` blocks, each through the final norm, the last block last.
 
-        A backbone whose blocks differ in width or grid offers the last one only.
+        Raises:
+            ValueError: fewer blocks than that share width and grid.
         """
-        if num_layers != 1:
-            raise ValueError(f"num_layers={num_layers}: {type(self).__name__} offers the last layer only")
-        return [self(images)]
+        raise NotImplementedError
+
+    def _check_num_layers(self, num_layers: int) -> None:
+        if not 1 <= num_layers <= self.num_last_layers:
+            raise ValueError(
+                f"num_layers={num_layers}: the last {self.num_last_layers} blocks of {self.config.arch} share width "
+                "and grid"
+            )
+
+
+def given_mask_token(mask_token: Float[Tensor, " d"] | None, like: Tensor) -> Float[Tensor, " d"]:
+    """The mask token in the dtype of the tokens that it replaces.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if mask_token is None:
+        raise ValueError("mask is given without mask_token, the embedding to put in its place")
+    return mask_token.to(like.dtype)

@@ -106,6 +106,10 @@ class MaskedMultiCropTransform:
         return draw_block_mask(self.grid_size, ratio, rng)
 
 
+STEMS = ("vit.patch_embed.", "net.patch_embed.", "net.stem.")
+"""Beginnings of the names of the parameters that project pixels."""
+
+
 class DINOv2(DINO):
     """DINO on class tokens, iBOT on masked patches, KoLeo against crowding."""
 
@@ -115,15 +119,15 @@ class DINOv2(DINO):
     def __init__(self, config: DINOv2Config, encoder: Encoder) -> None:
         if config.ibot_weight and not encoder.supports_mask:
             raise ValueError(
-                f"ibot_weight={config.ibot_weight!r}: iBOT masks patches, but {type(encoder).__name__} cannot; use a "
-                "Vision Transformer, or DINO (or ibot_weight 0)"
+                f"ibot_weight={config.ibot_weight!r}: iBOT masks tokens, which {encoder.config.arch} cannot, since its "
+                "stem mixes pixels of neighbours; use ibot_weight 0, DINO, or vit_*, swin_*, convnext_*"
             )
         super().__init__(config, encoder)
         self.patch_head: DINOHead | None = None
         self.teacher_patch_head: DINOHead | None = None
         if config.ibot_weight:
             self.mask_token = nn.Parameter(
-                torch.zeros(1, encoder.embed_dim)
+                torch.zeros(1, encoder.mask_dim)
             )  # 2-D, so it has weight decay, as in the paper
             self.register_buffer("patch_center", torch.zeros(1, self.num_prototypes))
             self._patch_sums = RunningMean()
@@ -189,7 +193,7 @@ class DINOv2(DINO):
             return 1.0
         inner = name.removeprefix("encoder.")
         scale = config.layer_decay ** (encoder.num_layers + 1 - encoder.layer_of(inner))
-        return scale * config.patch_embed_lr if "patch_embed" in inner else scale
+        return scale * config.patch_embed_lr if inner.startswith(STEMS) else scale
 
 
 def masked_indices(masks: Bool[Tensor, "b v n"]) -> Int[Tensor, " m"]:

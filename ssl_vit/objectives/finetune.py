@@ -64,7 +64,8 @@ class FineTuneConfig(SupervisedConfig):
     """Full fine-tuning as in MAE's appendix (He et al. 2022, table 9), which follows BEiT and DeiT."""
 
     pool: Literal["mean", "cls"] = "mean"
-    """Feature to classify: the mean of the patch tokens, normalised after pooling, or the class token."""
+    """Feature of a ViT to classify: the mean of the patch tokens, normalised after pooling, or the class token. Other
+    families pool as timm's classifiers do."""
     layer_decay: float = 0.65
     """Factor on the learning rate from each block to the block before it."""
     model_ema: float | None = None
@@ -97,11 +98,11 @@ class Supervised(Objective):
 class Classifier(nn.Module):
     """Norm and linear layer on pooled tokens, with timm's names: fc_norm and head."""
 
-    def __init__(self, embed_dim: int, num_classes: int, config: FineTuneConfig) -> None:
+    def __init__(self, embed_dim: int, num_classes: int, *, normalizes: bool, head_init: float) -> None:
         super().__init__()
-        self.fc_norm = nn.LayerNorm(embed_dim, eps=1e-6) if config.pool == "mean" else nn.Identity()
+        self.fc_norm = nn.LayerNorm(embed_dim, eps=1e-6) if normalizes else nn.Identity()
         self.head = nn.Linear(embed_dim, num_classes)
-        nn.init.trunc_normal_(self.head.weight, std=config.head_init)
+        nn.init.trunc_normal_(self.head.weight, std=head_init)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, pooled: Float[Tensor, "b d"]) -> Float[Tensor, "b classes"]:
@@ -118,10 +119,12 @@ class FineTune(Supervised):
         self.config = config
         self.pooled = config.pool
         self.encoder = encoder
-        if config.pool == "mean":
-            encoder.remove_norm()
+        # Norm after the mean, in the classifier. Hierarchical encoders pool as timm's classifiers do.
+        self.takes_mean = config.pool == "mean" and encoder.remove_norm()
         encoder.requires_grad_(True)  # also position tables, which pre-training may fix
-        self.classifier = Classifier(encoder.embed_dim, config.classes, config)
+        self.classifier = Classifier(
+            encoder.embed_dim, config.classes, normalizes=self.takes_mean, head_init=config.head_init
+        )
         self.criterion = SoftTargetCrossEntropy()
         self.ema_encoder: Encoder | None = None
         self.ema_classifier: Classifier | None = None
@@ -134,7 +137,7 @@ class FineTune(Supervised):
 
     def _pool(self, encoder: Encoder, images: Tensor) -> Tensor:
         features = encoder(images)
-        return features.patches.mean(dim=1) if self.config.pool == "mean" else features.cls
+        return features.patches.mean(dim=1) if self.takes_mean else features.cls
 
     def logits(self, images: Float[Tensor, "b c h w"]) -> dict[str, Float[Tensor, "b classes"]]:
         return {"head": self.tested_classifier()(self._pool(self.backbone(), images))}
@@ -151,13 +154,8 @@ class FineTune(Supervised):
         return self.classifier if self.ema_classifier is None else self.ema_classifier
 
     def param_groups(self) -> list[ParamGroup]:
-        """Groups with the decayed learning rate of their layer; tokens and positions have no weight decay."""
-        decayed, undecayed = [], []
-        for name, parameter in self._trainable():
-            exempt = parameter.ndim <= 1 or name.endswith((".bias", "pos_embed", "cls_token", "reg_token"))
-            (undecayed if exempt else decayed).append((name, parameter))
-        groups = [ParamGroup(decayed), ParamGroup(undecayed, weight_decay_scale=0.0)]
-        return self.split_by_lr(groups, self._lr_scale)
+        """Groups with the decayed learning rate of their layer; what timm exempts has no weight decay."""
+        return self.split_by_lr(self.split_by_decay(self._timm_exempts()), self._lr_scale)
 
     def _lr_scale(self, name: str) -> float:
         if not name.startswith("encoder."):

@@ -132,8 +132,8 @@ class MAE(Objective):
         super().__init__()
         if not encoder.supports_keep:
             raise ValueError(
-                f"MAE removes tokens before the first block, but {type(encoder).__name__} cannot drop tokens; "
-                "use a Vision Transformer, or an objective that masks in place (SimMIM's way)"
+                f"mae: drops tokens before the first block, which {encoder.config.arch} cannot; use a Vision "
+                "Transformer (vit_*, deit_*), or DINO"
             )
         kept = num_kept(encoder.num_patches, config.mask_ratio)
         if not 0 < kept < encoder.num_patches:
@@ -144,7 +144,7 @@ class MAE(Objective):
         self.config = config
         self.encoder = encoder
         width = config.decoder_embed_dim
-        patch_height, patch_width = encoder.patch_size
+        patch_height, patch_width = encoder.stride
         norm_layer: Any = partial(nn.LayerNorm, eps=1e-6)
 
         if config.decoder == "self":
@@ -161,14 +161,16 @@ class MAE(Objective):
         )
         self.decoder_norm = norm_layer(width)
         self.decoder_pred = nn.Linear(width, patch_height * patch_width * encoder.in_chans)
-        self.patch_error = PatchError(encoder.patch_size, config.norm_pix_loss)
+        self.patch_error = PatchError(encoder.stride, config.norm_pix_loss)
         initialize(self)
 
     def forward(self, batch: Mapping[str, Tensor], progress: float) -> dict[str, Tensor]:
         images, keep = batch["images"], batch["keep"]
         if self.config.decoder == "cross":
             predict = batch["predict"] if "predict" in batch else self._removed(images, keep)
-            prediction = self._predict(self.encoder(images, keep=keep), predict, self._grid_size(images))
+            prediction = self._predict(
+                self.encoder(images, keep=keep), predict, self.encoder.grid_of(*images.shape[-2:])
+            )
             return {"loss": self.patch_error(prediction, images, predict).mean()}
         error = self.patch_error(self.reconstruct(images, keep), images)
         removed = torch.ones_like(error).scatter(1, keep, 0.0)
@@ -181,7 +183,7 @@ class MAE(Objective):
             Patches in row-major order, pixels of a patch in (row, column, channel) order; in units of the normalised
             image, or of the patch normalised by its own mean and deviation with `norm_pix_loss`.
         """
-        features, grid_size = self.encoder(images, keep=keep), self._grid_size(images)
+        features, grid_size = self.encoder(images, keep=keep), self.encoder.grid_of(*images.shape[-2:])
         if self.config.decoder == "self":
             return self._decode(features, keep, grid_size)
         patches = torch.arange(grid_size[0] * grid_size[1], device=images.device)
@@ -200,7 +202,7 @@ class MAE(Objective):
         """`reconstruct`, with the facts that its figure needs."""
         patches = self.reconstruct(images, keep)
         visible = torch.zeros(patches.shape[:2], dtype=torch.bool, device=keep.device).scatter(1, keep, True)
-        return Reconstruction(patches, visible, self.encoder.patch_size, self.config.norm_pix_loss)
+        return Reconstruction(patches, visible, self.encoder.stride, self.config.norm_pix_loss)
 
     def _decode(
         self, features: Features, keep: Int[Tensor, "b k"], grid_size: tuple[int, int]
@@ -235,13 +237,9 @@ class MAE(Objective):
 
     def _removed(self, images: Float[Tensor, "b c h w"], keep: Int[Tensor, "b k"]) -> Int[Tensor, "b r"]:
         """Indices of the removed patches in ascending order; no shape depends on the values in `keep`."""
-        rows, columns = self._grid_size(images)
+        rows, columns = self.encoder.grid_of(*images.shape[-2:])
         is_kept = torch.zeros(len(keep), rows * columns, device=keep.device).scatter(1, keep, 1.0)
         return is_kept.argsort(dim=1, stable=True)[:, : rows * columns - keep.shape[1]]
-
-    def _grid_size(self, images: Float[Tensor, "b c h w"]) -> tuple[int, int]:
-        height, width = images.shape[-2:]
-        return height // self.encoder.patch_size[0], width // self.encoder.patch_size[1]
 
     def _positions(self, grid_size: tuple[int, int]) -> Float[Tensor, "1 n d"]:
         return resample_abs_pos_embed(

@@ -16,6 +16,8 @@ Taken = Bool[Tensor, ""] | None
 Pooled = Literal["cls", "mean"]
 """The class token, or the mean of the patch tokens."""
 Leaves = Literal["backbone", "classifier", "nothing"]
+TOKENS = ("pos_embed", "cls_token", "reg_token", "dist_token")
+"""Names of tables and tokens that timm exempts from weight decay and pre-training does not."""
 
 
 @dataclass(frozen=True)
@@ -157,11 +159,23 @@ class Objective(nn.Module):
         return [module for name, module in self.named_modules() if name.rpartition(".")[0].endswith("blocks")]
 
     def param_groups(self) -> list[ParamGroup]:
-        """Trainable parameters by optimizer setting. As in the papers, vectors and biases have no decay."""
+        """Trainable parameters by optimizer setting.
+
+        No decay have vectors and biases, as in the papers, and what timm exempts (such as tables of relative
+        positions); but class tokens and position tables have it, as in the code of MAE, DINO and DINOv2.
+        """
+        return self.split_by_decay({name for name in self._timm_exempts() if not name.endswith(TOKENS)})
+
+    def _timm_exempts(self) -> set[str]:
+        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+
+    def split_by_decay(self, exempt: set[str]) -> list[ParamGroup]:
+        """Trainable parameters in two groups; vectors, biases and those named in `exempt` have no weight decay."""
         decayed: list[tuple[str, nn.Parameter]] = []
         undecayed: list[tuple[str, nn.Parameter]] = []
         for name, parameter in self._trainable():
-            (undecayed if parameter.ndim <= 1 or name.endswith(".bias") else decayed).append((name, parameter))
+            is_exempt = parameter.ndim <= 1 or name.endswith(".bias") or name in exempt
+            (undecayed if is_exempt else decayed).append((name, parameter))
         return [ParamGroup(decayed), ParamGroup(undecayed, weight_decay_scale=0.0)]
 
     def split_by_lr(self, groups: list[ParamGroup], lr_scale: Callable[[str], float]) -> list[ParamGroup]:

@@ -14,7 +14,8 @@ from ssl_vit.core.settings import section
 from ssl_vit.data.augment.evaluation import CROP_PCT
 from ssl_vit.data.sources.source import DataConfig
 from ssl_vit.data.transform import Normalization
-from ssl_vit.models.vit import ViT, ViTConfig
+from ssl_vit.models.config import EncoderConfig
+from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.weights.backbone import (
     BACKBONE_FILE,
     WEIGHTS_HASH,
@@ -42,7 +43,7 @@ AVERAGE = "average-last-"
 class Trained:
     """A trained backbone and the facts known about it."""
 
-    encoder: ViT
+    encoder: Encoder
     """In eval mode, on the CPU."""
     normalization: Normalization
     crop_pct: float
@@ -101,8 +102,8 @@ def open_trained(path: str | Path, weights: str | None = None) -> Trained:
     prefix, file = _prefix(state, choice, folder), checkpoints[-1] / MODEL_FILE
     encoder_tensors = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     with section("encoder"):
-        config = ViTConfig.from_plain(settings["encoder"])
-        check_sizes(config, {name.removeprefix("vit."): value for name, value in encoder_tensors.items()}, file)
+        config = EncoderConfig.from_plain(settings["encoder"])
+        check_sizes(config.build, encoder_tensors, file)
         encoder = config.build()
     load_strictly(encoder, encoder_tensors, file)
     objective, kind = None, config_class(state["objective"])
@@ -253,7 +254,6 @@ def _open_exported(path: Path, weights: str | None) -> Trained:
     if file.name != BACKBONE_FILE or not file.is_file():
         return _open_published(str(path))
     encoder = load_backbone(file)
-    assert isinstance(encoder, ViT)
     described = read_config(file.parent)
     left_out = ("encoder", "version", "torch", "timm", WEIGHTS_HASH)
     known = {name: value for name, value in described["ssl_vit"].items() if name not in left_out}

@@ -23,8 +23,8 @@ from ssl_vit.core.writing import replace_text
 from ssl_vit.data.sources.source import DataConfig
 from ssl_vit.data.transform import InputSpec, Transform
 from ssl_vit.evaluation.evaluate import EvaluationConfig
+from ssl_vit.models.config import EncoderConfig
 from ssl_vit.models.encoder import Encoder
-from ssl_vit.models.vit import ViTConfig
 from ssl_vit.models.weights.pretrained import load_pretrained, open_pretrained
 from ssl_vit.objectives.objective import Objective, ObjectiveConfig, RunSize
 from ssl_vit.objectives.recipes import resolve_warmup
@@ -125,7 +125,7 @@ class RunConfig:
     max_wait: float = MAX_WAIT
     """End with code 1 when another process gives no sign of life for so many minutes: it was stopped, or its machine is
     frozen or cut off. A busy process gives signs."""
-    encoder: ViTConfig = field(default_factory=ViTConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -221,7 +221,7 @@ class RunConfig:
                     "give one for each channel"
                 )
         with section("objective"):
-            spec = InputSpec(encoder.image_size, encoder.patch_size, self.data.normalization)
+            spec = InputSpec(encoder.image_size, encoder.stride, self.data.normalization)
             return self.objective.build_transform(spec)
 
 

@@ -8,7 +8,7 @@ import torch
 from ssl_vit.core.text import plain
 from ssl_vit.core.writing import FAULTS, own_folder, report_error
 from ssl_vit.data.sources.source import open_source
-from ssl_vit.models.attention_maps import attention_maps, has_cls_attention, has_plain_attention
+from ssl_vit.models.attention_maps import attention_maps, has_cls_attention
 from ssl_vit.runs.folder import CONFIG_FILE, PICTURES_FOLDER
 from ssl_vit.runs.trained import Trained, data_settings, open_trained
 from ssl_vit.visualize.attention import draw_attention
@@ -65,10 +65,10 @@ def _possible(trained: Trained) -> list[str]:
     possible = {
         "reconstructions": trained.objective is not None,
         "attention": has_cls_attention(encoder) and trained.pooled == "cls",
-        "patch_attention": has_plain_attention(encoder),
+        "patch_attention": encoder.has_attention_maps,
         "pca": True,
         "similarity": True,
-        "positions": encoder.vit.pos_embed is not None,
+        "positions": getattr(encoder.model, "pos_embed", None) is not None,
     }
     return [what for what in WHAT if possible.get(what)]
 
@@ -76,7 +76,7 @@ def _possible(trained: Trained) -> list[str]:
 def _draw(what: str, trained: Trained, inputs: ShownImages, out: Path, args: argparse.Namespace) -> list[Path]:
     encoder, images = trained.encoder, inputs.images
     normalization = trained.normalization
-    grid = images.shape[-2] // encoder.patch_size[0], images.shape[-1] // encoder.patch_size[1]
+    grid = images.shape[-2] // encoder.stride[0], images.shape[-1] // encoder.stride[1]
     path = out / f"{what}.{args.format}"
     patches = args.patches or [grid[0] // 2 * grid[1] + grid[1] // 2]
     block = "the last block" if args.layer == -1 else f"block {args.layer % max(encoder.num_layers, 1)}"

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_vit.data.augment.masking import draw_keep
-from ssl_vit.models.attention_maps import attention_weights, has_plain_attention
+from ssl_vit.models.attention_maps import attention_weights
 from ssl_vit.objectives.objective import Reconstructs
 from ssl_vit.runs.trained import Trained
 from ssl_vit.visualize.grid import to_rgb
@@ -37,7 +37,7 @@ def panel_data(trained: Trained, inputs: ShownImages, *, most_bytes: int = 6_000
         ValueError: it takes more without any attention.
     """
     encoder, images = trained.encoder, inputs.images
-    grid = images.shape[-2] // encoder.patch_size[0], images.shape[-1] // encoder.patch_size[1]
+    grid = images.shape[-2] // encoder.stride[0], images.shape[-1] // encoder.stride[1]
     num_patches = grid[0] * grid[1]
     _check_size(_base64_bytes(len(images) * num_patches**2), most_bytes)
     with torch.inference_mode():
@@ -59,7 +59,7 @@ def panel_data(trained: Trained, inputs: ShownImages, *, most_bytes: int = 6_000
         _add_steps(data, trained, trained.objective, images, grid, seed)
     used = len(json.dumps(data))
     _check_size(used, most_bytes)
-    if has_plain_attention(encoder):
+    if encoder.has_attention_maps:
         _add_attention(data, trained, images, num_patches, (most_bytes - used) * 3 // 4 - 1000)
     return data
 

@@ -9,7 +9,7 @@ import pytest
 from ssl_vit.core.privacy import public, without_secrets
 from ssl_vit.export import export_backbone
 from ssl_vit.export.targets import export_to, proof_images
-from ssl_vit.models.vit import ViTConfig
+from ssl_vit.models.config import EncoderConfig
 from tests.conftest import TINY
 from tests.export.test_targets import build
 from tests.specs import GREY
@@ -83,7 +83,7 @@ KNOWN = {
 
 
 def test_an_export_names_no_folder(tmp_path: Path) -> None:
-    encoder = ViTConfig(image_size=32, pretrained="/home/alice/old.pth", **TINY).build()
+    encoder = EncoderConfig(image_size=32, pretrained="/home/alice/old.pth", **TINY).build()
     export_backbone(encoder, tmp_path / "out", normalization=GREY, provenance=KNOWN)
     text = (tmp_path / "out" / "config.json").read_text()
     assert "alice" not in text
@@ -96,7 +96,7 @@ def test_an_export_names_no_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["timm", "transformers", "torchvision", "onnx", "torch_export"])
 def test_no_file_of_any_library_names_a_folder(tmp_path: Path, target: str) -> None:
     """Neither settings nor the stack traces that graphs are stored with."""
-    trained = build(ViTConfig(image_size=32, **{**TINY, "depth": 1}), "DINO")
+    trained = build(EncoderConfig(image_size=32, **{**TINY, "depth": 1}), "DINO")
     trained.provenance.update(KNOWN)
     folder = export_to(trained, target, tmp_path, proof_images(trained)).folder
     here = [str(Path(__file__).parents[2]).encode(), b"site-packages", b"alice", str(tmp_path).encode()]

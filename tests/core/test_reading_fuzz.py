@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from ssl_vit.core.reading import read_json, read_records, read_tensors, read_yaml
-from ssl_vit.models.vit import ViTConfig
+from ssl_vit.models.config import EncoderConfig
 
 fuzzed = settings(
     max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -83,10 +83,10 @@ def test_any_values_are_plain_or_refused(tmp_path: Path, value: Any) -> None:
 
 
 @fuzzed
-@given(values=st.dictionaries(st.sampled_from([*ViTConfig.__dataclass_fields__, "other"]), VALUES, max_size=4))
+@given(values=st.dictionaries(st.sampled_from([*EncoderConfig.__dataclass_fields__, "other"]), VALUES, max_size=4))
 def test_any_settings_of_an_encoder_are_a_config_or_refused(values: dict[str, Any]) -> None:
     try:
-        ViTConfig.from_plain(values)
+        EncoderConfig.from_plain(values)
     except ValueError as error:
         assert "\n" not in str(error)  # noqa: PT017
 

@@ -11,7 +11,7 @@ from ssl_vit.core.settings import as_plain
 from ssl_vit.data.config import DataConfig
 from ssl_vit.data.transform import Normalization
 from ssl_vit.evaluation.evaluate import EvaluationConfig
-from ssl_vit.models.vit import ViTConfig
+from ssl_vit.models.config import EncoderConfig
 from ssl_vit.models.weights.backbone import export_backbone
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.training.config import RunConfig, parse_run, write_config
@@ -129,7 +129,7 @@ def test_an_older_config_with_relative_paths_still_goes_on(project: Path) -> Non
 
 
 def test_print_config_shows_what_the_weights_decide(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    encoder = ViTConfig(image_size=32, in_chans=5, **TINY).build()
+    encoder = EncoderConfig(image_size=32, in_chans=5, **TINY).build()
     mean, std = (0.1,) * 5, (0.2,) * 5
     export_backbone(
         encoder, project / "mine", normalization=Normalization(mean, std), provenance={"objective": "MAE"}, crop_pct=1.0

@@ -21,7 +21,8 @@ from ssl_vit.evaluation.probes import (
     evaluate_retrieval,
 )
 from ssl_vit.export import export_backbone
-from ssl_vit.models.vit import ViT, ViTConfig
+from ssl_vit.models.config import EncoderConfig
+from ssl_vit.models.vit import ViT
 from tests.conftest import TINY
 from tests.processes import finish
 from tests.specs import GREY, grey
@@ -198,7 +199,7 @@ def test_a_result_that_cannot_be_written_ends_in_one_line(
         (["--source=PHOTOS", "--baselines=[random]"], "no 'random'; choose of pixels, untrained"),
         (
             ["--source=PHOTOS", "--image_size=30"],
-            "the height 30 is not divisible by the patch size 8; the nearest that are: 24 and 32. indiv",
+            "the height 30 is no multiple of 8, the encoder's stride; the nearest that are: 24 and 32. indiv",
         ),
         (["--source=PHOTOS", "--crop_pct=0"], "crop_pct=0"),
         (["--source=PHOTOS", "--split=test"], "--split='test'"),
@@ -259,7 +260,7 @@ def test_what_cannot_be_used_ends_in_one_line(
 def test_images_of_other_channels_than_the_backbones_are_refused(
     photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], num_workers: int, baselines: str
 ) -> None:
-    encoder = ViTConfig(image_size=32, in_chans=5, **TINY).build()
+    encoder = EncoderConfig(image_size=32, in_chans=5, **TINY).build()
     export_backbone(encoder, tmp_path / "five", normalization=grey(5), provenance={})
     flags = [f"--source={photo_folder}", f"--num_workers={num_workers}", f"--baselines={baselines}"]
     assert run("knn", tmp_path / "five", *flags) == 2

@@ -19,7 +19,7 @@ from ssl_vit.evaluation.extract import ExtractConfig
 from ssl_vit.evaluation.feature_files import read_description
 from ssl_vit.evaluation.features import EncodeSettings, extract_features, select_feature
 from ssl_vit.export import export_backbone, load_backbone
-from ssl_vit.models.vit import ViTConfig
+from ssl_vit.models.config import EncoderConfig
 from tests.conftest import TINY
 from tests.specs import GREY
 
@@ -28,7 +28,7 @@ TRANSFORM = EvalTransform((32, 32), GREY)
 
 def build_backbone(folder: Path) -> Path:
     torch.manual_seed(0)
-    encoder = ViTConfig(image_size=32, **TINY).build()
+    encoder = EncoderConfig(image_size=32, **TINY).build()
     export_backbone(encoder, folder, normalization=GREY, provenance={})
     return folder
 

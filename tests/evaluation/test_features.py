@@ -173,7 +173,7 @@ def test_views_are_random_crops_that_follow_from_view_and_row():
 
 def test_another_size_and_padding_reach_the_encoder(tiny_encoder):
     image = torch.randint(0, 256, (3, 40, 44), dtype=torch.uint8)
-    size, padding = fit_size((40, 44), tiny_encoder.patch_size, "pad")
+    size, padding = fit_size((40, 44), tiny_encoder.stride, "pad")
     transform = EvalTransform(size, GREY, 1.0, padding)
     found = extract_features(tiny_encoder, source_of(image), np.array([0]), **settings(transform=transform))
     images = torch.zeros(1, 3, 40, 48)

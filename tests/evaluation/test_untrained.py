@@ -7,13 +7,13 @@ import torch
 from scripts import pretrain_dino, pretrain_dinov2, pretrain_mae
 from ssl_vit.core.settings import as_plain
 from ssl_vit.evaluation.untrained import objective_of, untrained_encoder
-from ssl_vit.models.vit import ViTConfig
+from ssl_vit.models.config import EncoderConfig
 from ssl_vit.objectives.stored import with_traits
 from ssl_vit.runs.provenance import provenance
 from ssl_vit.training.config import RunConfig
 from tests.conftest import TINY
 
-SMALL = ViTConfig(image_size=32, pos_embed="learned", **TINY)
+SMALL = EncoderConfig(image_size=32, pos_embed="learned", **TINY)
 NUMBERS = {"num_prototypes": 64, "hidden_dim": 32, "bottleneck_dim": 16}
 RUNS = {
     "MAE": (pretrain_mae.DEFAULTS, {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}),

@@ -8,17 +8,17 @@ import timm
 import torch
 
 from ssl_vit.export.classifier import export_classifier
-from ssl_vit.models.vit import ViTConfig
+from ssl_vit.models.config import EncoderConfig
 from ssl_vit.objectives.finetune import FineTuneConfig
 from tests.conftest import TINY
 from tests.specs import grey
 
 SETTINGS = {"class_names": ("a", "b", "c"), "normalization": grey(mean=0.1, std=0.2), "crop_pct": 0.9, "provenance": {}}
 ENCODERS = {
-    "square": ViTConfig(image_size=32, pos_embed="sincos", **TINY),
-    "not square": ViTConfig(image_size=(16, 48), **TINY),
-    "registers": ViTConfig(arch="vit_small_patch14_reg4_dinov2", image_size=42, depth=1),
-    "no class token": ViTConfig(arch="vit_medium_patch16_gap_256", image_size=64, depth=1),
+    "square": EncoderConfig(image_size=32, pos_embed="sincos", **TINY),
+    "not square": EncoderConfig(image_size=(16, 48), **TINY),
+    "registers": EncoderConfig(arch="vit_small_patch14_reg4_dinov2", image_size=42, depth=1),
+    "no class token": EncoderConfig(arch="vit_medium_patch16_gap_256", image_size=64, depth=1),
 }
 
 

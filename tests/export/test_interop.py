@@ -7,7 +7,8 @@ from safetensors.torch import load_file, save_file
 from timm.layers.pos_embed import resample_abs_pos_embed
 
 from ssl_vit.export.interop import load_reference
-from ssl_vit.models.vit import ViT, ViTConfig
+from ssl_vit.models.config import EncoderConfig
+from ssl_vit.models.vit import ViT
 from ssl_vit.objectives.dino import DINO, DINOConfig
 from ssl_vit.objectives.dinov2 import DINOv2, DINOv2Config
 from ssl_vit.objectives.mae import MAE, MAEConfig
@@ -77,7 +78,7 @@ def official_dino() -> dict[str, dict[str, torch.Tensor]]:
 
 
 def build_dino(**settings) -> DINO:
-    encoder = ViTConfig(image_size=settings.pop("image_size", 32), **TINY).build()
+    encoder = EncoderConfig(image_size=settings.pop("image_size", 32), **TINY).build()
     return DINOConfig(**SMALL_HEAD).build(encoder)
 
 
@@ -141,7 +142,7 @@ def official_dinov2(objective: DINOv2, *, registers: bool) -> dict[str, torch.Te
 @pytest.mark.parametrize("arch", ["vit_giant_patch14_dinov2", "vit_giant_patch14_reg4_dinov2"])
 def test_dinov2s_layout_is_read(tmp_path: Path, arch: str) -> None:
     def build() -> DINOv2:
-        encoder = ViTConfig(arch=arch, image_size=42, depth=2, embed_dim=96, num_heads=4).build()
+        encoder = EncoderConfig(arch=arch, image_size=42, depth=2, embed_dim=96, num_heads=4).build()
         return DINOv2Config(**{**SMALL_HEAD, "local_crop_size": 14}, ibot_separate_head=True).build(encoder)
 
     original, objective = build(), build()

@@ -20,7 +20,7 @@ from ssl_vit.data.decode.decode import decode
 from ssl_vit.data.transform import Normalization
 from ssl_vit.export import targets
 from ssl_vit.export.targets import TARGETS, Proof, export_to, proof_images
-from ssl_vit.models.vit import ViTConfig
+from ssl_vit.models.config import EncoderConfig
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.runs.trained import Trained
 from tests.conftest import TINY
@@ -29,18 +29,18 @@ pytestmark = pytest.mark.filterwarnings("default")  # the libraries' own
 
 SQUARE_ONLY, THREE_CHANNELS, NO_REGISTERS = "takes square images", "takes 3 channels", "knows no registers"
 ENCODERS = {
-    "learned positions": ViTConfig(image_size=32, **TINY),
-    "sin-cos positions": ViTConfig(image_size=32, pos_embed="sincos", **TINY),
-    "LayerScale": ViTConfig(image_size=32, layer_scale=0.1, **TINY),
-    "one channel": ViTConfig(image_size=32, in_chans=1, **TINY),
-    "not square": ViTConfig(image_size=(16, 48), pos_embed="sincos", **TINY),
-    "not square, LayerScale": ViTConfig(image_size=(16, 48), layer_scale=0.1, **TINY),
-    "registers": ViTConfig(arch="vit_small_patch14_reg4_dinov2", image_size=42, depth=2, embed_dim=32, num_heads=4),
-    "registers, not square": ViTConfig(
+    "learned positions": EncoderConfig(image_size=32, **TINY),
+    "sin-cos positions": EncoderConfig(image_size=32, pos_embed="sincos", **TINY),
+    "LayerScale": EncoderConfig(image_size=32, layer_scale=0.1, **TINY),
+    "one channel": EncoderConfig(image_size=32, in_chans=1, **TINY),
+    "not square": EncoderConfig(image_size=(16, 48), pos_embed="sincos", **TINY),
+    "not square, LayerScale": EncoderConfig(image_size=(16, 48), layer_scale=0.1, **TINY),
+    "registers": EncoderConfig(arch="vit_small_patch14_reg4_dinov2", image_size=42, depth=2, embed_dim=32, num_heads=4),
+    "registers, not square": EncoderConfig(
         arch="vit_small_patch14_reg4_dinov2", image_size=(42, 28), depth=1, embed_dim=32, num_heads=4
     ),
-    "SwiGLU": ViTConfig(arch="vit_giant_patch14_dinov2", image_size=42, depth=1, embed_dim=96, num_heads=4),
-    "no class token": ViTConfig(arch="vit_medium_patch16_gap_256", image_size=64, depth=1),
+    "SwiGLU": EncoderConfig(arch="vit_giant_patch14_dinov2", image_size=42, depth=1, embed_dim=96, num_heads=4),
+    "no class token": EncoderConfig(arch="vit_medium_patch16_gap_256", image_size=64, depth=1),
 }
 REFUSED = {
     ("transformers", "registers, not square"): SQUARE_ONLY,
@@ -63,7 +63,7 @@ SLOW_TARGETS = ("onnx", "torch_export")  # seconds each
 SLOW_ENCODERS = ("learned positions", "registers, not square")
 
 
-def build(config: ViTConfig, objective: str = "MAE") -> Trained:
+def build(config: EncoderConfig, objective: str = "MAE") -> Trained:
     """A backbone none of whose parameters is left at a value that would hide it."""
     torch.manual_seed(0)
     encoder = config.build()
@@ -258,7 +258,7 @@ def test_a_run_of_mae_is_pooled_by_its_patches(tmp_path: Path) -> None:
 
 
 def test_torchvisions_own_names_are_used_where_they_fit(tmp_path: Path) -> None:
-    trained = build(ViTConfig(arch="vit_base_patch32_224", image_size=64), "DINO")
+    trained = build(EncoderConfig(arch="vit_base_patch32_224", image_size=64), "DINO")
     folder = export_to(trained, "torchvision", tmp_path, proof_images(trained)).folder
     assert json.loads((folder / "config.json").read_text())["architecture"] == "vit_b_32"
 

@@ -2,20 +2,21 @@ import pytest
 import torch
 
 from ssl_vit.models.attention_maps import attention_maps, attention_weights, has_cls_attention
-from ssl_vit.models.vit import ViT, ViTConfig, set_fused_attention
+from ssl_vit.models.config import EncoderConfig
+from ssl_vit.models.vit import ViT, set_fused_attention
 from tests.conftest import TINY
 
 ARCHS = {
-    "plain": ViTConfig(image_size=32, **TINY),
-    "registers, LayerScale": ViTConfig(arch="vit_small_patch14_reg4_dinov2", image_size=42, depth=2),
-    "SwiGLU": ViTConfig(arch="vit_giant_patch14_dinov2", image_size=42, depth=2, embed_dim=96, num_heads=4),
+    "plain": EncoderConfig(image_size=32, **TINY),
+    "registers, LayerScale": EncoderConfig(arch="vit_small_patch14_reg4_dinov2", image_size=42, depth=2),
+    "SwiGLU": EncoderConfig(arch="vit_giant_patch14_dinov2", image_size=42, depth=2, embed_dim=96, num_heads=4),
 }
 
 
 @pytest.mark.parametrize("config", ARCHS.values(), ids=ARCHS)
-def test_equals_what_unfused_attention_computes(config: ViTConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_what_unfused_attention_computes(config: EncoderConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = config.build().train()
-    patch = encoder.patch_size[0]
+    patch = encoder.stride[0]
     images = torch.randn(2, 3, 3 * patch, 5 * patch)
     last = encoder.vit.blocks[-1].attn
     assert last.fused_attn
@@ -55,11 +56,11 @@ def test_blocks_and_patches_that_are_not_there_are_refused(tiny_encoder: ViT) ->
 
 
 def test_an_encoder_without_a_class_token_is_refused() -> None:
-    encoder = ViTConfig(arch="vit_medium_patch16_gap_256", image_size=32, depth=1).build()
+    encoder = EncoderConfig(arch="vit_medium_patch16_gap_256", image_size=32, depth=1).build()
     with pytest.raises(ValueError, match="no class token"):
         attention_maps(encoder, torch.randn(1, 3, 32, 32))
     assert not has_cls_attention(encoder)
-    assert not has_cls_attention(ViTConfig(arch="vit_small_patch16_18x2_224", image_size=32, depth=1).build())
+    assert not has_cls_attention(EncoderConfig(arch="vit_small_patch16_18x2_224", image_size=32, depth=1).build())
 
 
 def test_the_encoder_type_is_checked(tiny_encoder: ViT) -> None:

@@ -6,15 +6,16 @@ import pytest
 import torch
 
 from ssl_vit.models.blocks import Block, make_packable
-from ssl_vit.models.vit import ViTConfig, set_fused_attention
+from ssl_vit.models.config import EncoderConfig
+from ssl_vit.models.vit import set_fused_attention
 
 SMALL = {"image_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 4}
 ARCHS = {
-    "plain": ViTConfig("vit_small_patch16_224", **SMALL),
-    "layer scale": ViTConfig("vit_small_patch16_224", layer_scale=0.1, **SMALL),
-    "registers": ViTConfig("vit_small_patch14_reg4_dinov2", **{**SMALL, "patch_size": 16}),
-    "parallel blocks": ViTConfig("vit_small_patch16_18x2_224", **SMALL),
-    "checkpointing": ViTConfig("vit_small_patch16_224", grad_checkpointing=True, **SMALL),
+    "plain": EncoderConfig("vit_small_patch16_224", **SMALL),
+    "layer scale": EncoderConfig("vit_small_patch16_224", layer_scale=0.1, **SMALL),
+    "registers": EncoderConfig("vit_small_patch14_reg4_dinov2", **{**SMALL, "patch_size": 16}),
+    "parallel blocks": EncoderConfig("vit_small_patch16_18x2_224", **SMALL),
+    "checkpointing": EncoderConfig("vit_small_patch16_224", grad_checkpointing=True, **SMALL),
 }
 
 
@@ -58,8 +59,8 @@ def test_class_tokens_alone_are_those_of_all_tokens_with_their_gradients(
 ) -> None:
     """Of one group and several; drop path draws alike."""
     more = {
-        "no blocks": ViTConfig("vit_small_patch16_224", **{**SMALL, "depth": 0}),
-        "no class token": ViTConfig("vit_base_patch16_siglip_gap_224", **SMALL),
+        "no blocks": EncoderConfig("vit_small_patch16_224", **{**SMALL, "depth": 0}),
+        "no class token": EncoderConfig("vit_base_patch16_siglip_gap_224", **SMALL),
     }
     torch.manual_seed(0)
     encoder = dataclasses.replace({**ARCHS, **more}[name], drop_path_rate=0.3).build().train()
@@ -90,7 +91,7 @@ def test_the_last_block_looks_at_class_tokens_alone() -> None:
 
 def test_drop_path_of_packed_groups_drops_whole_sequences() -> None:
     torch.manual_seed(0)
-    encoder = ViTConfig("vit_small_patch16_224", drop_path_rate=0.5, drop_path_schedule="uniform", **SMALL).build()
+    encoder = EncoderConfig("vit_small_patch16_224", drop_path_rate=0.5, drop_path_schedule="uniform", **SMALL).build()
     block = encoder.vit.blocks[0].train()
     with torch.no_grad():
         block.attn.proj.weight.zero_()

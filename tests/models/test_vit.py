@@ -2,7 +2,8 @@ import pytest
 import timm
 import torch
 
-from ssl_vit.models.vit import ViT, ViTConfig, choose_attention
+from ssl_vit.models.config import EncoderConfig
+from ssl_vit.models.vit import ViT, choose_attention
 from tests.conftest import TINY
 
 ARCHS = [
@@ -17,7 +18,7 @@ ARCHS = [
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_features_are_timms(arch: str) -> None:
-    encoder = ViTConfig(arch=arch, image_size=112, depth=2).build().eval()
+    encoder = EncoderConfig(arch=arch, image_size=112, depth=2).build().eval()
     images = torch.randn(2, 3, 112, 112)
     with torch.no_grad():
         cls, patches = encoder(images)
@@ -30,7 +31,7 @@ def test_features_are_timms(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_parameter_of_a_backbone_is_used(arch: str) -> None:
-    encoder = ViTConfig(arch=arch, image_size=112, depth=2).build()
+    encoder = EncoderConfig(arch=arch, image_size=112, depth=2).build()
     features = encoder(torch.randn(2, 3, 112, 112), keep=torch.tensor([[0, 3], [5, 1]]))
     (features.cls.sum() + features.patches.square().sum()).backward()
     assert [name for name, parameter in encoder.named_parameters() if parameter.grad is None] == []
@@ -81,7 +82,7 @@ def test_mask_without_a_token_is_refused(tiny_encoder: ViT) -> None:
 
 @pytest.mark.parametrize("in_chans", [1, 4, 12])
 def test_non_square_images_of_any_number_of_channels(in_chans: int) -> None:
-    encoder = ViTConfig(image_size=(16, 48), in_chans=in_chans, pos_embed="sincos", **TINY).build()
+    encoder = EncoderConfig(image_size=(16, 48), in_chans=in_chans, pos_embed="sincos", **TINY).build()
     assert encoder.grid_size == (2, 6)
     assert encoder(torch.randn(2, in_chans, 16, 48)).patches.shape == (2, 12, 32)
     assert encoder(torch.randn(2, in_chans, 32, 24)).patches.shape == (
@@ -92,14 +93,14 @@ def test_non_square_images_of_any_number_of_channels(in_chans: int) -> None:
 
 
 def test_fixed_positions_do_not_learn_and_learned_ones_do() -> None:
-    fixed = ViTConfig(image_size=32, pos_embed="sincos", **TINY).build()
-    learned = ViTConfig(image_size=32, pos_embed="learned", **TINY).build()
+    fixed = EncoderConfig(image_size=32, pos_embed="sincos", **TINY).build()
+    learned = EncoderConfig(image_size=32, pos_embed="learned", **TINY).build()
     assert not fixed.vit.pos_embed.requires_grad
     assert learned.vit.pos_embed.requires_grad
 
 
 def test_drop_path_grows_with_depth() -> None:
-    encoder = ViTConfig(image_size=32, drop_path_rate=0.2, **TINY).build()
+    encoder = EncoderConfig(image_size=32, drop_path_rate=0.2, **TINY).build()
     rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in encoder.vit.blocks]
     assert rates == pytest.approx([0.0, 0.2])
 
@@ -122,7 +123,7 @@ def test_drop_path_grows_with_depth() -> None:
 )
 def test_settings_that_cannot_work_are_named(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ViTConfig(**settings).build()
+        EncoderConfig(**settings).build()
 
 
 def test_images_of_a_wrong_size_are_refused_with_the_nearest(tiny_encoder: ViT) -> None:
@@ -136,22 +137,24 @@ def test_timm_vits_are_backbones() -> None:
     for arch in timm.list_models(module="vision_transformer"):
         with torch.device("meta"):
             try:
-                ViTConfig(arch=arch, image_size=224, depth=1).build()
+                EncoderConfig(arch=arch, image_size=224, depth=1).build()
             except ValueError as error:
                 refused.append(f"{arch}: {error}")
     assert refused == []
 
 
 def test_uniform_drop_path_is_the_same_in_all_blocks() -> None:
-    encoder = ViTConfig(image_size=32, drop_path_rate=0.3, drop_path_schedule="uniform", **TINY).build()
+    encoder = EncoderConfig(image_size=32, drop_path_rate=0.3, drop_path_schedule="uniform", **TINY).build()
     rates = [path.drop_prob for block in encoder.vit.blocks for path in (block.drop_path1, block.drop_path2)]
     assert rates == [0.3] * 4
     with pytest.raises(ValueError, match="vit_small_patch16_18x2_224 has no plain blocks"):
-        ViTConfig(arch="vit_small_patch16_18x2_224", depth=1, drop_path_rate=0.3, drop_path_schedule="uniform").build()
+        EncoderConfig(
+            arch="vit_small_patch16_18x2_224", depth=1, drop_path_rate=0.3, drop_path_schedule="uniform"
+        ).build()
 
 
 def test_layer_scale_is_set() -> None:
-    encoder = ViTConfig(image_size=32, layer_scale=0.5, **TINY).build()
+    encoder = EncoderConfig(image_size=32, layer_scale=0.5, **TINY).build()
     assert torch.equal(encoder.vit.blocks[0].ls1.gamma, torch.full((32,), 0.5))
 
 
@@ -170,7 +173,7 @@ def test_attention_is_fused_but_where_that_is_slower(
 
 
 def test_without_blocks_patches_are_projected_and_no_more() -> None:
-    encoder = ViTConfig(image_size=32, drop_path_rate=0.1, **(TINY | {"depth": 0})).build().eval()
+    encoder = EncoderConfig(image_size=32, drop_path_rate=0.1, **(TINY | {"depth": 0})).build().eval()
     images = torch.randn(2, 3, 32, 32)
     expected = encoder.vit.norm(encoder.vit._pos_embed(encoder.vit.patch_embed(images)))
     torch.testing.assert_close(encoder(images).patches, expected[:, 1:])

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from ssl_vit.export.interop import load_reference
-from ssl_vit.models.vit import ViT, ViTConfig
+from ssl_vit.models.config import EncoderConfig
+from ssl_vit.models.vit import ViT
 from ssl_vit.objectives.centering import RunningMean, sinkhorn_knopp
 from ssl_vit.objectives.dino import DINO, DINOConfig, dino_loss
 from ssl_vit.objectives.dinov2 import DINOv2Config
@@ -20,7 +21,7 @@ SMALL = {"num_prototypes": 64, "hidden_dim": 48, "bottleneck_dim": 16, "local_cr
 
 
 def encoder(**settings) -> ViT:
-    return ViTConfig(image_size=32, **{**TINY, **settings}).build()
+    return EncoderConfig(image_size=32, **{**TINY, **settings}).build()
 
 
 def build(**settings) -> DINO:
@@ -328,7 +329,7 @@ class TestInitialisation:
     @pytest.mark.parametrize(("config", "std"), [(DINOConfig, 0.02), (DINOv2Config, 1e-6)])
     def test_tokens_and_positions_are_the_papers(self, config: type[DINOConfig], std: float) -> None:
         wide = {"embed_dim": 384, "depth": 1, "num_heads": 6}
-        built = config(**SMALL).build(ViTConfig(arch="vit_small_patch16_224", image_size=64, **wide).build())
+        built = config(**SMALL).build(EncoderConfig(arch="vit_small_patch16_224", image_size=64, **wide).build())
         vit = built.encoder.vit
         assert vit.cls_token.std().item() == pytest.approx(std, rel=0.2)
         assert vit.pos_embed.std().item() == pytest.approx(0.02, rel=0.1)
@@ -346,7 +347,7 @@ class TestInitialisation:
 
     def test_registers_mask_token_and_layer_scale_of_dinov2(self) -> None:
         arch = {**TINY, "arch": "vit_small_patch14_reg4_dinov2", "embed_dim": 96}
-        built = DINOv2Config(**SMALL).build(ViTConfig(image_size=32, layer_scale=1e-5, **arch).build())
+        built = DINOv2Config(**SMALL).build(EncoderConfig(image_size=32, layer_scale=1e-5, **arch).build())
         vit = built.encoder.vit
         assert vit.reg_token.std().item() == pytest.approx(1e-6, rel=0.2)
         assert vit.cls_token.abs().max() < 1e-5

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from ssl_vit.models.config import EncoderConfig
 from ssl_vit.models.encoder import Encoder
-from ssl_vit.models.vit import ViTConfig
 from ssl_vit.objectives.dinov2 import DINOv2, DINOv2Config, ibot_loss, koleo_loss, sinkhorn_knopp
 from tests.conftest import GOLDEN, TINY
 from tests.specs import spec
@@ -18,7 +18,7 @@ SMALL = {"num_prototypes": 64, "hidden_dim": 48, "bottleneck_dim": 16, "local_cr
 
 
 def build(**settings) -> DINOv2:
-    return DINOv2Config(**{**SMALL, **settings}).build(ViTConfig(image_size=32, layer_scale=1e-5, **TINY).build())
+    return DINOv2Config(**{**SMALL, **settings}).build(EncoderConfig(image_size=32, layer_scale=1e-5, **TINY).build())
 
 
 def random_batch(images: int = 4) -> dict[str, torch.Tensor]:

@@ -4,7 +4,8 @@ import pytest
 import timm
 import torch
 
-from ssl_vit.models.vit import ViT, ViTConfig
+from ssl_vit.models.config import EncoderConfig
+from ssl_vit.models.vit import ViT
 from ssl_vit.objectives.finetune import AttentiveConfig, FineTuneConfig
 from ssl_vit.objectives.objective import RunSize
 from tests.conftest import TINY
@@ -84,7 +85,7 @@ def test_the_number_of_classes_follows_from_the_source() -> None:
     with pytest.raises(ValueError, match=r"^num_classes=5: the source has 7 classes"):
         FineTuneConfig(num_classes=5).resolve(RunSize(100, 10, 10, num_classes=7))
     with pytest.raises(ValueError, match="num_classes='auto'"):
-        FineTuneConfig().build(ViTConfig(image_size=32, **TINY).build())
+        FineTuneConfig().build(EncoderConfig(image_size=32, **TINY).build())
 
 
 def test_attentive_probes_share_a_frozen_encoder_and_see_patch_tokens_only(tiny_encoder: ViT) -> None:
@@ -105,7 +106,7 @@ def test_attentive_probes_share_a_frozen_encoder_and_see_patch_tokens_only(tiny_
 def test_each_probe_learns_as_if_it_were_alone() -> None:
     def trained(lr_scales: tuple[float, ...]) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
-        encoder = ViTConfig(image_size=32, **TINY).build()
+        encoder = EncoderConfig(image_size=32, **TINY).build()
         objective = AttentiveConfig(num_classes=3, lr_scales=lr_scales).build(encoder)
         groups = [
             {"params": [p for _, p in group.params], "lr": 0.01 * group.lr_scale} for group in objective.param_groups()

@@ -6,9 +6,10 @@ import torch
 from safetensors.torch import load_file
 
 from ssl_vit.export.interop import load_reference
+from ssl_vit.models.config import EncoderConfig
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.patches import patchify
-from ssl_vit.models.vit import ViT, ViTConfig, set_fused_attention
+from ssl_vit.models.vit import ViT, set_fused_attention
 from ssl_vit.objectives.mae import MAE, MAEConfig, normalize_patches
 from tests.conftest import GOLDEN, TINY
 from tests.specs import grey, spec
@@ -38,7 +39,7 @@ def keep_of(golden: dict[str, torch.Tensor]) -> torch.Tensor:
 
 class TestAgainstThePapersCode:
     def test_position_tables(self, golden: dict[str, torch.Tensor]) -> None:
-        fresh = build(ViTConfig(image_size=32, pos_embed="sincos", **TINY).build())
+        fresh = build(EncoderConfig(image_size=32, pos_embed="sincos", **TINY).build())
         assert torch.equal(fresh.decoder_pos_embed, golden["model.decoder_pos_embed"])
         assert torch.equal(fresh.encoder.vit.pos_embed, golden["model.pos_embed"])
 
@@ -67,7 +68,7 @@ class TestAgainstThePapersCode:
 class TestInitialisation:
     @pytest.fixture
     def objective(self) -> MAE:
-        encoder = ViTConfig(arch="vit_small_patch16_224", image_size=32, patch_size=8, depth=1, pos_embed="sincos")
+        encoder = EncoderConfig(arch="vit_small_patch16_224", image_size=32, patch_size=8, depth=1, pos_embed="sincos")
         return MAEConfig(decoder_embed_dim=256, decoder_depth=1, decoder_num_heads=4).build(encoder.build())
 
     def test_linear_layers_are_xavier_uniform(self, objective: MAE) -> None:
@@ -130,7 +131,7 @@ def test_other_image_sizes_can_be_reconstructed(tiny_encoder: ViT) -> None:
 
 @pytest.mark.parametrize("in_chans", [1, 5])
 def test_non_square_multi_channel_images_without_a_class_token(in_chans: int) -> None:
-    encoder = ViTConfig(
+    encoder = EncoderConfig(
         arch="vit_medium_patch16_gap_256", image_size=(16, 48), patch_size=(8, 16), in_chans=in_chans, depth=1
     ).build()
     objective = build(encoder)

@@ -17,7 +17,7 @@ from ssl_vit.evaluation.command import main as evaluate
 from ssl_vit.evaluation.probes import KNNConfig, evaluate_knn
 from ssl_vit.export import load_backbone
 from ssl_vit.export.run import export_run
-from ssl_vit.models.vit import ViTConfig
+from ssl_vit.models.config import EncoderConfig
 from ssl_vit.runs.trained import open_trained
 from ssl_vit.training.loop import main
 from tests.conftest import SMALL_DINO, SMALL_RUN, nearest_mean
@@ -221,7 +221,7 @@ def test_published_weights_are_converted_and_can_be_judged(
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     Path("knn.json").write_text(json.dumps({"other": {"k=20": {"accuracy": 0.5, "low": 0, "high": 1, "n": 4}}}))
-    original = ViTConfig(arch="vit_tiny_patch16_224", image_size=32, depth=2).build()
+    original = EncoderConfig(arch="vit_tiny_patch16_224", image_size=32, depth=2).build()
     torch.save({"model": original.vit.state_dict()}, tmp_path / "official.pth")
     code, text = call(capsys, tmp_path / "official.pth", "--out", tmp_path / "public")
     assert (code, "backbone.safetensors" in text) == (0, True)

@@ -4,11 +4,11 @@ import pytest
 import yaml
 
 from ssl_vit.core.settings import as_plain, differences
-from ssl_vit.models.vit import ViTConfig
+from ssl_vit.models.config import EncoderConfig
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.training.config import BatchConfig, RunConfig, parse_run, write_config
 
-DEFAULTS = RunConfig(objective=MAEConfig(), encoder=ViTConfig(pos_embed="sincos"), epochs=800)
+DEFAULTS = RunConfig(objective=MAEConfig(), encoder=EncoderConfig(pos_embed="sincos"), epochs=800)
 
 
 def write(folder: Path, text: str) -> str:
@@ -21,7 +21,7 @@ def test_flags_win_over_files_and_files_over_defaults(tmp_path: Path) -> None:
     path = write(tmp_path, "seed: 3\nobjective: {mask_ratio: 0.6, decoder_depth: 4}\nencoder: {image_size: [32, 64]}\n")
     config = parse_run(DEFAULTS, ["--objective.mask_ratio", "0.5", f"--config={path}", "--data.source=x"])
     assert config.objective == MAEConfig(mask_ratio=0.5, decoder_depth=4)
-    assert config.encoder == ViTConfig(pos_embed="sincos", image_size=(32, 64))
+    assert config.encoder == EncoderConfig(pos_embed="sincos", image_size=(32, 64))
     assert (config.seed, config.epochs, config.data.source) == (3, 800, "x")
 
 
@@ -166,9 +166,9 @@ def test_what_changes_a_run_is_asked_for_by_flags_alone(tmp_path: Path, text: st
 )
 def test_an_encoder_that_no_machine_holds_is_refused_before_it_is_built(settings: dict) -> None:
     with pytest.raises(ValueError, match=r"must lie in|billion are the most"):
-        ViTConfig(**settings)
+        EncoderConfig(**settings)
 
 
 @pytest.mark.parametrize("settings", [{"image_size": 8192}, {"depth": 48, "embed_dim": 6144, "num_heads": 48}])
 def test_the_largest_that_were_published_are_taken(settings: dict) -> None:
-    assert ViTConfig(**settings).arch
+    assert EncoderConfig(**settings).arch

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from ssl_vit.data.sources.source import DataConfig, open_source
 from ssl_vit.export import export_backbone
 from ssl_vit.export.run import export_run
-from ssl_vit.models.vit import ViTConfig
+from ssl_vit.models.config import EncoderConfig
 from ssl_vit.training import supervised
 from ssl_vit.training.config import RunConfig, parse_run
 from ssl_vit.training.loop import main
@@ -35,7 +35,7 @@ SMALL = ["--batch.size=8", "--precision=no", "--log_every=1", f"--steps={STEPS}"
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("backbone")
     torch.manual_seed(0)
-    encoder = ViTConfig(image_size=32, pos_embed="sincos", **TINY).build()
+    encoder = EncoderConfig(image_size=32, pos_embed="sincos", **TINY).build()
     export_backbone(encoder, folder, normalization=grey(mean=0.4, std=0.3), provenance={})
     return folder
 
@@ -190,7 +190,7 @@ def test_pre_training_goes_on_from_a_backbone(backbone: Path) -> None:
     [
         (["--encoder.pretrained=/nowhere"], "encoder.pretrained='/nowhere': /nowhere: no such file"),
         (["--encoder.embed_dim=64"], "of another shape"),
-        (["--encoder.image_size=30"], "30 is not divisible by the patch size 8; the nearest that are: 24 and 32"),
+        (["--encoder.image_size=30"], "30 is no multiple of 8, the encoder's stride; the nearest that are: 24 and 32"),
         (["--evaluation.source=x"], "evaluation.source='x': a run with labels learns from data.source"),
         (["--data.label_column=none"], "has no labels"),
         (["--objective.num_classes=1"], "objective.num_classes=1: the source has 2 classes; give at least that number"),

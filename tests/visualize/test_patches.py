@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ssl_vit.models.vit import ViT, ViTConfig
+from ssl_vit.models.config import EncoderConfig
+from ssl_vit.models.vit import ViT
 from ssl_vit.visualize.patches import draw_pca, draw_positions, patch_pca, patch_similarity, position_similarity
 from tests.specs import GREY
 
@@ -80,7 +81,7 @@ def test_what_is_no_foreground_is_black_and_nothing_else_is(tmp_path: Path) -> N
 
 
 def test_of_many_positions_some_are_drawn(tmp_path: Path) -> None:
-    encoder = ViTConfig(arch="vit_tiny_patch16_224", image_size=320, depth=1).build()
+    encoder = EncoderConfig(arch="vit_tiny_patch16_224", image_size=320, depth=1).build()
     draw_positions(encoder, tmp_path / "positions.png")
     with Image.open(tmp_path / "positions.png") as figure:
         assert 1100 < figure.width < 1600

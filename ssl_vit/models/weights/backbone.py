@@ -8,7 +8,7 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import ssl_vit
 from ssl_vit.core.manifest import hash_file
@@ -27,8 +27,8 @@ from ssl_vit.core.writing import (
 from ssl_vit.data.augment.evaluation import CROP_PCT
 from ssl_vit.data.config import DataConfig
 from ssl_vit.data.transform import Normalization
+from ssl_vit.models.config import EncoderConfig
 from ssl_vit.models.encoder import Encoder
-from ssl_vit.models.vit import ViT, ViTConfig
 from ssl_vit.models.weights.proof import prove_equal
 
 BACKBONE_FILE, CONFIG_FILE = "backbone.safetensors", "config.json"
@@ -55,14 +55,12 @@ def export_backbone(
     Raises:
         RuntimeError: the written files do not give the encoder's features.
     """
-    if not isinstance(encoder, ViT):
-        raise ValueError(f"cannot export a {type(encoder).__name__}: only Vision Transformers of timm so far")
     described = describe(encoder, normalization=normalization, provenance=provenance, crop_pct=crop_pct)
 
     def prove(written: Path) -> None:
         prove_equal(encoder, encoder, encoder, load_backbone(written), tolerance=1e-5)
 
-    return write_pair(folder, BACKBONE_FILE, encoder.vit.state_dict(), described, prove)
+    return write_pair(folder, BACKBONE_FILE, encoder.model.state_dict(), described, prove)
 
 
 def write_pair(
@@ -99,7 +97,7 @@ def write_pair(
 
 
 def describe(
-    encoder: ViT,
+    encoder: Encoder,
     *,
     normalization: Normalization,
     provenance: dict[str, Any],
@@ -107,21 +105,14 @@ def describe(
 ) -> dict[str, Any]:
     """The content of config.json: timm's layout, with our own settings under "ssl_vit"."""
     config = encoder.config
-    pooling = "token" if encoder.has_cls_token and provenance.get("pooled", "cls") == "cls" else "avg"
+    arguments, pooling = encoder.timm_arguments(provenance.get("pooled", "cls"))
+    cfg = getattr(encoder.model, "pretrained_cfg", {})
     return {
         "architecture": config.arch.split(".")[0],
         "num_classes": 0,
         "num_features": encoder.embed_dim,
         "global_pool": pooling,
-        "model_args": {
-            **config.timm_overrides,
-            "global_pool": pooling,
-            "img_size": list(encoder.image_size),
-            "patch_size": encoder.patch_size[0] if len(set(encoder.patch_size)) == 1 else list(encoder.patch_size),
-            "in_chans": encoder.in_chans,
-            "fc_norm": False,
-            "dynamic_img_size": True,
-        },
+        "model_args": {**arguments, "in_chans": encoder.in_chans},
         "pretrained_cfg": {
             "input_size": [encoder.in_chans, *encoder.image_size],
             "fixed_input_size": False,
@@ -132,8 +123,8 @@ def describe(
             "std": list(normalization.std),
             "num_classes": 0,
             "pool_size": None,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
+            "first_conv": cfg.get("first_conv"),
+            "classifier": cfg.get("classifier"),
         },
         "ssl_vit": {
             "version": ssl_vit.__version__,
@@ -159,10 +150,9 @@ def load_backbone(path: str | Path) -> Encoder:
     """
     file = backbone_file(path)
     config, tensors = read_encoder_config(file.parent), read_tensors(file, links=True)
-    check_sizes(config, tensors, file)
+    check_sizes(lambda: config.build().model, tensors, file)
     encoder = config.build()
-    assert isinstance(encoder, ViT)
-    load_strictly(encoder.vit, tensors, file)
+    load_strictly(encoder.model, tensors, file)
     _check_pair(file)
     # What timm.data.resolve_model_data_config reads of a model: size, normalisation and crop.
     encoder.pretrained_cfg = read_config(file.parent).get("pretrained_cfg", {})
@@ -191,10 +181,10 @@ def _check_pair(file: Path) -> None:
         )
 
 
-def check_sizes(config: ViTConfig, tensors: dict[str, Tensor], file: Path) -> None:
-    """Refuse weights that do not fit a config, before memory is allocated for the model that it describes."""
+def check_sizes(build: Callable[[], nn.Module], tensors: dict[str, Tensor], file: Path) -> None:
+    """Refuse weights that do not fit a module, before memory is allocated for it."""
     with torch.device("meta"):
-        _check_fit(config.build().vit, tensors, file)
+        _check_fit(build(), tensors, file)
 
 
 def backbone_file(path: str | Path) -> Path:
@@ -285,16 +275,16 @@ def read_description(file: Path) -> dict[str, Any]:
         ) from error
 
 
-def read_encoder_config(folder: Path) -> ViTConfig:
+def read_encoder_config(folder: Path) -> EncoderConfig:
     """Architecture and sizes from the config.json next to a backbone."""
     described = read_config(folder)["ssl_vit"]["encoder"]
     try:
-        return ViTConfig.from_plain(described)
+        return EncoderConfig.from_plain(described)
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG_FILE}: ssl_vit.encoder.{error}") from error
 
 
-def load_strictly(module: torch.nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
+def load_strictly(module: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
     """Load exactly the tensors that a module has; else list what is missing, unexpected or of another shape or dtype.
 
     Raises:
@@ -311,7 +301,7 @@ def _check_finite(tensors: dict[str, Tensor], file: Path) -> None:
             raise ValueError(f"{file}: {name} holds NaN or infinity; weights of an earlier checkpoint may be whole")
 
 
-def _check_fit(module: torch.nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
+def _check_fit(module: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
     wanted = module.state_dict()
     shared = sorted(wanted.keys() & tensors.keys())
     problems = {

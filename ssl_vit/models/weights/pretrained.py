@@ -15,9 +15,10 @@ from torch import Tensor
 from ssl_vit.core.paths import as_path
 from ssl_vit.core.reading import entry, read_tensors
 from ssl_vit.data.transform import Normalization, pair
+from ssl_vit.models.config import EncoderConfig
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.patches import sincos_positions
-from ssl_vit.models.vit import ViT, ViTConfig
+from ssl_vit.models.vit import ViT
 from ssl_vit.models.weights.backbone import (
     BACKBONE_FILE,
     CONFIG_FILE,
@@ -44,7 +45,7 @@ class Pretrained:
     """Weights that an encoder can start from, and what is known about them."""
 
     name: str
-    config: ViTConfig | None
+    config: EncoderConfig | None
     """Architecture and sizes; None where the weights do not tell."""
     tensors: Callable[[], Tensors]
     """Reads the weights, under timm's names."""
@@ -103,7 +104,7 @@ def fit(encoder: ViT, tensors: Mapping[str, Tensor], found: Pretrained) -> Tenso
     if table is not None and wanted is not None and table.ndim == 3 and table.shape[-1] == wanted.shape[-1]:
         grid = None
         if found.config is not None:  # with patches of other sizes the weights do not fit, as is said below
-            sides = zip(pair(found.config.image_size), encoder.patch_size, strict=True)
+            sides = zip(pair(found.config.image_size), encoder.stride, strict=True)
             rows, columns = (size // patch for size, patch in sides)
             grid = (rows, columns)
         fitted["pos_embed"] = fit_positions(encoder, table, grid, antialias=found.antialias)
@@ -113,7 +114,7 @@ def fit(encoder: ViT, tensors: Mapping[str, Tensor], found: Pretrained) -> Tenso
     return {name: value.float() if value.is_floating_point() else value for name, value in fitted.items()}
 
 
-def infer_config(tensors: Mapping[str, Tensor]) -> ViTConfig | None:
+def infer_config(tensors: Mapping[str, Tensor]) -> EncoderConfig | None:
     """The architecture of a ViT from its weights; None for widths other than the papers'.
 
     Weights do not tell the number of heads; it is that of timm's architecture of the same width.
@@ -138,7 +139,7 @@ def infer_config(tensors: Mapping[str, Tensor]) -> ViTConfig | None:
     if side * side != positions.shape[1] - prefix:
         return None
     is_sincos = prefix == 1 and torch.allclose(positions[0].float(), sincos_positions(width, (side, side)), atol=1e-4)
-    return ViTConfig(
+    return EncoderConfig(
         arch=arch,
         image_size=side * patch[0] if patch[0] == patch[1] else (side * patch[0], side * patch[1]),
         patch_size=patch[0] if patch[0] == patch[1] else (patch[0], patch[1]),
@@ -244,13 +245,13 @@ def _crop_of_transformers(preprocessing: Mapping[str, Any]) -> float | None:
     return min(1.0, kept / whole) if whole and kept else None
 
 
-def _config_of_timm(arch: str, cfg: Mapping[str, Any], arguments: Mapping[str, Any]) -> ViTConfig:
+def _config_of_timm(arch: str, cfg: Mapping[str, Any], arguments: Mapping[str, Any]) -> EncoderConfig:
     settings = {_ARGUMENTS.get(key, key): value for key, value in arguments.items()}
     own = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "layer_scale")
     in_chans, *size = cfg["input_size"]
     chosen = {key: settings[key] for key in own if settings.get(key) is not None}
     image_size = settings.get("img_size") or (size[0] if size[0] == size[1] else tuple(size))
-    return ViTConfig.from_plain({"arch": arch, "image_size": image_size, "in_chans": in_chans, **chosen})
+    return EncoderConfig.from_plain({"arch": arch, "image_size": image_size, "in_chans": in_chans, **chosen})
 
 
 def _without_head(tensors: Tensors) -> Tensors:

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from ssl_vit.data.transform import Normalization
 from ssl_vit.export import export_backbone, load_backbone
-from ssl_vit.models.vit import ViT, ViTConfig
+from ssl_vit.models.config import EncoderConfig
+from ssl_vit.models.vit import ViT
 from ssl_vit.models.weights.pretrained import load_pretrained, open_pretrained
 from tests.conftest import TINY
 from tests.specs import GREY
@@ -35,7 +36,7 @@ def export(encoder: ViT, folder: Path) -> Path:
     ],
 )
 def test_what_is_loaded_is_what_was_exported(tmp_path: Path, settings: dict) -> None:
-    config = ViTConfig(**{**TINY, **settings})
+    config = EncoderConfig(**{**TINY, **settings})
     encoder = config.build().eval()
     means = (0.5,) * config.in_chans
     export_backbone(encoder, tmp_path, normalization=Normalization(means, means), provenance={})
@@ -64,7 +65,7 @@ def test_timm_loads_the_file_with_its_ordinary_call(tmp_path: Path, tiny_encoder
 
 
 def test_timm_reads_how_images_are_prepared_from_a_loaded_encoder(tmp_path: Path) -> None:
-    encoder = ViTConfig(image_size=(16, 24), in_chans=2, **TINY).build()
+    encoder = EncoderConfig(image_size=(16, 24), in_chans=2, **TINY).build()
     export_backbone(encoder, tmp_path, normalization=Normalization((0.1, 0.2), (0.3, 0.4)), provenance={}, crop_pct=0.9)
     found = timm.data.resolve_model_data_config(load_backbone(tmp_path))
     assert (tuple(found["input_size"]), found["crop_pct"]) == ((2, 16, 24), 0.9)
@@ -76,7 +77,7 @@ def test_timm_reads_how_images_are_prepared_from_a_loaded_encoder(tmp_path: Path
 
 
 def test_a_standard_architecture_needs_no_arguments(tmp_path: Path) -> None:
-    encoder = ViTConfig(arch="vit_tiny_patch16_224", pos_embed="sincos").build().eval()
+    encoder = EncoderConfig(arch="vit_tiny_patch16_224", pos_embed="sincos").build().eval()
     path = export(encoder, tmp_path)
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0, checkpoint_path=str(path)).eval()
     images = torch.randn(1, 3, 224, 224)
@@ -153,13 +154,16 @@ class TestRefusals:
         spoiled = load_file(file)["blocks.0.attn.qkv.weight"].to(kind)
         spoiled[3, 4] = value
         save_file({**load_file(file), "blocks.0.attn.qkv.weight": spoiled}, file)
-        for load in (load_backbone, lambda file: load_pretrained(ViTConfig(image_size=32, **TINY).build(), str(file))):
+        for load in (
+            load_backbone,
+            lambda file: load_pretrained(EncoderConfig(image_size=32, **TINY).build(), str(file)),
+        ):
             with pytest.raises(ValueError, match=r"blocks.0.attn.qkv.weight holds NaN or infinity"):
                 load(file)
 
     def test_weights_of_another_export_of_the_same_sizes(self, file: Path, tmp_path: Path) -> None:
         torch.manual_seed(7)
-        export(ViTConfig(image_size=32, **TINY).build(), tmp_path / "other")
+        export(EncoderConfig(image_size=32, **TINY).build(), tmp_path / "other")
         (tmp_path / "other" / "backbone.safetensors").replace(file)
         for load in (load_backbone, lambda file: open_pretrained(str(file)).tensors()):
             with pytest.raises(ValueError, match=r"holds other weights than .*config.json was written with"):

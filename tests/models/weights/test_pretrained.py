@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from scripts import pretrain_mae
 from ssl_vit.export import export_backbone
 from ssl_vit.export.targets import export_to, proof_images
-from ssl_vit.models.vit import ViT, ViTConfig
+from ssl_vit.models.config import EncoderConfig
+from ssl_vit.models.vit import ViT
 from ssl_vit.models.weights.layouts import from_transformers, to_transformers
 from ssl_vit.models.weights.pretrained import _crop_of_transformers, infer_config, load_pretrained, open_pretrained
 from ssl_vit.objectives.dino import DINOConfig
@@ -30,10 +31,10 @@ from tests.specs import GREY, grey
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 
-TINY_PAPER = ViTConfig(arch="vit_tiny_patch16_224", image_size=64, depth=2)
+TINY_PAPER = EncoderConfig(arch="vit_tiny_patch16_224", image_size=64, depth=2)
 
 
-def perturbed(config: ViTConfig) -> ViT:
+def perturbed(config: EncoderConfig) -> ViT:
     torch.manual_seed(0)
     encoder = config.build()
     for parameter in encoder.parameters():
@@ -65,10 +66,10 @@ def test_what_was_exported_is_read_back(tmp_path: Path, target: str, name: str) 
 
 
 def test_a_table_that_is_not_square_is_resized(tmp_path: Path) -> None:
-    config = ViTConfig(arch="vit_tiny_patch16_224", image_size=(32, 128), depth=1)
+    config = EncoderConfig(arch="vit_tiny_patch16_224", image_size=(32, 128), depth=1)
     original = perturbed(config)
     export_backbone(original, tmp_path, normalization=GREY, provenance={})
-    encoder = ViTConfig(**{**vars(config), "image_size": 64}).build()  # as many patches, in other rows
+    encoder = EncoderConfig(**{**vars(config), "image_size": 64}).build()  # as many patches, in other rows
     load_pretrained(encoder, str(tmp_path))
     expected = resample_abs_pos_embed(original.vit.pos_embed, [4, 4], [2, 8], num_prefix_tokens=1)
     assert torch.equal(encoder.vit.pos_embed, expected)
@@ -92,7 +93,7 @@ def test_a_folder_of_timms_own_is_read(tmp_path: Path) -> None:
 
 
 def test_a_timm_model_is_named_and_loaded_by_timm(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = perturbed(ViTConfig(arch="vit_tiny_patch16_224", image_size=224))
+    expected = perturbed(EncoderConfig(arch="vit_tiny_patch16_224", image_size=224))
     create = timm.create_model
 
     def without_network(name: str, pretrained: bool = False, **settings: Any) -> Any:
@@ -144,7 +145,7 @@ def test_a_name_that_means_nothing_is_refused(name: str, message: str) -> None:
 
 def official_mae() -> tuple[ViT, dict[str, Tensor]]:
     """A sin-cos encoder, and its weights as in MAE's `mae_visualize_*.pth`, decoder included."""
-    encoder = perturbed(ViTConfig(**{**vars(TINY_PAPER), "pos_embed": "sincos"}))
+    encoder = perturbed(EncoderConfig(**{**vars(TINY_PAPER), "pos_embed": "sincos"}))
     extra = {"mask_token": torch.zeros(1, 1, 16), "decoder_embed.weight": torch.zeros(16, 192)}
     return encoder, {**encoder.vit.state_dict(), **extra}
 
@@ -164,7 +165,7 @@ def official_dino() -> tuple[ViT, dict[str, dict[str, Tensor]]]:
 def official_dinov2(registers: int) -> tuple[ViT, dict[str, Tensor]]:
     """A ViT-S/14 of DINOv2, and its weights as in `dinov2_vits14*_pretrain.pth`."""
     arch = f"vit_small_patch14_{'reg4_' if registers else ''}dinov2"
-    encoder = perturbed(ViTConfig(arch=arch, image_size=56, depth=2))
+    encoder = perturbed(EncoderConfig(arch=arch, image_size=56, depth=2))
     tensors = {name.replace("reg_token", "register_tokens"): v for name, v in encoder.vit.state_dict().items()}
     tensors["mask_token"] = torch.zeros(1, 384)
     if registers:
@@ -199,7 +200,7 @@ def test_the_golden_teacher_is_read_and_positions_are_resized_as_dinos_code_does
     save_file(
         {name: value for name, value in official.items() if name.startswith("teacher.")}, tmp_path / "t.safetensors"
     )
-    encoder = ViTConfig(image_size=24, **TINY).build()
+    encoder = EncoderConfig(image_size=24, **TINY).build()
     load_pretrained(encoder, str(tmp_path / "t.safetensors"))
     assert torch.equal(encoder.vit.norm.weight, official["teacher.backbone.norm.weight"])
     table = official["teacher.backbone.pos_embed"][:, 1:].reshape(1, 4, 4, -1).permute(0, 3, 1, 2)
@@ -211,7 +212,7 @@ def test_the_golden_teacher_is_read_and_positions_are_resized_as_dinos_code_does
 def test_three_channels_become_others(tmp_path: Path, in_chans: int) -> None:
     original = perturbed(TINY_PAPER)
     save_file(original.vit.state_dict(), tmp_path / "rgb.safetensors")
-    encoder = ViTConfig(**{**vars(TINY_PAPER), "in_chans": in_chans}).build()
+    encoder = EncoderConfig(**{**vars(TINY_PAPER), "in_chans": in_chans}).build()
     load_pretrained(encoder, str(tmp_path / "rgb.safetensors"))
     weight = original.vit.patch_embed.proj.weight
     repeated = weight[:, [channel % 3 for channel in range(in_chans)]] * 3 / in_chans
@@ -279,13 +280,13 @@ def test_what_is_damaged_or_harmful_or_of_another_kind_is_refused(
 
 def test_another_architecture_is_refused_by_its_shapes(tmp_path: Path) -> None:
     save_file(perturbed(TINY_PAPER).vit.state_dict(), tmp_path / "tiny.safetensors")
-    encoder = ViTConfig(arch="vit_small_patch16_224", image_size=64, depth=2).build()
+    encoder = EncoderConfig(arch="vit_small_patch16_224", image_size=64, depth=2).build()
     with pytest.raises(ValueError, match=r"of another shape: .*\(192,\) instead of \(384,\)"):
         load_pretrained(encoder, str(tmp_path / "tiny.safetensors"))
 
 
 def test_the_architecture_of_unknown_sizes_is_left_to_the_user() -> None:
-    assert infer_config(perturbed(ViTConfig(image_size=32, **TINY)).vit.state_dict()) is None
+    assert infer_config(perturbed(EncoderConfig(image_size=32, **TINY)).vit.state_dict()) is None
     assert infer_config({}) is None
 
 
@@ -331,7 +332,7 @@ def test_a_published_dinov2_gives_the_features_that_onnxruntime_gives(tmp_path: 
     found = open_pretrained(str(tmp_path)).config
     assert found is not None
     assert (found.arch, found.image_size, found.depth) == ("vit_small_patch14_dinov2", 518, 12)
-    encoder = ViTConfig(**{**vars(found), "image_size": 224}).build()
+    encoder = EncoderConfig(**{**vars(found), "image_size": 224}).build()
     load_pretrained(encoder, str(tmp_path))
 
     tokens = "/backbone/layernorm/Add_1_output_0"
