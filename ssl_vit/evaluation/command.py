@@ -62,7 +62,8 @@ class PicturesConfig:
     image_size: int | tuple[int, int] | None = None
     """Size in pixels at which images are encoded: one number, or [height, width]; `null` = the backbone's own."""
     indivisible: Literal["refuse", "resize", "pad"] = "refuse"
-    """What to do with a size that the patch size does not divide: refuse, take the nearest, or pad up to the next."""
+    """What to do with a size that the encoder's stride (of a ViT the size of a patch) does not divide: refuse, take the
+    nearest, or pad up to the next."""
     crop_pct: float | None = None
     """Share of the resized image's sides that the centre crop keeps: .875 = resize to 256, crop to 224; `null` = the
     backbone's own, at any image_size."""

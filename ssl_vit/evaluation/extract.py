@@ -123,8 +123,7 @@ def _describe(backbone: Backbone, source: Source, config: ExtractConfig) -> dict
     """Describe an extraction; where two descriptions agree but for provenance, the features are the same."""
     digest, rows, settings = hash_file(backbone.file, links=True), np.arange(len(source)), backbone.encoder_settings
     transform, dtype = backbone.transform, backbone.settings.autocast_dtype
-    sides = zip(transform.size, transform.padding, backbone.encoder.stride, strict=True)
-    grid = [(size + padding) // patch for size, padding, patch in sides]
+    grid = list(backbone.encoder.grid_of(*transform.padded_size))
     feature = config.feature or backbone.feature
     # Tokens that make the feature of an image, and its patch tokens.
     num_tokens = sum(num_layers_for([kind], backbone.encoder) for kind in feature.split("+"))

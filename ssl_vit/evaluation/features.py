@@ -21,7 +21,10 @@ from ssl_vit.evaluation.left_out import without_bad
 from ssl_vit.models.encoder import Encoder, eval_mode
 
 FEATURES = ("cls", "mean", "cls+mean", "cls4", "cls4+mean")
-"""Kinds of features: class token, mean of the patch tokens, class tokens of the last four blocks, and combinations."""
+"""Kinds of features: class token, mean of the patch tokens, class tokens of the last four blocks, and combinations.
+
+Where there is no class token, the architecture's own pooled feature stands for it. Where fewer than four blocks share
+width and grid at the end, as in Swin and ConvNeXt, `cls4` is of those."""
 
 
 class EncodeSettings(NamedTuple):
@@ -78,7 +81,7 @@ def check_finite(features: Tensor) -> None:
 
 def num_layers_for(kinds: Sequence[str], encoder: Encoder) -> int:
     """Number of last blocks that these kinds of features need."""
-    return min(4, encoder.num_layers) if any("cls4" in kind for kind in kinds) else 1
+    return min(4, encoder.num_last_layers) if any("cls4" in kind for kind in kinds) else 1
 
 
 def extract_features(

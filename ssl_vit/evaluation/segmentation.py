@@ -61,7 +61,8 @@ class SegmentationConfig(PicturesConfig):
     ignore_index: int = 255
     """Value of pixels that belong to no class."""
     num_layers: int = 1
-    """Last blocks whose patch tokens are concatenated: 1 or, in DINOv2's larger setting, 4."""
+    """Last blocks whose patch tokens are concatenated: 1 or, in DINOv2's larger setting, 4. Of Swin and ConvNeXt at
+    most those of the last stage."""
     steps: int = 2000
     """Optimizer steps."""
     base_lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -243,7 +244,7 @@ def _tokens(backbone: Backbone, images: Tensor, num_layers: int) -> tuple[Float[
     with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         normalised = backbone.transform.on_device(images, device)
         layers = encoder.last_layers(normalised, num_layers)
-    grid = normalised.shape[-2] // encoder.stride[0], normalised.shape[-1] // encoder.stride[1]
+    grid = encoder.grid_of(*normalised.shape[-2:])
     return torch.cat([features.patches for features in layers], dim=2).float(), grid
 
 
@@ -273,8 +274,9 @@ def evaluate_segmentation(path: Path, config: SegmentationConfig) -> None:
     backbone = Backbone.load(path, config)
     if process_index() != 0:  # heads are small and the encoder runs once per image and step: one process does it
         return
-    if config.num_layers > backbone.encoder.num_layers:
-        raise ValueError(f"num_layers={config.num_layers}: the backbone has {backbone.encoder.num_layers} blocks")
+    if config.num_layers > (most := backbone.encoder.num_last_layers):
+        shared = f"the last {most} blocks of {backbone.encoder.config.arch} share width and grid"
+        raise ValueError(f"num_layers={config.num_layers}: {shared}; give at most {most}")
     bad: list[dict[str, Any]] = []
     train, test, test_name = _open(backbone, config, bad)
     num_classes = _count_classes(train, test)

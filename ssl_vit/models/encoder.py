@@ -160,17 +160,31 @@ class Encoder(nn.Module):
         masking = {} if mask is None else {"mask": mask, "mask_token": mask_token}
         return [self(images, **(masking if number == 0 else {})) for number, images in enumerate(groups)]
 
-    def timm_arguments(self, pooled: str) -> tuple[dict[str, Any], str]:
+    def timm_arguments(self, pooled: str, *, norm_pooled: bool = False) -> tuple[dict[str, Any], str]:
         """Arguments of timm's factory with which `timm.create_model` pools as asked, and timm's name of that pooling.
 
         Args:
             pooled: "cls" or "mean"; a backbone without a class token has its own pooling.
+            norm_pooled: the model normalises after pooling, with a norm that timm calls `fc_norm`; see `remove_norm`.
         """
         return self.model_args, "avg"
 
-    def remove_norm(self) -> bool:
-        """Remove the final norm where heads pool before they normalise; False where `cls` is pooled in that order."""
-        return False
+    def remove_norm(self) -> nn.Module | None:
+        """Take the final norm away, for heads that normalise what they have pooled, and return it.
+
+        None where timm's classifier of the architecture has an order of its own, which `head_inputs` follows.
+        """
+        return None
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """timm's names of its classifier's linear layers: one, or two in distilled DeiT, whose logits are averaged."""
+        names = self.model.pretrained_cfg["classifier"]  # pyright: ignore[reportIndexIssue, reportArgumentType]
+        return (names,) if isinstance(names, str) else tuple(names)  # pyright: ignore[reportArgumentType]
+
+    def head_inputs(self, images: Float[Tensor, "b c h w"]) -> list[Float[Tensor, "b d"]]:
+        """What each of `head_names` reads: `cls`, and in distilled DeiT the distillation token."""
+        return [self(images).cls]
 
     def last_layers(self, images: Float[Tensor, "b c h w"], num_layers: int) -> list[Features]:
         """Features of the last `num_layers` blocks, each through the final norm, the last block last.

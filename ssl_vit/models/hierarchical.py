@@ -78,7 +78,9 @@ class Hierarchical(Encoder):
         order = {group: number for number, group in enumerate(sorted({groups[name] for name in groups.keys() - last}))}
         return {f"net.{name}": len(order) if name in last else order[group] for name, group in groups.items()}
 
-    def _enlarge(self, mask: Bool[Tensor, "b n"], images: Tensor, grid: tuple[int, int]) -> Bool[Tensor, "b rows columns"]:
+    def _enlarge(
+        self, mask: Bool[Tensor, "b n"], images: Tensor, grid: tuple[int, int]
+    ) -> Bool[Tensor, "b rows columns"]:
         """A mask of output tokens on the stem's grid."""
         rows, columns = self.grid_of(*images.shape[-2:])
         coarse = rearrange(mask, "b (h w) -> b h w", h=rows)

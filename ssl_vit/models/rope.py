@@ -8,12 +8,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ssl_vit.data.transform import pair
 from ssl_vit.models.encoder import Features
 from ssl_vit.models.vit import ViT
 
 if TYPE_CHECKING:
-    from ssl_vit.models.config import EncoderConfig
+    pass
 
 
 class RoPEViT(ViT):
@@ -24,11 +23,9 @@ class RoPEViT(ViT):
     `rope_rescale_coords`. One draw holds for all images of a batch.
     """
 
-    @classmethod
-    def arguments(cls, config: "EncoderConfig") -> dict[str, Any]:
-        # The final norm is applied to every token, whatever the architecture's head does.
-        norms = {"use_fc_norm": False, "use_post_transformer_norm": True}
-        return {"global_pool": "", **norms, "img_size": list(pair(config.image_size)), "dynamic_img_size": True}
+    @staticmethod
+    def norm_arguments(*, pooled: bool) -> dict[str, Any]:
+        return {"use_fc_norm": pooled, "use_post_transformer_norm": not pooled}
 
     def forward(
         self,

@@ -45,11 +45,21 @@ class ViT(Encoder):
 
     @classmethod
     def arguments(cls, config: "EncoderConfig") -> dict[str, Any]:
-        # No pooling and no fc_norm: the final norm is applied to every token, whatever the architecture's head does.
-        # The distilled architectures refuse to be without their pooling.
+        # No pooling: the final norm is applied to every token, whatever the architecture's head does. The distilled
+        # architectures refuse to be without theirs.
         pooling = "token" if "_distilled" in config.arch else ""
-        size = list(pair(config.image_size))
-        return {"global_pool": pooling, "fc_norm": False, "img_size": size, "dynamic_img_size": True}
+        sizes = {"img_size": list(pair(config.image_size)), "dynamic_img_size": True}
+        return {"global_pool": pooling, **cls.norm_arguments(pooled=False), **sizes}
+
+    @staticmethod
+    def norm_arguments(*, pooled: bool) -> dict[str, Any]:
+        """timm's arguments for a final norm of what is pooled, or of every token."""
+        return {"fc_norm": pooled}
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether a distillation token follows the class token (DeiT, arXiv:2012.12877)."""
+        return getattr(self.vit, "dist_token", None) is not None
 
     def _stride(self) -> tuple[int, int]:
         if not isinstance(self.vit.patch_embed, PatchEmbed):
@@ -71,15 +81,24 @@ class ViT(Encoder):
                 raise ValueError(f"drop_path_schedule='uniform': {self.config.arch} has no plain blocks; use 'linear'")
             block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
 
-    def timm_arguments(self, pooled: str) -> tuple[dict[str, Any], str]:
-        if self.model_args["global_pool"]:  # the distilled architectures have no other
+    def timm_arguments(self, pooled: str, *, norm_pooled: bool = False) -> tuple[dict[str, Any], str]:
+        if self.is_distilled:  # these architectures have no other pooling
             return self.model_args, self.model_args["global_pool"]
         pooling = "token" if self.has_cls_token and pooled == "cls" else "avg"
-        return {**self.model_args, "global_pool": pooling}, pooling
+        norms = self.norm_arguments(pooled=True) if norm_pooled else {}
+        return {**self.model_args, "global_pool": pooling, **norms}, pooling
 
-    def remove_norm(self) -> bool:
-        self.vit.norm = nn.Identity()
-        return True
+    def remove_norm(self) -> nn.Module | None:
+        if self.is_distilled:
+            return None
+        norm, self.vit.norm = self.vit.norm, nn.Identity()
+        return norm
+
+    def head_inputs(self, images: Float[Tensor, "b c h w"]) -> list[Float[Tensor, "b d"]]:
+        if not self.is_distilled:
+            return super().head_inputs(images)
+        tokens = self.vit.norm(run_blocks(self.vit.blocks, self._embed(images), self.grad_checkpointing))
+        return [tokens[:, number] for number in range(self.vit.num_prefix_tokens)]
 
     def layer_of(self, name: str) -> int:
         name = name.removeprefix("vit.")

@@ -1,7 +1,7 @@
 """Supervised objectives on a pre-trained encoder: full fine-tuning, and the attentive probe on frozen patch tokens."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -64,8 +64,8 @@ class FineTuneConfig(SupervisedConfig):
     """Full fine-tuning as in MAE's appendix (He et al. 2022, table 9), which follows BEiT and DeiT."""
 
     pool: Literal["mean", "cls"] = "mean"
-    """Feature of a ViT to classify: the mean of the patch tokens, normalised after pooling, or the class token. Other
-    families pool as timm's classifiers do."""
+    """Feature of a ViT to classify: the mean of the patch tokens, normalised after pooling, or the class token. Swin,
+    ConvNeXt and distilled DeiT have a pooling of their own, that of timm's classifiers, whatever this says."""
     layer_decay: float = 0.65
     """Factor on the learning rate from each block to the block before it."""
     model_ema: float | None = None
@@ -96,17 +96,30 @@ class Supervised(Objective):
 
 
 class Classifier(nn.Module):
-    """Norm and linear layer on pooled tokens, with timm's names: fc_norm and head."""
+    """Norm and linear layer on pooled features, with timm's names: fc_norm and head.
 
-    def __init__(self, embed_dim: int, num_classes: int, *, normalizes: bool, head_init: float) -> None:
+    Distilled DeiT has two linear layers, `head` on the class token and `head_dist` on the distillation token, whose
+    logits are averaged. Without a teacher both learn from the average.
+    """
+
+    def __init__(self, encoder: Encoder, num_classes: int, *, norm: nn.Module, head_init: float) -> None:
         super().__init__()
-        self.fc_norm = nn.LayerNorm(embed_dim, eps=1e-6) if normalizes else nn.Identity()
-        self.head = nn.Linear(embed_dim, num_classes)
-        nn.init.trunc_normal_(self.head.weight, std=head_init)
-        nn.init.zeros_(self.head.bias)
+        self.fc_norm = norm
+        self.names = [name.split(".")[0] for name in encoder.head_names]
+        for name in self.names:
+            head = nn.Linear(encoder.embed_dim, num_classes)
+            nn.init.trunc_normal_(head.weight, std=head_init)
+            nn.init.zeros_(head.bias)
+            self.add_module(name, head)
 
-    def forward(self, pooled: Float[Tensor, "b d"]) -> Float[Tensor, "b classes"]:
-        return self.head(self.fc_norm(pooled))
+    @property
+    def heads(self) -> list[nn.Module]:
+        """The linear layers, in the order of `Encoder.head_names`."""
+        return [self.get_submodule(name) for name in self.names]
+
+    def forward(self, pooled: Sequence[Float[Tensor, "b d"]]) -> Float[Tensor, "b classes"]:
+        logits = [head(self.fc_norm(features)) for head, features in zip(self.heads, pooled, strict=True)]
+        return logits[0] if len(logits) == 1 else torch.stack(logits).mean(dim=0)
 
 
 class FineTune(Supervised):
@@ -117,14 +130,16 @@ class FineTune(Supervised):
     def __init__(self, config: FineTuneConfig, encoder: Encoder) -> None:
         super().__init__()
         self.config = config
-        self.pooled = config.pool
         self.encoder = encoder
-        # Norm after the mean, in the classifier. Hierarchical encoders pool as timm's classifiers do.
-        self.takes_mean = config.pool == "mean" and encoder.remove_norm()
+        # Norm after the mean, in the classifier, unless the architecture's own classifier has another order.
+        norm = encoder.remove_norm() if config.pool == "mean" else None
+        self.pooled = "cls" if norm is None else "mean"
         encoder.requires_grad_(True)  # also position tables, which pre-training may fix
-        self.classifier = Classifier(
-            encoder.embed_dim, config.classes, normalizes=self.takes_mean, head_init=config.head_init
-        )
+        if norm is None:
+            norm = nn.Identity()
+        else:
+            norm.reset_parameters()  # pyright: ignore[reportCallIssue]
+        self.classifier = Classifier(encoder, config.classes, norm=norm, head_init=config.head_init)
         self.criterion = SoftTargetCrossEntropy()
         self.ema_encoder: Encoder | None = None
         self.ema_classifier: Classifier | None = None
@@ -135,9 +150,8 @@ class FineTune(Supervised):
         logits = self.classifier(self._pool(self.encoder, batch["images"]))
         return {"loss": self.criterion(logits.float(), batch["targets"])}
 
-    def _pool(self, encoder: Encoder, images: Tensor) -> Tensor:
-        features = encoder(images)
-        return features.patches.mean(dim=1) if self.takes_mean else features.cls
+    def _pool(self, encoder: Encoder, images: Tensor) -> list[Tensor]:
+        return [encoder(images).patches.mean(dim=1)] if self.pooled == "mean" else encoder.head_inputs(images)
 
     def logits(self, images: Float[Tensor, "b c h w"]) -> dict[str, Float[Tensor, "b classes"]]:
         return {"head": self.tested_classifier()(self._pool(self.backbone(), images))}

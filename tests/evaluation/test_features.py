@@ -16,6 +16,7 @@ from ssl_vit.evaluation.features import (
     select_feature,
     stream_features,
 )
+from ssl_vit.models.config import EncoderConfig
 from ssl_vit.models.encoder import Encoder, Features
 from tests.specs import GREY, grey
 
@@ -39,18 +40,22 @@ def source_of(*images: Tensor) -> Images:
 class Averager(Encoder):
     """Patch tokens are the channel means of the four quarters; the class token is their maximum."""
 
+    model_name = "net"
+
     def __init__(self) -> None:
-        super().__init__()
-        self.embed_dim, self.in_chans, self.has_cls_token = 3, 3, True
-        self.image_size, self.patch_size = (8, 16), (4, 8)
+        super().__init__(nn.Identity(), EncoderConfig(image_size=(8, 16)), {})
+        self.embed_dim, self.has_cls_token, self.stride, self.num_last_layers = 3, True, (4, 8), 1
         self.dropout = nn.Dropout(0.5)
         self.frozen = nn.BatchNorm1d(3)
         self.frozen.eval()
 
     def forward(self, images, *, keep=None, mask=None, mask_token=None):
         self.dtype_inside = torch.zeros(1, 1).matmul(torch.zeros(1, 1)).dtype
-        quarters = nn.functional.avg_pool2d(images, self.patch_size).flatten(2).transpose(1, 2)
+        quarters = nn.functional.avg_pool2d(images, self.stride).flatten(2).transpose(1, 2)
         return Features(cls=self.dropout(quarters).amax(dim=1), patches=self.dropout(quarters))
+
+    def last_layers(self, images, num_layers):
+        return [self(images)]
 
 
 RAW = grey(mean=0.0, std=1.0)

@@ -193,7 +193,10 @@ def test_masks_of_0_and_255_are_classes_when_told(
         (["--steps=0"], "steps=0: must be at least 1"),
         (["--base_lrs=[]"], "base_lrs=(): give at least one value, and none twice"),
         (["--baselines=[pixels]"], "no 'pixels'; there is untrained"),
-        (["--num_layers=3"], "num_layers=3: the backbone has 2 blocks"),
+        (
+            ["--num_layers=3"],
+            "num_layers=3: the last 2 blocks of vit_small_patch16_224 share width and grid",
+        ),
         (["--mask_column=masks"], "mask_column='masks': no such column; did you mean 'mask'"),
         (["--test_source=OTHER"], "hold classes that the training masks lack: 2"),
         (["--ignore_index=1"], "the masks hold"),

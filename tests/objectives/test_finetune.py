@@ -1,14 +1,17 @@
 import dataclasses
+from typing import Any
 
 import pytest
 import timm
 import torch
+from timm.optim import param_groups_layer_decay
 
 from ssl_vit.models.config import EncoderConfig
 from ssl_vit.models.vit import ViT
-from ssl_vit.objectives.finetune import AttentiveConfig, FineTuneConfig
+from ssl_vit.objectives.finetune import AttentiveConfig, FineTune, FineTuneConfig
 from ssl_vit.objectives.objective import RunSize
 from tests.conftest import TINY
+from tests.families import FAMILIES
 
 
 def batch(num: int = 4) -> dict[str, torch.Tensor]:
@@ -49,6 +52,51 @@ def test_learning_rates_decay_towards_the_input(tiny_encoder: ViT) -> None:
     }
 
 
+@pytest.mark.parametrize("config", [*FAMILIES.values(), EncoderConfig(image_size=32, **TINY)], ids=lambda c: c.arch)
+def test_learning_rates_and_weight_decay_are_timms(config: EncoderConfig) -> None:
+    """In every family; but the final norm is one layer later than in timm, as the head is."""
+    encoder = config.build()
+    objective = FineTuneConfig(num_classes=3, layer_decay=0.5).build(encoder)
+    model, named = timms(objective)
+    groups = param_groups_layer_decay(
+        model, 1.0, getattr(model, "no_weight_decay", set)(), layer_decay=0.5, weight_decay_exclude_1d=True
+    )
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    theirs = {names[id(p)]: (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    ours = {named[n]: (g.lr_scale, g.weight_decay_scale) for g in objective.param_groups() for n, _ in g.params}
+    assert ours == {name: (1.0, 0.0) if name.startswith("norm.") else found for name, found in theirs.items()}
+
+
+def timms(objective: FineTune) -> tuple[Any, dict[str, str]]:
+    """timm's own classifier of the architecture, and its names of an objective's parameters."""
+    encoder, pooled = objective.encoder, objective.pooled
+    arguments, _ = encoder.timm_arguments(pooled, norm_pooled=pooled == "mean")
+    model = timm.create_model(encoder.config.arch, num_classes=3, in_chans=encoder.in_chans, **arguments)
+    named = {name: name.split(".", 2)[-1] for name, _ in objective.encoder.named_parameters("encoder")}
+    heads = dict(zip(("head", "head_dist"), encoder.head_names, strict=False))
+    for name, _ in objective.classifier.named_parameters():
+        module, _, kind = name.partition(".")
+        named[f"classifier.{name}"] = f"{heads.get(module, module)}.{kind}"
+    return model, named
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_both_heads_of_distilled_deit_learn_from_the_averaged_logits(pool: str) -> None:
+    objective = FineTuneConfig(num_classes=3, pool=pool, head_init=0.5).build(FAMILIES["distilled"].build())
+    assert objective.pooled == "cls"  # the architecture's own, whatever `pool` says
+    model, named = timms(objective)
+    model.load_state_dict({named[name]: value for name, value in objective.named_parameters()})
+    given = {"images": torch.randn(2, 3, 64, 64), "targets": torch.eye(3)[:2]}
+    logits = model(given["images"])
+    torch.testing.assert_close(objective.logits(given["images"])["head"], logits, rtol=1e-4, atol=1e-5)
+    objective(given, 0.5)["loss"].backward()
+    (-(given["targets"] * logits.log_softmax(dim=1)).sum(dim=1).mean()).backward()
+    gradients = {named[name]: parameter.grad for name, parameter in objective.named_parameters()}
+    assert gradients["head.weight"].abs().sum() > 0
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
 def test_fixed_positions_are_trained_too(tiny_encoder: ViT) -> None:
     assert not tiny_encoder.vit.pos_embed.requires_grad
     assert FineTuneConfig(num_classes=3).build(tiny_encoder).encoder.vit.pos_embed.requires_grad
@@ -66,7 +114,7 @@ def test_the_average_of_weights_is_what_is_tested(tiny_encoder: ViT) -> None:
     assert objective.backbone() is objective.ema_encoder
     images = batch()["images"]
     features = objective.ema_encoder(images).patches.mean(dim=1)
-    torch.testing.assert_close(objective.logits(images)["head"], objective.ema_classifier(features))
+    torch.testing.assert_close(objective.logits(images)["head"], objective.ema_classifier([features]))
     assert not any(p.requires_grad for p in objective.ema_encoder.parameters())
 
 
@@ -101,6 +149,17 @@ def test_attentive_probes_share_a_frozen_encoder_and_see_patch_tokens_only(tiny_
     torch.testing.assert_close(before, objective.probes[2](tokens))
     # Attention over a set: the order of the patches does not matter, and the class token is not among them.
     torch.testing.assert_close(before, objective.probes[2](tokens.flip(1)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["distilled", "hybrid", "eva02", "swin", "convnext"])
+def test_attentive_probes_learn_from_the_tokens_of_every_family(family: str) -> None:
+    encoder = FAMILIES[family].build()
+    objective = AttentiveConfig(num_classes=3, lr_scales=(1.0,)).build(encoder).train()
+    images = torch.randn(2, 3, *encoder.image_size)
+    objective({"images": images, "targets": torch.eye(3)[:2]}, 0.5)["loss"].backward()
+    assert all(parameter.grad is not None for parameter in objective.probes.parameters())
+    expected = objective.probes[0](encoder(images).patches)
+    torch.testing.assert_close(objective.logits(images)["lr_1"], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_each_probe_learns_as_if_it_were_alone() -> None:

@@ -39,6 +39,11 @@ class EvalTransform:
     """None = the centre crop; a number = one of a series of random crops and flips (area .08-1), on which the papers'
     linear probes are trained. The crop follows from `view` and the row alone."""
 
+    @property
+    def padded_size(self) -> tuple[int, int]:
+        """Height and width of what `on_device` returns."""
+        return self.size[0] + self.padding[0], self.size[1] + self.padding[1]
+
     def __call__(self, image: UInt8[Tensor, "c h w"], row: int) -> UInt8[Tensor, "c height width"]:
         """Crop the image of row `row` of its source."""
         if self.view is None:
@@ -95,13 +100,13 @@ def cover(shape: tuple[int, int], size: tuple[int, int], crop_pct: float) -> lis
 
 
 def fit_size(
-    size: tuple[int, int], patch_size: tuple[int, int], indivisible: Literal["refuse", "resize", "pad"] = "refuse"
+    size: tuple[int, int], stride: tuple[int, int], indivisible: Literal["refuse", "resize", "pad"] = "refuse"
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Fit an image size to the patch size.
+    """Fit an image size to the encoder's stride.
 
     Args:
-        size, patch_size: height and width in pixels.
-        indivisible: refuse a size that the patch size does not divide; take the nearest one that it divides; or pad
+        size, stride: height and width in pixels.
+        indivisible: refuse a size that the stride does not divide; take the nearest one that it divides; or pad
             the crops up to the next one.
 
     Returns:
@@ -110,13 +115,13 @@ def fit_size(
     Raises:
         ValueError: the size is refused; names the nearest ones.
     """
-    padding = tuple(-side % patch for side, patch in zip(size, patch_size, strict=True))
+    padding = tuple(-side % step for side, step in zip(size, stride, strict=True))
     if not any(padding):
         return size, (0, 0)
     if indivisible == "pad":
         return size, (padding[0], padding[1])
     if indivisible == "refuse":
         advice = ". indivisible='resize' takes the nearer one, 'pad' fills up to the next"
-        check_divisible(f"image_size={size!r}", size, patch_size, advice)
-    height, width = (max(1, (side + patch // 2) // patch) * patch for side, patch in zip(size, patch_size, strict=True))
+        check_divisible(f"image_size={size!r}", size, stride, advice)
+    height, width = (max(1, (side + step // 2) // step) * step for side, step in zip(size, stride, strict=True))
     return (height, width), (0, 0)
