@@ -13,14 +13,14 @@ from torch import Tensor, nn
 Tensors = dict[str, Tensor]
 
 # timm's name of a part, and transformers' name of it.
-_STEM = {
+STEM = {
     "cls_token": "embeddings.cls_token",
     "reg_token": "embeddings.register_tokens",
     "pos_embed": "embeddings.position_embeddings",
     "patch_embed.proj": "embeddings.patch_embeddings.projection",
     "norm": "layernorm",
 }
-_VIT_BLOCK = {
+VIT_BLOCK = {
     "norm1": "layernorm_before",
     "norm2": "layernorm_after",
     "attn.proj": "attention.output.dense",
@@ -147,14 +147,14 @@ def fold_layer_scale(tensors: Tensors) -> Tensors:
 
 def to_transformers(tensors: Mapping[str, Tensor], *, dinov2: bool = False, swiglu: bool = False) -> Tensors:
     """Rename timm's tensors to those of transformers' ViTModel or Dinov2Model, as in files on the hub."""
-    table = _SWIGLU_BLOCK if swiglu else _DINOV2_BLOCK if dinov2 else _VIT_BLOCK
-    return _to_transformers(tensors, "blocks", "encoder.layer", lambda name: _swap(name, _STEM), table)
+    table = _SWIGLU_BLOCK if swiglu else _DINOV2_BLOCK if dinov2 else VIT_BLOCK
+    return _to_transformers(tensors, "blocks", "encoder.layer", lambda name: _swap(name, STEM), table)
 
 
 def decoder_to_transformers(tensors: Mapping[str, Tensor]) -> Tensors:
     """Rename the tensors of MAE's decoder to those of transformers' ViTMAEForPreTraining."""
     return _to_transformers(
-        tensors, "decoder_blocks", "decoder.decoder_layers", lambda name: f"decoder.{name}", _VIT_BLOCK
+        tensors, "decoder_blocks", "decoder.decoder_layers", lambda name: f"decoder.{name}", VIT_BLOCK
     )
 
 
@@ -201,9 +201,9 @@ def from_transformers(tensors: Mapping[str, Tensor]) -> Tensors:
     """
     names = {name: re.sub(r"^(vit|dinov2|dinov2_with_registers|backbone)\.", "", name) for name in tensors}
     dinov2 = any("layer_scale1" in name for name in tensors)
-    block_table = {theirs: ours for ours, theirs in (_DINOV2_BLOCK if dinov2 else _VIT_BLOCK).items()}
+    block_table = {theirs: ours for ours, theirs in (_DINOV2_BLOCK if dinov2 else VIT_BLOCK).items()}
     block_table |= {"mlp.weights_in": "mlp.fc1", "mlp.weights_out": "mlp.fc2"}
-    stem_table = {theirs: ours for ours, theirs in _STEM.items()}
+    stem_table = {theirs: ours for ours, theirs in STEM.items()}
     found: Tensors = {}
     roles: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
