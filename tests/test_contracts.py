@@ -1,9 +1,14 @@
 """Every encoder with every objective: what the loop relies on must hold for each pair."""
 
+import copy
 import dataclasses
+import functools
+import json
+from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import Tensor
 
@@ -16,6 +21,7 @@ from ssl_vit.objectives.finetune import FineTuneConfig
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.objectives.objective import Objective, ObjectiveConfig
 from tests.conftest import TINY
+from tests.families import CANNOT_DROP, CANNOT_MASK, FAMILIES
 from tests.specs import grey
 
 ENCODERS = {
@@ -24,6 +30,7 @@ ENCODERS = {
     "vit, one channel, drop path": EncoderConfig(image_size=32, in_chans=1, drop_path_rate=0.3, **TINY),
     "vit, registers, LayerScale": EncoderConfig(arch="vit_small_patch14_reg4_dinov2", image_size=42, depth=1),
     "vit, no class token": EncoderConfig(arch="vit_medium_patch16_gap_256", image_size=64, depth=1),
+    **FAMILIES,
     "vit, SwiGLU": EncoderConfig(arch="vit_giant_patch14_dinov2", image_size=42, depth=1, embed_dim=96, num_heads=4),
 }
 SMALL_HEAD = {"num_prototypes": 32, "hidden_dim": 24, "bottleneck_dim": 8, "num_local_crops": 2}
@@ -39,33 +46,80 @@ OBJECTIVES = {
 }
 
 
+def refusal(encoder: str, objective: str) -> str | None:
+    """What is said of a pair that cannot work; None for a pair that works."""
+    if objective == "mae" and encoder in CANNOT_DROP:
+        return "mae: drops tokens before the first block, which .* cannot; use a Vision Transformer"
+    if objective.startswith("dinov2") and encoder in CANNOT_MASK:
+        return "ibot_weight=1.0: iBOT masks tokens, which .* cannot.*; use ibot_weight 0, DINO, or"
+    return None
+
+
+PAIRS = [(encoder, objective) for encoder in ENCODERS for objective in OBJECTIVES]
+WORKING = [pair for pair in PAIRS if refusal(*pair) is None]
+
+
 @pytest.fixture(params=ENCODERS, ids=str)
 def encoder(request: pytest.FixtureRequest) -> Encoder:
+    return build(request.param)
+
+
+def build(name: str) -> Encoder:
+    return copy.deepcopy(_built(name))
+
+
+@functools.cache
+def _built(name: str) -> Encoder:
     torch.manual_seed(0)
-    return ENCODERS[request.param].build()
+    return ENCODERS[name].build()
 
 
-@pytest.fixture(params=OBJECTIVES, ids=str)
-def config(request: pytest.FixtureRequest, encoder: Encoder) -> ObjectiveConfig:
-    config = OBJECTIVES[request.param]
-    if isinstance(config, DINOConfig):  # one or two patches a side
+@pytest.fixture(params=WORKING, ids=" + ".join)
+def names(request: pytest.FixtureRequest) -> tuple[str, str]:
+    return request.param
+
+
+@pytest.fixture
+def config(names: tuple[str, str]) -> ObjectiveConfig:
+    return config_of(names[1], _built(names[0]))
+
+
+def config_of(name: str, encoder: Encoder) -> ObjectiveConfig:
+    config = OBJECTIVES[name]
+    if isinstance(config, DINOConfig):  # one or two tokens a side
         config = dataclasses.replace(config, local_crop_size=encoder.stride)
     return config
 
 
 @pytest.fixture
-def objective(encoder: Encoder, config: ObjectiveConfig) -> Objective:
-    return config.build(encoder)
+def objective(names: tuple[str, str], config: ObjectiveConfig) -> Objective:
+    return config.build(build(names[0]))
 
 
 @pytest.fixture
-def batch(encoder: Encoder, config: ObjectiveConfig) -> dict[str, Tensor]:
-    transform = config.build_transform(InputSpec(encoder.image_size, encoder.stride, grey(encoder.in_chans)))
+def batch(names: tuple[str, str]) -> dict[str, Tensor]:
+    return _batch(names)
+
+
+@functools.cache
+def _batch(names: tuple[str, str]) -> dict[str, Tensor]:
+    encoder = _built(names[0])
+    transform = config_of(names[1], encoder).build_transform(
+        InputSpec(encoder.image_size, encoder.stride, grey(encoder.in_chans))
+    )
     image = torch.randint(0, 256, (encoder.in_chans, 70, 80), dtype=torch.uint8)
     samples = [transform(image, np.random.default_rng(seed)) | {"label": torch.tensor(seed % 3)} for seed in range(4)]
     return transform.on_device(
         {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}, torch.device("cpu")
     )
+
+
+@pytest.mark.parametrize("names", [pair for pair in PAIRS if pair not in WORKING], ids=" + ".join)
+def test_a_pair_that_cannot_work_is_refused_when_it_is_built(names: tuple[str, str]) -> None:
+    encoder = build(names[0])
+    with pytest.raises(ValueError, match=f"^{refusal(*names)}") as raised:
+        config_of(names[1], encoder).build(encoder)
+    assert "\n" not in str(raised.value)
 
 
 def test_losses_are_finite_scalars(objective: Objective, batch: dict[str, Tensor]) -> None:
@@ -128,8 +182,94 @@ def test_features_have_the_contracts_shapes(encoder: Encoder) -> None:
     assert features.patches.shape == (2, encoder.num_patches, encoder.embed_dim)
 
 
+def test_the_last_layers_end_with_the_features(encoder: Encoder) -> None:
+    images = torch.randn(2, encoder.in_chans, *encoder.image_size)
+    whole = encoder.eval()(images)
+    layers = encoder.last_layers(images, encoder.num_last_layers)
+    assert len(layers) == encoder.num_last_layers
+    assert {layer.patches.shape for layer in layers} == {whole.patches.shape}
+    for found, expected in zip(layers[-1], whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(
+        ValueError, match=rf"num_layers={encoder.num_last_layers + 1}: the last .* share width and grid"
+    ):
+        encoder.last_layers(images, encoder.num_last_layers + 1)
+
+
+def test_groups_of_several_sizes_have_the_features_of_single_calls(encoder: Encoder) -> None:
+    small = (encoder.stride[0], 2 * encoder.stride[1])
+    groups = [torch.randn(2, encoder.in_chans, *size) for size in (encoder.image_size, small)]
+    for features, images in zip(encoder.eval().forward_groups(groups), groups, strict=True):
+        rows, columns = encoder.grid_of(*images.shape[-2:])
+        assert features.patches.shape == (2, rows * columns, encoder.embed_dim)
+        for found, expected in zip(features, encoder(images), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_size_that_the_stride_does_not_divide_is_refused(encoder: Encoder) -> None:
+    height, width = encoder.image_size
+    with pytest.raises(ValueError, match=rf"the width {width + 1} is no multiple of {encoder.stride[1]}"):
+        encoder(torch.randn(1, encoder.in_chans, height, width + 1))
+
+
+def test_recomputed_blocks_give_the_same_gradients(encoder: Encoder) -> None:
+    images = torch.randn(2, encoder.in_chans, *encoder.image_size)
+    again = dataclasses.replace(encoder.config, grad_checkpointing=True).build()
+    again.load_state_dict(encoder.state_dict())
+    gradients = []
+    for built in (encoder, again):
+        torch.manual_seed(1)  # drop path
+        features = built(images)
+        (features.cls.square().sum() + features.patches.square().sum()).backward()
+        gradients.append([p.grad for p in built.parameters() if p.requires_grad])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_the_settings_build_the_encoder_again(encoder: Encoder) -> None:
+    plain = json.loads(json.dumps(dataclasses.asdict(encoder.config)))
+    again = EncoderConfig.from_plain(plain).build().eval()
+    again.load_state_dict(encoder.state_dict())
+    images = torch.randn(1, encoder.in_chans, *encoder.image_size)
+    assert torch.equal(again(images).patches, encoder.eval()(images).patches)
+
+
+def test_timm_builds_the_model_from_its_arguments(encoder: Encoder) -> None:
+    arguments, _ = encoder.timm_arguments("cls")
+    arch = encoder.config.arch
+    model: Any = timm.create_model(arch, num_classes=0, in_chans=encoder.in_chans, **arguments)
+    model.load_state_dict(encoder.model.state_dict())
+    images = torch.randn(1, encoder.in_chans, *encoder.image_size)
+    tokens = model.eval().forward_features(images)
+    pooled = model.forward_head(tokens, pre_logits=True)
+    if encoder.has_cls_token and "_distilled" not in arch:
+        torch.testing.assert_close(encoder.eval()(images).cls, pooled, rtol=1e-4, atol=1e-5)
+    if not encoder.has_cls_token and hasattr(encoder, "net"):
+        torch.testing.assert_close(encoder.eval()(images).cls, pooled, rtol=1e-4, atol=1e-5)
+
+
+def test_masked_tokens_hide_their_pixels(encoder: Encoder) -> None:
+    images = torch.randn(1, encoder.in_chans, *encoder.image_size)
+    mask = torch.zeros(1, encoder.num_patches, dtype=torch.bool)
+    mask[0, -1] = True
+    token = torch.randn(encoder.mask_dim)
+    if not encoder.supports_mask:
+        assert encoder.config.arch in {FAMILIES[name].arch for name in CANNOT_MASK}
+        return
+    changed = images.clone()
+    changed[:, :, -encoder.stride[0] :, -encoder.stride[1] :] = 3.0  # the last token's pixels
+    masked, hidden = (encoder.eval()(each, mask=mask, mask_token=token) for each in (images, changed))
+    torch.testing.assert_close(masked.patches, hidden.patches, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(masked.patches[0, -1], encoder(images).patches[0, -1], atol=1e-3)
+    with pytest.raises(ValueError, match="mask is given without mask_token"):
+        encoder(images, mask=mask)
+
+
 def test_only_kept_patches_come_back(encoder: Encoder) -> None:
     if not encoder.supports_keep:
-        pytest.skip("this encoder cannot drop tokens")
+        assert encoder.config.arch in {FAMILIES[name].arch for name in CANNOT_DROP}
+        with pytest.raises(ValueError, match=r"^keep: "):
+            encoder(torch.randn(1, encoder.in_chans, *encoder.image_size), keep=torch.tensor([[0]]))
+        return
     features = encoder(torch.randn(2, encoder.in_chans, *encoder.image_size), keep=torch.tensor([[2, 0], [1, 3]]))
     assert features.patches.shape == (2, 2, encoder.embed_dim)

@@ -30,7 +30,7 @@ _ALLOWED = {
     "layer_scale": "(0, inf)",
     "drop_path_rate": "[0, 1)",
 }
-_MOST_PARAMETERS = 25e9
+_MOST_PARAMETERS, _MOST_BLOCKS = 25e9, 500
 _WIDEST, _SMALLEST_PATCH = 1_664, 8  # of timm's, for what is left to the architecture
 # Settings that only Vision Transformers have; other families take theirs through model_args.
 _OF_VITS = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "layer_scale")
@@ -42,6 +42,8 @@ _NOT_ARGUMENTS = {
     "num_classes": None,
     "global_pool": None,
     "class_token": None,
+    "patch_drop_rate": None,
+    "pos_drop_rate": None,
     "features_only": None,
     "out_indices": None,
     "pretrained": "pretrained",
@@ -246,11 +248,14 @@ def _plain(name: str, value: Any) -> Any:
     if isinstance(value, list | tuple):
         if len(value) > 1_000:
             raise ValueError(f"model_args={{{name!r}: ...}}: a list of {len(value)} values; 1,000 are the most")
-        return [_plain(name, entry) for entry in value]
+        entries = [_plain(name, entry) for entry in value]
+        # Blocks are built one at a time, also those that are only counted.
+        if name == "depths" and sum(entry for entry in entries if isinstance(entry, int)) > _MOST_BLOCKS:
+            raise ValueError(f"model_args={{{name!r}: {value!r}}}: is larger than that of any backbone")
+        return entries
     if not isinstance(value, bool | int | float | str | None):
         raise ValueError(f"model_args={{{name!r}: {value!r}}}: must be a number, a word, true, false, null or a list")
-    # Nested lists of depths are built one block at a time.
-    if isinstance(value, int | float) and not abs(value) <= (1_000 if name.startswith("depth") else 65_536):
+    if isinstance(value, int | float) and not abs(value) <= 65_536:
         raise ValueError(f"model_args={{{name!r}: {value!r}}}: is larger than that of any backbone")
     return value
 

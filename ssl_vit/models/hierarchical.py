@@ -155,8 +155,10 @@ class ConvNeXt(Hierarchical):
         self.mask_dim = convolutions[-1].out_channels
         # Other stems overlap: their convolutions mix pixels of masked and of visible tokens.
         self.supports_mask = len(convolutions) == 1 and convolutions[0].kernel_size == convolutions[0].stride
-        if not isinstance(getattr(self.net.head, "pre_logits", None), nn.Identity | None):
-            raise ValueError(f"arch={config.arch!r}: has hidden layers in its head; use convnext_tiny")
+
+    @classmethod
+    def arguments(cls, config: "EncoderConfig") -> dict[str, Any]:
+        return {"head_hidden_size": None}  # a hidden layer behind the pooling belongs to a classifier
 
     def _stages(self) -> Any:
         return self.net.stages

@@ -35,7 +35,7 @@ class ViT(Encoder):
         self.stride = self._stride()
         self.has_cls_token = self.vit.cls_token is not None
         self.num_layers = self.num_last_layers = len(self.vit.blocks)
-        self.has_attention_maps = self.num_layers > 0 and getattr(self.vit.blocks[-1].attn, "qkv", None) is not None
+        self.has_attention_maps = self.num_layers > 0 and _has_qkv(self.vit.blocks[-1])
         self._packs = make_packable(self.vit.blocks)
         self.grid_of(*self.image_size)
         if config.pos_embed == "sincos":
@@ -221,6 +221,10 @@ class HybridViT(ViT):
         if keep is not None:
             raise ValueError(f"keep: the CNN of {self.config.arch} has seen all pixels; tokens cannot be dropped")
         return self.vit.patch_embed(images).flatten(1, 2)
+
+
+def _has_qkv(block: nn.Module) -> bool:
+    return getattr(getattr(block, "attn", None), "qkv", None) is not None
 
 
 def choose_attention(model: nn.Module, num_patches: int, device: torch.device, precision: str) -> None:

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from ssl_vit.models.config import EncoderConfig
-from ssl_vit.models.encoder import Encoder
 from ssl_vit.objectives.dinov2 import DINOv2, DINOv2Config, ibot_loss, koleo_loss, sinkhorn_knopp
 from tests.conftest import GOLDEN, TINY
+from tests.families import FAMILIES
 from tests.specs import spec
 
 SMALL = {"num_prototypes": 64, "hidden_dim": 48, "bottleneck_dim": 16, "local_crop_size": 16, "num_local_crops": 2}
@@ -136,11 +136,14 @@ class TestIBOT:
         assert not hasattr(objective, "mask_token")
 
     def test_an_encoder_that_cannot_mask_is_refused(self) -> None:
-        class ConvNet(Encoder):
-            supports_mask = False
+        with pytest.raises(ValueError, match=r"ibot_weight=1\.0.*vit_tiny_r_s16_p8_224 cannot"):
+            DINOv2Config(**SMALL).build(FAMILIES["hybrid"].build())
 
-        with pytest.raises(ValueError, match=r"ibot_weight=1\.0.*ConvNet cannot"):
-            DINOv2Config(**SMALL).build(ConvNet())
+    def test_the_mask_token_is_as_wide_as_the_stem(self) -> None:
+        swin = FAMILIES["swin"].build()
+        objective = DINOv2Config(**SMALL).build(swin)
+        assert objective.mask_token.shape == (1, 16)
+        assert swin.embed_dim == 64
 
 
 class TestKoLeo:
