@@ -85,10 +85,15 @@ def _queries_and_keys(
     attn: Any, tokens: Float[Tensor, "b t d"], rope: Float[Tensor, "*_ n e"] | None
 ) -> tuple[Float[Tensor, "b h t k"], Float[Tensor, "b h t k"]]:
     """Queries and keys of timm's attention, rotated by `rope` but for prefix tokens."""
-    packed = attn.qkv(tokens)
-    if getattr(attn, "q_bias", None) is not None:
-        packed = packed + torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-    query, key, _ = rearrange(packed, "b t (three h d) -> three b h t d", three=3, h=attn.num_heads)
+    if attn.qkv is None:  # as in EVA-02 of base size
+        query, key = (
+            rearrange(one(tokens), "b t (h d) -> b h t d", h=attn.num_heads) for one in (attn.q_proj, attn.k_proj)
+        )
+    else:
+        packed = attn.qkv(tokens)
+        if getattr(attn, "q_bias", None) is not None:
+            packed = packed + torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+        query, key, _ = rearrange(packed, "b t (three h d) -> three b h t d", three=3, h=attn.num_heads)
     query, key = attn.q_norm(query), attn.k_norm(key)
     if rope is None:
         return query, key

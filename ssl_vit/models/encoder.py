@@ -179,8 +179,9 @@ class Encoder(nn.Module):
     @property
     def head_names(self) -> tuple[str, ...]:
         """timm's names of its classifier's linear layers: one, or two in distilled DeiT, whose logits are averaged."""
-        names = self.model.pretrained_cfg["classifier"]  # pyright: ignore[reportIndexIssue, reportArgumentType]
-        return (names,) if isinstance(names, str) else tuple(names)  # pyright: ignore[reportArgumentType]
+        model: Any = self.model
+        names = model.pretrained_cfg["classifier"]
+        return (names,) if isinstance(names, str) else tuple(names)
 
     def head_inputs(self, images: Float[Tensor, "b c h w"]) -> list[Float[Tensor, "b d"]]:
         """What each of `head_names` reads: `cls`, and in distilled DeiT the distillation token."""

@@ -20,7 +20,7 @@ from ssl_vit.models.encoder import Encoder, Features
 from ssl_vit.objectives.centering import Centering, RunningMean, centered_probs
 from ssl_vit.objectives.collapse import PrototypeUse, diagnose, feature_std, rankme
 from ssl_vit.objectives.heads import DINOHead
-from ssl_vit.objectives.objective import AttentionMaps, Objective, ParamGroup, Resolved, RunSize, Taken
+from ssl_vit.objectives.objective import AttentionMaps, Objective, ParamGroup, PatchTokens, Resolved, RunSize, Taken
 from ssl_vit.objectives.prototype_loss import cross_entropy, dino_prototype_loss, num_terms
 from ssl_vit.objectives.recipes import resolve_distillation
 from ssl_vit.objectives.teacher import Teacher
@@ -111,7 +111,6 @@ class DINO(Objective):
     """A student that predicts, from all crops, the output of its slower copy on the global crops."""
 
     pooled = "cls"
-    figure_file = "attention.png"
     teacher: Teacher
     teacher_encoder: Encoder
     teacher_head: DINOHead
@@ -246,9 +245,19 @@ class DINO(Objective):
                     groups.append(dataclasses.replace(group, params=params, freeze_until=until))
         return groups
 
-    def preview(self, images: Float[Tensor, "b c h w"], rng: np.random.Generator) -> AttentionMaps | None:
+    @property
+    def figure_file(self) -> str:
+        return "attention.png" if has_cls_attention(self.teacher_encoder) else "pca.png"
+
+    def preview(self, images: Float[Tensor, "b c h w"], rng: np.random.Generator) -> AttentionMaps | PatchTokens | None:
         encoder = self.teacher_encoder
-        return AttentionMaps(attention_maps(encoder, images)) if has_cls_attention(encoder) else None
+        if has_cls_attention(encoder):
+            return AttentionMaps(attention_maps(encoder, images))
+        grid = encoder.grid_of(*images.shape[-2:])
+        if len(images) * grid[0] * grid[1] < 4:  # too few for the three components that the figure shows
+            return None
+        with torch.inference_mode():
+            return PatchTokens(encoder(images).patches, grid)
 
     def _schedules(self, progress: float, device: torch.device) -> dict[str, Tensor]:
         values = {"teacher_temp": self.teacher_temp(progress), "ema_momentum": self.ema_momentum(progress)}

@@ -97,7 +97,14 @@ class AttentionMaps(NamedTuple):
     maps: Float[Tensor, "b heads rows columns"]
 
 
-Preview = Reconstruction | AttentionMaps
+class PatchTokens(NamedTuple):
+    """Patch tokens, row-major over a grid."""
+
+    patches: Float[Tensor, "b n d"]
+    grid: tuple[int, int]
+
+
+Preview = Reconstruction | AttentionMaps | PatchTokens
 
 
 class Objective(nn.Module):

@@ -75,7 +75,7 @@ def read_run(folder: Path) -> RunData:
         raise ValueError(f"{folder}: holds no run ({CONFIG_FILE} is missing)")
     settings = read_settings(folder)
     lines = read_metrics(folder / METRICS_FILE)
-    figures = [folder / name for name in ("reconstructions.png", "attention.png", "figure.png")]
+    figures = [folder / name for name in ("reconstructions.png", "attention.png", "pca.png", "figure.png")]
     return RunData(
         name=folder.resolve().name,
         settings=settings,

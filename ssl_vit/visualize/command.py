@@ -1,6 +1,7 @@
 """Runs scripts/visualize.py: draws what was asked for, or all that a backbone can show."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from ssl_vit.visualize.film import write_film
 from ssl_vit.visualize.inputs import ShownImages, naming, open_shown_images
 from ssl_vit.visualize.masks import block_keeps, draw_masks, hidden_keeps, parse_patches, random_keeps
 from ssl_vit.visualize.neighbours import draw_neighbours
-from ssl_vit.visualize.patches import draw_pca, draw_positions, draw_similarity
+from ssl_vit.visualize.patches import draw_pca, draw_positions, draw_similarity, position_table
 
 WHAT = ("reconstructions", "attention", "patch_attention", "pca", "similarity", "neighbours", "positions")
 
@@ -29,13 +30,14 @@ def visualize(args: argparse.Namespace) -> int:
     """
     try:
         trained = open_trained(args.path, args.weights)
+        what = _chosen(trained, args.what)
         out = args.out or _own_folder(args.path)
         size = None if args.image_size is None else (args.image_size[0], args.image_size[-1])
         named = args.images or [args.source] if args.source else args.images
         settings = {"seed": args.seed, "image_size": size, "asked": args.open_source}
         inputs = open_shown_images(trained, named, number=args.num_images, **settings)
-        for what in args.what or _possible(trained):
-            for path in _draw(what, trained, inputs, out, args):
+        for name in what:
+            for path in _draw(name, trained, inputs, out, args):
                 print(plain(path))
     except FAULTS as error:
         return report_error(error)
@@ -59,24 +61,32 @@ def _own_folder(path: Path) -> Path:
     raise ValueError(f"{path}: name the folder to write to with --out")
 
 
-def _possible(trained: Trained) -> list[str]:
-    """All that this backbone can show; neighbours are left out, since a gallery has to be encoded for them."""
-    encoder = trained.encoder
-    possible = {
-        "reconstructions": trained.objective is not None,
-        "attention": has_cls_attention(encoder) and trained.pooled == "cls",
-        "patch_attention": encoder.has_attention_maps,
-        "pca": True,
-        "similarity": True,
-        "positions": getattr(encoder.model, "pos_embed", None) is not None,
+def _chosen(trained: Trained, asked: Sequence[str] | None) -> list[str]:
+    """What was asked for; else all that this backbone can show but neighbours, for which a gallery has to be encoded.
+
+    Raises:
+        ValueError: something that this backbone does not have.
+    """
+    encoder, arch = trained.encoder, trained.encoder.config.arch
+    lacks = {
+        "reconstructions": trained.objective is None
+        and f"{trained.folder} holds no decoder; only the folder of an MAE run with its checkpoints does",
+        "attention": not has_cls_attention(encoder) and f"{arch} has no class token whose attention could be shown",
+        "patch_attention": not encoder.has_attention_maps and f"{arch} has no attention maps",
+        "positions": position_table(encoder) is None and f"{arch} has no table of positions",
     }
-    return [what for what in WHAT if possible.get(what)]
+    possible = [what for what in WHAT if not lacks.get(what)]
+    for what in asked or ():
+        if reason := lacks.get(what):
+            raise ValueError(f"--what {what}: {reason}; choose of {', '.join(possible)}")
+    default = [what for what in possible if what != "neighbours" and (what != "attention" or trained.pooled == "cls")]
+    return list(asked or default)
 
 
 def _draw(what: str, trained: Trained, inputs: ShownImages, out: Path, args: argparse.Namespace) -> list[Path]:
     encoder, images = trained.encoder, inputs.images
     normalization = trained.normalization
-    grid = images.shape[-2] // encoder.stride[0], images.shape[-1] // encoder.stride[1]
+    grid = encoder.grid_of(*images.shape[-2:])
     path = out / f"{what}.{args.format}"
     patches = args.patches or [grid[0] // 2 * grid[1] + grid[1] // 2]
     block = "the last block" if args.layer == -1 else f"block {args.layer % max(encoder.num_layers, 1)}"
@@ -118,11 +128,7 @@ def _reconstructions(
     trained: Trained, inputs: ShownImages, grid: tuple[int, int], out: Path, args: argparse.Namespace
 ) -> list[Path]:
     objective, images = trained.objective, inputs.images
-    if objective is None:
-        raise ValueError(
-            f"--what reconstructions: {trained.folder} holds no decoder; only the folder of an MAE run with its "
-            "checkpoints does"
-        )
+    assert objective is not None
     number, num_patches = len(images), grid[0] * grid[1]
     masks = {}
     if args.hide:

@@ -57,7 +57,6 @@ def draw_neighbours(
             or a variant of it are left out.
     """
     encoder, height_width = trained.encoder, (inputs.images.shape[-2], inputs.images.shape[-1])
-    feature = "mean" if trained.pooled == "mean" or not encoder.has_cls_token else "cls"
     rows = np.sort(np.random.default_rng(seed).choice(len(gallery), min(most, len(gallery)), replace=False))
     transform = EvalTransform(height_width, trained.normalization, trained.crop_pct)
     settings = EncodeSettings(batch_size=64, device=torch.device("cpu"))
@@ -65,13 +64,13 @@ def draw_neighbours(
     rows = rows[pieces["places"].numpy()]
     with torch.inference_mode():
         found = encoder(inputs.images)
-    queries = found.cls if feature == "cls" else found.patches.mean(dim=1)
+    queries = found.cls if trained.pooled == "cls" else found.patches.mean(dim=1)
     own = inputs.source is not None and inputs.source.name == gallery.name and len(inputs.source) == len(gallery)
     # Without groups every row is one of its own.
     groups = np.arange(len(gallery)) if gallery.groups is None else np.asarray(gallery.groups)
     similarity, places = nearest(
         queries,
-        select_feature(pieces, feature),
+        select_feature(pieces, trained.pooled),
         k,
         query_groups=groups[list(inputs.rows)] if own else None,
         gallery_groups=groups[rows] if own else None,
@@ -86,7 +85,8 @@ def draw_neighbours(
         first = labels.pop(0) if own else _short(inputs.names[query])
         cells.append([first, *(f"{value:.3f}\n{name}".strip() for value, name in zip(values, labels, strict=True))])
     flat = to_rgb(torch.cat(panels), trained.normalization)
-    what = "class tokens" if feature == "cls" else "mean patch tokens"
+    pooled = "class tokens" if encoder.has_cls_token else "pooled features"
+    what = pooled if trained.pooled == "cls" else "mean patch tokens"
     draw_grid(
         rearrange(flat, "(q v) h w k -> q v h w k", q=len(panels)),
         ["query", *(f"nearest {place + 1}" for place in range(k))],

@@ -37,7 +37,7 @@ def panel_data(trained: Trained, inputs: ShownImages, *, most_bytes: int = 6_000
         ValueError: it takes more without any attention.
     """
     encoder, images = trained.encoder, inputs.images
-    grid = images.shape[-2] // encoder.stride[0], images.shape[-1] // encoder.stride[1]
+    grid = encoder.grid_of(*images.shape[-2:])
     num_patches = grid[0] * grid[1]
     _check_size(_base64_bytes(len(images) * num_patches**2), most_bytes)
     with torch.inference_mode():

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from ssl_vit.data.transform import Normalization
 from ssl_vit.models.encoder import Encoder
-from ssl_vit.models.vit import ViT
 from ssl_vit.visualize.attention import colour, frame
 from ssl_vit.visualize.grid import Scale, channel_caption, draw_grid, enlarge, to_rgb
 
@@ -50,7 +49,7 @@ def patch_pca(patches: Float[Tensor, "b n d"], grid_size: tuple[int, int], *, fo
             positive = positive if share[at_border].mean() <= share[~at_border].mean() else ~positive
         inside = positive
     if inside.sum() < 4:
-        raise ValueError(f"{int(inside.sum())} patches are too few for three components: give more images")
+        raise ValueError(f"{int(inside.sum())} patches are too few for three components: give more or larger images")
     components, explained = _components(tokens[inside], 3)
     low = components.quantile(0.01, dim=1, keepdim=True)
     high = components.quantile(0.99, dim=1, keepdim=True)
@@ -83,15 +82,20 @@ def patch_similarity(patches: Float[Tensor, "b n d"], patch: int) -> Float[Tenso
     return torch.einsum("bnd,bd->bn", unit, unit[:, patch])
 
 
+def position_table(encoder: Encoder) -> Float[Tensor, "1 t d"] | None:
+    """The position embeddings of prefix and patch tokens, of an encoder that has them."""
+    return getattr(encoder.model, "pos_embed", None)
+
+
 def position_similarity(encoder: Encoder) -> Float[Tensor, "n n"]:
     """Cosine similarity of every patch's position embedding to every other (ViT, arXiv:2010.11929, figure 7).
 
     Raises:
         ValueError: an encoder without a position table.
     """
-    positions = encoder.vit.pos_embed if isinstance(encoder, ViT) else None
+    positions = position_table(encoder)
     if positions is None:
-        raise ValueError(f"{type(encoder).__name__}: has no position table that could be shown")
+        raise ValueError(f"{encoder.config.arch}: has no table of positions that could be shown")
     table = F.normalize(positions[0, positions.shape[1] - encoder.num_patches :].detach().float().cpu(), dim=-1)
     return table @ table.T
 

@@ -53,10 +53,10 @@ def test_centre_crop_keeps_the_centre():
     assert 120 < centre_crop(image, (20, 40), 1.0).float().mean() < 135
 
 
-def test_sizes_that_the_patches_do_not_divide():
+def test_sizes_that_the_stride_does_not_divide():
     assert fit_size((32, 48), (16, 16)) == ((32, 48), (0, 0))
     with pytest.raises(
-        ValueError, match=r"image_size=\(33, 48\): the height 33 is not divisible by .* 16; .* 32 and 48\. indivisible="
+        ValueError, match=r"image_size=\(33, 48\): the height 33 is no multiple of 16, .* 32 and 48\. indivisible="
     ):
         fit_size((33, 48), (16, 16))
     assert fit_size((33, 40), (16, 16), "resize") == ((32, 48), (0, 0))
