@@ -7,8 +7,10 @@ import timm
 import torch
 from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
+from timm.layers.attention import Attention, AttentionRope
 from timm.layers.drop import DropPath
 from timm.layers.patch_embed import PatchEmbed
+from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,7 +37,7 @@ class ViT(Encoder):
         self.stride = self._stride()
         self.has_cls_token = self.vit.cls_token is not None
         self.num_layers = self.num_last_layers = len(self.vit.blocks)
-        self.has_attention_maps = self.num_layers > 0 and _has_qkv(self.vit.blocks[-1])
+        self.has_attention_maps = self.num_layers > 0 and _shows_attention(self.vit.blocks[-1])
         self._packs = make_packable(self.vit.blocks)
         self.grid_of(*self.image_size)
         if config.pos_embed == "sincos":
@@ -223,8 +225,11 @@ class HybridViT(ViT):
         return self.vit.patch_embed(images).flatten(1, 2)
 
 
-def _has_qkv(block: nn.Module) -> bool:
-    return getattr(getattr(block, "attn", None), "qkv", None) is not None
+def _shows_attention(block: nn.Module) -> bool:
+    """Whether what a block attends to is softmax(QK / sqrt(d)), with keys of their own for each head."""
+    attn: Any = getattr(block, "attn", None)
+    plain = isinstance(attn, Attention | AttentionRope | EvaAttention)
+    return plain and getattr(attn, "num_kv_heads", None) in (None, attn.num_heads)
 
 
 def choose_attention(model: nn.Module, num_patches: int, device: torch.device, precision: str) -> None:
