@@ -72,7 +72,7 @@ def timm_to_transformers(model: nn.Module, image_size: int | tuple[int, int]) ->
         "layer_norm_eps": layout.eps,
     }
     settings = _read(layout, config, Path("config.json"))
-    reason = _difference(model, _build(layout, settings)[2]) or layout.odd(settings)
+    reason = _difference(model, _built(layout.near, layout.arguments(settings))) or layout.odd(settings)
     if reason is not None:
         raise ValueError(f"transformers' {layout.architecture} cannot be this backbone: {reason}; export to timm")
     tensors = {name: value.detach().float().cpu() for name, value in model.state_dict().items()}
@@ -108,8 +108,8 @@ def transformers_to_timm(
         raise ValueError(f"{file}: tells of {blocks:,} blocks, and the weights have {len(tensors):,} tensors")
     if (reason := layout.odd(settings)) is not None:
         raise ValueError(f"{file}: timm has no such {layout.architecture}: {reason}; take timm's weights")
-    arch, arguments, twin = _build(layout, settings)
-    wanted = twin.state_dict()
+    arch, arguments = _timm_arguments(layout, settings)
+    wanted = _built(arch, arguments).state_dict()
     given = {name.removeprefix(f"{layout.prefix}."): value for name, value in tensors.items()}
     found: Tensors = {}
     for ours, theirs in _parameters(layout.names(settings)):
@@ -141,15 +141,22 @@ def _read(layout: Layout, config: Mapping[str, Any], file: Path) -> Settings:
     return settings
 
 
-def _build(layout: Layout, settings: Settings) -> tuple[str, dict[str, Any], nn.Module]:
-    """timm's architecture, its arguments, and a model of them without memory for its weights."""
-    arch, arguments = layout.build(settings)
+def _timm_arguments(layout: Layout, settings: Settings) -> tuple[str, dict[str, Any]]:
+    """timm's architecture, and the arguments in which it differs from it."""
+    arch, arguments = layout.arch(settings), layout.arguments(settings)
+    if not timm.is_model(arch):
+        return layout.near, arguments
+    few = {name: arguments[name] for name in ("img_size", "in_chans") if name in arguments}
+    return arch, arguments if _difference(_built(arch, few), _built(arch, arguments)) else few
+
+
+def _built(arch: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """A model of timm without memory for its weights."""
     try:
         with torch.device("meta"):
-            return arch, arguments, timm.create_model(arch, num_classes=0, **arguments)
+            return timm.create_model(arch, num_classes=0, **arguments)
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        said = " ".join(str(error).split())
-        raise ValueError(f"{layout.architecture}: timm builds no {arch} with {arguments}: {said}") from error
+        raise ValueError(f"timm builds no {arch} with {arguments}: {' '.join(str(error).split())}") from error
 
 
 def _parameters(names: Names) -> Iterator[tuple[str, list[str]]]:

@@ -3,7 +3,6 @@
 from functools import partial
 from typing import Any, Literal
 
-import timm
 from timm.models.convnext import ConvNeXt
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
@@ -43,6 +42,7 @@ _CONVNEXTS = {
     (48, (2, 2, 6, 2)): "femto",
     (64, (2, 2, 6, 2)): "pico",
     (80, (2, 2, 8, 2)): "nano",
+    (96, (3, 3, 9, 3)): "tiny",
     (96, (3, 3, 27, 3)): "small",
     (128, (3, 3, 27, 3)): "base",
     (192, (3, 3, 27, 3)): "large",
@@ -88,21 +88,25 @@ def _describe_swin_v2(swin: Any) -> Settings:
     return {**_describe_swin(swin), "pretrained_window_sizes": windows}
 
 
-def _build_swin(settings: Settings) -> tuple[str, dict[str, Any]]:
+def _swin_arch(settings: Settings) -> str:
+    size = _SWINS.get((settings["embed_dim"], max(settings["depths"])))
     version = "v2" if "pretrained_window_sizes" in settings else ""
-    size = _SWINS.get((settings["embed_dim"], max(settings["depths"])), "tiny")
-    window, patches = settings["window_size"], "" if version else "_patch4"
-    exact = f"swin{version}_{size}{patches}_window{window}_{settings['image_size']}"
-    near = "swinv2_tiny_window8_256" if version else f"swin_{size}_patch4_window7_224"
-    same = ("patch_size", "embed_dim", "depths", "num_heads", "window_size", "mlp_ratio", "qkv_bias")
-    arguments = {
+    patches = "" if version else "_patch4"
+    return f"swin{version}_{size}{patches}_window{settings['window_size']}_{settings['image_size']}"
+
+
+def _swin_arguments(settings: Settings) -> dict[str, Any]:
+    same = ("embed_dim", "depths", "num_heads", "window_size", "mlp_ratio", "qkv_bias", "pretrained_window_sizes")
+    return {
         "img_size": settings["image_size"],
-        "in_chans": settings["num_channels"],
-        **{name: settings[name] for name in same},
+        **_stem(settings),
+        **{name: settings[name] for name in same if name in settings},
     }
-    if version:
-        arguments["pretrained_window_sizes"] = settings["pretrained_window_sizes"]
-    return exact if timm.is_model(exact) else near, arguments
+
+
+def _stem(settings: Settings) -> dict[str, Any]:
+    patch = {} if settings["patch_size"] == 4 else {"patch_size": settings["patch_size"]}  # 4 in all of timm's
+    return {"in_chans": settings["num_channels"], **patch}
 
 
 def _odd_swin(settings: Settings) -> str | None:
@@ -153,7 +157,9 @@ SWIN = Layout(
     settings=_SWIN_SETTINGS,
     fits=lambda model: isinstance(model, SwinTransformer),
     describe=_describe_swin,
-    build=_build_swin,
+    arch=_swin_arch,
+    near="swin_tiny_patch4_window7_224",
+    arguments=_swin_arguments,
     odd=_odd_swin,
     names=partial(_swin_names, _SWIN_POSITIONS),
 )
@@ -165,7 +171,9 @@ SWIN_V2 = Layout(
     settings=_SWIN_SETTINGS | {"pretrained_window_sizes": (list[int], [0, 0, 0, 0])},
     fits=lambda model: isinstance(model, SwinTransformerV2),
     describe=_describe_swin_v2,
-    build=_build_swin,
+    arch=_swin_arch,
+    near="swinv2_tiny_window8_256",
+    arguments=_swin_arguments,
     odd=_odd_swin,
     names=partial(_swin_names, _SWIN_V2_POSITIONS),
 )
@@ -197,16 +205,13 @@ def _describe_convnext(convnext: Any) -> Settings:
     }
 
 
-def _build_convnext(settings: Settings) -> tuple[str, dict[str, Any]]:
-    widths, depths = settings["hidden_sizes"], settings["depths"]
-    version = "" if "layer_scale_init_value" in settings else "v2"
-    arch = f"convnext{version}_{_CONVNEXTS.get((widths[0], tuple(depths)), 'tiny')}"
-    return arch if timm.is_model(arch) else f"convnext{version}_tiny", {
-        "in_chans": settings["num_channels"],
-        "patch_size": settings["patch_size"],
-        "dims": widths,
-        "depths": depths,
-    }
+def _convnext_arch(settings: Settings) -> str:
+    size = _CONVNEXTS.get((settings["hidden_sizes"][0], tuple(settings["depths"])))
+    return f"convnext{'' if 'layer_scale_init_value' in settings else 'v2'}_{size}"
+
+
+def _convnext_arguments(settings: Settings) -> dict[str, Any]:
+    return {**_stem(settings), "dims": settings["hidden_sizes"], "depths": settings["depths"]}
 
 
 def _odd_convnext(settings: Settings) -> str | None:
@@ -246,7 +251,9 @@ CONVNEXT = Layout(
     settings=_CONVNEXT_SETTINGS | {"layer_scale_init_value": (float, 1e-6)},
     fits=lambda model: isinstance(model, ConvNeXt) and not _has_grn(model),
     describe=_describe_convnext,
-    build=_build_convnext,
+    arch=_convnext_arch,
+    near="convnext_tiny",
+    arguments=_convnext_arguments,
     odd=_odd_convnext,
     names=_convnext_names,
     shaped=_convnext_shape,
@@ -259,7 +266,9 @@ CONVNEXT_V2 = Layout(
     settings=_CONVNEXT_SETTINGS,
     fits=lambda model: isinstance(model, ConvNeXt) and _has_grn(model),
     describe=_describe_convnext,
-    build=_build_convnext,
+    arch=_convnext_arch,
+    near="convnextv2_tiny",
+    arguments=_convnext_arguments,
     odd=_odd_convnext,
     names=_convnext_names,
     shaped=_convnext_shape,

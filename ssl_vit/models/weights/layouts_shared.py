@@ -35,8 +35,12 @@ class Layout:
     """Whether a timm model belongs to the family."""
     describe: Callable[[Any], Settings]
     """The entries of config.json for a timm model."""
-    build: Callable[[Settings], tuple[str, dict[str, Any]]]
-    """timm's architecture and its arguments."""
+    arch: Callable[[Settings], str]
+    """timm's name of the architecture of these widths; of none that there is where they are of no architecture."""
+    near: str
+    """timm's name of an architecture that the arguments make any other of."""
+    arguments: Callable[[Settings], dict[str, Any]]
+    """Arguments of timm's architecture."""
     odd: Callable[[Settings], str | None]
     """What timm's and transformers' models of these settings do differently; None where they agree."""
     names: Callable[[Settings], Names]

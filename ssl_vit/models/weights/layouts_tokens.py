@@ -2,7 +2,6 @@
 
 from typing import Any, Literal
 
-import timm
 import torch
 from timm.layers.mlp import SwiGLU
 from timm.models.deit import VisionTransformerDistilled
@@ -31,7 +30,7 @@ _DINOV3_BLOCK = {
 }
 _PLAIN_MLP = {"mlp.fc1": "mlp.up_proj"}
 _GATED_MLP = {"mlp.fc1_g": "mlp.gate_proj", "mlp.fc1_x": "mlp.up_proj"}
-_DEITS = {384: "small", 768: "base"}
+_DEITS = {192: "tiny", 384: "small", 768: "base"}
 _DINOV3S = {
     (192, False): "tiny",
     (384, False): "small",
@@ -55,7 +54,7 @@ def _describe_tokens(vit: Any) -> Settings:
     }
 
 
-def _build_tokens(settings: Settings) -> dict[str, Any]:
+def _tokens_arguments(settings: Settings) -> dict[str, Any]:
     return {
         "img_size": settings["image_size"],
         "patch_size": settings["patch_size"],
@@ -74,9 +73,12 @@ def _describe_deit(deit: Any) -> Settings:
     return {**_describe_tokens(deit), "qkv_bias": bias, **pooler}
 
 
-def _build_deit(settings: Settings) -> tuple[str, dict[str, Any]]:
-    arch = f"deit_{_DEITS.get(settings['hidden_size'], 'tiny')}_distilled_patch16_224"
-    return arch, {**_build_tokens(settings), "qkv_bias": settings["qkv_bias"]}
+def _deit_arch(settings: Settings) -> str:
+    return f"deit_{_DEITS.get(settings['hidden_size'])}_distilled_patch16_224"
+
+
+def _deit_arguments(settings: Settings) -> dict[str, Any]:
+    return {**_tokens_arguments(settings), "qkv_bias": settings["qkv_bias"]}
 
 
 def _deit_names(settings: Settings) -> Names:
@@ -112,7 +114,9 @@ DEIT = Layout(
     | {"qkv_bias": (bool, True), "hidden_act": (Literal["gelu"], "gelu"), "layer_norm_eps": (float, 1e-12)},
     fits=lambda model: isinstance(model, VisionTransformerDistilled),
     describe=_describe_deit,
-    build=_build_deit,
+    arch=_deit_arch,
+    near="deit_tiny_distilled_patch16_224",
+    arguments=_deit_arguments,
     odd=not_whole,
     names=_deit_names,
     own=_deit_pooler,
@@ -137,17 +141,16 @@ def _describe_dinov3(eva: Any) -> Settings:
     }
 
 
-def _build_dinov3(settings: Settings) -> tuple[str, dict[str, Any]]:
-    is_gated = settings["use_gated_mlp"]
-    size = _DINOV3S.get((settings["hidden_size"], is_gated), "small_plus" if is_gated else "small")
-    arch = f"vit_{size}_patch16_dinov3"
-    biased = f"{arch}_qkvb"
-    if not timm.is_model(arch) or (settings["query_bias"] and timm.is_model(biased)):
-        arch = biased
-    return arch, {
-        **_build_tokens(settings),
+def _dinov3_arch(settings: Settings) -> str:
+    size = _DINOV3S.get((settings["hidden_size"], settings["use_gated_mlp"]))
+    return f"vit_{size}_patch16_dinov3{'_qkvb' if settings['query_bias'] else ''}"
+
+
+def _dinov3_arguments(settings: Settings) -> dict[str, Any]:
+    return {
+        **_tokens_arguments(settings),
         "qkv_bias": settings["query_bias"],
-        "swiglu_mlp": is_gated,
+        "swiglu_mlp": settings["use_gated_mlp"],
         "swiglu_align_to": 1,  # as wide as mlp_ratio tells
         "num_reg_tokens": settings["num_register_tokens"],
         "rope_temperature": settings["rope_theta"],
@@ -202,7 +205,9 @@ DINOV3 = Layout(
     },
     fits=lambda model: isinstance(model, Eva),
     describe=_describe_dinov3,
-    build=_build_dinov3,
+    arch=_dinov3_arch,
+    near="vit_small_patch16_dinov3",
+    arguments=_dinov3_arguments,
     odd=_odd_dinov3,
     names=_dinov3_names,
     own=_dinov3_tokens,
