@@ -115,7 +115,7 @@ def _seconds(configs: Sequence[RunConfig], steps: int, rounds: int) -> list[floa
 
     def work_of(config: RunConfig) -> Callable[[], int]:
         objective = config.build_objective().to(device)
-        choose_attention(objective, objective.encoder.num_patches, device, resolve_precision(config.precision, device))
+        choose_attention(objective, objective.encoder.attention_length, device, resolve_precision(config.precision, device))
         step = prepare_step(config, objective, config.batch.size, device)
 
         def one_step() -> None:

@@ -99,7 +99,7 @@ def own_step(config: RunConfig, batch: int, device: torch.device, dtype: torch.d
     precision = kind_of(dtype)
     objective = config.build_objective().to(device)
     encoder = objective.encoder
-    choose_attention(objective, encoder.num_patches, device, precision)
+    choose_attention(objective, encoder.attention_length, device, precision)
     images: dict[str, Tensor] = {}
     masked = config.objective if isinstance(config.objective, MAEConfig) else None
     if masked is not None:
@@ -221,7 +221,10 @@ def compare_steps(
     for label, changed in settings.items():
         compiled = resolve_compile(changed.compile, device, LEAST_STEPS, is_sharded=False)
         recorded = resolve_cuda_graphs(
-            changed.cuda_graphs, device, grad_checkpointing=changed.encoder.grad_checkpointing
+            changed.cuda_graphs,
+            device,
+            grad_checkpointing=changed.encoder.grad_checkpointing,
+            has_plain_blocks=changed.encoder.family().has_plain_blocks,
         )
         for kind in kinds if compiled or recorded else []:
             name = label + ", compiled" * compiled + ", CUDA graphs" * recorded + f", {kind}"

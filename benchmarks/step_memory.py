@@ -78,7 +78,7 @@ def measure_step_memory(config: RunConfig, batch: int, device: torch.device) -> 
 
 def _peak(config: RunConfig, batch: int, device: torch.device) -> float:
     objective = config.build_objective().to(device)
-    choose_attention(objective, objective.encoder.num_patches, device, resolve_precision(config.precision, device))
+    choose_attention(objective, objective.encoder.attention_length, device, resolve_precision(config.precision, device))
     step = prepare_step(config, objective, batch, device)
     # With gradients in place: at a small batch it would be their sum that peaks, and no line would lead from there.
     for parameter in objective.parameters():
@@ -93,7 +93,7 @@ def _peak_on_cuda(config: RunConfig, batch: int, device: torch.device) -> float:
     with device:  # where large weights are drawn sooner
         objective = config.build_objective()
     objective = objective.to(device)
-    choose_attention(objective, objective.encoder.num_patches, device, resolve_precision(config.precision, device))
+    choose_attention(objective, objective.encoder.attention_length, device, resolve_precision(config.precision, device))
     step = prepare_step(config, objective, batch, device)
     for _ in range(2):  # the second beside the optimizer's moments
         step.forward_backward()

@@ -30,7 +30,6 @@ def shard_on_cpus(accelerator: Accelerator) -> None:
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["Block"],
         reshard_after_forward=True,
     )
     assert accelerator.is_fsdp2

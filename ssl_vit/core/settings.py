@@ -17,7 +17,8 @@ def read_words(args: Sequence[str], keys: Mapping[str, Any], others: Collection[
     """Spell out switches in a command line (see `spell_out`) and refuse unknown flags.
 
     Args:
-        keys: settings and their defaults; a setting whose default is True or False is a switch.
+        keys: settings and their defaults; a setting whose default is True or False is a switch, and one whose default
+            is a mapping also takes its entries as flags of their own, `--NAME.ENTRY`.
         others: further known flags.
 
     Raises:
@@ -25,9 +26,10 @@ def read_words(args: Sequence[str], keys: Mapping[str, Any], others: Collection[
     """
     words = spell_out(args, {name for name, default in keys.items() if isinstance(default, bool)})
     known = {*keys, *others, *(key.split(".")[0] for key in keys if "." in key)}
+    mappings = {name for name, default in keys.items() if isinstance(default, dict)}
     for word in words:
         name = word.removeprefix("--").partition("=")[0]
-        if word.startswith("--") and name not in known:
+        if word.startswith("--") and name not in known and name.rpartition(".")[0] not in mappings:
             raise ValueError(f"--{name}: no such flag{nearest(name, keys, '--')}")
     return words
 
@@ -76,7 +78,8 @@ def in_one_line(message: str, keys: dict[str, Any]) -> str:
     if key and value:
         expected = re.findall(r"Expected an? (.*?)(?:\.? Got value.*)?$", message, flags=re.MULTILINE)
         words = [re.sub(r"<class '(\w+)'>", r"\1", kind).replace("typing.", "").rstrip(".") for kind in expected]
-        words = ["null" if word == "NoneType" else word for word in words]
+        said = {"NoneType": "null", "dict": "a mapping, with a space after each colon: '{name: value}'"}
+        words = [said.get(word, word) for word in words]
         given = value.group(1).strip()
         return f"{key.group(1)}={given}: expected {' or '.join(dict.fromkeys(words)) or 'another type'}"
     return " ".join(message.split())

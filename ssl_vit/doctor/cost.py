@@ -77,7 +77,7 @@ def measure_step(config: RunConfig, device: torch.device) -> StepCost:
     if device.type == "cpu":
         work = objective.encoder.num_patches * sum(parameter.numel() for parameter in objective.parameters())
         size = min(size, max(_CPU_IMAGES, _CPU_WORK // work))
-    choose_attention(objective, objective.encoder.num_patches, device, precision)
+    choose_attention(objective, objective.encoder.attention_length, device, precision)
     while True:
         try:
             step = prepare_step(config, objective, size, device)

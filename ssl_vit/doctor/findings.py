@@ -19,6 +19,7 @@ _MANY_SMALL = 0.1
 _MANY_LONG = 0.01
 _LONG = 3.0  # longer side over shorter one, measured against the input's shape
 _FEW_IMAGES = 10_000
+_LEAST_SIDE = 96  # pixels, three tokens of the backbones that are named
 _LEAST_GRID = 3  # patches of a local crop's side
 _MOST_ENLARGED = 4.0  # of the smallest local crops
 
@@ -105,6 +106,7 @@ def warnings_of_run(config: RunConfig, encoder: Encoder, images: Images, num_ima
             "Start from trained weights with --encoder.pretrained, or add unlabelled images of the same kind; fewer "
             "epochs do not help"
         )
+    yield from _warnings_of_backbone(config, encoder, num_images)
     prototypes = getattr(config.objective, "num_prototypes", None)
     if isinstance(prototypes, int) and prototypes > 4 * (auto := choose_num_prototypes(num_images)):
         yield (
@@ -121,6 +123,26 @@ def warnings_of_run(config: RunConfig, encoder: Encoder, images: Images, num_ima
     yield from _warnings_of_normalisation(config, images)
 
 
+def _warnings_of_backbone(config: RunConfig, encoder: Encoder, num_images: int) -> Iterator[str]:
+    """Where another family of backbones would suit the data better; docs/backbones.md compares them."""
+    has_crops = isinstance(config.objective, MultiCropConfig)
+    knows_locality = not encoder.supports_keep  # neighbours are mixed before the blocks, so tokens cannot be dropped
+    is_new = config.encoder.pretrained is None
+    if num_images < _FEW_IMAGES and is_new and not knows_locality and min(encoder.image_size) >= _LEAST_SIDE:
+        yield (
+            f"backbone: that neighbouring pixels belong together {config.encoder.arch} has to learn, and "
+            f"{num_images:,} images are few for that; ConvNeXt and hybrids know it: --encoder.arch convnext_tiny or "
+            f"vit_small_r26_s32_224{'' if has_crops else ', with DINO'}"
+        )
+    tokens = encoder.attention_length
+    share = tokens / (tokens + 6 * encoder.embed_dim)  # of a block's operations
+    if has_crops and share > 0.5:  # without crops most tokens are dropped
+        yield (
+            f"backbone: attention among {tokens:,} tokens takes {share:.0%} of the operations, and grows with the "
+            "square of the pixels; Swin's grows linearly: --encoder.arch swin_tiny_patch4_window7_224"
+        )
+
+
 def _warnings_of_sizes(images: Images, encoder: Encoder) -> Iterator[str]:
     sizes, (height, width) = np.array(images.sizes), encoder.image_size
     small = int((sizes < (height, width)).any(axis=1).sum())
@@ -129,7 +151,8 @@ def _warnings_of_sizes(images: Images, encoder: Encoder) -> Iterator[str]:
         patch = next((patch for patch in (16, 8, 4, 2) if side // patch >= 8), None)
         hint = "larger images would suit it better"
         if patch is not None and side // patch * patch < max(height, width):
-            hint = f"encoder.image_size {side // patch * patch} with encoder.patch_size {patch} would suit them"
+            arch = " in a Vision Transformer" if "patch_size" in encoder.other_settings else ""
+            hint = f"encoder.image_size {side // patch * patch} with encoder.patch_size {patch}{arch} would suit them"
         yield (
             f"small images: {_of(small, len(sizes))} are smaller than the input of {_pixels(encoder.image_size)} and "
             f"are enlarged to it; the shorter side is {side} at the median: {hint}"
@@ -152,9 +175,10 @@ def _warnings_of_local_crops(config: RunConfig, images: Images, encoder: Encoder
     size, share = objective.local_size, objective.local_crop_scale[0]
     rows, columns = (side // patch for side, patch in zip(size, encoder.stride, strict=True))
     if min(rows, columns) < _LEAST_GRID:
+        settable = "patch_size" not in encoder.other_settings
         yield (
-            f"local crops: {_pixels(size)} are only {rows} x {columns} patches; raise objective.local_crop_size or "
-            "lower encoder.patch_size"
+            f"local crops: {_pixels(size)} are only {rows} x {columns} patches; raise objective.local_crop_size"
+            + (" or lower encoder.patch_size" if settable else f", of which {as_size(encoder.stride)} pixels are one")
         )
     area = share * float(np.median(np.prod(images.sizes, axis=1)))
     enlarged = (size[0] * size[1] / area) ** 0.5

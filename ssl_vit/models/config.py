@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import timm
@@ -178,6 +178,14 @@ class EncoderConfig:
             raise ValueError(_why_not(self.arch, module))
         return _FAMILIES[module]
 
+    def suited_to(self, arch: str) -> "EncoderConfig":
+        """These settings, meant as defaults, without those that an architecture of another family does not have."""
+        try:
+            family = replace(self, arch=arch).family()
+        except ValueError:  # said when it is built
+            return self
+        return replace(self, **{name: _default(name) for name in family.other_settings})
+
     def build(self) -> Encoder:
         """Build the encoder with fresh weights.
 
@@ -187,11 +195,13 @@ class EncoderConfig:
         family = self.family()
         if not issubclass(family, ViT):
             for name in (*_OF_VITS, "pos_embed"):
-                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                if getattr(self, name) != _default(name):
                     raise ValueError(
-                        f"{name}={getattr(self, name)!r}: {self.arch} is no Vision Transformer; its sizes are set by "
-                        f"model_args, such as {family.example}"
+                        f"{name}={getattr(self, name)!r}: {self.arch} is no Vision Transformer; leave it out; its sizes "
+                        f"are set by model_args, such as {family.example}"
                     )
+        for name in family.arguments(self).keys() & self.model_args.keys():
+            raise ValueError(f"model_args={self.model_args!r}: {name} is the same in all encoders; leave it out")
         if self.embed_dim is not None and self.num_heads is not None and self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim={self.embed_dim}: must be a multiple of num_heads={self.num_heads}")
         arguments = family.arguments(self) | self.timm_overrides
@@ -223,7 +233,7 @@ class EncoderConfig:
                 **arguments,
             )
         # timm's own checks, e.g. that the heads divide the width, and what Python says of a wrong argument.
-        except (AssertionError, ValueError, TypeError, IndexError, RuntimeError) as error:
+        except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
             given = "".join(f", {key}={value!r}" for key, value in self.timm_overrides.items())
             said = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"arch={self.arch!r}{given}: timm cannot build it: {said}") from error
@@ -232,6 +242,10 @@ class EncoderConfig:
 _BATCH_NORM = (
     "has BatchNorm, with which the number of processes, accumulation and skipped steps would change what is learned"
 )
+
+
+def _default(setting: str) -> Any:
+    return EncoderConfig.__dataclass_fields__[setting].default
 
 
 def _own_setting(argument: str) -> str | None:

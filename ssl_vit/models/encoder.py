@@ -57,6 +57,7 @@ class Encoder(nn.Module):
     supports_keep: bool  # can drop tokens before the first block (MAE)
     supports_mask: bool  # can replace the stem's outputs, which hold pixels of one token alone (SimMIM, iBOT)
     has_attention_maps: bool = False  # `attention_maps.attention_weights` supports it
+    has_plain_blocks: ClassVar[bool] = False  # one list of blocks that take tokens alone, run by `blocks.run_blocks`
     num_layers: int  # layers between embeddings and final norm, for `layer_of`
     num_last_layers: int  # blocks at the end that share width and grid
     grad_checkpointing: bool = False  # blocks store only their input; the backward pass recomputes them
@@ -64,6 +65,7 @@ class Encoder(nn.Module):
     pretrained_cfg: dict[str, Any]  # of a loaded backbone: input size, mean, std and crop, in timm's form
 
     example: ClassVar[str] = ""  # `model_args` of such an architecture
+    other_settings: ClassVar[tuple[str, ...]] = ()  # of `EncoderConfig`, which suit other families only
 
     def __init__(self, model: nn.Module, config: "EncoderConfig", arguments: dict[str, Any]) -> None:
         """Take a timm model.
@@ -97,6 +99,11 @@ class Encoder(nn.Module):
     def num_patches(self) -> int:
         return self.grid_size[0] * self.grid_size[1]
 
+    @property
+    def attention_length(self) -> int:
+        """Tokens that attend to each other at the size the encoder was built for: those of a window, or all patches."""
+        return self.num_patches
+
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the tokens of an image.
 
@@ -115,12 +122,6 @@ class Encoder(nn.Module):
         names = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else ()  # pyright: ignore[reportCallIssue]
         known = {name for name, _ in self.named_parameters()}
         return {f"{self.model_name}.{name}" for name in names} & known
-
-    def block_classes(self) -> set[str]:
-        """Names of the classes of the blocks, the units that FSDP shards."""
-        return {
-            type(part).__name__ for name, part in self.named_modules() if name.rpartition(".")[0].endswith("blocks")
-        }
 
     def forward(
         self,

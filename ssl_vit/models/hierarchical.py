@@ -1,5 +1,6 @@
 """Hierarchical backbones, whose grid shrinks from stage to stage: timm's Swin, Swin V2, ConvNeXt and ConvNeXt V2."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,10 @@ class Hierarchical(Encoder):
     model_name = "net"
     has_cls_token = False
     supports_keep = False
+    other_settings = (
+        *("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "layer_scale", "pos_embed"),
+        "drop_path_schedule",
+    )
     net: Any
 
     def __init__(self, model: nn.Module, config: "EncoderConfig", arguments: dict[str, Any]) -> None:
@@ -115,6 +120,10 @@ class Swin(Hierarchical):
     def __init__(self, model: nn.Module, config: "EncoderConfig", arguments: dict[str, Any]) -> None:
         super().__init__(model, config, arguments)
         self.mask_dim = self.net.embed_dim
+
+    @property
+    def attention_length(self) -> int:
+        return max((math.prod(block.window_size) for stage in self.net.layers for block in stage.blocks), default=1)
 
     @classmethod
     def arguments(cls, config: "EncoderConfig") -> dict[str, Any]:

@@ -23,6 +23,9 @@ class RoPEViT(ViT):
     `rope_rescale_coords`. One draw holds for all images of a batch.
     """
 
+    has_plain_blocks = False  # they take rotations too
+    other_settings = ("pos_embed",)
+
     @staticmethod
     def norm_arguments(*, pooled: bool) -> dict[str, Any]:
         return {"use_fc_norm": pooled, "use_post_transformer_norm": not pooled}

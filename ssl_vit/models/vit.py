@@ -27,6 +27,7 @@ class ViT(Encoder):
     """A timm Vision Transformer behind the encoder contract; `vit` is the timm model, with timm's key names."""
 
     model_name = "vit"
+    has_plain_blocks = True
     supports_keep = True
     supports_mask = True
     vit: Any
@@ -202,6 +203,7 @@ class HybridViT(ViT):
 
     supports_keep = False
     supports_mask = False
+    other_settings = ("patch_size",)
 
     def __init__(self, model: nn.Module, config: "EncoderConfig", arguments: dict[str, Any]) -> None:
         if config.patch_size is not None:
@@ -232,18 +234,22 @@ def _shows_attention(block: nn.Module) -> bool:
     return plain and getattr(attn, "num_kv_heads", None) in (None, attn.num_heads)
 
 
-def choose_attention(model: nn.Module, num_patches: int, device: torch.device, precision: str) -> None:
-    """Turn timm's fused attention off where it is slower."""
-    if not fuses_attention(num_patches, device, precision):
+def choose_attention(model: nn.Module, length: int, device: torch.device, precision: str) -> None:
+    """Turn timm's fused attention off where it is slower.
+
+    Args:
+        length: tokens that attend to each other, `Encoder.attention_length`.
+    """
+    if not fuses_attention(length, device, precision):
         set_fused_attention(model, False)
 
 
-def fuses_attention(num_patches: int, device: torch.device, precision: str) -> bool:
-    """Whether fused attention is faster: always, except on CPUs in bf16 up to about 256 patches.
+def fuses_attention(length: int, device: torch.device, precision: str) -> bool:
+    """Whether fused attention is faster: always, except on CPUs in bf16 up to about 256 tokens.
 
     There its backward pass takes up to three times as long as that of plain attention.
     """
-    return not (device.type == "cpu" and precision == "bf16" and num_patches <= 256)
+    return not (device.type == "cpu" and precision == "bf16" and length <= 256)
 
 
 def set_fused_attention(model: nn.Module, fused: bool) -> None:

@@ -11,7 +11,6 @@ import torch
 from einops import repeat
 from jaxtyping import Float, Int, UInt8
 from timm.layers.pos_embed import resample_abs_pos_embed
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ssl_vit.core.settings import check_interval, check_ranges
@@ -19,7 +18,7 @@ from ssl_vit.data.augment.crops import OrientationConfig, random_view
 from ssl_vit.data.augment.device import flip_horizontally, normalize
 from ssl_vit.data.augment.masking import draw_keep, draw_predicted, num_kept
 from ssl_vit.data.transform import InputSpec
-from ssl_vit.models.blocks import CrossBlock, run_blocks, run_in_turn
+from ssl_vit.models.blocks import Block, CrossBlock, run_blocks, run_in_turn
 from ssl_vit.models.encoder import Encoder, Features
 from ssl_vit.models.patches import patchify, sincos_positions
 from ssl_vit.objectives.objective import Objective, Reconstruction, Resolved, RunSize

@@ -165,6 +165,11 @@ class Objective(nn.Module):
         """Modules for torch.compile; by default those in module lists named `blocks` or `..._blocks`."""
         return [module for name, module in self.named_modules() if name.rpartition(".")[0].endswith("blocks")]
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Names of the classes of blocks, the units that FSDP shards; Accelerate reads it where no file names any."""
+        return sorted({type(module).__name__ for module in Objective.compilable(self)})
+
     def param_groups(self) -> list[ParamGroup]:
         """Trainable parameters by optimizer setting.
 

@@ -248,11 +248,14 @@ def parse_run(defaults: RunConfig, args: Sequence[str] | None = None) -> RunConf
     words = [*(f"--config={path}" for path in files), *flags]
     silent = [word for word in words if word.partition("=")[0] != "--print_config"]
     namespace = _parse(defaults, silent, keys)
+    usual, arch = defaults, namespace.encoder.arch
     if namespace.encoder.pretrained is not None:
         # Unset encoder options default to those of the pretrained backbone.
-        defaults = _start_from(defaults, namespace.encoder.pretrained)
-    if namespace.encoder.pretrained is not None or silent != words:
-        namespace = _parse(defaults, words, keys)
+        usual = _start_from(defaults, namespace.encoder.pretrained)
+        arch = usual.encoder.arch
+    usual = dataclasses.replace(usual, encoder=usual.encoder.suited_to(arch))
+    if usual != defaults or silent != words:
+        namespace = _parse(usual, words, keys)
     sections: dict[str, Any] = {}
     for item in dataclasses.fields(defaults):
         value = namespace[item.name]

@@ -34,6 +34,7 @@ from ssl_vit.training.config import RunConfig
 from ssl_vit.training.continuing import check_run_folder, go_on_as_before, open_run_folder
 from ssl_vit.training.device import prepare
 from ssl_vit.training.device.cuda_graphs import BlockGraphs, resolve_cuda_graphs
+from ssl_vit.training.device.memory import build_on_meta
 from ssl_vit.training.device.micro_batch import choose_micro_batch
 from ssl_vit.training.device.prepare import compile_blocks, resolve_compile
 from ssl_vit.training.faults import Faults
@@ -42,6 +43,7 @@ from ssl_vit.training.observe.tracking import check_tracker
 from ssl_vit.training.optim import build_optimizer
 from ssl_vit.training.step import TrainingStep
 
+_LIKELY_IMAGES = 10_000  # where settings are checked before it is known how many there are
 DDP_KWARGS = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # gradients are views into DDP's buckets
 
 
@@ -135,6 +137,7 @@ def _set_up(config: RunConfig, ending: Ending) -> Run:
     check_run_folder(config)
     check_tracker(config.tracking)
     accelerator, precision = _start(config)
+    _check_pair(config)
     with accelerator.main_process_first():  # the main process fills the caches
         source, eval_data = ending.prepare(config, open_images(config.data))
     config, lengthened = go_on_as_before(config, source.num_samples)
@@ -145,8 +148,7 @@ def _set_up(config: RunConfig, ending: Ending) -> Run:
         config, reason = choose_micro_batch(config, accelerator, precision)
         reasons.append(reason)
     objective = config.build_objective()
-    choose_attention(objective, objective.encoder.num_patches, accelerator.device, precision)
-    config.build_transform(objective.encoder)  # refuses sizes and channels that do not fit
+    choose_attention(objective, objective.encoder.attention_length, accelerator.device, precision)
     images = _open_decoded(source, config, objective.encoder.in_chans)
 
     accelerator.wait_for_everyone()  # no process may check a folder while it is created
@@ -206,6 +208,12 @@ def _start(config: RunConfig) -> tuple[Accelerator, str]:
     return accelerator, precision
 
 
+def _check_pair(config: RunConfig) -> None:
+    """Refuse an encoder and an objective, or sizes, that do not fit each other before any image is read."""
+    likely, _ = config.resolve(_LIKELY_IMAGES, num_classes=2)
+    likely.build_transform(build_on_meta(likely).encoder)
+
+
 def _open_decoded(source: Source | Stream, config: RunConfig, num_channels: int) -> Source | Stream:
     """The images to train on, decoded beforehand if `data.cache` says so; bad images are reported once."""
     on_main_process(lambda: look_beforehand(source, config.data, num_channels))
@@ -230,6 +238,7 @@ def _prepare_step(
         fills_memory=config.batch.auto,
         is_sharded=accelerator.is_fsdp2,
         grad_checkpointing=config.encoder.grad_checkpointing,
+        has_plain_blocks=objective.encoder.has_plain_blocks,
     )
     model, optimizer = prepare.prepare(accelerator, objective, optimizer, precision)
     if compiled:

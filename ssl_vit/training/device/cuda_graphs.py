@@ -35,6 +35,7 @@ def resolve_cuda_graphs(
     fills_memory: bool = False,
     is_sharded: bool = False,
     grad_checkpointing: bool = False,
+    has_plain_blocks: bool = True,
 ) -> bool:
     """Whether to record blocks: with `auto` nowhere, until recordings in their present form were proven on a GPU.
 
@@ -50,6 +51,7 @@ def resolve_cuda_graphs(
         "one process only": num_processes == 1,
         "not with FSDP": not is_sharded,
         "not with encoder.grad_checkpointing, which runs blocks again": not grad_checkpointing,
+        "records lists of plain transformer blocks, which this encoder.arch has not": has_plain_blocks,
     }
     if setting == "auto":
         return _PROVEN and all(works.values()) and num_micro == 1 and not fills_memory

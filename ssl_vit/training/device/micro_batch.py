@@ -98,7 +98,7 @@ def choose_micro_batch(config: RunConfig, accelerator: Accelerator, precision: s
     if not has_limit(device):
         return config, "batch.auto: nothing is tried on a CPU, whose memory ends without an error to go by"
     objective = config.build_objective().to(device)
-    choose_attention(objective, objective.encoder.num_patches, device, precision)
+    choose_attention(objective, objective.encoder.attention_length, device, precision)
     sizes = micro_batch_sizes(share, config.batch.per_device)
     own = try_sizes(config, objective, device, sizes, accelerator.num_processes) or 0
     del objective
