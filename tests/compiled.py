@@ -1,28 +1,35 @@
 """Compares an objective with itself, compiled; a process without checks of shapes runs it: `-m tests.compiled dino`."""
 
 import sys
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ssl_vit.data.transform import InputSpec
 from ssl_vit.models.config import EncoderConfig
 from ssl_vit.objectives.dino import DINOConfig
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.objectives.objective import Objective
 from ssl_vit.training.device.cuda_graphs import BlockGraphs
 from ssl_vit.training.device.prepare import compile_blocks
-from tests.specs import spec
+from tests.families import FAMILIES
+from tests.specs import grey
 
 TINY = {"arch": "vit_small_patch16_224", "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
 
 
 def objective_and_batch(kind: str, drop_path_rate: float) -> tuple[Objective, dict[str, Tensor]]:
-    config = DINOConfig(num_prototypes=64, hidden_dim=32, bottleneck_dim=16, local_crop_size=16, num_local_crops=2)
-    chosen = MAEConfig(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=4) if kind == "mae" else config
-    encoder = EncoderConfig(image_size=32, drop_path_rate=drop_path_rate, **TINY).build()
-    transform = chosen.build_transform(spec(32))
-    image = torch.randint(0, 256, (3, 48, 48), dtype=torch.uint8)
+    """The objective on a plain ViT, or DINO on the family of that name."""
+    config = FAMILIES.get(kind) or EncoderConfig(image_size=32, **TINY)
+    encoder = replace(config, drop_path_rate=drop_path_rate).build()
+    head: dict[str, Any] = {"num_prototypes": 64, "hidden_dim": 32, "bottleneck_dim": 16, "num_local_crops": 2}
+    dino = DINOConfig(**head, local_crop_size=32 if kind in FAMILIES else 16)
+    chosen = MAEConfig(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=4) if kind == "mae" else dino
+    transform = chosen.build_transform(InputSpec(encoder.image_size, encoder.stride, grey(encoder.in_chans)))
+    image = torch.randint(0, 256, (encoder.in_chans, 48, 48), dtype=torch.uint8)
     samples = [transform(image, np.random.default_rng(seed)) for seed in range(4)]
     stacked = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
     return chosen.build(encoder).train(), transform.on_device(stacked, torch.device("cpu"))

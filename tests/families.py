@@ -1,5 +1,7 @@
 """A small encoder of every family of backbones, and the pairs with objectives that cannot work."""
 
+import json
+from dataclasses import replace
 from typing import Any
 
 from ssl_vit.models import EncoderConfig
@@ -23,3 +25,21 @@ FAMILIES = {
 
 CANNOT_DROP = ("hybrid", "swin", "swinv2", "convnext", "convnextv2", "convnext, overlapping stem")
 CANNOT_MASK = ("hybrid", "convnext, overlapping stem")
+
+
+def flags_of(objective: str, name: str, drop_path_rate: float = 0.0) -> list[str]:
+    """What makes of `conftest`'s small runs one of a family."""
+    config = FAMILIES[name]
+    arguments, layer_scale = dict(config.model_args), None
+    if name == "convnext":  # its own 1e-6 would leave the features of all images the same
+        arguments["ls_init_value"] = 1.0
+    if name == "dinov3":
+        layer_scale = 1.0
+    found = replace(config, model_args=arguments, layer_scale=layer_scale, drop_path_rate=drop_path_rate)
+    flags = [
+        f"--encoder.{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in vars(found).items()
+    ]
+    flags += ["--data.label_column=none", "--checkpoint.every_steps=1"]
+    flags += [f"--data.{key}={[0.5] * config.in_chans}" for key in ("mean", "std")]
+    return flags if objective == "mae" else [*flags, "--objective.local_crop_size=32"]

@@ -8,6 +8,7 @@ from ssl_vit.training.config import RunConfig, parse_run
 from ssl_vit.training.device.memory import saved_for_backward
 from ssl_vit.training.step import prepare_step
 from tests.conftest import OBJECTIVES
+from tests.families import FAMILIES, flags_of
 
 CPU = torch.device("cpu")
 
@@ -35,9 +36,18 @@ def test_no_trainable_parameter_goes_without_a_gradient(name: str, flags: list[s
 @pytest.mark.parametrize("name", ["mae", "dino", "dinov2"])
 def test_checkpointed_activations_change_no_gradient_and_keep_less(name: str, precision: str) -> None:
     """With drop path, whose draws must be the same both times."""
+    compare_with_checkpointed(name, f"--precision={precision}")
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "convnext, overlapping stem"])
+def test_checkpointed_activations_of_every_family(family: str) -> None:
+    compare_with_checkpointed("dino", *flags_of("dino", family))
+
+
+def compare_with_checkpointed(name: str, *flags: str) -> None:
     found = []
     for again in (False, True):
-        config, objective = build(name, f"--precision={precision}", grad_checkpointing=again)
+        config, objective = build(name, *flags, grad_checkpointing=again)
         step = prepare_step(config, objective, 4, CPU)
         torch.manual_seed(1)
         kept = saved_for_backward(objective, step.forward_backward)

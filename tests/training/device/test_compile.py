@@ -15,13 +15,25 @@ from ssl_vit.runs.checkpoint import list_checkpoints
 from ssl_vit.training.device.prepare import LEAST_STEPS, compile_blocks, resolve_compile
 from tests.compiled import objective_and_batch
 from tests.conftest import ROOT, SMALL_RUN, last_weights, losses
+from tests.families import FAMILIES
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on CPUs")
+# Families, each with its class of blocks; the hybrid's CNN has blocks of its own in larger models.
+COMPILED = {
+    "distilled": "Block",
+    "hybrid": "Block",
+    "dinov3": "EvaBlock",
+    "eva02": "EvaBlock",
+    "swin": "SwinTransformerBlock",
+    "swinv2": "SwinTransformerV2Block",
+    "convnext": "ConvNeXtBlock",
+    "convnextv2": "ConvNeXtBlock",
+}
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @needs_compiler
-@pytest.mark.parametrize("kind", ["mae", pytest.param("dino", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["mae", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("dino", *COMPILED))])
 def test_compiled_blocks_have_the_loss_and_gradients_of_eager_ones(kind: str) -> None:
     """In a process of its own: what checks shapes here cannot be compiled."""
     done = subprocess.run(
@@ -35,6 +47,14 @@ def test_what_is_compiled_are_the_blocks_and_what_an_objective_adds() -> None:
     assert objective.compilable() == [*objective.encoder.vit.blocks, *objective.decoder_blocks, objective.patch_error]
     dino, _ = objective_and_batch("dino", drop_path_rate=0.0)
     assert dino.compilable() == [*dino.encoder.vit.blocks, *dino.teacher_encoder.vit.blocks]
+
+
+@pytest.mark.parametrize("family", COMPILED)
+def test_the_blocks_of_every_family_are_compiled_and_sharded(family: str) -> None:
+    objective, _ = objective_and_batch(family, drop_path_rate=0.0)
+    depths = FAMILIES[family].model_args.get("depths", [FAMILIES[family].depth])
+    assert [type(block).__name__ for block in objective.compilable()] == [COMPILED[family]] * 2 * sum(depths)
+    assert objective._no_split_modules == [COMPILED[family]]
 
 
 def test_drop_path_keeps_its_rate_and_mean() -> None:

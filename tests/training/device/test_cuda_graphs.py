@@ -84,6 +84,7 @@ def test_auto_records_runs_of_one_process_on_a_gpu_once_that_is_proven(
         (GPU, {"num_processes": 2}, "one process only"),
         (GPU, {"is_sharded": True}, "not with FSDP"),
         (GPU, {"grad_checkpointing": True}, "not with encoder.grad_checkpointing"),
+        (GPU, {"has_plain_blocks": False}, "records lists of plain transformer blocks, which this encoder.arch has"),
     ],
 )
 def test_what_cannot_be_recorded_is_refused(device: torch.device, runs: dict[str, Any], reason: str) -> None:
