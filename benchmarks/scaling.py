@@ -29,9 +29,10 @@ from ssl_vit.data.config import DataConfig
 from ssl_vit.data.loader import Batches
 from ssl_vit.data.sampler import StepSampler
 from ssl_vit.data.sources.source import open_source
-from ssl_vit.data.transform import InputSpec, pair
+from ssl_vit.data.transform import pair
 from ssl_vit.models.vit import choose_attention
 from ssl_vit.training.config import RunConfig, parse_run
+from ssl_vit.training.device.memory import build_on_meta
 from ssl_vit.training.step import prepare_step
 
 HELP = "what a step, more processes and more data cost"
@@ -115,7 +116,8 @@ def _seconds(configs: Sequence[RunConfig], steps: int, rounds: int) -> list[floa
 
     def work_of(config: RunConfig) -> Callable[[], int]:
         objective = config.build_objective().to(device)
-        choose_attention(objective, objective.encoder.attention_length, device, resolve_precision(config.precision, device))
+        precision = resolve_precision(config.precision, device)
+        choose_attention(objective, objective.encoder.attention_length, device, precision)
         step = prepare_step(config, objective, config.batch.size, device)
 
         def one_step() -> None:
@@ -130,14 +132,14 @@ def _seconds(configs: Sequence[RunConfig], steps: int, rounds: int) -> list[floa
 
 def scale_image_size(config: RunConfig, steps: int, rounds: int) -> Series:
     """Milliseconds of a step against the patches of an image."""
-    (side, _), (patch, _) = pair(config.encoder.image_size), pair(config.encoder.patch_size or 16)
-    sides = sorted({max(patch, patch * round(side * factor / patch)) for factor in SIZE_FACTORS})
+    (side, _), (stride, _) = pair(config.encoder.image_size), build_on_meta(config).encoder.stride
+    sides = sorted({max(stride, stride * round(side * factor / stride)) for factor in SIZE_FACTORS})
     smallest = max(pair(getattr(config.objective, "local_crop_size", 0)))  # no larger than the image
     sides = [size for size in sides if size >= smallest]
     configs = [replace(config, encoder=replace(config.encoder, image_size=size)) for size in sides]
-    x = [float((size // patch) ** 2) for size in sides]
+    x = [float((size // stride) ** 2) for size in sides]
     y = [1000 * seconds for seconds in _seconds(configs, steps, rounds)]
-    base = sides.index(patch * round(side / patch))
+    base = sides.index(stride * round(side / stride))
     return Series("image_size", "patches of an image", "ms a step", x, y, through_origin(x, y, base), more=sides)
 
 
@@ -227,9 +229,8 @@ def write_images(path: Path, count: int) -> None:
 def _first_batch(config: RunConfig, path: Path, device: torch.device, batches: int) -> tuple[float, float]:
     """Seconds until a batch is there, and images per second of more of them."""
     size = min(config.batch.size, 32)
-    encoder = config.encoder
-    spec = InputSpec(pair(encoder.image_size), pair(encoder.patch_size or 16), config.data.normalization)
-    transform = config.objective.build_transform(spec)
+    encoder = build_on_meta(config).encoder
+    transform = config.build_transform(encoder)
     start = time.perf_counter()
     source = open_source(DataConfig(source=str(path), label_column="none"))
     sampler = StepSampler(num_samples=len(source), batch_size=size, num_steps=batches + 1, seed=0, start_step=0)

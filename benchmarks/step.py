@@ -259,6 +259,8 @@ def _peers_of(config: RunConfig) -> dict[str, Callable[..., PeerStep]]:
     makers = PEERS.get(type(config.objective), {})
     if not makers:
         raise ValueError(f"--peers: none does the step of {type(config.objective).__name__.removesuffix('Config')}")
+    if not config.encoder.family().has_plain_blocks:
+        raise ValueError(f"--peers: have plain Vision Transformers alone; encoder.arch is {config.encoder.arch!r}")
     if isinstance(config.objective, MAEConfig) and config.objective.decoder != "self":
         raise ValueError(
             f"objective.decoder={config.objective.decoder!r}: --peers have the standard decoder alone; leave one of "

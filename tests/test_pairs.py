@@ -1,4 +1,4 @@
-"""Encoders and objectives that cannot work together, and settings that do not fit: one line, before any image is read."""
+"""Encoders and objectives that cannot work together are refused in one line, before any image is read."""
 
 import re
 from pathlib import Path
