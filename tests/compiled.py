@@ -26,7 +26,7 @@ def objective_and_batch(kind: str, drop_path_rate: float) -> tuple[Objective, di
     config = FAMILIES.get(kind) or EncoderConfig(image_size=32, **TINY)
     encoder = replace(config, drop_path_rate=drop_path_rate).build()
     head: dict[str, Any] = {"num_prototypes": 64, "hidden_dim": 32, "bottleneck_dim": 16, "num_local_crops": 2}
-    dino = DINOConfig(**head, local_crop_size=32 if kind in FAMILIES else 16)
+    dino = DINOConfig(**head, local_crop_size=encoder.stride)
     chosen = MAEConfig(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=4) if kind == "mae" else dino
     transform = chosen.build_transform(InputSpec(encoder.image_size, encoder.stride, grey(encoder.in_chans)))
     image = torch.randint(0, 256, (encoder.in_chans, 48, 48), dtype=torch.uint8)

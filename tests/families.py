@@ -42,4 +42,5 @@ def flags_of(objective: str, name: str, drop_path_rate: float = 0.0) -> list[str
     ]
     flags += ["--data.label_column=none", "--checkpoint.every_steps=1"]
     flags += [f"--data.{key}={[0.5] * config.in_chans}" for key in ("mean", "std")]
-    return flags if objective == "mae" else [*flags, "--objective.local_crop_size=32"]
+    local_crop_size = 28 if name == "eva02" else 32
+    return flags if objective == "mae" else [*flags, f"--objective.local_crop_size={local_crop_size}"]

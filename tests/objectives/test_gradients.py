@@ -41,10 +41,11 @@ def test_checkpointed_activations_change_no_gradient_and_keep_less(name: str, pr
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "convnext, overlapping stem"])
 def test_checkpointed_activations_of_every_family(family: str) -> None:
-    compare_with_checkpointed("dino", *flags_of("dino", family))
+    """A CNN that is only a stem, as this hybrid's, has no blocks to compute again."""
+    compare_with_checkpointed("dino", *flags_of("dino", family), most=1.0 if family == "hybrid" else 0.7)
 
 
-def compare_with_checkpointed(name: str, *flags: str) -> None:
+def compare_with_checkpointed(name: str, *flags: str, most: float = 0.7) -> None:
     found = []
     for again in (False, True):
         config, objective = build(name, *flags, grad_checkpointing=again)
@@ -54,7 +55,7 @@ def compare_with_checkpointed(name: str, *flags: str) -> None:
         grads = {key: value.grad for key, value in objective.named_parameters() if value.requires_grad}
         found.append((kept, grads))
     (kept, grads), (kept_again, grads_again) = found
-    assert kept_again < 0.7 * kept
+    assert kept_again < most * kept
     for key, value in grads.items():
         assert value is not None
         assert torch.equal(value, grads_again[key]), key
