@@ -34,7 +34,7 @@ from ssl_vit.training.config import RunConfig
 from ssl_vit.training.continuing import check_run_folder, go_on_as_before, open_run_folder
 from ssl_vit.training.device import prepare
 from ssl_vit.training.device.cuda_graphs import BlockGraphs, resolve_cuda_graphs
-from ssl_vit.training.device.memory import build_on_meta
+from ssl_vit.training.device.memory import check_pair
 from ssl_vit.training.device.micro_batch import choose_micro_batch
 from ssl_vit.training.device.prepare import compile_blocks, resolve_compile
 from ssl_vit.training.faults import Faults
@@ -43,7 +43,6 @@ from ssl_vit.training.observe.tracking import check_tracker
 from ssl_vit.training.optim import build_optimizer
 from ssl_vit.training.step import TrainingStep
 
-_LIKELY_IMAGES = 10_000  # where settings are checked before it is known how many there are
 DDP_KWARGS = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # gradients are views into DDP's buckets
 
 
@@ -137,7 +136,7 @@ def _set_up(config: RunConfig, ending: Ending) -> Run:
     check_run_folder(config)
     check_tracker(config.tracking)
     accelerator, precision = _start(config)
-    _check_pair(config)
+    check_pair(config)
     with accelerator.main_process_first():  # the main process fills the caches
         source, eval_data = ending.prepare(config, open_images(config.data))
     config, lengthened = go_on_as_before(config, source.num_samples)
@@ -206,12 +205,6 @@ def _start(config: RunConfig) -> tuple[Accelerator, str]:
     with section("batch"):
         config.batch.num_micro(accelerator.num_processes)
     return accelerator, precision
-
-
-def _check_pair(config: RunConfig) -> None:
-    """Refuse an encoder and an objective, or sizes, that do not fit each other before any image is read."""
-    likely, _ = config.resolve(_LIKELY_IMAGES, num_classes=2)
-    likely.build_transform(build_on_meta(likely).encoder)
 
 
 def _open_decoded(source: Source | Stream, config: RunConfig, num_channels: int) -> Source | Stream:

@@ -11,6 +11,7 @@ from ssl_vit.objectives.objective import Objective
 from ssl_vit.training.config import RunConfig
 
 _MIB = 2**20
+_LIKELY_IMAGES = 10_000  # where settings are checked before it is known how many there are
 
 
 def build_on_meta(config: RunConfig) -> Objective:
@@ -24,6 +25,16 @@ def build_on_meta(config: RunConfig) -> Objective:
             encoder = config.encoder.build()
         with section("objective"):
             return config.objective.build(encoder)
+
+
+def check_pair(config: RunConfig) -> None:
+    """Refuse an encoder and an objective that cannot work together, before any image is read.
+
+    Raises:
+        ValueError: settings that do not fit each other.
+    """
+    likely, _ = config.resolve(_LIKELY_IMAGES, num_classes=2)
+    likely.build_transform(build_on_meta(likely).encoder)
 
 
 @dataclass(frozen=True)
