@@ -197,8 +197,8 @@ class EncoderConfig:
             for name in (*_OF_VITS, "pos_embed"):
                 if getattr(self, name) != _default(name):
                     raise ValueError(
-                        f"{name}={getattr(self, name)!r}: {self.arch} is no Vision Transformer; leave it out; sizes are "
-                        f"set by model_args, such as {family.example}"
+                        f"{name}={getattr(self, name)!r}: {self.arch} is no Vision Transformer; leave it out; sizes "
+                        f"are set by model_args, such as {family.example}"
                     )
         for name in family.arguments(self).keys() & self.model_args.keys():
             raise ValueError(f"model_args={self.model_args!r}: {name} is the same in all encoders; leave it out")
