@@ -42,7 +42,8 @@ class EvaluationConfig:
     test_split: str | None = None
     """Split of the test source; `null` = `data.split`. Given alone, it is one of `data.source`."""
     feature: Literal["cls", "mean"] = "mean"
-    """Feature of an image: the class token, or the mean of the patch tokens."""
+    """Feature of an image: the class token (of Swin and ConvNeXt their pooled feature), or the mean of the patch
+    tokens."""
     k: int = 20
     """Neighbours that vote in the k-NN."""
     temperature: float = 0.07

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ssl_vit.training import supervised
 from ssl_vit.training.config import RunConfig, parse_run
 from ssl_vit.training.loop import main
 from tests.conftest import ROOT, TINY
+from tests.families import FAMILIES
 from tests.processes import Launch, finish, kill_at
 from tests.specs import grey
 from tests.test_resume import losses, same
@@ -89,6 +91,25 @@ def test_fine_tuning_ends_with_a_classifier_that_timm_loads(
     assert export_run(tmp_path / "run").read_bytes() == written
     assert call(monkeypatch, command) == 0
     assert "This run is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", ["distilled", "swin"])
+def test_a_run_of_another_family_ends_with_timms_own_classifier(
+    family: str, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, run = FAMILIES[family], tmp_path / "run"
+    given = {name: value for name, value in asdict(config).items() if value != getattr(EncoderConfig, name, {})}
+    given["model_args"] = json.dumps(config.model_args)
+    flags = [f"--encoder.{name}={value}" for name, value in given.items()]
+    flags += ["--steps=2", "--objective.model_ema=0.9"]
+    command = words("finetune", run, photo_folder, run, *flags)
+    assert call(monkeypatch, [word for word in command if "pretrained" not in word]) == 0
+    assert results(run)["scores"]["fine-tuned"]["test"]["n"] == 8
+    written = (run / "model.safetensors").read_bytes()
+    assert export_run(run).read_bytes() == written
+    model = timm.create_model(f"local-dir:{run}", pretrained=True)
+    assert set(model.state_dict()) == set(load_file(run / "model.safetensors"))
+    assert {f"{name}.weight" for name in config.build().head_names} < set(model.state_dict())
 
 
 def test_an_attentive_probe_picks_its_head_on_images_that_are_not_tested(
