@@ -12,6 +12,8 @@ from ssl_vit.core.privacy import public
 from ssl_vit.core.reading import read_json, read_metrics
 from ssl_vit.core.text import cell, code, plain
 from ssl_vit.data.sampler import as_text
+from ssl_vit.export.graph import is_channels_last
+from ssl_vit.models.encoder import Encoder
 from ssl_vit.runs.folder import METRICS_FILE
 from ssl_vit.runs.record import found_scores, training_hours
 from ssl_vit.runs.trained import Trained
@@ -40,7 +42,8 @@ def write_card(
     encoder, known = trained.encoder, public(trained.provenance)
     objective = str(known["objective"]) if known.get("objective") else None
     name = encoder.config.arch + (f", pre-trained by {objective}" if objective else "")
-    tags = ["image-feature-extraction", "self-supervised-learning", "vision-transformer", "ssl_vit"]
+    kind = "vision-transformer" if "Vision Transformer" in encoder.title else encoder.title.lower().replace(" ", "-")
+    tags = ["image-feature-extraction", "self-supervised-learning", kind, "ssl_vit"]
     header = ModelCardData(
         license=license,
         library_name=library,
@@ -56,10 +59,12 @@ def write_card(
     text = [
         f"---\n{header.to_yaml()}\n---",
         f"# {cell(name)}",
-        ("A Vision Transformer pre-trained without labels" if objective else "A Vision Transformer, converted")
+        f"A {encoder.title}"
+        + (" pre-trained without labels" if objective else ", converted")
         + f" by [ssl_vit](https://pypi.org/project/ssl-vit) {ssl_vit.__version__}.",
         f"```python\n{loading_code.rstrip()}\n```",
         f"| | |\n|---|---|\n{table}",
+        *(_pyramid(trained.encoder) if library == "timm" else []),
         "## Scores\n\n" + ("\n".join(scores) if scores else "None were found beside it."),
         f"## Proof\n\nLoaded through {library} after it was written; largest difference of a feature from the trained "
         f"backbone's: {difference:.1e}, on {proved_on}.",
@@ -67,14 +72,42 @@ def write_card(
     return "\n\n".join(text) + "\n"
 
 
+_PYRAMID = """\
+import timm
+import torch
+
+pyramid = timm.create_model("local-dir:.", pretrained=True, features_only=True).eval()
+channels, strides = pyramid.feature_info.channels(), pyramid.feature_info.reduction()  # {channels}, {strides}
+with torch.inference_mode():
+    maps = {maps}  # each of [b, c, h, w]
+"""
+
+
+def _pyramid(encoder: Encoder) -> list[str]:
+    """The section on the maps of all stages, where there are several."""
+    if len(encoder.strides) == 1:
+        return []
+    model: Any = encoder.model
+    images = f"pyramid(torch.randn(1, {encoder.in_chans}, {encoder.image_size[0]}, {encoder.image_size[1]}))"
+    maps = f"[rows.permute(0, 3, 1, 2) for rows in {images}]" if is_channels_last(model) else images
+    channels = [stage["num_chs"] for stage in model.feature_info]
+    code = _PYRAMID.format(channels=channels, strides=encoder.strides, maps=maps)
+    return [
+        "## Feature pyramid for detection and segmentation\n\nWith `features_only=True` timm returns "
+        "the output of every stage, before the final norm, for images of any size that the largest stride divides.",
+        f"```python\n{code.rstrip()}\n```",
+    ]
+
+
 def _describe(trained: Trained) -> Iterator[tuple[str, Any]]:
     encoder, known = trained.encoder, public(trained.provenance)
     height, width = encoder.image_size
-    size = f"{height} x {width} pixels, {encoder.in_chans} channels, patches of {' x '.join(map(str, encoder.stride))}"
+    size = f"{height} x {width} pixels, {encoder.in_chans} channels"
     mean, std = map(list, trained.normalization)
     yield "input", f"{size}; scaled to [0, 1], mean {mean}, deviation {std}"
     tokens = f"{'class token and ' if encoder.has_cls_token else ''}{encoder.num_patches} patch tokens"
-    pooled = "the class token" if trained.feature == "cls" and encoder.has_cls_token else "the mean of the patch tokens"
+    tokens += f", one for {' x '.join(map(str, encoder.stride))} pixels"
+    pooled = encoder.cls_in_words if trained.feature == "cls" else "the mean of the patch tokens"
     yield "features", f"{encoder.embed_dim} wide; {tokens}; {pooled} stands for an image"
     yield "parameters", f"{sum(value.numel() for value in encoder.parameters()) / 1e6:.1f} M"
     objective = known.get("objective")

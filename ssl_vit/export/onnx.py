@@ -25,7 +25,7 @@ features = {feature}  # one vector an image
 _LARGEST_SINGLE_FILE = 1_900_000_000  # bytes; ONNX's own format ends at 2 GiB
 
 
-def write(trained: Trained, folder: Path) -> None:
+def write(trained: Trained, folder: Path) -> str:
     """Write `model.onnx`, and `config.json` with sizes and normalisation."""
     model, images = (
         StaticBackbone(trained.encoder),
@@ -46,6 +46,7 @@ def write(trained: Trained, folder: Path) -> None:
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # names the folders of whoever exported it
     program.save(folder / "model.onnx", external_data=size > _LARGEST_SINGLE_FILE)
     write_json(folder / "config.json", trained.described())
+    return LOADING_CODE
 
 
 def load(folder: Path) -> Callable[[Tensor], Features]:

@@ -20,6 +20,7 @@ from ssl_vit.data.augment.evaluation import centre_crop
 from ssl_vit.data.sources.stream import Stream, open_images
 from ssl_vit.export import onnx, timm, torch_export, torchvision, transformers
 from ssl_vit.export.card import write_card
+from ssl_vit.export.graph import timm_code
 from ssl_vit.models.encoder import Features
 from ssl_vit.models.vit import set_fused_attention
 from ssl_vit.models.weights.proof import largest_difference
@@ -53,9 +54,8 @@ class Target(NamedTuple):
 
     library: str
     """Its name on the Hugging Face hub."""
-    loading_code: str
-    """Python that loads the export from its own folder."""
-    write: Callable[[Trained, Path], None]
+    write: Callable[[Trained, Path], str]
+    """Writes the folder; returns Python that loads it from within, for `fill_in`."""
     prove: Callable[[Trained, Path, Tensor], float]
     """Largest difference from the trained backbone, on normalised images; RuntimeError above the tolerance."""
     needs: tuple[str, ...] = ()
@@ -71,7 +71,7 @@ def export_to(
         ValueError: the library has no such architecture or is not installed, or the folder exists.
         RuntimeError: the library does not give the trained features from it. Nothing is left behind.
     """
-    library, code, write, prove, needs = TARGETS[target]
+    library, write, prove, needs = TARGETS[target]
     missing = [name for name in needs if find_spec(name) is None]
     if missing:
         raise ValueError(f"{', '.join(missing)}: not installed; pip install 'ssl-vit[export]' brings all")
@@ -80,7 +80,7 @@ def export_to(
     if os.path.lexists(folder) and not overwrite:
         raise ValueError(f"{folder}: is there already; choose another --out, or --overwrite it")
     with naming_full_disk(folder), fresh_folder(out / f"{UNFINISHED}{target}") as unfinished:
-        write(trained, unfinished)
+        code = write(trained, unfinished)
         difference = prove(trained, unfinished, proof.images)
         text = write_card(
             trained,
@@ -101,13 +101,16 @@ def fill_in(loading_code: str, trained: Trained) -> str:
     encoder = trained.encoder
     height, width = encoder.image_size
     feature = "cls" if trained.feature == "cls" else "patches.mean(1)"
-    is_timms_own = trained.feature == trained.pooled or not encoder.has_cls_token
+    # Distilled models give the mean of their two tokens, hierarchical ones what `cls` is.
+    gives_feature = trained.feature == (trained.pooled if encoder.has_cls_token else "cls")
+    is_timms_own = gives_feature and not hasattr(encoder.model, "dist_token")
     return loading_code.format(
         in_chans=encoder.in_chans,
         height=height,
         width=width,
-        num_prefix=encoder.vit.num_prefix_tokens,
+        num_prefix=getattr(encoder.model, "num_prefix_tokens", 0),
         feature=feature,
+        timm_code="\n    ".join(timm_code(encoder)),
         timm_feature="model(images)" if is_timms_own else feature,
     )
 
@@ -205,15 +208,13 @@ def _prove_mae(trained: Trained, folder: Path, images: Tensor) -> float:
 
 
 def _target(module: Any, *needs: str) -> Target:
-    return Target(module.LIBRARY, module.LOADING_CODE, module.write, _prove_features(module.load), needs)
+    return Target(module.LIBRARY, module.write, _prove_features(module.load), needs)
 
 
 TARGETS = {
     "timm": _target(timm),
     "transformers": _target(transformers, "transformers"),
-    "transformers_mae": Target(
-        transformers.LIBRARY, transformers.MAE_LOADING_CODE, transformers.write_mae, _prove_mae, ("transformers",)
-    ),
+    "transformers_mae": Target(transformers.LIBRARY, transformers.write_mae, _prove_mae, ("transformers",)),
     "torchvision": _target(torchvision),
     "onnx": _target(onnx, "onnx", "onnxscript", "onnxruntime"),
     "torch_export": _target(torch_export),

@@ -24,7 +24,7 @@ features = {feature}  # one vector an image
 """
 
 
-def write(trained: Trained, folder: Path) -> None:
+def write(trained: Trained, folder: Path) -> str:
     """Write `model.pt2`, and `config.json` with sizes and normalisation."""
     images = torch.randn(2, trained.encoder.in_chans, *trained.encoder.image_size)
     program = torch.export.export(
@@ -36,6 +36,7 @@ def write(trained: Trained, folder: Path) -> None:
     torch.export.save(program, archive)
     (folder / "model.pt2").write_bytes(archive.getvalue())  # torch's own writer ends the process on a full disk
     write_json(folder / "config.json", trained.described())
+    return LOADING_CODE
 
 
 def load(folder: Path) -> Callable[[Tensor], Features]:

@@ -46,14 +46,14 @@ features = {feature}  # one vector an image
 """
 
 
-def write(trained: Trained, folder: Path) -> None:
+def write(trained: Trained, folder: Path) -> str:
     """Write `model.safetensors`, and `config.json` with the constructor's arguments and the normalisation.
 
     Raises:
         ValueError: torchvision's VisionTransformer has another architecture; names the difference.
     """
     encoder = trained.encoder
-    shape = plain_shape(encoder.vit)
+    shape = plain_shape(encoder.model)
     reason = None
     if encoder.in_chans != 3:
         reason = f"it takes 3 channels, and this backbone {encoder.in_chans}"
@@ -65,7 +65,7 @@ def write(trained: Trained, folder: Path) -> None:
         reason = f"its norms have an epsilon of 1e-6, and this backbone's {shape.eps:g}"
     if reason is not None:
         raise ValueError(f"torchvision's VisionTransformer cannot be this backbone: {reason}; export to timm")
-    tensors = plain_tensors(encoder.vit)
+    tensors = plain_tensors(encoder.model)
     tensors = to_torchvision(fold_layer_scale(tensors) if shape.has_layer_scale else tensors)
     save_tensors(tensors, folder / "model.safetensors")
     patch_size = encoder.stride[0]
@@ -85,6 +85,7 @@ def write(trained: Trained, folder: Path) -> None:
         "interpolation": "bicubic",
     }
     write_json(folder / "config.json", described)
+    return LOADING_CODE
 
 
 def load(folder: Path) -> Callable[[Tensor], Features]:

@@ -1,4 +1,4 @@
-"""A backbone as a transformers folder: ViTModel, Dinov2Model with or without registers, ViTMAEForPreTraining."""
+"""A backbone as a transformers folder: of its own class, else of TimmWrapperModel; MAE with its decoder too."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ssl_vit.core.writing import save_tensors, write_json
-from ssl_vit.models.encoder import Features
-from ssl_vit.models.vit import ViT
+from ssl_vit.export.graph import timm_code, timm_features
+from ssl_vit.models.encoder import Encoder, Features
+from ssl_vit.models.weights.exchange import timm_to_transformers
 from ssl_vit.models.weights.layouts import (
     Shape,
     Tensors,
@@ -31,10 +32,29 @@ processor = AutoImageProcessor.from_pretrained(".")  # "." is this folder, or NA
 model = AutoModel.from_pretrained(".").eval()
 images = torch.randn(1, {in_chans}, {height}, {width})  # processor(photos, return_tensors="pt")["pixel_values"]
 with torch.inference_mode():
-    outputs = model(images)
-cls, patches = outputs.pooler_output, outputs.last_hidden_state[:, {num_prefix}:]
+    outputs = model(images){reading}
 features = {feature}  # one vector an image
 """
+_TOKENS = "cls, patches = outputs.pooler_output, outputs.last_hidden_state[:, {num_prefix}:]"
+_WINDOWS = (
+    "  # of this size alone: another gives other features, also to later images\n"
+    "    cls, patches = outputs.pooler_output, outputs.last_hidden_state"
+)
+_MAPS = (
+    "cls = outputs.pooler_output\n    patches = model.layernorm(outputs.last_hidden_state.flatten(2).transpose(1, 2))"
+)
+# Python that reads the outputs, by model_type.
+_READING = {
+    "vit": f"\n    {_TOKENS}",
+    "dinov2": f"\n    {_TOKENS}",
+    "dinov2_with_registers": f"\n    {_TOKENS}",
+    "dinov3_vit": f"\n    {_TOKENS}",
+    "deit": f"\n    {_TOKENS}",
+    "swin": _WINDOWS,
+    "swinv2": _WINDOWS,
+    "convnext": f"\n    {_MAPS}",
+    "convnextv2": f"\n    {_MAPS}",
+}
 MAE_LOADING_CODE = """\
 import torch
 from transformers import ViTMAEForPreTraining
@@ -47,19 +67,41 @@ patches = outputs.logits  # predicted for every patch; outputs.mask is 1 where i
 """
 
 
-def write(trained: Trained, folder: Path) -> None:
+def write(trained: Trained, folder: Path) -> str:
     """Write `model.safetensors`, `config.json` and `preprocessor_config.json`.
 
-    A backbone with LayerScale or registers becomes a Dinov2Model, others a ViTModel. A backbone with LayerScale whose
-    images are not square, or whose MLP's width is no whole multiple, becomes a ViTModel with LayerScale folded into the
-    layers before it.
-
-    Raises:
-        ValueError: transformers has no model of this architecture; says why.
+    A plain ViT with LayerScale or registers becomes a Dinov2Model, others a ViTModel. One with LayerScale whose images
+    are not square, or whose MLP's width is no whole multiple, becomes a ViTModel with LayerScale folded into the layers
+    before it. Other families become the class of their name. What transformers has no class for becomes a
+    TimmWrapperModel, which needs timm.
     """
     encoder = trained.encoder
-    shape = plain_shape(encoder.vit)
-    tensors = plain_tensors(encoder.vit)
+    try:
+        config, tensors = _of_own_class(encoder)
+    except ValueError:
+        described = trained.described()
+        config = {"architectures": ["TimmWrapperModel"], "model_type": "timm_wrapper", "dtype": "float32"}
+        config |= {name: described[name] for name in ("architecture", "num_classes", "model_args", "pretrained_cfg")}
+        tensors = {f"timm_model.{name}": value.detach().cpu() for name, value in encoder.model.state_dict().items()}
+        lines = ["", "outputs = outputs.last_hidden_state", *timm_code(encoder, "model.timm_model")]
+        reading = "\n    ".join(lines)
+    else:
+        reading = _READING[config["model_type"]]
+    _write(folder, trained, config, tensors)
+    return LOADING_CODE.replace("{reading}", reading)
+
+
+def _of_own_class(encoder: Encoder) -> tuple[dict[str, Any], Tensors]:
+    """Configuration and weights for the class of the architecture.
+
+    Raises:
+        ValueError: transformers has none; says why.
+    """
+    try:
+        shape = plain_shape(encoder.model)
+    except ValueError:
+        return timm_to_transformers(encoder.model, encoder.image_size)
+    tensors = plain_tensors(encoder.model)
     if shape.num_registers or shape.has_swiglu or (shape.has_layer_scale and _fits_dinov2(encoder, shape)):
         if not _fits_dinov2(encoder, shape):
             raise ValueError(
@@ -67,17 +109,16 @@ def write(trained: Trained, folder: Path) -> None:
                 f"whose width is a whole multiple; this one has {encoder.image_size}, {encoder.stride} and "
                 f"{shape.hidden / shape.width:g}; export to timm"
             )
-        config, renamed = _dinov2(encoder, shape, tensors)
-    else:
-        config = {"architectures": ["ViTModel"], "model_type": "vit", **_vit_settings(encoder, shape)}
-        # An identity as pooling layer, so that the pooled output is the class token.
-        config |= {"pooler_act": "linear", "pooler_output_size": shape.width}
-        renamed = to_transformers(fold_layer_scale(tensors))
-        renamed |= {"pooler.dense.weight": torch.eye(shape.width), "pooler.dense.bias": torch.zeros(shape.width)}
-    _write(folder, trained, config, renamed)
+        return _dinov2(encoder, shape, tensors)
+    config = {"architectures": ["ViTModel"], "model_type": "vit", **_vit_settings(encoder, shape)}
+    # An identity as pooling layer, so that the pooled output is the class token.
+    config |= {"pooler_act": "linear", "pooler_output_size": shape.width}
+    renamed = to_transformers(fold_layer_scale(tensors))
+    renamed |= {"pooler.dense.weight": torch.eye(shape.width), "pooler.dense.bias": torch.zeros(shape.width)}
+    return config, renamed
 
 
-def write_mae(trained: Trained, folder: Path) -> None:
+def write_mae(trained: Trained, folder: Path) -> str:
     """Write an MAE with its decoder as a ViTMAEForPreTraining, to reconstruct images or to train on.
 
     Raises:
@@ -86,7 +127,7 @@ def write_mae(trained: Trained, folder: Path) -> None:
     mae, encoder = trained.objective, trained.encoder
     if not isinstance(mae, MAE):
         raise ValueError(f"{trained.folder}: only a run of MAE has a decoder to export; use --to transformers")
-    shape = plain_shape(encoder.vit)
+    shape = plain_shape(encoder.model)
     if shape.num_registers or shape.has_swiglu or not _is_square(encoder) or not has_plain_decoder(trained):
         raise ValueError(
             "transformers' ViTMAEForPreTraining cannot be this MAE: it takes square images and patches, a ViT "
@@ -103,7 +144,7 @@ def write_mae(trained: Trained, folder: Path) -> None:
         "mask_ratio": mae.config.mask_ratio,
         "norm_pix_loss": mae.config.norm_pix_loss,
     }
-    backbone = to_transformers(fold_layer_scale(plain_tensors(encoder.vit)))
+    backbone = to_transformers(fold_layer_scale(plain_tensors(encoder.model)))
     decoder = {
         name: value.detach().float().cpu()
         for name, value in mae.state_dict().items()
@@ -111,6 +152,7 @@ def write_mae(trained: Trained, folder: Path) -> None:
     }
     renamed = {f"vit.{name}": value for name, value in backbone.items()} | decoder_to_transformers(decoder)
     _write(folder, trained, config, renamed)
+    return MAE_LOADING_CODE
 
 
 def has_plain_decoder(trained: Trained) -> bool:
@@ -127,11 +169,17 @@ def load(folder: Path) -> Callable[[Tensor], Features]:
     from transformers import AutoModel
 
     model: Any = _strictly(AutoModel, folder)
-    num_prefix = 1 + getattr(model.config, "num_register_tokens", 0)
+    kind = model.config.model_type
+    num_prefix = 2 if kind == "deit" else 0 if "swin" in kind else 1 + getattr(model.config, "num_register_tokens", 0)
 
     def encode(images: Tensor) -> Features:
         outputs = model(pixel_values=images)
-        return Features(outputs.pooler_output, outputs.last_hidden_state[:, num_prefix:])
+        tokens = outputs.last_hidden_state
+        if kind == "timm_wrapper":
+            return timm_features(model.timm_model, tokens)
+        if tokens.ndim == 4:  # ConvNeXt's map
+            return Features(outputs.pooler_output, model.layernorm(tokens.flatten(2).transpose(1, 2)))
+        return Features(outputs.pooler_output, tokens[:, num_prefix:])
 
     return encode
 
@@ -165,11 +213,11 @@ def _strictly(kind: Any, folder: Path) -> Any:
     return model.eval()
 
 
-def _fits_dinov2(encoder: ViT, shape: Shape) -> bool:
+def _fits_dinov2(encoder: Encoder, shape: Shape) -> bool:
     return _is_square(encoder) and _dinov2_mlp_ratio(shape) is not None
 
 
-def _is_square(encoder: ViT) -> bool:
+def _is_square(encoder: Encoder) -> bool:
     return len(set(encoder.image_size)) == 1 and len(set(encoder.stride)) == 1
 
 
@@ -184,7 +232,7 @@ def _dinov2_mlp_ratio(shape: Shape) -> int | None:
     return None
 
 
-def _dinov2(encoder: ViT, shape: Shape, tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+def _dinov2(encoder: Encoder, shape: Shape, tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
     if not shape.has_layer_scale:
         ones = torch.ones(shape.width)
         tensors |= {f"blocks.{i}.{name}.gamma": ones.clone() for i in range(shape.depth) for name in ("ls1", "ls2")}
@@ -203,11 +251,11 @@ def _dinov2(encoder: ViT, shape: Shape, tensors: Tensors) -> tuple[dict[str, Any
     return {"architectures": [kind], "model_type": model_type, **config}, renamed
 
 
-def _vit_settings(encoder: ViT, shape: Shape) -> dict[str, Any]:
+def _vit_settings(encoder: Encoder, shape: Shape) -> dict[str, Any]:
     return _sizes(encoder, shape) | {"intermediate_size": shape.hidden}
 
 
-def _sizes(encoder: ViT, shape: Shape) -> dict[str, Any]:
+def _sizes(encoder: Encoder, shape: Shape) -> dict[str, Any]:
     def plain(size: tuple[int, int]) -> int | list[int]:
         return size[0] if size[0] == size[1] else list(size)
 

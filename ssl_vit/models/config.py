@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -154,6 +155,38 @@ class EncoderConfig:
             ValueError: a setting that this version does not know, or a value of another type.
         """
         return settings_of(cls, values)
+
+    @classmethod
+    def from_timm(cls, arch: str, input_size: Sequence[int], arguments: Mapping[str, Any]) -> "EncoderConfig":
+        """The config of a timm model.
+
+        Args:
+            input_size: channels, height and width.
+            arguments: of timm's factory. Those that an encoder sets itself, or that change no backbone, are left out.
+
+        Raises:
+            ValueError: the architecture is not supported, or an argument has no such value.
+        """
+        family = cls(arch).family()
+        names = {"init_values": "layer_scale"}
+        given = {names.get(name, name): value for name, value in arguments.items() if value is not None}
+        own = {name: given.pop(name) for name in _OF_VITS if name in given} if issubclass(family, ViT) else {}
+        if given.get("patch_size") == 4:  # of all hierarchical architectures
+            del given["patch_size"]
+        if len(input_size) != 3:
+            raise ValueError(f"input_size={list(input_size)}: must be channels, height and width")
+        in_chans, *size = input_size
+        size = given.get("img_size") or size
+        left_out = {"fc_norm", *_NOT_ARGUMENTS, *family.arguments(cls(arch))}
+        return cls.from_plain(
+            {
+                "arch": arch,
+                "image_size": size[0] if isinstance(size, list) and size[1:] == size[:1] else size,
+                "in_chans": given.get("in_chans", in_chans),
+                "model_args": {name: value for name, value in given.items() if name not in left_out},
+                **own,
+            }
+        )
 
     @property
     def timm_overrides(self) -> dict[str, Any]:

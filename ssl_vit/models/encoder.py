@@ -46,6 +46,7 @@ class Encoder(nn.Module):
     """
 
     config: "EncoderConfig"  # builds the encoder again
+    title: ClassVar[str]  # of the family, in words
     model_name: ClassVar[str]  # the attribute that holds the timm model, and the prefix of its parameters' names
     model_args: dict[str, Any]  # arguments of timm's factory that build the model again
     embed_dim: int
@@ -89,6 +90,17 @@ class Encoder(nn.Module):
     def model(self) -> nn.Module:
         """The timm model, with timm's names of parameters."""
         return self.get_submodule(self.model_name)
+
+    @property
+    def strides(self) -> list[int]:
+        """Strides of the maps of `timm.create_model(..., features_only=True)`; a ViT has one."""
+        info: Any = self.model.feature_info
+        return sorted({stage["reduction"] for stage in info})
+
+    @property
+    def cls_in_words(self) -> str:
+        """What `Features.cls` is."""
+        return "the class token" if self.has_cls_token else "the mean of the patch tokens"
 
     @property
     def grid_size(self) -> tuple[int, int]:

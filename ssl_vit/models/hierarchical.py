@@ -114,6 +114,7 @@ class Swin(Hierarchical):
     is at most the window has one window and no shift.
     """
 
+    title = "Swin Transformer"
     example = "{depths: [2, 2, 6, 2], embed_dim: 48, num_heads: [2, 4, 8, 16], window_size: 4}"
     supports_mask = True
 
@@ -156,6 +157,7 @@ class ConvNeXt(Hierarchical):
     `cls` is what its classifier reads, the norm of the mean; `patches` are the sites, each through the same norm.
     """
 
+    title = "ConvNeXt"
     example = "{depths: [2, 2, 6, 2], dims: [40, 80, 160, 320]}"
 
     def __init__(self, model: nn.Module, config: "EncoderConfig", arguments: dict[str, Any]) -> None:
@@ -168,6 +170,10 @@ class ConvNeXt(Hierarchical):
     @classmethod
     def arguments(cls, config: "EncoderConfig") -> dict[str, Any]:
         return {"head_hidden_size": None}  # a hidden layer behind the pooling belongs to a classifier
+
+    @property
+    def cls_in_words(self) -> str:
+        return "the norm of the mean of the last map"
 
     def _stages(self) -> Any:
         return self.net.stages

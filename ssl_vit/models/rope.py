@@ -1,6 +1,6 @@
 """Vision Transformers with rotary positions (RoPE): timm's DINOv3 and EVA-02 models."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -11,9 +11,6 @@ from torch.utils.checkpoint import checkpoint
 from ssl_vit.models.encoder import Features
 from ssl_vit.models.vit import ViT
 
-if TYPE_CHECKING:
-    pass
-
 
 class RoPEViT(ViT):
     """A Vision Transformer whose blocks rotate queries and keys by the positions of their tokens.
@@ -23,6 +20,7 @@ class RoPEViT(ViT):
     `rope_rescale_coords`. One draw holds for all images of a batch.
     """
 
+    title = "Vision Transformer with rotary positions"
     has_plain_blocks = False  # they take rotations too
     other_settings = ("pos_embed",)
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 class ViT(Encoder):
     """A timm Vision Transformer behind the encoder contract; `vit` is the timm model, with timm's key names."""
 
+    title = "Vision Transformer"
     model_name = "vit"
     has_plain_blocks = True
     supports_keep = True
@@ -201,6 +202,7 @@ class HybridViT(ViT):
     `keep` nor `mask`.
     """
 
+    title = "Vision Transformer behind a CNN"
     supports_keep = False
     supports_mask = False
     other_settings = ("patch_size",)

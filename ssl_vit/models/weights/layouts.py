@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from timm.layers.mlp import GluMlp, Mlp
+from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -69,14 +70,14 @@ class Shape:
     num_registers: int
 
 
-def plain_shape(vit: VisionTransformer) -> Shape:
+def plain_shape(vit: nn.Module) -> Shape:
     """The sizes of a plain ViT.
 
     Raises:
         ValueError: it has a part that the ViTs of MAE, DINO and DINOv2 do not have; names the part.
     """
     reason = _not_plain(vit)
-    if reason is not None:
+    if not isinstance(vit, VisionTransformer) or reason is not None:
         raise ValueError(f"only plain Vision Transformers can leave for this library, and {reason}; export to timm")
     first: Any = vit.blocks[0]
     return Shape(
@@ -92,6 +93,10 @@ def plain_shape(vit: VisionTransformer) -> Shape:
 
 
 def _not_plain(vit: Any) -> str | None:
+    if not isinstance(vit, VisionTransformer) or not isinstance(vit.patch_embed, PatchEmbed):
+        return "it is of another family"
+    if vit.num_prefix_tokens > 1 + vit.num_reg_tokens:
+        return "it has a distillation token"
     if len(vit.blocks) == 0 or not vit.has_class_token or vit.pos_embed is None:
         return "it has no class token, no position table or no blocks"
     if not isinstance(vit.norm_pre, nn.Identity) or not isinstance(vit.patch_embed.norm, nn.Identity):
@@ -121,7 +126,7 @@ def _odd_block(block: Any) -> str | None:
     return None
 
 
-def plain_tensors(vit: VisionTransformer) -> Tensors:
+def plain_tensors(vit: Any) -> Tensors:
     """The weights on the CPU. The class token has a position in the table; registers' positions are added to them."""
     tensors = {name: value.detach().float().cpu().clone() for name, value in vit.state_dict().items()}
     positions = tensors["pos_embed"]

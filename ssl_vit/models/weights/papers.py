@@ -73,7 +73,7 @@ def from_papers(tensors: Mapping[str, Tensor]) -> Tensors:
     found = {
         rename_dinov2(name): value
         for name, value in found.items()
-        if not re.match(r"(decoder_|head\.|head_dist\.|mask_token$)", name)
+        if not re.match(r"(decoder_|head(_dist)?\.(?!norm\.)|mask_token$)", name)
     }
     return merge_class_position(found)
 
@@ -97,7 +97,7 @@ def fit_positions(
     Raises:
         ValueError: no grid is given and the table's is not square.
     """
-    vit: Any = encoder.get_submodule("vit")
+    vit: Any = encoder.model
     prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
     num_positions = table.shape[1] - prefix
     if grid is None or grid[0] * grid[1] != num_positions:

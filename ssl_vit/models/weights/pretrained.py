@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import adapt_input_conv
-from torch import Tensor
+from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
+from timm.models import adapt_input_conv, convnext, eva, swin_transformer, swin_transformer_v2
+from torch import Tensor, nn
 
 from ssl_vit.core.paths import as_path
 from ssl_vit.core.reading import entry, read_tensors
@@ -18,7 +20,6 @@ from ssl_vit.data.transform import Normalization, pair
 from ssl_vit.models.config import EncoderConfig
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.patches import sincos_positions
-from ssl_vit.models.vit import ViT
 from ssl_vit.models.weights.backbone import (
     BACKBONE_FILE,
     CONFIG_FILE,
@@ -30,14 +31,17 @@ from ssl_vit.models.weights.backbone import (
     read_normalisation,
     read_weights,
 )
+from ssl_vit.models.weights.exchange import LAYOUTS, Found, transformers_to_timm
 from ssl_vit.models.weights.layouts import Tensors, from_transformers, is_transformers
 from ssl_vit.models.weights.papers import fit_positions, from_papers, read_reference
 
 MODEL_FILE = "model.safetensors"
 # Widths of the papers' Vision Transformers, and timm's names of them.
 _SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge", 1408: "giant", 1536: "giant"}
-# Arguments of a timm model that have another name in our settings.
-_ARGUMENTS = {"init_values": "layer_scale"}
+# Names of the official code to timm's. Those of plain ViTs are in papers.py.
+_RENAMING: dict[str, Callable[[dict[str, Tensor], Any], dict[str, Tensor]]] = {
+    module.__name__: module.checkpoint_filter_fn for module in (convnext, eva, swin_transformer, swin_transformer_v2)
+}
 
 
 @dataclass(frozen=True)
@@ -83,24 +87,34 @@ def open_pretrained(name: str) -> Pretrained:
 def load_pretrained(encoder: Encoder, name: str) -> None:
     """Load the weights that `encoder.pretrained` names into an encoder, strictly.
 
-    A position table of another size is resized (bicubic). A patch projection of 3 channels is adapted to another
-    number: for one channel its weights are summed; for more they are repeated in order and scaled by 3 / channels, so
-    that the output is the same where all channels are equal.
+    Position tables of another size, and relative ones of other windows, are resized (bicubic). A first convolution of 3
+    channels is adapted to another number: for one channel its weights are summed; for more they are repeated in order
+    and scaled by 3 / channels, so that the output is the same where all channels are equal. The norm of a classifier
+    that pools before it normalises becomes the final norm.
 
     Raises:
         ValueError: there are no such weights, or they have another architecture; see `load_strictly`.
     """
-    assert isinstance(encoder, ViT)
     found = open_pretrained(name)
-    tensors = found.tensors()
-    load_strictly(encoder.vit, fit(encoder, tensors, found), Path(name))
+    try:
+        load_strictly(encoder.model, fit(encoder, found.tensors(), found), Path(name))
+    except ValueError as error:
+        if found.config is not None:
+            raise
+        what = f"these weights do not tell their architecture, and {encoder.config.arch} was taken"
+        raise ValueError(f"{error}; {what}: name theirs with --encoder.arch") from error
     encoder.is_pretrained = True
 
 
-def fit(encoder: ViT, tensors: Mapping[str, Tensor], found: Pretrained) -> Tensors:
-    """The tensors with positions and input channels fitted to the encoder."""
-    fitted = dict(tensors)
-    table, wanted = fitted.get("pos_embed"), encoder.vit.pos_embed
+def fit(encoder: Encoder, tensors: Mapping[str, Tensor], found: Pretrained) -> Tensors:
+    """The tensors under timm's names, with positions and input channels fitted to the encoder.
+
+    Raises:
+        ValueError: names or shapes are of another architecture.
+    """
+    model: Any = encoder.model
+    fitted = _in_timms_names(model, tensors)
+    table, wanted = fitted.get("pos_embed"), getattr(model, "pos_embed", None)
     if table is not None and wanted is not None and table.ndim == 3 and table.shape[-1] == wanted.shape[-1]:
         grid = None
         if found.config is not None:  # with patches of other sizes the weights do not fit, as is said below
@@ -108,10 +122,70 @@ def fit(encoder: ViT, tensors: Mapping[str, Tensor], found: Pretrained) -> Tenso
             rows, columns = (size // patch for size, patch in sides)
             grid = (rows, columns)
         fitted["pos_embed"] = fit_positions(encoder, table, grid, antialias=found.antialias)
-    projection = fitted.get("patch_embed.proj.weight")
+    first = f"{model.pretrained_cfg['first_conv']}.weight"
+    projection = fitted.get(first)
     if projection is not None and projection.ndim == 4 and projection.shape[1] == 3 != encoder.in_chans:
-        fitted["patch_embed.proj.weight"] = adapt_input_conv(encoder.in_chans, projection)
+        fitted[first] = adapt_input_conv(encoder.in_chans, projection)
+    _fit_bias_tables(model, fitted, None if found.config is None else found.config)
     return {name: value.float() if value.is_floating_point() else value for name, value in fitted.items()}
+
+
+def _in_timms_names(model: Any, tensors: Mapping[str, Tensor]) -> Tensors:
+    """Weights of a backbone's official code under timm's names, as timm renames them; timm's own are left as they are.
+
+    Raises:
+        ValueError: names or shapes are of another architecture.
+    """
+    own = model.state_dict().keys()
+    renamed = dict(tensors)
+    if "norm.weight" not in renamed and "norm.weight" in own:  # of a classifier that pools before it normalises
+        renamed = {re.sub(r"^fc_norm\.", "norm.", name): value for name, value in renamed.items()}
+    renamed = {name: value for name, value in renamed.items() if not name.startswith("fc_norm.")}
+    rename = _RENAMING.get(type(model).__module__)
+    if rename is None or renamed.keys() == own:
+        return renamed
+    for name in [name for name in renamed if name.endswith(".attn.qkv.bias") and name not in own]:
+        if name.replace("qkv.bias", "q_bias") in own:
+            continue
+        query, _, value = renamed.pop(name).chunk(3)  # those of keys are masked in DINOv3's code
+        if query.any() or value.any():
+            raise ValueError(f"{name} is not 0, and the architecture has none: use --encoder.arch vit_..._dinov3_qkvb")
+    try:
+        return rename(renamed, model)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"the weights do not fit {type(model).__name__}: {said}") from error
+
+
+def _fit_bias_tables(model: nn.Module, tensors: Tensors, config: EncoderConfig | None) -> None:
+    """Resize Swin's relative position tables, in place, to the windows of the model.
+
+    Args:
+        config: what the weights were trained with; None: their windows were square.
+    """
+    own: dict[str, Any] = _windows(model)
+    tables = {name: f"{name}.relative_position_bias_table" for name in own}
+    shapes = {table: own[name].relative_position_bias_table.shape for name, table in tables.items()}
+    if all(tensors[table].shape == shape for table, shape in shapes.items() if table in tensors):
+        return
+    given = {}
+    if config is not None:
+        with torch.device("meta"):
+            given = _windows(config.build().model)
+    for name, table in tables.items():
+        wanted, value = shapes[table], tensors.get(table)
+        if value is None or value.shape[1:] != wanted[1:] or value.shape == wanted:
+            continue  # what does not fit is said when it is loaded
+        tensors[table] = resize_rel_pos_bias_table(
+            value.float(),
+            new_window_size=own[name].window_size,
+            new_bias_shape=wanted,
+            old_window_size=given[name].window_size if name in given else None,
+        )
+
+
+def _windows(model: nn.Module) -> dict[str, Any]:
+    return {name: part for name, part in model.named_modules() if hasattr(part, "relative_position_bias_table")}
 
 
 def infer_config(tensors: Mapping[str, Tensor]) -> EncoderConfig | None:
@@ -165,11 +239,7 @@ def _open_folder(folder: Path) -> Pretrained:
     if _is_ours(folder):
         config, read = read_encoder_config(folder), read_weights
     elif "architecture" in described:
-        arch = entry(described, "architecture", str, folder / CONFIG_FILE)
-        cfg, arguments = described.get("pretrained_cfg", described), described.get("model_args") or {}
-        entry({"pretrained_cfg": cfg}, "pretrained_cfg.input_size", list[int], folder / CONFIG_FILE)
-        entry({"model_args": arguments}, "model_args", dict, folder / CONFIG_FILE)
-        config, read = _config_of_timm(arch, cfg, arguments), _read_linked
+        config, read = _config_of_timm(described, folder / CONFIG_FILE), _read_linked
     else:
         raise ValueError(f"{folder / CONFIG_FILE}: neither ssl_vit's, timm's nor transformers'")
     file = folder / (BACKBONE_FILE if (folder / BACKBONE_FILE).is_file() else MODEL_FILE)
@@ -182,13 +252,7 @@ def _read_linked(file: Path) -> Tensors:
 
 
 def _open_transformers(folder: Path, described: dict[str, Any]) -> Pretrained:
-    file = folder / MODEL_FILE
-
-    def tensors() -> Tensors:
-        return from_transformers(_read_linked(file))
-
-    found = tensors()
-    config = infer_config(found)
+    config, tensors = _of_transformers(folder, described)
     processor = folder / "preprocessor_config.json"
     preprocessing = read_description(processor) if processor.is_file() else {}
     mean, std = (entry(preprocessing, name, list[float] | None, processor) for name in ("image_mean", "image_std"))
@@ -200,6 +264,37 @@ def _open_transformers(folder: Path, described: dict[str, Any]) -> Pretrained:
         _crop_of_transformers(preprocessing),
         antialias=described["model_type"] == "dinov2_with_registers",
     )
+
+
+def _of_transformers(folder: Path, described: dict[str, Any]) -> tuple[EncoderConfig | None, Callable[[], Tensors]]:
+    """The settings of a model of transformers, and what reads its weights."""
+    file, config_file = folder / MODEL_FILE, folder / CONFIG_FILE
+    if described["model_type"] == "timm_wrapper":
+        prefix = "timm_model."
+        config = _config_of_timm(described, config_file)
+        return config, lambda: _without_head({k.removeprefix(prefix): v for k, v in _read_linked(file).items()})
+    if described["model_type"] not in LAYOUTS:
+        config = infer_config(from_transformers(_read_linked(file)))
+        return config, lambda: from_transformers(_read_linked(file))
+
+    def read() -> Found:
+        return transformers_to_timm(described, _read_linked(file), config_file)
+
+    found = read()
+    channels = found.model_args["in_chans"]
+    config = EncoderConfig.from_timm(found.arch, (channels, *found.image_size), found.model_args)
+    return config, lambda: read().tensors
+
+
+def _config_of_timm(described: dict[str, Any], file: Path) -> EncoderConfig:
+    """The settings in a config.json of timm."""
+    arch = entry(described, "architecture", str, file)
+    size = entry({"pretrained_cfg": described, **described}, "pretrained_cfg.input_size", list[int], file)
+    arguments = entry({"model_args": {}, **described}, "model_args", dict | None, file)
+    try:
+        return EncoderConfig.from_timm(arch, size, arguments or {})
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _open_file(file: Path) -> Pretrained:
@@ -221,7 +316,7 @@ def _open_timm(name: str) -> Pretrained:
         tags = timm.list_pretrained(f"{name.split('.')[0]}.*")
         hint = f"; it has {', '.join(tags)}" if tags else ""
         raise ValueError(f"{name}: timm has no pre-trained weights of this name{hint}")
-    config = _config_of_timm(name, cfg.to_dict(), {})
+    config = EncoderConfig.from_timm(name, cfg.input_size, {})
 
     def tensors() -> Tensors:
         try:
@@ -245,15 +340,6 @@ def _crop_of_transformers(preprocessing: Mapping[str, Any]) -> float | None:
     return min(1.0, kept / whole) if whole and kept else None
 
 
-def _config_of_timm(arch: str, cfg: Mapping[str, Any], arguments: Mapping[str, Any]) -> EncoderConfig:
-    settings = {_ARGUMENTS.get(key, key): value for key, value in arguments.items()}
-    own = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "layer_scale")
-    in_chans, *size = cfg["input_size"]
-    chosen = {key: settings[key] for key in own if settings.get(key) is not None}
-    image_size = settings.get("img_size") or (size[0] if size[0] == size[1] else tuple(size))
-    return EncoderConfig.from_plain({"arch": arch, "image_size": image_size, "in_chans": in_chans, **chosen})
-
-
 def _without_head(tensors: Tensors) -> Tensors:
-    """The tensors of a timm model without its classifier."""
-    return {name: value for name, value in tensors.items() if not name.startswith(("head.", "head_dist."))}
+    """The tensors of a timm model without its classifier, whose norm ConvNeXt keeps."""
+    return {name: value for name, value in tensors.items() if not re.match(r"head(_dist)?\.(?!norm\.)", name)}
