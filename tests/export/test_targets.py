@@ -24,10 +24,12 @@ from ssl_vit.models.config import EncoderConfig
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.runs.trained import Trained
 from tests.conftest import TINY
+from tests.families import CONVOLUTIONS, FAMILIES
 
 pytestmark = pytest.mark.filterwarnings("default")  # the libraries' own
 
 SQUARE_ONLY, THREE_CHANNELS, NO_REGISTERS = "takes square images", "takes 3 channels", "knows no registers"
+OTHER_FAMILY = "only plain Vision Transformers .* of another family; export to timm"
 ENCODERS = {
     "learned positions": EncoderConfig(image_size=32, **TINY),
     "sin-cos positions": EncoderConfig(image_size=32, pos_embed="sincos", **TINY),
@@ -41,10 +43,11 @@ ENCODERS = {
     ),
     "SwiGLU": EncoderConfig(arch="vit_giant_patch14_dinov2", image_size=42, depth=1, embed_dim=96, num_heads=4),
     "no class token": EncoderConfig(arch="vit_medium_patch16_gap_256", image_size=64, depth=1),
+    "convnext, norm before pooling": EncoderConfig("convnext_tiny_hnf", 64, model_args=CONVOLUTIONS),
+    **FAMILIES,
 }
+OF_FAMILIES = ("convnext, norm before pooling", *FAMILIES)
 REFUSED = {
-    ("transformers", "registers, not square"): SQUARE_ONLY,
-    ("transformers", "no class token"): "no class token",
     ("transformers_mae", "not square"): SQUARE_ONLY,
     ("transformers_mae", "not square, LayerScale"): SQUARE_ONLY,
     ("transformers_mae", "registers"): "without registers",
@@ -58,7 +61,27 @@ REFUSED = {
     ("torchvision", "registers, not square"): SQUARE_ONLY,
     ("torchvision", "SwiGLU"): "knows no SwiGLU",
     ("torchvision", "no class token"): "no class token",
+    **{("torchvision", name): OTHER_FAMILY for name in OF_FAMILIES},
+    ("torchvision", "distilled"): "it has a distillation token; export to timm",
+    **{("transformers_mae", name): "only a run of MAE has a decoder" for name in OF_FAMILIES},
 }
+CLASSES = {
+    "distilled": "DeiTModel",
+    "hybrid": "TimmWrapperModel",
+    "dinov3": "DINOv3ViTModel",
+    "eva02": "TimmWrapperModel",
+    "swin": "SwinModel",
+    "swinv2": "TimmWrapperModel",  # not square
+    "convnext": "ConvNextModel",
+    "convnextv2": "ConvNextV2Model",
+    "convnext, overlapping stem": "TimmWrapperModel",
+    "convnext, norm before pooling": "TimmWrapperModel",
+    "registers, not square": "TimmWrapperModel",
+    "no class token": "TimmWrapperModel",
+    "learned positions": "ViTModel",
+    "LayerScale": "Dinov2Model",
+}
+"""Of transformers."""
 SLOW_TARGETS = ("onnx", "torch_export")  # seconds each
 SLOW_ENCODERS = ("learned positions", "registers, not square")
 
@@ -79,15 +102,19 @@ def build(config: EncoderConfig, objective: str = "MAE") -> Trained:
     return Trained(encoder, Normalization(means, means), 0.875, known, Path("none"), mae)
 
 
-def cases() -> list[tuple[str, str]]:
-    return [
-        (target, name) for target in TARGETS for name in ENCODERS if target not in SLOW_TARGETS or name in SLOW_ENCODERS
-    ]
+def cases() -> list[Any]:
+    """Of every family those whose export takes seconds are marked slow, but for one."""
+    found = []
+    for target in TARGETS:
+        for name in ENCODERS if target not in SLOW_TARGETS else (*SLOW_ENCODERS, *OF_FAMILIES):
+            is_slow = target in SLOW_TARGETS and name in OF_FAMILIES and (target, name) != ("torch_export", "swin")
+            found.append(pytest.param(target, name, marks=[pytest.mark.slow] if is_slow else []))
+    return found
 
 
 @pytest.mark.parametrize(("target", "name"), cases())
 def test_every_library_gives_our_features_or_says_why_not(tmp_path: Path, target: str, name: str) -> None:
-    trained = build(ENCODERS[name])
+    trained = build(ENCODERS[name], "DINO" if name in OF_FAMILIES else "MAE")
     proof = proof_images(trained)
     if (target, name) in REFUSED:
         with pytest.raises(ValueError, match=REFUSED[target, name]):
@@ -97,6 +124,9 @@ def test_every_library_gives_our_features_or_says_why_not(tmp_path: Path, target
     found = export_to(trained, target, tmp_path, proof)
     assert found.difference <= 1e-5
     assert [path.name for path in tmp_path.iterdir()] == [target]
+    if target == "transformers" and name in CLASSES:
+        described = json.loads((found.folder / "config.json").read_text())
+        assert described["architectures"] == [CLASSES[name]]
     assert oct((found.folder / "README.md").stat().st_mode) == oct((found.folder / "config.json").stat().st_mode)
 
 
@@ -107,10 +137,11 @@ def test_another_backbone_is_found_out_and_nothing_is_left(
     trained = build(ENCODERS["LayerScale"])
     write = TARGETS[target].write
 
-    def write_wrongly(trained: Trained, folder: Path) -> None:
-        write(trained, folder)
+    def write_wrongly(trained: Trained, folder: Path) -> str:
+        code = write(trained, folder)
         with torch.no_grad():
             trained.encoder.vit.blocks[1].mlp.fc2.bias += 1e-3
+        return code
 
     monkeypatch.setitem(targets.TARGETS, target, TARGETS[target]._replace(write=write_wrongly))
     with pytest.raises(RuntimeError, match="differ from the trained ones by"):
@@ -190,7 +221,7 @@ def run_fresh(script: str, folder: Path) -> str:
 
 
 def test_the_cards_code_gives_our_features_in_a_process_without_us(tmp_path: Path, photos: Path) -> None:
-    names = ("sin-cos positions", "LayerScale", "registers")
+    names = ("sin-cos positions", "LayerScale", "registers", "hybrid", "dinov3", "swin", "convnext")
     expected = {}
     for name in names:
         trained = build(ENCODERS[name], "DINO")
@@ -217,18 +248,23 @@ def test_the_cards_code_gives_our_features_in_a_process_without_us(tmp_path: Pat
 
 
 SCORED = [
-    (target, objective, scored)
+    ("learned positions", target, objective, scored)
     for target in TARGETS
     for objective, scored in (("MAE", "mean"), ("DINO", "cls"), ("DINO", "mean"))
     if target != "transformers_mae" and (target not in SLOW_TARGETS or (objective, scored) != ("DINO", "mean"))
 ]
+SCORED += [
+    (name, target, "DINO", scored)
+    for name in ("no class token", *OF_FAMILIES)
+    for target, scored in (("timm", "cls"), ("timm", "mean"), ("transformers", "cls"))
+]
 
 
-@pytest.mark.parametrize(("target", "objective", "scored"), SCORED)
+@pytest.mark.parametrize(("name", "target", "objective", "scored"), SCORED)
 def test_the_cards_code_gives_the_scored_feature(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, objective: str, scored: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, target: str, objective: str, scored: str
 ) -> None:
-    trained = build(ENCODERS["learned positions"], objective)
+    trained = build(ENCODERS[name], objective)
     trained.provenance["feature"] = scored
     folder = export_to(trained, target, tmp_path, proof_images(trained)).folder
     monkeypatch.chdir(folder)
@@ -237,9 +273,50 @@ def test_the_cards_code_gives_the_scored_feature(
     exec(code_of(folder), found)
     features = trained.encoder(torch.as_tensor(found["images"]))
     expected = features.cls if scored == "cls" else features.patches.mean(dim=1)
-    torch.testing.assert_close(torch.as_tensor(found["features"]), expected, atol=1e-5, rtol=0)
-    words = {"cls": "the class token", "mean": "the mean of the patch tokens"}
+    for key, value in (("features", expected), *features._asdict().items()):
+        torch.testing.assert_close(torch.as_tensor(found[key]), value, atol=1e-5, rtol=0)
+    words = {"cls": trained.encoder.cls_in_words, "mean": "the mean of the patch tokens"}
     assert f"; {words[scored]} stands for an image" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("learned positions", "A Vision Transformer pre-trained"),
+        ("hybrid", "A Vision Transformer behind a CNN pre-trained"),
+        ("swin", "A Swin Transformer pre-trained"),
+        ("swinv2", "A Swin Transformer pre-trained"),
+        ("convnext", "A ConvNeXt pre-trained"),
+        ("convnextv2", "A ConvNeXt pre-trained"),
+    ],
+)
+def test_the_card_says_what_the_backbone_is_and_its_pyramid_is_that_of_its_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: str
+) -> None:
+    trained = build(ENCODERS[name], "DINO")
+    encoder, model = trained.encoder, trained.encoder.model
+    monkeypatch.chdir(export_to(trained, "timm", tmp_path, proof_images(trained)).folder)
+    card = Path("README.md").read_text()
+    assert words in card
+    assert ("; class token and " in card) == encoder.has_cls_token
+    assert f"one for {encoder.stride[0]} x {encoder.stride[1]} pixels" in card
+    if name in ("learned positions", "hybrid"):
+        assert "features_only" not in card
+        return
+    found: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)[1], found)
+    maps: list[torch.Tensor] = []
+    for stage in model.stages if name.startswith("convnext") else model.layers:
+        stage.register_forward_hook(lambda module, inputs, output: maps.append(output))
+    images = torch.randn(2, encoder.in_chans, *(2 * side for side in encoder.image_size))
+    with torch.inference_mode():
+        encoder(images)
+        for output, expected in zip(found["pyramid"](images), maps, strict=True):
+            torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+    assert [tuple(shown.shape[1:2]) for shown in found["maps"]] == [(width,) for width in found["channels"]]
+    assert found["strides"] == encoder.strides
+    sides = [encoder.image_size[0] // stride for stride in encoder.strides]
+    assert [shown.shape[2] for shown in found["maps"]] == sides
 
 
 def test_the_card_of_an_mae_with_its_decoder_predicts_patches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

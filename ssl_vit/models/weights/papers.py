@@ -73,7 +73,7 @@ def from_papers(tensors: Mapping[str, Tensor]) -> Tensors:
     found = {
         rename_dinov2(name): value
         for name, value in found.items()
-        if not re.match(r"(decoder_|head(_dist)?\.(?!norm\.)|mask_token$)", name)
+        if not re.match(r"(decoder_|lm_head\.|head(_dist)?\.(?!norm\.)|mask_token$)", name)
     }
     return merge_class_position(found)
 

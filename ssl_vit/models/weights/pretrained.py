@@ -127,6 +127,10 @@ def fit(encoder: Encoder, tensors: Mapping[str, Tensor], found: Pretrained) -> T
     if projection is not None and projection.ndim == 4 and projection.shape[1] == 3 != encoder.in_chans:
         fitted[first] = adapt_input_conv(encoder.in_chans, projection)
     _fit_bias_tables(model, fitted, None if found.config is None else found.config)
+    for name, wanted in model.state_dict().items():  # in small ConvNeXts linear layers are 1 x 1 convolutions
+        value = fitted.get(name)
+        if value is not None and value.shape[:2] == wanted.shape[:2] and value.numel() == wanted.numel():
+            fitted[name] = value.reshape(wanted.shape)
     return {name: value.float() if value.is_floating_point() else value for name, value in fitted.items()}
 
 
