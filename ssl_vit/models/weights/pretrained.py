@@ -65,7 +65,8 @@ def open_pretrained(name: str) -> Pretrained:
 
     Args:
         name: folder of a run or of an export to timm or transformers, or one from the hub in these layouts; a
-            `.safetensors` file; an official `.pth` of MAE, DINO or DINOv2; the name of a timm model, with its tag.
+            `.safetensors` file or an official `.pth` (MAE, DINO, DINOv2, DINOv3, EVA-02, Swin, ConvNeXt); the name of a
+            timm model, with its tag.
 
     Raises:
         ValueError: there are no such weights, or reading them would unpickle more than tensors.
