@@ -36,10 +36,7 @@ with torch.inference_mode():
 features = {feature}  # one vector an image
 """
 _TOKENS = "cls, patches = outputs.pooler_output, outputs.last_hidden_state[:, {num_prefix}:]"
-_WINDOWS = (
-    "  # of this size alone: another gives other features, also to later images\n"
-    "    cls, patches = outputs.pooler_output, outputs.last_hidden_state"
-)
+_WINDOWS = "\n    cls, patches = outputs.pooler_output, outputs.last_hidden_state"
 _MAPS = (
     "cls = outputs.pooler_output\n    patches = model.layernorm(outputs.last_hidden_state.flatten(2).transpose(1, 2))"
 )
@@ -50,7 +47,8 @@ _READING = {
     "dinov2_with_registers": f"\n    {_TOKENS}",
     "dinov3_vit": f"\n    {_TOKENS}",
     "deit": f"\n    {_TOKENS}",
-    "swin": _WINDOWS,
+    # A call with another size changes SwinModel's windows and shifts, smaller ones for good.
+    "swin": f"  # of this size alone: another changes the features, also those of later images{_WINDOWS}",
     "swinv2": _WINDOWS,
     "convnext": f"\n    {_MAPS}",
     "convnextv2": f"\n    {_MAPS}",

@@ -80,7 +80,8 @@ def open_pretrained(name: str) -> Pretrained:
         return _open_file(path)
     if timm.is_model(name.split(".")[0]) and "/" not in name:
         return _open_timm(name)
-    near = difflib.get_close_matches(name, timm.list_pretrained("vit_*"), n=1, cutoff=0.8)
+    known = timm.list_pretrained(["vit_*", "deit*", "eva*", "swin*", "convnext*"])
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
     hint = f"; did you mean timm's {near[0]}?" if near else ", and no timm model has this name"
     raise ValueError(f"{name}: no such file or folder{hint}")
 
@@ -194,12 +195,14 @@ def _windows(model: nn.Module) -> dict[str, Any]:
 
 
 def infer_config(tensors: Mapping[str, Tensor]) -> EncoderConfig | None:
-    """The architecture of a ViT from its weights; None for widths other than the papers'.
+    """The architecture of a plain ViT from its weights; None for other families and widths other than the papers'.
 
     Weights do not tell the number of heads; it is that of timm's architecture of the same width.
     """
     projection = tensors.get("patch_embed.proj.weight")
     if projection is None or projection.ndim != 4 or projection.shape[0] not in _SIZES:
+        return None
+    if any(re.search(r"backbone\.|dist_token|gamma_1|\.(q_proj|q_bias|fc1_g|w1)", name) for name in tensors):
         return None
     width, in_chans, *patch = projection.shape
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})

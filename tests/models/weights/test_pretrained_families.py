@@ -14,12 +14,15 @@ from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from timm.models import save_for_hf
 from torch import Tensor
 
+from scripts import pretrain_dino
 from ssl_vit.export import export_backbone, load_backbone
 from ssl_vit.export.graph import timm_features
 from ssl_vit.export.targets import export_to, proof_images
 from ssl_vit.models.config import EncoderConfig
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.weights.pretrained import load_pretrained, open_pretrained
+from ssl_vit.objectives.dino import DINOConfig
+from ssl_vit.training.config import parse_run
 from tests.export.test_targets import build
 from tests.families import CONVOLUTIONS, FAMILIES, SMALL, STAGES
 from tests.specs import GREY
@@ -298,3 +301,34 @@ def test_settings_that_cannot_be_are_named(tmp_path: Path, content: dict[str, An
     with pytest.raises(ValueError, match=message) as error:
         open_pretrained(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("arch", ["eva02_tiny_patch14_224", "vit_tiny_r_s16_p8_224", "deit_tiny_distilled_patch16_224"])
+def test_no_plain_vit_is_inferred_from_what_is_as_wide(tmp_path: Path, arch: str) -> None:
+    encoder = EncoderConfig(arch, 224, depth=1).build()
+    save_file(encoder.model.state_dict(), tmp_path / "bare.safetensors")
+    assert open_pretrained(str(tmp_path / "bare.safetensors")).config is None
+
+
+@pytest.mark.parametrize(("name", "target"), [("swin", "timm"), ("dinov3", "transformers"), ("hybrid", "transformers")])
+def test_a_run_takes_its_settings_from_the_weights(tmp_path: Path, name: str, target: str) -> None:
+    trained = build(FAMILIES[name], "DINO")
+    folder = export_to(trained, target, tmp_path, proof_images(trained)).folder
+    config = parse_run(pretrain_dino.DEFAULTS, [f"--encoder.pretrained={folder}", "--data.source=x"])
+    assert config.data.normalization == trained.normalization
+    head = DINOConfig(num_prototypes=8, hidden_dim=8, bottleneck_dim=4)
+    objective = replace(config, objective=head).build_objective()
+    assert objective.encoder.is_pretrained
+    assert objective.encoder.image_size == trained.encoder.image_size
+    assert_same_features(objective.backbone(), trained.encoder)
+
+
+def test_one_line_names_the_weights_and_what_does_not_fit(tmp_path: Path) -> None:
+    trained = build(FAMILIES["convnext"], "DINO")
+    folder = export_to(trained, "timm", tmp_path, proof_images(trained)).folder
+    flags = [f"--encoder.pretrained={folder}", "--data.source=x", "--encoder.arch=convnextv2_tiny"]
+    config = parse_run(pretrain_dino.DEFAULTS, flags)
+    with pytest.raises(
+        ValueError, match=rf"^encoder.pretrained='{folder}': {folder}: does not fit ConvNeXt: \d+ missing"
+    ):
+        config.build_objective()
