@@ -219,12 +219,13 @@ def compare_steps(
     peak_flops = {kind: matmul_flops(device, dtypes[kind]) for kind in kinds}
     flops = {name: count_flops(step) for name, step in contenders.items()}
     for label, changed in settings.items():
-        compiled = resolve_compile(changed.compile, device, LEAST_STEPS, is_sharded=False)
+        is_plain = changed.encoder.family().has_plain_blocks
+        compiled = resolve_compile(changed.compile, device, LEAST_STEPS, is_sharded=False, has_plain_blocks=is_plain)
         recorded = resolve_cuda_graphs(
             changed.cuda_graphs,
             device,
             grad_checkpointing=changed.encoder.grad_checkpointing,
-            has_plain_blocks=changed.encoder.family().has_plain_blocks,
+            has_plain_blocks=is_plain,
         )
         for kind in kinds if compiled or recorded else []:
             name = label + ", compiled" * compiled + ", CUDA graphs" * recorded + f", {kind}"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ssl_vit.training.config import parse_run
+from ssl_vit.training.config import parse_run, write_config
 from ssl_vit.training.loop import main
 from tests.conftest import OBJECTIVES
 from tests.doctor.conftest import look_at
@@ -96,6 +96,9 @@ def test_arguments_of_the_architecture_come_from_files_and_flags_and_stay_with_t
     assert given == {**stages, "window_size": 4}
     whole = parse_run(defaults, ["--config", str(file), "--encoder.model_args", "{depths: [1, 1]}"]).encoder.model_args
     assert whole == {"depths": [1, 1]}
+    config = parse_run(defaults, ["--config", str(file), *flags_of("dino", "swin")])
+    write_config(config, tmp_path / "config.yaml")
+    assert parse_run(defaults, ["--config", str(tmp_path / "config.yaml")]).encoder == config.encoder
 
 
 def test_the_doctor_says_which_pair_cannot_work_and_what_would_suit_the_images(photo_folder: Path) -> None:

@@ -101,7 +101,8 @@ class RunConfig:
     tf32: bool = False
     """Let products in fp32 use TF32 on GPUs that have it: several times as fast, with 10 bits of mantissa."""
     compile: bool | Literal["auto"] = "auto"
-    """Compile blocks with torch.compile. auto: on GPUs, in runs long enough to win back the compile time."""
+    """Compile blocks with torch.compile. auto: a plain ViT's on GPUs, in runs long enough to win back the compile time;
+    those of other families have not run compiled on a GPU yet."""
     cuda_graphs: bool | Literal["auto"] = "auto"
     """Record the GPU's work in blocks as CUDA graphs and replay it: gains most with small models and takes more memory;
     one GPU only. auto: off, since the present form of recording has not run on a GPU yet."""

@@ -155,7 +155,8 @@ def _set_up(config: RunConfig, ending: Ending) -> Run:
     if accelerator.is_main_process:
         done = 0 if checkpoint is None else step_of(checkpoint)
         write_heartbeat(Path(config.output_dir), "starting", done, num_steps)
-    compiled = resolve_compile(config.compile, accelerator.device, num_steps, accelerator.is_fsdp2)
+    is_plain = objective.encoder.has_plain_blocks
+    compiled = resolve_compile(config.compile, accelerator.device, num_steps, accelerator.is_fsdp2, is_plain)
     run = Run(
         config,
         accelerator,

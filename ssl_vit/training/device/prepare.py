@@ -68,15 +68,23 @@ LEAST_STEPS = 500  # `auto` compiles runs of at least so many steps: they win ba
 _PROGRAMS = 64  # compiled variants of one kind of block: crop sizes, with and without gradients, encoder and decoder
 
 
-def resolve_compile(setting: bool | Literal["auto"], device: torch.device, num_steps: int, is_sharded: bool) -> bool:
+def resolve_compile(
+    setting: bool | Literal["auto"],
+    device: torch.device,
+    num_steps: int,
+    is_sharded: bool,
+    has_plain_blocks: bool = True,
+) -> bool:
     """Whether to compile: with `auto` on GPUs that Triton serves, in runs that are long enough.
+
+    Compiled blocks of other kinds than a plain ViT's have not run on a GPU yet, so that `auto` leaves them as they are.
 
     Raises:
         ValueError: it is asked for where it cannot work.
     """
     if setting == "auto":
         able = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-        able = able and torch.cuda.get_device_capability(device) >= (7, 0)
+        able = able and has_plain_blocks and torch.cuda.get_device_capability(device) >= (7, 0)
         return able and not is_sharded and num_steps >= LEAST_STEPS and _is_able_to_compile(device)
     if setting and is_sharded:
         raise ValueError("compile=True: blocks that FSDP shards cannot be compiled; use auto or false")

@@ -104,6 +104,8 @@ def test_auto_compiles_long_runs_on_gpus(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr("ssl_vit.training.device.prepare._is_able_to_compile", lambda device: True)
     assert resolve_compile(setting, device, steps, sharded) is wanted  # pyright: ignore[reportArgumentType]
+    other = resolve_compile(setting, device, steps, sharded, has_plain_blocks=False)  # pyright: ignore[reportArgumentType]
+    assert other is (setting is True)
 
 
 def test_auto_goes_on_without_where_compiling_fails(monkeypatch: pytest.MonkeyPatch) -> None:
