@@ -1,8 +1,12 @@
 """Fill an objective from a checkpoint of its paper's code."""
 
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from einops import rearrange
 from torch import Tensor
 
 from ssl_vit.models.weights.backbone import load_strictly
@@ -10,15 +14,18 @@ from ssl_vit.models.weights.layouts import merge_class_position
 from ssl_vit.models.weights.papers import fit_positions, read_reference, rename_dinov2
 from ssl_vit.objectives.dino import DINO
 from ssl_vit.objectives.dinov2 import DINOv2
+from ssl_vit.objectives.fcmae import FCMAE
 from ssl_vit.objectives.mae import MAE
 from ssl_vit.objectives.objective import Objective
+from ssl_vit.objectives.simmim import SimMIM
 
 
 def load_reference(objective: Objective, path: str | Path) -> None:
     """Fill an objective from an official pre-training checkpoint, or from a safetensors copy of one.
 
-    Layouts: MAE (`model`), DINO (`student`, `teacher`, `dino_loss`) and DINOv2 (`model` with `student.*` and
-    `teacher.*`; or the teacher alone, as its training leaves it, from which student and teacher then both start).
+    Layouts: MAE (`model`), DINO (`student`, `teacher`, `dino_loss`), DINOv2 (`model` with `student.*` and `teacher.*`;
+    or the teacher alone, as its training leaves it, from which student and teacher then both start), SimMIM (`model` on
+    Swin, Swin V2 and ViT) and FCMAE (`model` with sparse kernels).
     Position tables are resized to the encoder's grid. Only tensors are unpickled.
 
     Raises:
@@ -86,6 +93,70 @@ def _read_dinov2(objective: Objective, found: dict[str, Tensor]) -> dict[str, Te
     return tensors
 
 
+def _read_simmim(objective: Objective, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    encoder, tensors = objective.encoder, {}
+    for name, value in found.items():
+        own = name.removeprefix("encoder.")
+        if own.endswith("attn_mask") or own.endswith(("relative_position_index", "relative_coords_table")):
+            continue  # computed from the sizes
+        if name.startswith("decoder.0."):
+            tensors[name.replace("decoder.0.", "decoder.")] = value.flatten(1) if value.ndim == 4 else value
+        elif own == "mask_token":
+            tensors[own] = value
+        else:
+            # The official code merges tokens at a stage's end, timm at the next one's start.
+            own = re.sub(r"^layers\.(\d+)\.downsample", lambda at: f"layers.{int(at[1]) + 1}.downsample", own)
+            own = re.sub(r"\.gamma_([12])$", r".ls\1.gamma", own)
+            tensors[f"encoder.{encoder.model_name}.{own}"] = value
+    if encoder.has_cls_token:
+        tensors = _join_biases(tensors)
+    return tensors
+
+
+def _join_biases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Biases of queries, keys and values in one, as in timm's plain ViTs; that of keys is 0."""
+    joined = dict(tensors)
+    for name in [name for name in tensors if name.endswith(".attn.q_bias")]:
+        query, value = joined.pop(name), joined.pop(name.replace("q_bias", "v_bias"))
+        joined[name.replace("q_bias", "qkv.bias")] = torch.cat([query, torch.zeros_like(query), value])
+    return joined
+
+
+def _read_fcmae(objective: Objective, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The sparse layout of the paper's pre-training: kernels [volume, in, out] or, in depth-wise convolutions, [volume,
+    channels], whose places count columns first."""
+    tensors = {}
+    for name, value in found.items():
+        if name.startswith("encoder."):
+            part, _, kind = name.removeprefix("encoder.").replace(".ln.", ".").replace(".linear.", ".").rpartition(".")
+            if kind == "kernel":
+                kind, side = "weight", math.isqrt(len(value))
+                pattern = "(w h) i o -> o i h w" if value.ndim == 3 else "(w h) o -> o 1 h w"
+                value = rearrange(value, pattern, h=side)
+            elif part.endswith("grn") or kind == "bias":
+                value = value.flatten()
+            part = re.sub(r"^downsample_layers\.0\.", "stem.", part)
+            part = re.sub(r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample.", part)
+            part = re.sub(r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2.", part)
+            tensors[f"encoder.net.{_convnext_block(f'{part}.{kind}')}"] = value
+        elif name.startswith("decoder."):
+            value = value.flatten() if ".grn." in name else value
+            tensors[_convnext_block(name.replace("decoder.", "decoder_blocks.", 1))] = value
+        else:
+            tensors[name] = value
+    own = objective.state_dict()  # pre-training has no final norm
+    return tensors | {name: value for name, value in own.items() if name.startswith("encoder.net.head.norm")}
+
+
+def _convnext_block(name: str) -> str:
+    """Rename a parameter of the paper's block to timm's name."""
+    pairs = {"dwconv": "conv_dw", "pwconv1": "mlp.fc1", "pwconv2": "mlp.fc2", "grn": "mlp.grn"}
+    parts = [pairs.get(part, part) for part in name.split(".")]
+    if "mlp.grn" in parts:
+        parts[-1] = {"gamma": "weight", "beta": "bias"}[parts[-1]]
+    return ".".join(parts)
+
+
 def _swap_prefix(name: str, prefixes: dict[str, str]) -> str:
     for old, new in prefixes.items():
         if name.startswith(old):
@@ -97,4 +168,6 @@ _READERS: dict[type, Callable[[Objective, dict[str, Tensor]], dict[str, Tensor]]
     MAE: _read_mae,
     DINO: _read_dino,
     DINOv2: _read_dinov2,
+    SimMIM: _read_simmim,
+    FCMAE: _read_fcmae,
 }

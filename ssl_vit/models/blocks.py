@@ -87,8 +87,8 @@ def run_blocks(
 
 
 def run_in_turn(
-    blocks: Any, tokens: Float[Tensor, "b t d"], pack_kwargs: dict[str, Any], checkpointed: bool = False
-) -> Float[Tensor, "b _ d"]:
+    blocks: Any, tokens: Float[Tensor, "b ..."], pack_kwargs: dict[str, Any], checkpointed: bool = False
+) -> Float[Tensor, "b ..."]:
     """Run blocks one after the other; `checkpointed` recomputes them in the backward pass."""
     before_last = {**pack_kwargs, "cls_only": False} if "cls_only" in pack_kwargs else pack_kwargs
     for number, block in enumerate(blocks, start=1):

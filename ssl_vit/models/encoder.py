@@ -57,6 +57,7 @@ class Encoder(nn.Module):
     has_cls_token: bool
     supports_keep: bool  # can drop tokens before the first block (MAE)
     supports_mask: bool  # can replace the stem's outputs, which hold pixels of one token alone (SimMIM, iBOT)
+    supports_visible: bool = False  # can compute from visible tokens as if others did not exist: `forward_visible`
     has_attention_maps: bool = False  # `attention_maps.attention_weights` supports it
     has_plain_blocks: ClassVar[bool] = False  # one list of blocks that take tokens alone, run by `blocks.run_blocks`
     num_layers: int  # layers between embeddings and final norm, for `layer_of`
@@ -172,6 +173,19 @@ class Encoder(nn.Module):
         """
         masking = {} if mask is None else {"mask": mask, "mask_token": mask_token}
         return [self(images, **(masking if number == 0 else {})) for number, images in enumerate(groups)]
+
+    def forward_visible(
+        self, images: Float[Tensor, "b c h w"], mask: Bool[Tensor, "b n"]
+    ) -> Float[Tensor, "b d rows columns"]:
+        """Outputs of the last block, before the final norm, computed from visible tokens alone (FCMAE).
+
+        Args:
+            mask: True where a token is removed. Needs `supports_visible`.
+
+        Returns:
+            zeros where a token is removed; nothing depends on the removed tokens' pixels.
+        """
+        raise NotImplementedError
 
     def timm_arguments(self, pooled: str, *, norm_pooled: bool = False) -> tuple[dict[str, Any], str]:
         """Arguments of timm's factory with which `timm.create_model` pools as asked, and timm's name of that pooling.

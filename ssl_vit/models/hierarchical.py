@@ -7,9 +7,11 @@ import torch
 from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from timm.models import group_parameters
+from timm.models.convnext import ConvNeXtBlock as TimmConvNeXtBlock
 from torch import Tensor, nn
 
 from ssl_vit.data.transform import pair
+from ssl_vit.models.blocks import run_in_turn
 from ssl_vit.models.encoder import Encoder, Features, given_mask_token
 
 if TYPE_CHECKING:
@@ -166,6 +168,31 @@ class ConvNeXt(Hierarchical):
         self.mask_dim = convolutions[-1].out_channels
         # Other stems overlap: their convolutions mix pixels of masked and of visible tokens.
         self.supports_mask = len(convolutions) == 1 and convolutions[0].kernel_size == convolutions[0].stride
+        blocks = [block for stage in self._stages() for block in stage.blocks]
+        self.supports_visible = self.supports_mask and all(type(block) is TimmConvNeXtBlock for block in blocks)
+        for block in blocks if self.supports_visible else ():
+            block.__class__ = ConvNeXtBlock
+
+    def forward_visible(
+        self, images: Float[Tensor, "b c h w"], mask: Bool[Tensor, "b n"]
+    ) -> Float[Tensor, "b d rows columns"]:
+        """Sparse convolutions by dense ones: removed sites are set to 0 before and after everything that looks around.
+
+        At visible sites this gives what submanifold sparse convolutions give, whose kernels skip absent neighbours.
+        """
+        self.grid_of(*images.shape[-2:])
+        maps = self.net.stem(images)
+        checkpointed = self.grad_checkpointing and torch.is_grad_enabled()
+        for stage in self.net.stages:
+            parts = stage.downsample if isinstance(stage.downsample, nn.Sequential) else ()  # norm and convolution
+            for part in parts:
+                maps = part(maps * self._visible(mask, images, maps))
+            visible = self._visible(mask, images, maps)
+            maps = run_in_turn(stage.blocks, maps * visible, {"visible": visible}, checkpointed)
+        return maps
+
+    def _visible(self, mask: Bool[Tensor, "b n"], images: Tensor, maps: Tensor) -> Float[Tensor, "b 1 rows columns"]:
+        return (~self._enlarge(mask, images, (maps.shape[2], maps.shape[3])))[:, None].to(maps.dtype)
 
     @classmethod
     def arguments(cls, config: "EncoderConfig") -> dict[str, Any]:
@@ -198,3 +225,32 @@ class ConvNeXt(Hierarchical):
         norm = getattr(self.net.head, "norm", nn.Identity())
         cls = norm(maps.mean(dim=(2, 3), keepdim=True)).flatten(1)
         return Features(cls=cls, patches=rearrange(norm(maps), "b d h w -> b (h w) d"))
+
+
+class ConvNeXtBlock(TimmConvNeXtBlock):
+    """timm's block, under the same class name, that can also compute from visible sites alone."""
+
+    def forward(
+        self, x: Float[Tensor, "b d rows columns"], visible: Float[Tensor, "b 1 rows columns"] | None = None
+    ) -> Float[Tensor, "b d rows columns"]:
+        """With `visible`, 1 where a site is visible: x is 0 at all other sites, and so is the result."""
+        if visible is None:
+            return super().forward(x)
+        branch = self.conv_dw(x) * visible
+        if self.use_conv_mlp:
+            branch = _mlp(self.mlp, self.norm(branch), visible)
+        else:
+            last = rearrange(branch, "b d rows columns -> b rows columns d")
+            last = _mlp(self.mlp, self.norm(last), rearrange(visible, "b one rows columns -> b rows columns one"))
+            branch = rearrange(last, "b rows columns d -> b d rows columns")
+        if self.gamma is not None:
+            branch = branch * self.gamma[:, None, None]
+        return (self.drop_path(branch) + self.shortcut(x)) * visible
+
+
+def _mlp(mlp: Any, x: Tensor, visible: Tensor) -> Tensor:
+    """timm's MLP; sites that are not visible are left out of the sums of Global Response Normalisation."""
+    if not hasattr(mlp, "grn"):
+        return mlp(x)
+    hidden = mlp.drop1(mlp.act(mlp.fc1(x)))
+    return mlp.drop2(mlp.fc2(mlp.grn(hidden * visible)))

@@ -68,9 +68,11 @@ def draw_masks(
         images: normalised by `normalization`.
         keeps: patches to keep, by the name that the columns get.
     """
-    columns, parts = ["original"], []
+    columns, parts, normalized = ["original"], [], False
     for name, keep in keeps.items():
-        panels = reconstruction_panels(images, objective.fill_in(images, keep), normalization)
+        reconstruction = objective.fill_in(images, keep)
+        normalized = reconstruction.norm_pix_loss
+        panels = reconstruction_panels(images, reconstruction, normalization)
         if not parts:
             parts.append(panels[:, :1])
         parts.append(panels[:, [1, 3]])
@@ -80,7 +82,7 @@ def draw_masks(
         columns,
         path,
         title="What is filled in as more is removed" if len(keeps) > 1 else "What is filled in",
-        caption=caption_of(images.shape[1], objective.config.norm_pix_loss),
+        caption=caption_of(images.shape[1], normalized),
     )
 
 
