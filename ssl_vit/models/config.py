@@ -114,7 +114,8 @@ class EncoderConfig:
     layer_scale: float | None = None
     """Initial factor of each residual branch (LayerScale) of a ViT; DINOv2's is 1e-5."""
     model_args: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the architecture in timm, such as {depths: [2, 2, 6, 2], window_size: 4} for Swin."""
+    """Further arguments of the architecture in timm, such as {depths: [2, 2, 6, 2], window_size: 4} for Swin. A
+    patch_size is that of the stem in Swin and ConvNeXt, and of the CNN's outputs in a hybrid."""
     grad_checkpointing: bool = False
     """Recompute blocks (also MAE's decoder's) in the backward pass: less memory for a third more time."""
     pretrained: str | None = None
@@ -127,7 +128,7 @@ class EncoderConfig:
         check_ranges(self, **_ALLOWED)
         object.__setattr__(self, "model_args", {name: _plain(name, v) for name, v in self.model_args.items()})
         for name in self.model_args:
-            own = _NOT_ARGUMENTS.get(name, _own_setting(name))
+            own = _NOT_ARGUMENTS.get(name, "layer_scale" if name == "init_values" else None)
             if own is not None:
                 raise ValueError(f"model_args={self.model_args!r}: {name} is set by encoder.{own}")
             if name in _NOT_ARGUMENTS:
@@ -235,6 +236,9 @@ class EncoderConfig:
                     )
         for name in family.arguments(self).keys() & self.model_args.keys():
             raise ValueError(f"model_args={self.model_args!r}: {name} is the same in all encoders; leave it out")
+        # Of a hybrid it is the patch of the CNN's outputs, in timm's words; of a hierarchical network the stem's.
+        if "patch_size" in self.model_args and issubclass(family, ViT) and not issubclass(family, HybridViT):
+            raise ValueError(f"model_args={self.model_args!r}: patch_size is set by encoder.patch_size")
         if self.embed_dim is not None and self.num_heads is not None and self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim={self.embed_dim}: must be a multiple of num_heads={self.num_heads}")
         arguments = family.arguments(self) | self.timm_overrides
@@ -279,11 +283,6 @@ _BATCH_NORM = (
 
 def _default(setting: str) -> Any:
     return EncoderConfig.__dataclass_fields__[setting].default
-
-
-def _own_setting(argument: str) -> str | None:
-    """The setting that stands for an argument of timm's Vision Transformers."""
-    return {"init_values": "layer_scale"}.get(argument, argument if argument == "patch_size" else None)
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -209,7 +209,10 @@ class HybridViT(ViT):
 
     def __init__(self, model: nn.Module, config: "EncoderConfig", arguments: dict[str, Any]) -> None:
         if config.patch_size is not None:
-            raise ValueError(f"patch_size={config.patch_size!r}: {config.arch} has a CNN for a stem; leave it out")
+            raise ValueError(
+                f"patch_size={config.patch_size!r}: {config.arch} has a CNN for a stem; model_args={{patch_size: ...}} "
+                "sets the patch of its outputs"
+            )
         super().__init__(model, config, arguments)
         if config.grad_checkpointing:
             self.vit.patch_embed.set_grad_checkpointing(True)
