@@ -17,9 +17,11 @@ from ssl_vit.models.config import EncoderConfig
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.objectives.dino import DINOConfig
 from ssl_vit.objectives.dinov2 import DINOv2Config
+from ssl_vit.objectives.fcmae import FCMAEConfig
 from ssl_vit.objectives.finetune import FineTuneConfig
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.objectives.objective import Objective, ObjectiveConfig
+from ssl_vit.objectives.simmim import SimMIMConfig
 from tests.conftest import TINY
 from tests.families import CANNOT_DROP, CANNOT_MASK, FAMILIES
 from tests.specs import grey
@@ -42,6 +44,9 @@ OBJECTIVES = {
     "finetune, class token, average of weights": FineTuneConfig(
         num_classes=3, pool="cls", model_ema=0.9, rand_augment=None
     ),
+    "simmim": SimMIMConfig(),
+    "simmim, normalised target": SimMIMConfig(norm_target=5, mask_ratio=0.3),
+    "fcmae": FCMAEConfig(decoder_embed_dim=16),
     "dinov2, centred, shared head, trainable norms": DINOv2Config(**SMALL_HEAD, mask_prob=1.0, centering="center"),
 }
 
@@ -52,6 +57,10 @@ def refusal(encoder: str, objective: str) -> str | None:
         return "mae: drops tokens before the first block, which .* cannot; use a Vision Transformer"
     if objective.startswith("dinov2") and encoder in CANNOT_MASK:
         return "ibot_weight=1.0: iBOT masks tokens, which .* cannot.*; use ibot_weight 0, DINO, or"
+    if objective.startswith("simmim") and encoder in CANNOT_MASK:
+        return "simmim: masks tokens, which .* cannot, since its stem mixes pixels of neighbours; use vit_"
+    if objective == "fcmae" and encoder not in ("convnext", "convnextv2"):
+        return "fcmae: computes from visible tokens alone, which .* cannot; use convnextv2_"
     return None
 
 
@@ -88,6 +97,8 @@ def config_of(name: str, encoder: Encoder) -> ObjectiveConfig:
     config = OBJECTIVES[name]
     if isinstance(config, DINOConfig):  # one or two tokens a side
         config = dataclasses.replace(config, local_crop_size=encoder.stride)
+    if isinstance(config, SimMIMConfig):
+        config = dataclasses.replace(config, mask_unit=encoder.stride[0])
     return config
 
 

@@ -36,6 +36,14 @@ def warmup_cosine(progress: float, warmup: float, peak: float, end: float) -> fl
     return cosine((progress - warmup) / (1 - warmup), peak, end)
 
 
+def warmup_drop(progress: float, warmup: float, peak: float, drop_at: float) -> float:
+    """Linear from 0 to `peak` over the first `warmup` share of the run, then `peak`, and a tenth of it from `drop_at`
+    on."""
+    if progress < warmup:
+        return peak * progress / warmup
+    return peak if progress < drop_at else 0.1 * peak
+
+
 def warmup_linear(progress: float, warmup: float, start: float, end: float) -> float:
     """Linear from `start` to `end` over the first `warmup` share of the run, then `end`."""
     return start + (end - start) * progress / warmup if progress < warmup else end

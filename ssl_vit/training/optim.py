@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ssl_vit.core.schedules import cosine, warmup_cosine
+from ssl_vit.core.schedules import cosine, warmup_cosine, warmup_drop
 from ssl_vit.core.settings import check_ranges
 from ssl_vit.objectives.objective import Objective
 
@@ -26,6 +26,9 @@ class OptimConfig:
     """Learning rate at the end of the run."""
     warmup: float | Literal["auto"] = 0.05
     """Share of the run over which the rate grows from 0 (40 of 800 epochs are 0.05), or auto."""
+    drop_at: float | None = None
+    """Keep the rate after warm-up, and a tenth of it from this share of the run on (SimMIM's 800 epochs: .875); null
+    decays along a cosine to min_lr."""
     weight_decay: float = 0.05
     """Weight decay at the start; biases and one-dimensional parameters have none."""
     weight_decay_end: float | None = None
@@ -47,6 +50,7 @@ class OptimConfig:
             weight_decay_end="[0, inf)",
             warmup="[0, 1); it is a share of the run: 40 of 800 epochs are 0.05",
             betas="[0, 1)",
+            drop_at="(0, 1); it is a share of the run: 700 of 800 epochs are 0.875",
         )
 
     def peak_lr(self, batch_size: int) -> float:
@@ -54,6 +58,19 @@ class OptimConfig:
         if self.lr_scaling == "linear":
             return self.base_lr * batch_size / 256
         return self.base_lr * math.sqrt(batch_size / 1024)
+
+    def lr_at(self, progress: float, batch_size: int) -> float:
+        """Learning rate at this point of the run.
+
+        Raises:
+            ValueError: `warmup` is still `auto`.
+        """
+        if self.warmup == "auto":
+            raise ValueError("optim.warmup='auto': follows from a run's length; use RunConfig.resolve or give a number")
+        peak = self.peak_lr(batch_size)
+        if self.drop_at is None:
+            return warmup_cosine(progress, self.warmup, peak, self.min_lr)
+        return warmup_drop(progress, self.warmup, peak, self.drop_at)
 
 
 def build_optimizer(objective: Objective, config: OptimConfig, precision: str = "no") -> torch.optim.AdamW:
@@ -84,9 +101,7 @@ def set_schedule(
     Returns:
         The unscaled "lr" and "weight_decay", for the log.
     """
-    if config.warmup == "auto":
-        raise ValueError("optim.warmup='auto': follows from a run's length; use RunConfig.resolve or give a number")
-    lr = warmup_cosine(progress, config.warmup, config.peak_lr(batch_size), config.min_lr)
+    lr = config.lr_at(progress, batch_size)
     end = config.weight_decay if config.weight_decay_end is None else config.weight_decay_end
     weight_decay = cosine(progress, config.weight_decay, end)
     for group in optimizer.param_groups:

@@ -13,7 +13,6 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from ssl_vit.core.distributed import PROCESS_GROUP_KWARGS, on_main_process, start_processes
 from ssl_vit.core.machine import resolve_precision
-from ssl_vit.core.schedules import warmup_cosine
 from ssl_vit.core.settings import section
 from ssl_vit.core.text import plain
 from ssl_vit.data.bad_images import look_beforehand
@@ -271,9 +270,9 @@ def describe(run: Run, precision: str, checkpoint: Path | None) -> None:
     for note in notes:
         accelerator.print(f"note       {plain(note)}")
     if config.extended:
-        (step, length), peak = config.extended[-1], config.optim.peak_lr(config.batch.size)
+        step, length = config.extended[-1]
         done = config.progress(step, run.num_steps)
-        lr = warmup_cosine(done, float(config.optim.warmup), peak, config.optim.min_lr)
+        lr = config.optim.lr_at(done, config.batch.size)
         how = "schedules begin anew" if done == 0 else f"schedules are stretched from progress {done:.3g}"
         accelerator.print(f"lengthened at step {step:,} of {length:,}: {how}, lr {lr:.2e}, to step {run.num_steps:,}")
     if checkpoint is not None:

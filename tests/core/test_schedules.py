@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from ssl_vit.core.schedules import cosine, warmup_cosine, warmup_linear
+from ssl_vit.core.schedules import cosine, warmup_cosine, warmup_drop, warmup_linear
 
 
 def test_warm_up_is_a_line_from_zero_and_then_half_a_cosine() -> None:
@@ -34,3 +34,9 @@ def test_a_linear_warm_up_ends_at_its_end() -> None:
     values = [warmup_linear(progress, 0.3, 0.04, 0.07) for progress in (0.0, 0.15, 0.3, 1.0)]
     assert values == pytest.approx([0.04, 0.055, 0.07, 0.07])
     assert warmup_linear(0.0, 0.0, 0.04, 0.07) == 0.07
+
+
+def test_a_rate_that_drops_is_constant_before_and_after() -> None:
+    """SimMIM's 800 epochs: 10 of warm-up, a tenth from epoch 700 on."""
+    found = [warmup_drop(epoch / 800, 10 / 800, 2.0, 0.875) for epoch in (0, 5, 10, 699, 700, 800)]
+    assert found == pytest.approx([0.0, 1.0, 2.0, 2.0, 0.2, 0.2])
