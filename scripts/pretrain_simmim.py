@@ -24,9 +24,7 @@ DEFAULTS = RunConfig(
     epochs=100,
     encoder=EncoderConfig("swin_base_patch4_window7_224", image_size=192, model_args={"window_size": 6}),
     batch=BatchConfig(size=2048),
-    optim=OptimConfig(
-        base_lr=1e-4, min_lr=1e-5, warmup=0.1, weight_decay=0.05, betas=(0.9, 0.999), clip_grad=5.0
-    ),
+    optim=OptimConfig(base_lr=1e-4, min_lr=1e-5, warmup=0.1, weight_decay=0.05, betas=(0.9, 0.999), clip_grad=5.0),
 )
 
 if __name__ == "__main__":

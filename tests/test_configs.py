@@ -65,7 +65,8 @@ def settings_of(script: str, words: list[str]) -> Any:
     if "--encoder.pretrained" in words:
         start = words.index("--encoder.pretrained")
         words = words[:start] + words[start + 2 :]
-    names = {f"pretrain_{name}": name for name in ("mae", "dino", "dinov2", "simmim", "fcmae")} | {"attentive_probe": "attentive"}
+    pretraining = ("mae", "dino", "dinov2", "simmim", "fcmae")
+    names = {f"pretrain_{name}": name for name in pretraining} | {"attentive_probe": "attentive"}
     return parse_run(DEFAULTS[names.get(script, script)], words)
 
 
