@@ -279,46 +279,6 @@ def test_the_cards_code_gives_the_scored_feature(
     assert f"; {words[scored]} stands for an image" in (folder / "README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("learned positions", "A Vision Transformer pre-trained"),
-        ("hybrid", "A Vision Transformer behind a CNN pre-trained"),
-        ("swin", "A Swin Transformer pre-trained"),
-        ("swinv2", "A Swin Transformer pre-trained"),
-        ("convnext", "A ConvNeXt pre-trained"),
-        ("convnextv2", "A ConvNeXt pre-trained"),
-    ],
-)
-def test_the_card_says_what_the_backbone_is_and_its_pyramid_is_that_of_its_stages(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: str
-) -> None:
-    trained = build(ENCODERS[name], "DINO")
-    encoder, model = trained.encoder, trained.encoder.model
-    monkeypatch.chdir(export_to(trained, "timm", tmp_path, proof_images(trained)).folder)
-    card = Path("README.md").read_text()
-    assert words in card
-    assert ("; class token and " in card) == encoder.has_cls_token
-    assert f"one for {encoder.stride[0]} x {encoder.stride[1]} pixels" in card
-    if name in ("learned positions", "hybrid"):
-        assert "features_only" not in card
-        return
-    found: dict[str, Any] = {}
-    exec(re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)[1], found)
-    maps: list[torch.Tensor] = []
-    for stage in model.stages if name.startswith("convnext") else model.layers:
-        stage.register_forward_hook(lambda module, inputs, output: maps.append(output))
-    images = torch.randn(2, encoder.in_chans, *(2 * side for side in encoder.image_size))
-    with torch.inference_mode():
-        encoder(images)
-        for output, expected in zip(found["pyramid"](images), maps, strict=True):
-            torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
-    assert [tuple(shown.shape[1:2]) for shown in found["maps"]] == [(width,) for width in found["channels"]]
-    assert found["strides"] == encoder.strides
-    sides = [encoder.image_size[0] // stride for stride in encoder.strides]
-    assert [shown.shape[2] for shown in found["maps"]] == sides
-
-
 def test_the_card_of_an_mae_with_its_decoder_predicts_patches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = build(ENCODERS["learned positions"])
     monkeypatch.chdir(export_to(trained, "transformers_mae", tmp_path, proof_images(trained)).folder)
