@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 from safetensors.torch import load_file
 
-from scripts import pretrain_dino, pretrain_dinov2, pretrain_mae
+from scripts import pretrain_dino, pretrain_dinov2, pretrain_fcmae, pretrain_mae, pretrain_simmim
 from ssl_vit.models.config import EncoderConfig
 from ssl_vit.models.vit import ViT
 from ssl_vit.runs.checkpoint import list_checkpoints
@@ -99,10 +99,13 @@ SMALL_DINO = [
 ]
 # LayerScale's 1e-5 would leave all class tokens the same for a dozen steps, and KoLeo with nothing but rounding errors.
 SMALL_DINOV2 = [*SMALL_DINO, "--optim.base_lr=0.01", "--encoder.layer_scale=1.0"]
+SMALL_MASKED = [*SMALL_ENCODER, "--encoder.model_args={}", "--optim.base_lr=0.032"]
 OBJECTIVES = {
     "mae": (pretrain_mae.DEFAULTS, SMALL_RUN),
     "dino": (pretrain_dino.DEFAULTS, SMALL_DINO),
     "dinov2": (pretrain_dinov2.DEFAULTS, SMALL_DINOV2),
+    "simmim": (pretrain_simmim.DEFAULTS, [*SMALL_MASKED, "--objective.mask_unit=16"]),
+    "fcmae": (pretrain_fcmae.DEFAULTS, [*SMALL_MASKED, "--objective.decoder_embed_dim=16"]),
 }
 
 

@@ -23,8 +23,11 @@ RUNS = [
     *(("dino", name) for name in ("distilled", "hybrid", "dinov3", "swin", "swinv2", "convnext")),
     *(("dinov2", name) for name in ("dinov3", "swin", "convnext")),
     *(("mae", name) for name in ("distilled", "dinov3", "eva02")),
+    *(("simmim", name) for name in ("swin", "dinov3", "convnextv2")),
+    *(("fcmae", name) for name in ("convnext", "convnextv2")),
 ]
 QUICK = [("dino", "swin"), ("dino", "hybrid"), ("dinov2", "convnext"), ("mae", "dinov3"), ("mae", "distilled")]
+QUICK += [("simmim", "swin"), ("fcmae", "convnextv2")]
 CASES = [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for pair in RUNS]
 SHARDED = [QUICK[0], QUICK[2], QUICK[3]]  # with Swin, ConvNeXt and a ViT
 

@@ -218,7 +218,8 @@ class EncoderConfig:
             family = replace(self, arch=arch).family()
         except ValueError:  # said when it is built
             return self
-        return replace(self, **{name: _default(name) for name in family.other_settings})
+        others = family.other_settings if family is self.family() else (*family.other_settings, "model_args")
+        return replace(self, **{name: {} if name == "model_args" else _default(name) for name in others})
 
     def build(self) -> Encoder:
         """Build the encoder with fresh weights.
