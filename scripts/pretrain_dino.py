@@ -1,4 +1,4 @@
-"""Pre-train a Vision Transformer with DINO; without any setting, the quickstart runs.
+"""Pre-train a vision backbone with DINO; without any setting, the quickstart runs.
 
     accelerate launch scripts/pretrain_dino.py --data.source FOLDER --output_dir runs/NAME
 

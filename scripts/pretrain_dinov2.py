@@ -1,4 +1,4 @@
-"""Pre-train a Vision Transformer with DINOv2; without any setting, the quickstart runs.
+"""Pre-train a vision backbone with DINOv2; without any setting, the quickstart runs.
 
     accelerate launch scripts/pretrain_dinov2.py --data.source FOLDER --output_dir runs/NAME
 

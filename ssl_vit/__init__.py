@@ -1,3 +1,3 @@
-"""ssl_vit: self-supervised pre-training of Vision Transformers on your own images."""
+"""ssl_vit: self-supervised pre-training of vision backbones on your own images."""
 
 __version__ = "0.1.0"
