@@ -184,7 +184,9 @@ def _mae(config: RunConfig) -> MAEConfig:
 def _shape(config: RunConfig) -> ViT:
     """Our encoder without weights, for its sizes."""
     with torch.device("meta"):
-        return config.encoder.build()
+        encoder = config.encoder.build()
+    assert isinstance(encoder, ViT)  # others are refused above
+    return encoder
 
 
 def _timm_vit(config: RunConfig) -> nn.Module:

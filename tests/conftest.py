@@ -99,14 +99,21 @@ SMALL_DINO = [
 ]
 # LayerScale's 1e-5 would leave all class tokens the same for a dozen steps, and KoLeo with nothing but rounding errors.
 SMALL_DINOV2 = [*SMALL_DINO, "--optim.base_lr=0.01", "--encoder.layer_scale=1.0"]
-SMALL_MASKED = [*SMALL_ENCODER, "--encoder.model_args={}", "--optim.base_lr=0.032"]
+SMALL_CONVNEXT = [
+    "--encoder.arch=convnextv2_atto",
+    "--encoder.image_size=64",
+    "--encoder.model_args={depths: [1, 1, 2, 1], dims: [8, 16, 24, 40]}",
+    *(flag for flag in SMALL_ENCODER if not flag.startswith("--encoder.")),
+]
 OBJECTIVES = {
     "mae": (pretrain_mae.DEFAULTS, SMALL_RUN),
     "dino": (pretrain_dino.DEFAULTS, SMALL_DINO),
     "dinov2": (pretrain_dinov2.DEFAULTS, SMALL_DINOV2),
-    "simmim": (pretrain_simmim.DEFAULTS, [*SMALL_MASKED, "--objective.mask_unit=16"]),
-    "fcmae": (pretrain_fcmae.DEFAULTS, [*SMALL_MASKED, "--objective.decoder_embed_dim=16"]),
+    "simmim": (pretrain_simmim.DEFAULTS, [*SMALL_ENCODER, "--optim.base_lr=0.032", "--objective.mask_unit=16"]),
+    "fcmae": (pretrain_fcmae.DEFAULTS, [*SMALL_CONVNEXT, "--optim.base_lr=0.032", "--objective.decoder_embed_dim=16"]),
 }
+RECORDED = ("mae", "dino", "dinov2")
+"""Objectives whose recorded runs are tested."""
 
 
 @pytest.fixture

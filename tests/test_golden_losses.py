@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import GOLDEN, OBJECTIVES, loss_tolerance, losses, machine
+from tests.conftest import GOLDEN, loss_tolerance, losses, machine
 
 FILE = GOLDEN / "losses.json"
 FLAGS = {
@@ -20,7 +20,7 @@ FLAGS = {
 }
 
 
-@pytest.mark.parametrize("objective", list(OBJECTIVES))
+@pytest.mark.parametrize("objective", ["mae", "dino", "dinov2"])
 def test_losses_of_twenty_steps(
     start: Callable[..., int], tmp_path: Path, request: pytest.FixtureRequest, objective: str
 ) -> None:

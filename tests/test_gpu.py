@@ -19,7 +19,7 @@ from ssl_vit.training.device import cuda_graphs
 from ssl_vit.training.device.cuda_graphs import BlockGraphs
 from ssl_vit.training.step import prepare_step
 from tests.compiled import TINY
-from tests.conftest import OBJECTIVES, ROOT, losses
+from tests.conftest import OBJECTIVES, RECORDED, ROOT, losses
 from tests.training.device.test_cuda_graphs import check_two_passes
 from tests.training.test_faults import EVERY_STEP, break_steps, same, state_at
 
@@ -37,7 +37,7 @@ DROPS = "--encoder.drop_path_rate=0.2"
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize(("precision", "recorded"), [("bf16", "true"), ("bf16", "false"), ("no", "false")])
-@pytest.mark.parametrize("objective", list(OBJECTIVES))
+@pytest.mark.parametrize("objective", RECORDED)
 def test_a_step_never_waits_for_the_device(objective: str, precision: str, recorded: str) -> None:
     """From the collated batch to the teacher's average: the host only ever hands out work."""
     defaults, small = OBJECTIVES[objective]
@@ -98,7 +98,7 @@ def test_tf32_is_used_where_it_is_asked_for(start: Callable[..., int]) -> None:
 
 
 @pytest.mark.parametrize(("precision", "rounding"), [("no", 1e-4), ("bf16", 2e-2)])
-@pytest.mark.parametrize("objective", list(OBJECTIVES))
+@pytest.mark.parametrize("objective", RECORDED)
 def test_recorded_blocks_have_the_gradients_of_blocks_as_written(
     objective: str, precision: str, rounding: float
 ) -> None:
@@ -123,7 +123,7 @@ def test_recorded_blocks_have_the_gradients_of_blocks_as_written(
         assert (replayed[name] - gradient).norm() <= rounding * gradient.norm() + noise, name
 
 
-@pytest.mark.parametrize("objective", list(OBJECTIVES))
+@pytest.mark.parametrize("objective", RECORDED)
 def test_a_recorded_run_learns_and_goes_on_as_one_that_is_not(
     start: Callable[..., int], tmp_path: Path, objective: str
 ) -> None:

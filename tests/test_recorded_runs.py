@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from ssl_vit.runs.checkpoint import list_checkpoints
-from tests.conftest import OBJECTIVES, losses
+from tests.conftest import RECORDED, losses
 from tests.reruns import FakeCapture, Rerun
 from tests.training.test_faults import EVERY_STEP, same, state_at
 
 
 @pytest.mark.usefixtures("quick_scores")
-@pytest.mark.parametrize("objective", list(OBJECTIVES))
+@pytest.mark.parametrize("objective", RECORDED)
 def test_a_recorded_run_learns_what_blocks_as_written_learn(
     start: Callable[..., int],
     tmp_path: Path,
