@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 from safetensors.torch import load_file
 
-from scripts import pretrain_dino, pretrain_dinov2, pretrain_fcmae, pretrain_mae, pretrain_simmim
+from scripts import pretrain_dino, pretrain_dinov2, pretrain_fcmae, pretrain_lejepa, pretrain_mae, pretrain_simmim
 from ssl_vit.models.config import EncoderConfig
 from ssl_vit.models.vit import ViT
 from ssl_vit.runs.checkpoint import list_checkpoints
@@ -105,12 +105,22 @@ SMALL_CONVNEXT = [
     "--encoder.model_args={depths: [1, 1, 2, 1], dims: [8, 16, 24, 40]}",
     *(flag for flag in SMALL_ENCODER if not flag.startswith("--encoder.")),
 ]
+SMALL_LEJEPA = [
+    *SMALL_ENCODER,
+    "--optim.base_lr=0.032",
+    "--objective.hidden_dim=48",
+    "--objective.projection_dim=16",
+    "--objective.num_directions=64",
+    "--objective.num_local_crops=2",
+    "--objective.local_crop_size=16",
+]
 OBJECTIVES = {
     "mae": (pretrain_mae.DEFAULTS, SMALL_RUN),
     "dino": (pretrain_dino.DEFAULTS, SMALL_DINO),
     "dinov2": (pretrain_dinov2.DEFAULTS, SMALL_DINOV2),
     "simmim": (pretrain_simmim.DEFAULTS, [*SMALL_ENCODER, "--optim.base_lr=0.032", "--objective.mask_unit=16"]),
     "fcmae": (pretrain_fcmae.DEFAULTS, [*SMALL_CONVNEXT, "--optim.base_lr=0.032", "--objective.decoder_embed_dim=16"]),
+    "lejepa": (pretrain_lejepa.DEFAULTS, SMALL_LEJEPA),
 }
 RECORDED = ("mae", "dino", "dinov2")
 """Objectives whose recorded runs are tested."""

@@ -14,6 +14,7 @@ from scripts import (
     pretrain_dino,
     pretrain_dinov2,
     pretrain_fcmae,
+    pretrain_lejepa,
     pretrain_mae,
     pretrain_simmim,
 )
@@ -29,6 +30,7 @@ DEFAULTS = {
     "dinov2": pretrain_dinov2.DEFAULTS,
     "simmim": pretrain_simmim.DEFAULTS,
     "fcmae": pretrain_fcmae.DEFAULTS,
+    "lejepa": pretrain_lejepa.DEFAULTS,
     "finetune": finetune.DEFAULTS,
     "attentive": attentive_probe.DEFAULTS,
 }
@@ -65,7 +67,7 @@ def settings_of(script: str, words: list[str]) -> Any:
     if "--encoder.pretrained" in words:
         start = words.index("--encoder.pretrained")
         words = words[:start] + words[start + 2 :]
-    pretraining = ("mae", "dino", "dinov2", "simmim", "fcmae")
+    pretraining = ("mae", "dino", "dinov2", "simmim", "fcmae", "lejepa")
     names = {f"pretrain_{name}": name for name in pretraining} | {"attentive_probe": "attentive"}
     return parse_run(DEFAULTS[names.get(script, script)], words)
 

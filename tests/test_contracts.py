@@ -12,6 +12,7 @@ import timm
 import torch
 from torch import Tensor
 
+from ssl_vit.data.augment.multicrop import MultiCropConfig
 from ssl_vit.data.transform import InputSpec
 from ssl_vit.models.config import EncoderConfig
 from ssl_vit.models.encoder import Encoder
@@ -19,6 +20,7 @@ from ssl_vit.objectives.dino import DINOConfig
 from ssl_vit.objectives.dinov2 import DINOv2Config
 from ssl_vit.objectives.fcmae import FCMAEConfig
 from ssl_vit.objectives.finetune import FineTuneConfig
+from ssl_vit.objectives.lejepa import LeJEPAConfig
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.objectives.objective import Objective, ObjectiveConfig
 from ssl_vit.objectives.simmim import SimMIMConfig
@@ -47,6 +49,8 @@ OBJECTIVES = {
     "simmim": SimMIMConfig(),
     "simmim, normalised target": SimMIMConfig(norm_target=5, mask_ratio=0.3),
     "fcmae": FCMAEConfig(decoder_embed_dim=16),
+    "lejepa": LeJEPAConfig(hidden_dim=24, projection_dim=8, num_directions=16, num_local_crops=2),
+    "lejepa, SIGReg": LeJEPAConfig(regulariser="sigreg", hidden_dim=24, projection_dim=8, num_local_crops=0),
     "dinov2, centred, shared head, trainable norms": DINOv2Config(**SMALL_HEAD, mask_prob=1.0, centering="center"),
 }
 
@@ -95,7 +99,7 @@ def config(names: tuple[str, str]) -> ObjectiveConfig:
 
 def config_of(name: str, encoder: Encoder) -> ObjectiveConfig:
     config = OBJECTIVES[name]
-    if isinstance(config, DINOConfig):  # one or two tokens a side
+    if isinstance(config, MultiCropConfig):  # one or two tokens a side
         config = dataclasses.replace(config, local_crop_size=encoder.stride)
     if isinstance(config, SimMIMConfig):
         config = dataclasses.replace(config, mask_unit=encoder.stride[0])

@@ -25,9 +25,10 @@ RUNS = [
     *(("mae", name) for name in ("distilled", "dinov3", "eva02")),
     *(("simmim", name) for name in ("swin", "dinov3", "convnextv2")),
     *(("fcmae", name) for name in ("convnext", "convnextv2")),
+    *(("lejepa", name) for name in ("swin", "dinov3", "convnext")),
 ]
 QUICK = [("dino", "swin"), ("dino", "hybrid"), ("dinov2", "convnext"), ("mae", "dinov3"), ("mae", "distilled")]
-QUICK += [("simmim", "swin"), ("fcmae", "convnextv2")]
+QUICK += [("simmim", "swin"), ("fcmae", "convnextv2"), ("lejepa", "dinov3")]
 CASES = [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for pair in RUNS]
 SHARDED = [QUICK[0], QUICK[2], QUICK[3]]  # with Swin, ConvNeXt and a ViT
 
@@ -51,7 +52,8 @@ def in_two_processes(
 ) -> dict[str, Path]:
     """Runs of two processes by objective, family and `ddp` or `fsdp`; one launch for all that tests ask for.
 
-    Each process takes two micro-batches a step, but for DINOv2: Sinkhorn-Knopp and KoLeo are over a micro-batch.
+    Each process takes two micro-batches a step, but for objectives with statistics over a micro-batch: DINOv2
+    (Sinkhorn-Knopp, KoLeo) and LeJEPA.
     """
     asked = [
         tuple(item.callspec.params.values())
@@ -64,7 +66,10 @@ def in_two_processes(
         for objective, name in (pair for pair in pairs if pair in asked):
             key = f"{objective}_{name}_{kind}"
             flags = [f"--data.source={photo_folder}", f"--output_dir={desk / key}", f"--steps={STEPS}"]
-            flags += [*flags_of(objective, name), *([] if objective == "dinov2" else ["--batch.per_device=2"])]
+            flags += [
+                *flags_of(objective, name),
+                *([] if objective in ("dinov2", "lejepa") else ["--batch.per_device=2"]),
+            ]
             jobs[key] = {"objective": objective, "flags": flags, "fsdp2": kind == "fsdp"}
     file = desk / "jobs.json"
     file.write_text(json.dumps(list(jobs.values())))

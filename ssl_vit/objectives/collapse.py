@@ -97,6 +97,26 @@ def diagnose(
     return " ".join([what, *found, f"{'Else try' if found else 'Try'} {advice}, or half the optim.base_lr."])
 
 
+def diagnose_views(values: Mapping[str, float], run: Mapping[str, Any] | None = None) -> str | None:
+    """As `diagnose`, for objectives without a teacher and prototypes (LeJEPA).
+
+    Args:
+        values: feature_std (0 to 1) of the class tokens; projection_rank, the share of the dimensions that a batch's
+            projections could use and do.
+        run: known settings, as in a run's config.yaml.
+    """
+    if values["feature_std"] < 0.05:
+        what = f"All images get nearly the same features (spread {values['feature_std']:.3f} of 1)."
+    elif values["projection_rank"] < 0.1:
+        what = f"The projections use few dimensions ({values['projection_rank']:.1%} of those that they could)."
+    else:
+        return None
+    batch = ((run or {}).get("batch") or {}).get("size")
+    small = isinstance(batch, int) and batch < 64
+    cause = f" batch.size {batch} is small: 64 or more, without accumulation." if small else ""
+    return f"{what}{cause} {'Else try' if small else 'Try'} a higher objective.weight, or half the optim.base_lr."
+
+
 def causes(settings: Mapping[str, Any], *, is_uniform: bool) -> list[str]:
     """Sentences on settings that alone explain a collapse, the surest first; README's "If it collapses" lists them too.
 

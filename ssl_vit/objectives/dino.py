@@ -15,15 +15,15 @@ from ssl_vit.core.distributed import mean_over_processes
 from ssl_vit.core.schedules import cosine, warmup_linear
 from ssl_vit.core.settings import check_ranges
 from ssl_vit.data.augment.multicrop import MultiCropConfig
-from ssl_vit.models.attention_maps import attention_maps, has_cls_attention
-from ssl_vit.models.encoder import Encoder, Features
+from ssl_vit.models.encoder import Encoder
 from ssl_vit.objectives.centering import Centering, RunningMean, centered_probs
 from ssl_vit.objectives.collapse import PrototypeUse, diagnose, feature_std, rankme
 from ssl_vit.objectives.heads import DINOHead
-from ssl_vit.objectives.objective import AttentionMaps, Objective, ParamGroup, PatchTokens, Resolved, RunSize, Taken
+from ssl_vit.objectives.objective import ParamGroup, Resolved, RunSize, Taken
 from ssl_vit.objectives.prototype_loss import cross_entropy, dino_prototype_loss, num_terms
 from ssl_vit.objectives.recipes import resolve_distillation
 from ssl_vit.objectives.teacher import Teacher
+from ssl_vit.objectives.views import ViewsObjective, by_size
 
 Auto = Literal["auto"]
 
@@ -107,10 +107,9 @@ class DINOConfig(MultiCropConfig):
         return DINO(self, encoder)
 
 
-class DINO(Objective):
+class DINO(ViewsObjective):
     """A student that predicts, from all crops, the output of its slower copy on the global crops."""
 
-    pooled = "cls"
     teacher: Teacher
     teacher_encoder: Encoder
     teacher_head: DINOHead
@@ -161,21 +160,6 @@ class DINO(Objective):
             **self.observe(loss, teacher.cls, teacher_probs, progress),
             **self._schedules(progress, loss.device),
         }
-
-    def encode(self, encoder: Encoder, crops: list[Float[Tensor, "_ _ c _ _"]], **how: Any) -> list[Features]:
-        """Features of crops [b v c h w] of several sizes, views first: cls [v b d], patches [v b n d].
-
-        Args:
-            how: arguments of `Encoder.forward_groups`: `mask` and `mask_token` for the first size, or `cls_only`.
-        """
-        groups = encoder.forward_groups([rearrange(views, "b v c h w -> (v b) c h w") for views in crops], **how)
-        return [
-            Features(
-                rearrange(cls, "(v b) d -> v b d", v=views.shape[1]),
-                rearrange(patches, "(v b) n d -> v b n d", v=views.shape[1]),
-            )
-            for (cls, patches), views in zip(groups, crops, strict=True)
-        ]
 
     def center_probs(
         self, logits: Float[Tensor, "v b k"], center: Float[Tensor, "1 k"], temp: float
@@ -245,29 +229,9 @@ class DINO(Objective):
                     groups.append(dataclasses.replace(group, params=params, freeze_until=until))
         return groups
 
-    @property
-    def figure_file(self) -> str:
-        return "attention.png" if has_cls_attention(self.teacher_encoder) else "pca.png"
-
-    def preview(self, images: Float[Tensor, "b c h w"], rng: np.random.Generator) -> AttentionMaps | PatchTokens | None:
-        encoder = self.teacher_encoder
-        if has_cls_attention(encoder):
-            return AttentionMaps(attention_maps(encoder, images))
-        grid = encoder.grid_of(*images.shape[-2:])
-        if len(images) * grid[0] * grid[1] < 4:  # too few for the three components that the figure shows
-            return None
-        with torch.inference_mode():
-            return PatchTokens(encoder(images).patches, grid)
-
     def _schedules(self, progress: float, device: torch.device) -> dict[str, Tensor]:
         values = {"teacher_temp": self.teacher_temp(progress), "ema_momentum": self.ema_momentum(progress)}
         return {name: torch.full((), value, device=device) for name, value in values.items()}
-
-
-def by_size(batch: Mapping[str, Tensor]) -> list[Float[Tensor, "b v c h w"]]:
-    """All crops, global ones first, in one tensor per size."""
-    crops = [batch[name] for name in ("global_crops", "local_crops") if name in batch]
-    return [torch.cat(crops, dim=1)] if len({views.shape[-2:] for views in crops}) == 1 else crops
 
 
 def dino_loss(

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-from ssl_vit.objectives.collapse import diagnose
+from ssl_vit.objectives.collapse import diagnose, diagnose_views
 from ssl_vit.runs.record import RunData
 
 MIN_RECORDS = 5  # log intervals after the warm-up
@@ -69,6 +69,9 @@ def _collapse(run: RunData, records: Sequence[Mapping[str, Any]]) -> str | None:
     prototypes = run.settings["objective"].get("num_prototypes")
     needed = ("teacher_entropy", "kl", "feature_std", "prototypes_used")
     last = records[-PATIENCE:]
+    if all(_is_finite(record.get(name)) for record in last for name in ("feature_std", "projection_rank")):
+        signs = [diagnose_views(record, run.settings) for record in last]
+        return signs[-1] if all(signs) else None
     if not isinstance(prototypes, int) or not all(_is_finite(record.get(name)) for record in last for name in needed):
         return None
     known = {**run.settings, "num_images": run.provenance.get("num_images")}

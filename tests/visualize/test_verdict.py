@@ -49,6 +49,13 @@ def test_a_falling_loss_is_learning_and_a_flat_one_is_not() -> None:
     assert flat.reasons[0].startswith("The loss fell by 0.1 %")
 
 
+def test_objectives_without_prototypes_are_judged_by_their_projections() -> None:
+    assert assess(run(falling(feature_std=0.6, projection_rank=0.7))).word == "learning"
+    collapsed = assess(run(falling(feature_std=0.6, projection_rank=0.05)))
+    assert collapsed.word == "collapsing"
+    assert collapsed.reasons[0].startswith("The projections use few dimensions (5.0%")
+
+
 @pytest.mark.parametrize(("wait", "word"), [(0.39, "learning"), (0.41, "starved for data")])
 def test_a_run_that_waits_is_starved(wait: float, word: str) -> None:
     found = assess(run(falling(data_wait=wait)))
