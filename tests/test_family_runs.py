@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -94,7 +95,7 @@ def test_kills_processes_and_micro_batches_do_not_change_what_is_learned(
     assert start(*flags, objective=objective, steps=STEPS) == 0
     assert same(state_at(whole, STEPS), state_at(run, STEPS)) == []
     assert losses(run) == losses(whole)
-    assert_close(in_two_processes[f"{objective}_{name}_ddp"], whole)
+    assert_close(in_two_processes[f"{objective}_{name}_ddp"], whole, objective)
 
 
 @pytest.mark.parametrize(("objective", "name"), SHARDED)
@@ -103,9 +104,14 @@ def test_shards_learn_what_whole_models_learn(in_two_processes: dict[str, Path],
     assert_close(fsdp, ddp)
 
 
-def assert_close(found: Path, expected: Path) -> None:
+# LeJEPA's projector begins with a batch norm: what is added to all features has a gradient of rounding errors alone.
+NO_GRADIENT = re.compile(r"encoder\.(vit|net)\.(head\.)?norm\.bias$")
+
+
+def assert_close(found: Path, expected: Path, objective: str = "") -> None:
     """The same losses and weights but for rounding."""
     assert losses(found) == pytest.approx(losses(expected), rel=1e-4)
     weights = last_weights(found)
     for name, value in last_weights(expected).items():
-        torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=2e-4)
+        if objective != "lejepa" or not NO_GRADIENT.match(name):
+            torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=2e-4, msg=f"{name} differs")
