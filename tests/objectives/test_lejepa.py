@@ -1,9 +1,12 @@
+import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ssl_vit.models.config import EncoderConfig
@@ -17,6 +20,7 @@ from ssl_vit.objectives.lejepa import (
 )
 from ssl_vit.objectives.objective import RunSize
 from tests.conftest import GOLDEN, TINY
+from tests.processes import SERVER, environments
 from tests.specs import spec
 
 SMALL = {"hidden_dim": 48, "projection_dim": 16, "num_directions": 32, "num_local_crops": 2, "local_crop_size": 16}
@@ -126,6 +130,50 @@ def test_directions_follow_from_progress_alone() -> None:
     assert torch.equal(first, draw_directions(4, 8, 0.25))
     # Halves and quarters differ in the highest bits alone.
     assert len({draw_directions(4, 8, step / 64)[0, 0].item() for step in range(64)}) == 64
+
+
+def _gradients_of_a_share(environment: dict[str, str], folder: Path) -> None:
+    """What one process of a launch does: the average of all processes' losses and gradients, into a file."""
+    os.environ.update(environment)
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    found = {}
+    for regulariser in ("visreg", "sigreg"):
+        objective, batch = seeded(regulariser)
+        found |= gradients(objective, {name: crops[rank::size] for name, crops in batch.items()})
+    for value in found.values():
+        dist.all_reduce(value)
+    if rank == 0:
+        save_file({name: value / size for name, value in found.items()}, folder / "found.safetensors")
+    dist.destroy_process_group()
+
+
+def seeded(regulariser: str) -> tuple[LeJEPA, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    return build(regulariser=regulariser), random_batch(8)
+
+
+def gradients(objective: LeJEPA, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    loss = objective(batch, 0.5)["loss"]
+    loss.backward()
+    name = objective.config.regulariser
+    found = {f"{name} {key}": p.grad for key, p in objective.named_parameters() if p.grad is not None}
+    return {f"{name} loss": loss.detach()[None], **found}
+
+
+def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path: Path) -> None:
+    processes = [
+        SERVER.Process(target=_gradients_of_a_share, args=(environment, tmp_path)) for environment in environments(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(100)
+    assert [process.exitcode for process in processes] == [0, 0]
+    found = load_file(tmp_path / "found.safetensors")
+    for regulariser in ("visreg", "sigreg"):
+        for name, expected in gradients(*seeded(regulariser)).items():
+            torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-5 * float(expected.norm()) + 1e-6)
 
 
 @pytest.mark.parametrize(("num_global", "num_local"), [(1, 3), (2, 0), (3, 1)])
