@@ -288,8 +288,8 @@ def test_weights_that_do_not_tell_their_architecture_say_how_to_name_it(tmp_path
             "must be channels, height and width",
         ),
         (
-            {"architecture": "swin_tiny_patch4_window7_224", "model_args": {"patch_size": 8}},
-            "config.json: model_args=.*'patch_size': 8",
+            {"architecture": "swin_tiny_patch4_window7_224", "model_args": {"depths": [9000]}},
+            r"config.json: model_args=.*depths.*is larger than that of any backbone",
         ),
         ({"model_type": "timm_wrapper", "architecture": "no_such"}, "timm .* has no model of that name"),
         ({"model_type": "swin", "depths": "two"}, r"config.json: depths='two': expected"),
