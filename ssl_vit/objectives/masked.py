@@ -119,7 +119,8 @@ class Masked(Objective):
 
     def fill_in(self, images: Float[Tensor, "b c h w"], keep: Int[Tensor, "b k"]) -> Reconstruction:
         """Predict all tokens from the ones in `keep`."""
-        num_tokens = self.encoder.num_patches
+        rows, columns = self.encoder.grid_of(*images.shape[-2:])
+        num_tokens = rows * columns
         mask = torch.ones(len(keep), num_tokens, dtype=torch.bool, device=keep.device).scatter(1, keep, False)
         return self._reconstruction(images, mask)
 

@@ -118,6 +118,13 @@ def test_what_cannot_work_is_refused(settings: dict, encoder: str, said: str) ->
         SimMIMConfig(**settings).build(FAMILIES[encoder].build())
 
 
+def test_images_of_another_size_are_filled_in() -> None:
+    objective = SimMIMConfig(mask_unit=16).build(FAMILIES["swin"].build())
+    shown = objective.fill_in(torch.randn(1, 3, 96, 64), torch.tensor([[0, 3, 23]]))
+    assert shown.patches.shape == (1, 24, 16 * 16 * 3)
+    assert shown.visible[0].nonzero().flatten().tolist() == [0, 3, 23]
+
+
 def test_a_predicted_window_is_shown_in_the_images_colours() -> None:
     torch.manual_seed(0)
     objective = SimMIMConfig(mask_unit=16, norm_target=5).build(FAMILIES["swin"].build())
