@@ -20,6 +20,8 @@ if __name__ == "__main__":
 
 from ssl_vit.doctor.command import examine
 
+OBJECTIVES = sorted(path.stem.removeprefix("pretrain_") for path in Path(__file__).parent.glob("pretrain_*.py"))
+
 
 @stoppable()
 def main(args: Sequence[str] | None = None) -> int:
@@ -27,7 +29,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "source", metavar="SOURCE", help="folder, parquet file or glob, saved or hub data set, openmoji"
     )
-    parser.add_argument("--objective", choices=("mae", "dino", "dinov2"), default="mae", help="what to train [mae]")
+    parser.add_argument("--objective", choices=OBJECTIVES, default="mae", help="what to train [mae]")
     parser.add_argument("--sample", type=_sample, default=1000, help="images to read, or all [1000]")
     parser.add_argument(
         "--step",

@@ -20,6 +20,8 @@ from ssl_vit.runs.trained import Trained
 
 _PAPERS = {
     "MAE": "masked autoencoder (He et al. 2022, arXiv:2111.06377)",
+    "SimMIM": "masked image modelling, SimMIM (Xie et al. 2022, arXiv:2111.09886)",
+    "FCMAE": "masked autoencoder of convolutions, FCMAE (Woo et al. 2023, arXiv:2301.00808)",
     "DINO": "self-distillation, DINO (Caron et al. 2021, arXiv:2104.14294)",
     "DINOv2": "self-distillation with masked patches, DINOv2 (Oquab et al. 2023, arXiv:2304.07193)",
     "LeJEPA": "agreement of views with a regulariser, LeJEPA (Balestriero & LeCun 2025, arXiv:2511.08544)",

@@ -70,7 +70,7 @@ def _chosen(trained: Trained, asked: Sequence[str] | None) -> list[str]:
     encoder, arch = trained.encoder, trained.encoder.config.arch
     lacks = {
         "reconstructions": trained.objective is None
-        and f"{trained.folder} holds no decoder; only the folder of a run of MAE, SimMIM or FCMAE with its checkpoints does",
+        and f"{trained.folder} holds no decoder; runs of MAE, SimMIM and FCMAE do, with their checkpoints",
         "attention": not has_cls_attention(encoder) and f"{arch} has no attention maps of a class token",
         "patch_attention": not encoder.has_attention_maps and f"{arch} has no attention maps",
         "positions": position_table(encoder) is None and f"{arch} has no table of positions",

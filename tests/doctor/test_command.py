@@ -16,7 +16,7 @@ from ssl_vit.data.sources.source import open_source
 from ssl_vit.doctor import cost
 from ssl_vit.doctor.diagnose import adopt
 from ssl_vit.training.config import parse_run
-from tests.conftest import SMALL_DINO, SMALL_RUN
+from tests.conftest import ROOT, SMALL_DINO, SMALL_RUN
 from tests.doctor.conftest import kinds, look_at, save_noise, save_tiffs
 
 QUICK = [*SMALL_RUN, "--step=false"]
@@ -32,6 +32,16 @@ def without_rates(facts: Any) -> Any:
     if isinstance(facts, dict):
         return {key: without_rates(value) for key, value in facts.items() if key not in RATES}
     return facts
+
+
+@pytest.mark.parametrize("objective", ["simmim", "fcmae", "lejepa"])
+def test_every_objective_with_a_script_is_examined(
+    objective: str, photo_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [f"--config={ROOT / 'configs'}/quickstart_{objective}.yaml", "--step=false"]
+    code, facts = examine(capsys, photo_folder, *flags, f"--objective={objective}")
+    assert code in (0, 1)
+    assert facts["run"]["objective"].lower().startswith(objective)
 
 
 def test_page_and_json_say_the_same(photo_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
