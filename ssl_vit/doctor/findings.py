@@ -130,7 +130,7 @@ def _warnings_of_backbone(config: RunConfig, encoder: Encoder, num_images: int) 
     is_new = config.encoder.pretrained is None
     if num_images < _FEW_IMAGES and is_new and not knows_locality and min(encoder.image_size) >= _LEAST_SIDE:
         yield (
-            f"backbone: that neighbouring pixels belong together {config.encoder.arch} has to learn, and "
+            f"backbone: {config.encoder.arch} has to learn that neighbouring pixels belong together, and "
             f"{num_images:,} images are few for that; ConvNeXt and hybrids know it: --encoder.arch convnext_tiny or "
             f"vit_small_r26_s32_224{'' if has_crops else ', with DINO'}"
         )

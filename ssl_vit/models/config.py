@@ -171,8 +171,8 @@ class EncoderConfig:
         family = cls(arch).family()
         names = {"init_values": "layer_scale"}
         given = {names.get(name, name): value for name, value in arguments.items() if value is not None}
-        own = {name: given.pop(name) for name in _OF_VITS if name in given} if issubclass(family, ViT) else {}
-        if given.get("patch_size") == 4:  # of all hierarchical architectures
+        own = {name: given.pop(name) for name in _OF_VITS if name in given and name not in family.other_settings}
+        if given.get("patch_size") == 4 and not issubclass(family, ViT):  # of all hierarchical architectures
             del given["patch_size"]
         if len(input_size) != 3:
             raise ValueError(f"input_size={list(input_size)}: must be channels, height and width")

@@ -52,6 +52,8 @@ class OptimConfig:
             betas="[0, 1)",
             drop_at="(0, 1); it is a share of the run: 700 of 800 epochs are 0.875",
         )
+        if self.drop_at is not None and self.warmup != "auto" and self.drop_at <= self.warmup:
+            raise ValueError(f"drop_at={self.drop_at!r}: must be above warmup={self.warmup!r}, the end of the rise")
 
     def peak_lr(self, batch_size: int) -> float:
         """Learning rate after warm-up for a global batch of `batch_size` images."""

@@ -40,3 +40,10 @@ def test_patch_size_sets_the_stride_of_a_backbone_with_a_stem(config: EncoderCon
 def test_patch_size_of_a_plain_vit_is_a_setting(arch: str) -> None:
     with pytest.raises(ValueError, match=r"model_args=\{'patch_size': 8\}: patch_size is set by encoder.patch_size"):
         EncoderConfig(arch, 64, model_args={"patch_size": 8}).build()
+
+
+def test_a_hybrid_of_timm_keeps_the_patch_of_its_cnns_outputs() -> None:
+    arguments = {"patch_size": 4, "embed_dim": 48, "num_heads": 4, "depth": 1}
+    config = EncoderConfig.from_timm("vit_tiny_r_s16_p8_224", (3, 64, 64), arguments)
+    assert (config.model_args, config.embed_dim) == ({"patch_size": 4}, 48)
+    assert config.build().stride == (16, 16)

@@ -110,3 +110,10 @@ def test_an_unresolved_warm_up_is_named(objective: MAE) -> None:
 def test_settings_that_cannot_work_are_named(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OptimConfig(**settings)
+
+
+def test_a_rate_cannot_drop_before_it_has_risen() -> None:
+    with pytest.raises(ValueError, match=r"^drop_at=0.1: must be above warmup=0.2"):
+        OptimConfig(warmup=0.2, drop_at=0.1)
+    dropping = OptimConfig(base_lr=1.0, warmup=0.0, drop_at=0.875, min_lr=0.5)
+    assert [dropping.lr_at(progress, 256) for progress in (0.5, 0.9)] == pytest.approx([1.0, 0.1])
