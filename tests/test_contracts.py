@@ -58,13 +58,13 @@ OBJECTIVES = {
 def refusal(encoder: str, objective: str) -> str | None:
     """What is said of a pair that cannot work; None for a pair that works."""
     if objective == "mae" and encoder in CANNOT_DROP:
-        return "mae: drops tokens before the first block, which .* cannot; use a Vision Transformer"
+        return "encoder.arch=.*: MAE drops tokens before the first block, which this backbone cannot; use a Vision"
     if objective.startswith("dinov2") and encoder in CANNOT_MASK:
         return "ibot_weight=1.0: iBOT masks tokens, which .* cannot.*; use ibot_weight 0, DINO, or"
     if objective.startswith("simmim") and encoder in CANNOT_MASK:
-        return "simmim: masks tokens, which .* cannot, since its stem mixes pixels of neighbours; use vit_"
+        return "encoder.arch=.*: SimMIM masks tokens, and this stem mixes pixels of neighbours; use vit_"
     if objective == "fcmae" and encoder not in ("convnext", "convnextv2"):
-        return "fcmae: computes from visible tokens alone, which .* cannot; use convnextv2_"
+        return "encoder.arch=.*: FCMAE computes from visible tokens alone, which this backbone cannot; use convnextv2_"
     return None
 
 

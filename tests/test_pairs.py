@@ -15,8 +15,12 @@ from tests.families import FAMILIES, flags_of
 SWIN = "--encoder.arch=swin_tiny_patch4_window7_224"
 CONVNEXT = "--encoder.arch=convnext_atto"
 REFUSED = [
-    ("mae", [CONVNEXT], "objective.mae: drops tokens before .*, which convnext_atto cannot; use a Vision Transformer"),
-    ("mae", ["--encoder.arch=vit_tiny_r_s16_p8_224"], "objective.mae: drops tokens before .* cannot; use"),
+    ("mae", [CONVNEXT], "encoder.arch='convnext_atto': MAE drops tokens before .*; use a Vision Transformer"),
+    (
+        "mae",
+        ["--encoder.arch=vit_tiny_r_s16_p8_224"],
+        "encoder.arch='vit_tiny_r_s16_p8_224': MAE drops tokens before .* cannot; use",
+    ),
     ("dinov2", ["--encoder.arch=vit_tiny_r_s16_p8_224"], "objective.ibot_weight=1.0: .* vit_tiny_r.* cannot, .*; use"),
     ("dinov2", ["--encoder.arch=convnext_atto_ols"], "objective.ibot_weight=1.0: .* convnext_atto_ols cannot, .*; use"),
     ("dino", ["--encoder.arch=resnet50"], "encoder.arch='resnet50': has BatchNorm, .*; use convnext_tiny$"),
@@ -104,8 +108,8 @@ def test_arguments_of_the_architecture_come_from_files_and_flags_and_stay_with_t
 def test_the_doctor_says_which_pair_cannot_work_and_what_would_suit_the_images(photo_folder: Path) -> None:
     swin = flags_of("mae", "swin")
     assert look_at(photo_folder, *swin).problems == [
-        "objective.mae: drops tokens before the first block, which swin_tiny_patch4_window7_224 cannot; use a Vision "
-        "Transformer (vit_*, deit_*), or DINO"
+        "encoder.arch='swin_tiny_patch4_window7_224': MAE drops tokens before the first block, which this backbone "
+        "cannot; use a Vision Transformer (vit_*, deit_*), or SimMIM or DINO"
     ]
     large = ["--encoder.image_size=192", "--objective.local_crop_size=96"]
     [few, quadratic] = backbones(look_at(photo_folder, *large, objective="dino").warnings)

@@ -159,10 +159,12 @@ def _numbers(value: Any) -> Iterator[float]:
 
 @contextmanager
 def section(name: str) -> Iterator[None]:
-    """Prefix the key at the start of a component's ValueError with the section's name."""
+    """Prefix the key at the start of a component's ValueError with the section's name, unless it names its own."""
     try:
         yield
     except ValueError as error:
+        if re.match(r"\w+\.\w+=", str(error)):
+            raise
         raise ValueError(f"{name}.{error}") from error
 
 

@@ -55,8 +55,8 @@ class FCMAE(Masked):
         super().__init__()
         if not encoder.supports_visible:
             raise ValueError(
-                f"fcmae: computes from visible tokens alone, which {encoder.config.arch} cannot; use convnextv2_* or "
-                "convnext_*, and for Swin and Vision Transformers SimMIM"
+                f"encoder.arch={encoder.config.arch!r}: FCMAE computes from visible tokens alone, which this backbone "
+                "cannot; use convnextv2_* or convnext_*, and for Swin and Vision Transformers SimMIM"
             )
         config.check(encoder.image_size, encoder.stride)
         self.config = config

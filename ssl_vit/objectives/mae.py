@@ -131,8 +131,9 @@ class MAE(Objective):
         super().__init__()
         if not encoder.supports_keep:
             raise ValueError(
-                f"mae: drops tokens before the first block, which {encoder.config.arch} cannot; use a Vision "
-                "Transformer (vit_*, deit_*), or DINO"
+                f"encoder.arch={encoder.config.arch!r}: MAE drops tokens before the first block, which this backbone "
+                "cannot; use a Vision Transformer (vit_*, deit_*), or "
+                f"{'SimMIM or ' if encoder.supports_mask else ''}DINO"
             )
         kept = num_kept(encoder.num_patches, config.mask_ratio)
         if not 0 < kept < encoder.num_patches:

@@ -60,7 +60,7 @@ class SimMIM(Masked):
         super().__init__()
         if not encoder.supports_mask:
             raise ValueError(
-                f"simmim: masks tokens, which {encoder.config.arch} cannot, since its stem mixes pixels of neighbours; "
+                f"encoder.arch={encoder.config.arch!r}: SimMIM masks tokens, and this stem mixes pixels of neighbours; "
                 "use vit_*, swin_*, swinv2_*, convnext_* or convnextv2_*"
             )
         config.check(encoder.image_size, encoder.stride)

@@ -2,7 +2,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from ssl_vit.core.settings import as_flags, check_given, check_interval, check_ranges, renamed_settings
+from ssl_vit.core.settings import as_flags, check_given, check_interval, check_ranges, renamed_settings, section
 
 KEYS = {"source": None, "label_column": None, "probe.epochs": None}
 
@@ -71,3 +71,10 @@ def test_lists_of_settings_hold_something_and_nothing_twice() -> None:
     for values in ((), (0.5, 0.5)):
         with pytest.raises(ValueError, match=r"^pair=\(.*\): give at least one value, and none twice$"):
             check_given(Numbers(pair=values), "pair")
+
+
+def test_an_error_that_names_its_own_section_keeps_it() -> None:
+    with pytest.raises(ValueError, match=r"^objective.mask_ratio=2: "), section("objective"):
+        raise ValueError("mask_ratio=2: too large")
+    with pytest.raises(ValueError, match=r"^encoder.image_size=30: "), section("objective"):
+        raise ValueError("encoder.image_size=30: does not fit")

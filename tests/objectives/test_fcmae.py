@@ -97,7 +97,7 @@ def test_the_final_norm_does_not_train() -> None:
 
 @pytest.mark.parametrize("name", ["swin", "hybrid", "dinov3", "convnext, overlapping stem"])
 def test_an_encoder_that_cannot_be_sparse_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=r"fcmae: .*cannot; use convnextv2_\* or convnext_\*, and for Swin"):
+    with pytest.raises(ValueError, match=r"encoder.arch=.*cannot; use convnextv2_\* or convnext_\*, and for Swin"):
         FCMAEConfig().build(FAMILIES[name].build())
 
 

@@ -199,7 +199,10 @@ def test_a_ratio_that_leaves_nothing_to_see_is_refused(tiny_encoder: ViT) -> Non
 
 
 def test_an_encoder_that_cannot_drop_tokens_is_refused() -> None:
-    with pytest.raises(ValueError, match="drops tokens before the first block, which convnext_tiny cannot"):
+    with pytest.raises(
+        ValueError,
+        match=r"encoder.arch='convnext_tiny': MAE drops tokens before the first block, which this backbone cannot",
+    ):
         build(FAMILIES["convnext"].build())
 
 

@@ -108,7 +108,7 @@ def test_masks_are_whole_units_and_follow_from_the_samples_generator() -> None:
         ({"mask_unit": 24}, "swin", r"mask_unit=24: must be a multiple of the encoder's stride \(16, 16\), such as 32"),
         ({"mask_unit": 64}, "swin", r"mask_ratio=0.6: masks 1 of 1 units of 64 x 64 pixels"),
         ({"mask_unit": 48}, "swin", r"encoder.image_size=\(64, 64\): the height 64 .* 48 and 96; masks are drawn"),
-        ({}, "hybrid", "simmim: masks tokens, which vit_tiny_r_s16_p8_224 cannot, .*; use vit_"),
+        ({}, "hybrid", "encoder.arch='vit_tiny_r_s16_p8_224': SimMIM masks tokens, .*; use vit_"),
         ({"norm_target": 46}, "swin", "norm_target=46: must be odd"),
         ({"mask_ratio": 1.0}, "swin", "mask_ratio=1.0"),
     ],
