@@ -97,7 +97,7 @@ def _read_simmim(objective: Objective, found: dict[str, Tensor]) -> dict[str, Te
     encoder, tensors = objective.encoder, {}
     for name, value in found.items():
         own = name.removeprefix("encoder.")
-        if own.endswith("attn_mask") or own.endswith(("relative_position_index", "relative_coords_table")):
+        if own.endswith(("attn_mask", "relative_position_index", "relative_coords_table")):
             continue  # computed from the sizes
         if name.startswith("decoder.0."):
             tensors[name.replace("decoder.0.", "decoder.")] = value.flatten(1) if value.ndim == 4 else value

@@ -128,7 +128,7 @@ def fit(encoder: Encoder, tensors: Mapping[str, Tensor], found: Pretrained) -> T
     projection = fitted.get(first)
     if projection is not None and projection.ndim == 4 and projection.shape[1] == 3 != encoder.in_chans:
         fitted[first] = adapt_input_conv(encoder.in_chans, projection)
-    _fit_bias_tables(model, fitted, None if found.config is None else found.config)
+    _fit_bias_tables(model, fitted, found.config)
     for name, wanted in model.state_dict().items():  # in small ConvNeXts linear layers are 1 x 1 convolutions
         value = fitted.get(name)
         if value is not None and value.shape[:2] == wanted.shape[:2] and value.numel() == wanted.numel():
