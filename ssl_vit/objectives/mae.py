@@ -124,6 +124,7 @@ class MAE(Objective):
 
     pooled = "mean"  # no loss trains the class token
     reconstructs = True
+    drops_tokens = True
     figure_file = "reconstructions.png"
     decoder_pos_embed: Tensor
 

@@ -114,6 +114,9 @@ class Objective(nn.Module):
     pooled: Pooled  # the feature that stands for an image after training: read by evaluation, export and figures
     leaves: Leaves = "backbone"  # what a run exports
     reconstructs = False  # whether it is a `Reconstructs`
+    drops_tokens = (
+        False  # whether its encoder sees kept tokens alone, so that a report shows the way to the whole image
+    )
     teacher: Teacher | None = None
     figure_file = "figure.png"  # file name of the figure that shows `preview`'s result
 
@@ -217,5 +220,6 @@ class Reconstructs(Protocol):
     encoder: Encoder
     config: Any
     """Has a `mask_ratio`."""
+    drops_tokens: bool
 
     def fill_in(self, images: Float[Tensor, "b c h w"], keep: Int[Tensor, "b k"]) -> Reconstruction: ...

@@ -55,7 +55,7 @@ def panel_data(trained: Trained, inputs: ShownImages, *, most_bytes: int = 6_000
             for name, image, values in zip(inputs.names, shown, similarity, strict=True)
         ],
     }
-    if trained.objective is not None:
+    if trained.objective is not None and trained.objective.drops_tokens:
         _add_steps(data, trained, trained.objective, images, grid, seed)
     used = len(json.dumps(data))
     _check_size(used, most_bytes)
