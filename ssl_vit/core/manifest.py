@@ -72,7 +72,7 @@ def save_sealed(tensors: dict[str, Tensor], file: Path, key: str) -> None:
     The seal reveals damaged and mixed-up files. It does not prevent forgery.
     """
     tensors = {name: values.contiguous() for name, values in tensors.items()}
-    save_file(tensors, file, metadata={"format": "pt", "key": key, "sha256": _hash_tensors(tensors, key)})
+    save_file(tensors, file, metadata={"format": "pt", "key": key, "sha256": hash_tensors(tensors, key)})
 
 
 def read_sealed(file: Path, key: str) -> dict[str, Tensor] | None:
@@ -84,10 +84,11 @@ def read_sealed(file: Path, key: str) -> dict[str, Tensor] | None:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError):
         return None
-    return tensors if noted == _hash_tensors(tensors, key) else None
+    return tensors if noted == hash_tensors(tensors, key) else None
 
 
-def _hash_tensors(tensors: dict[str, Tensor], key: str) -> str:
+def hash_tensors(tensors: dict[str, Tensor], key: str = "") -> str:
+    """SHA-256 of tensors on the CPU, with their names, types and shapes, and of `key`."""
     digest = hashlib.sha256(key.encode())
     for name, values in sorted(tensors.items()):
         digest.update(f"\0{name} {values.dtype} {tuple(values.shape)}\0".encode())

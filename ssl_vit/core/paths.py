@@ -50,10 +50,11 @@ PATHS = (
     ("data", "source"),
     ("data", "cache_dir"),
     ("encoder", "pretrained"),
+    ("objective", "teacher"),
     ("evaluation", "source"),
     ("evaluation", "test_source"),
 )
-"""Settings, as section.name, whose value may be a path."""
+"""Settings, as section.name, whose value may be a path; some objectives have no teacher."""
 
 
 def absolute(value: Any) -> Any:

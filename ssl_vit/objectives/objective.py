@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ssl_vit.data.transform import InputSpec, Transform
 from ssl_vit.models.encoder import Encoder
+from ssl_vit.objectives.frozen import Frozen
 from ssl_vit.objectives.teacher import Teacher
 
 Taken = Bool[Tensor, ""] | None
@@ -118,6 +119,7 @@ class Objective(nn.Module):
         False  # whether its encoder sees kept tokens alone, so that a report shows the way to the whole image
     )
     teacher: Teacher | None = None
+    frozen: tuple[Frozen, ...] = ()  # models that it reads from elsewhere: outside of checkpoints and optimizer
     figure_file = "figure.png"  # file name of the figure that shows `preview`'s result
 
     @property

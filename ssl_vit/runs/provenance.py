@@ -27,6 +27,7 @@ from ssl_vit.core.writing import free_space, replace_json
 from ssl_vit.data.sources.source import Source
 from ssl_vit.data.sources.stored import locate
 from ssl_vit.data.sources.stream import Stream
+from ssl_vit.objectives.frozen import hashes
 from ssl_vit.objectives.objective import Objective
 
 PROVENANCE_FILE = "provenance.json"
@@ -42,6 +43,7 @@ def facts(objective: Objective, source: Source | Stream, device: torch.device, n
         "pooled": objective.pooled,
         "leaves": objective.leaves,
         "reconstructs": objective.reconstructs,
+        "frozen": hashes(objective.frozen),
         "num_images": source.num_samples,
         "attribution": source.attribution,
         "hardware": f"{num_processes} x {device_name(device)}",

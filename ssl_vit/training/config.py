@@ -314,7 +314,8 @@ def as_stored(config: RunConfig) -> dict[str, Any]:
     """`as_plain` with absolute paths, which mean the same from whatever folder."""
     values = as_plain(config)
     for section_name, name in PATHS:
-        values[section_name][name] = absolute(values[section_name][name])
+        if name in values[section_name]:
+            values[section_name][name] = absolute(values[section_name][name])
     return values
 
 

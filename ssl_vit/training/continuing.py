@@ -1,6 +1,7 @@
 """Whether a run goes on in a folder that holds one, with which settings, and from which checkpoint."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,18 @@ from ssl_vit.core.reading import read_json, read_yaml, readable
 from ssl_vit.core.settings import as_plain, differences
 from ssl_vit.core.writing import mark
 from ssl_vit.data.config import bytes_of_pixels
+from ssl_vit.objectives.frozen import Frozen, check_frozen
 from ssl_vit.runs.checkpoint import STATE_FILE, newest_checkpoint
 from ssl_vit.runs.folder import CONFIG_FILE, holds_anything, take_folder
 from ssl_vit.training.config import RunConfig, write_config
 
-# A run may continue with other values of these: they do not change what is learned, unless the objective says so.
+# A run may continue with other values of these (and of all in a section that is named with its dot): they do not change
+# what is learned, unless the objective says so.
 FREE_SETTINGS = (
     "output_dir",
     "fresh",
-    "extend",  # and extended, which is the run's own
+    "extend",
+    "extended",  # the run's own
     "log_every",
     "quiet",
     "tracking",
@@ -33,6 +37,7 @@ FREE_SETTINGS = (
     "compile",
     "cuda_graphs",
     "encoder.grad_checkpointing",
+    "objective.teacher",  # a path; its weights are compared with those that the checkpoint noted
     "data.num_workers",
     "data.cache_dir",
     "data.on_bad_image",  # an image was decoded or replaced either way
@@ -70,14 +75,14 @@ def check_run_folder(config: RunConfig) -> None:
     bound = getattr(config.objective, "decides_data", ())
     before, after = _read_config(saved, config), as_plain(config)
     for section, name in PATHS:
-        if is_same(before[section].get(name), after[section][name]):
+        if name in after[section] and is_same(before[section].get(name), after[section][name]):
             before[section][name] = after[section][name]
     length = ("steps", "epochs") if config.extend else ()
     changed = {
         key: values
         for key, values in differences(before, after).items()
         if key not in length
-        and (key in bound or not key.startswith(FREE_SETTINGS))
+        and (key in bound or not _is_free(key))
         and not (key == "data.cache" and "none" not in values)  # memory and disk hold the same
         and values[1] != "auto"  # not yet known; checked again once it is
     }
@@ -120,21 +125,30 @@ def go_on_as_before(config: RunConfig, num_samples: int | None) -> tuple[RunConf
     return config, before if config.extend and after > before else None
 
 
-def open_run_folder(config: RunConfig, lengthened: int | None = None) -> tuple[RunConfig, Path | None]:
+def _is_free(key: str) -> bool:
+    return key in FREE_SETTINGS or key.startswith(tuple(name for name in FREE_SETTINGS if name.endswith(".")))
+
+
+def open_run_folder(
+    config: RunConfig, lengthened: int | None = None, frozen: Sequence[Frozen] = ()
+) -> tuple[RunConfig, Path | None]:
     """Take the folder for this process, create it or find where its run goes on; only the main process calls this.
 
     Args:
         lengthened: the number of steps that the run had, if it is lengthened now.
+        frozen: models that are read from elsewhere; they must be those that the checkpoint was trained with.
 
     Returns:
         The settings, as written; the checkpoint to go on from, None for a run that starts.
 
     Raises:
-        ValueError: another run works in it.
+        ValueError: another run works in it, or a frozen model has changed.
     """
     folder = Path(config.output_dir)
     take_folder(folder, fresh=config.fresh)
     checkpoint = newest_checkpoint(folder)
+    if checkpoint is not None:
+        check_frozen(frozen, read_json(checkpoint / STATE_FILE).get("frozen", {}), str(checkpoint))
     if lengthened is not None and checkpoint is not None:
         state, extended = read_json(checkpoint / STATE_FILE), config.extended
         # If it took no step since it was lengthened before, only its end changes.

@@ -150,7 +150,7 @@ def _set_up(config: RunConfig, ending: Ending) -> Run:
     images = _open_decoded(source, config, objective.encoder.in_chans)
 
     accelerator.wait_for_everyone()  # no process may check a folder while it is created
-    config, checkpoint = on_main_process(lambda: open_run_folder(config, lengthened))
+    config, checkpoint = on_main_process(lambda: open_run_folder(config, lengthened, objective.frozen))
     if accelerator.is_main_process:
         done = 0 if checkpoint is None else step_of(checkpoint)
         write_heartbeat(Path(config.output_dir), "starting", done, num_steps)

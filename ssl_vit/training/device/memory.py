@@ -54,8 +54,9 @@ class Memory:
 def model_memory(objective: Objective) -> Memory:
     """Memory of parameters and what belongs to each of them; the objective may be on the meta device."""
     named = list(objective.named_parameters())
-    held = sum(parameter.nbytes for _, parameter in named) / _MIB
-    teacher = sum(parameter.nbytes for name, parameter in named if name.startswith("teacher_")) / _MIB
+    frozen = sum(model.num_bytes for model in objective.frozen)
+    held = (frozen + sum(parameter.nbytes for _, parameter in named)) / _MIB
+    teacher = (frozen + sum(parameter.nbytes for name, parameter in named if name.startswith("teacher_"))) / _MIB
     learns = sum(parameter.nbytes for _, parameter in named if parameter.requires_grad) / _MIB
     return Memory(held, teacher, gradients=learns, optimizer=2 * learns, total=held + 3 * learns)
 
