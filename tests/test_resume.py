@@ -85,6 +85,31 @@ def test_teacher_centre_and_frozen_layers_survive_being_killed(
     assert "center" in weights(run)
 
 
+def test_a_frozen_backbone_thaws_the_same_after_kills(photo_folder: Path, whole: Path, tmp_path: Path) -> None:
+    """Before, on and after the boundary; the backbone and its teacher keep their weights until then."""
+    start = load_file(whole / "backbone.safetensors")
+    flags = (
+        f"--encoder.pretrained={whole}",
+        "--optim.freeze_backbone_until=0.5",
+        "--optim.unfreeze_ramp=0.25",
+        "--checkpoint.every_steps=3",
+        "--checkpoint.keep=4",
+    )
+    undisturbed, run = tmp_path / "whole", tmp_path / "run"
+    finish(command(photo_folder, undisturbed, *flags, objective="dino"))
+    frozen, thawed = (load_file(undisturbed / f"checkpoints/step-{step:08d}/model.safetensors") for step in (6, 12))
+    for prefix in ("encoder.vit.", "teacher_encoder.vit."):
+        names = [name for name in start if not name.startswith("patch_embed.")]
+        assert all(torch.equal(frozen[prefix + name], start[name]) for name in names)
+        assert not torch.equal(thawed[f"{prefix}blocks.0.attn.qkv.weight"], start["blocks.0.attn.qkv.weight"])
+    words = command(photo_folder, run, *flags, objective="dino")
+    for step in (5, 7, 10):
+        kill_at(words, step)
+    finish(words)
+    assert same(weights(undisturbed), weights(run)) == []
+    assert losses(run) == losses(undisturbed)
+
+
 @pytest.mark.parametrize(
     "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM, signal.SIGUSR1]
 )

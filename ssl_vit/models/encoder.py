@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from ssl_vit.models.config import EncoderConfig
 
 
+_STEMS = ("vit.patch_embed.", "net.patch_embed.", "net.stem.")  # names of what projects pixels begin so
+
+
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
     """Put a module into eval mode; afterwards restore the mode of each submodule."""
@@ -129,6 +132,10 @@ class Encoder(nn.Module):
     def layer_of(self, name: str) -> int:
         """Depth of a parameter: 0 for embeddings, 1 to `num_layers` for blocks, `num_layers` + 1 for what follows."""
         raise NotImplementedError
+
+    def is_patch_embedding(self, name: str) -> bool:
+        """Whether a parameter belongs to what turns pixels into the first tokens."""
+        return name.startswith(_STEMS)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that timm exempts from weight decay, beside vectors and biases."""

@@ -106,10 +106,6 @@ class MaskedMultiCropTransform:
         return draw_block_mask(self.grid_size, ratio, rng)
 
 
-STEMS = ("vit.patch_embed.", "net.patch_embed.", "net.stem.")
-"""Beginnings of the names of the parameters that project pixels."""
-
-
 class DINOv2(DINO):
     """DINO on class tokens, iBOT on masked patches, KoLeo against crowding."""
 
@@ -193,7 +189,7 @@ class DINOv2(DINO):
             return 1.0
         inner = name.removeprefix("encoder.")
         scale = config.layer_decay ** (encoder.num_layers + 1 - encoder.layer_of(inner))
-        return scale * config.patch_embed_lr if inner.startswith(STEMS) else scale
+        return scale * config.patch_embed_lr if encoder.is_patch_embedding(inner) else scale
 
 
 def masked_indices(masks: Bool[Tensor, "b v n"]) -> Int[Tensor, " m"]:

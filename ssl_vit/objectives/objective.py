@@ -26,12 +26,14 @@ class ParamGroup:
     """Parameters that share an optimizer setting.
 
     freeze_until: progress in [0, 1] before which they are frozen: no gradient, no weight decay, no moments.
+    unfreeze_ramp: share of the run over which their learning rate then grows from 0.
     """
 
     params: list[tuple[str, nn.Parameter]]
     lr_scale: float = 1.0
     weight_decay_scale: float = 1.0
     freeze_until: float = 0.0
+    unfreeze_ramp: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -197,15 +199,13 @@ class Objective(nn.Module):
 
     def split_by_lr(self, groups: list[ParamGroup], lr_scale: Callable[[str], float]) -> list[ParamGroup]:
         """Split groups by the learning-rate factor that `lr_scale` gives for a parameter's name."""
-        parts: dict[tuple[float, float, float], list[tuple[str, nn.Parameter]]] = {}
+        parts: dict[tuple[float, ...], list[tuple[str, nn.Parameter]]] = {}
         for group in groups:
             for name, parameter in group.params:
-                key = (lr_scale(name) * group.lr_scale, group.weight_decay_scale, group.freeze_until)
+                scale = lr_scale(name) * group.lr_scale
+                key = (scale, group.weight_decay_scale, group.freeze_until, group.unfreeze_ramp)
                 parts.setdefault(key, []).append((name, parameter))
-        return [
-            ParamGroup(params, lr_scale=scale, weight_decay_scale=decay, freeze_until=until)
-            for (scale, decay, until), params in parts.items()
-        ]
+        return [ParamGroup(params, *key) for key, params in parts.items()]
 
     def preview(self, images: Float[Tensor, "b c h w"], rng: np.random.Generator) -> Preview | None:
         """What the model makes of normalised `images`, for a figure; None if there is nothing to show."""

@@ -146,6 +146,14 @@ class RunConfig:
             max_wait=f"(0, {MAX_WAIT:g}] minutes",
             seed="[0, inf)",
         )
+        for name in ("layer_decay", "patch_embed_lr"):
+            if getattr(self.optim, name) != 1 and hasattr(self.objective, name):
+                raise ValueError(f"optim.{name}={getattr(self.optim, name)!r}: this objective has objective.{name}")
+        if self.optim.freeze_backbone_until and self.encoder.pretrained is None:
+            raise ValueError(
+                f"optim.freeze_backbone_until={self.optim.freeze_backbone_until!r}: fixes the weights that a run "
+                "starts from, and these are fresh; name some in encoder.pretrained, or leave it out"
+            )
         if self.extend and self.fresh:
             raise ValueError("extend=True: lengthens a run, and fresh starts anew; leave one of them out")
         starts = [0, *(step for step, _ in self.extended)]

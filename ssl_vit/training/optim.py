@@ -1,7 +1,7 @@
 """AdamW over an objective's parameter groups; learning rate and decay are set from progress before every step."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ssl_vit.core.schedules import cosine, warmup_cosine, warmup_drop
+from ssl_vit.core.schedules import cosine, warmup_cosine, warmup_drop, warmup_linear
 from ssl_vit.core.settings import check_ranges
-from ssl_vit.objectives.objective import Objective
+from ssl_vit.objectives.objective import Objective, ParamGroup
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,16 @@ class OptimConfig:
     """Largest norm of the gradient; null does not clip."""
     clip_over: Literal["all", "module", "parameter"] = "all"
     """Clip the norm of all parameters together, of encoder and heads apart (DINOv2), or of each parameter (DINO)."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate from each block of the backbone to the block before it; 1: the same in all. DINOv2
+    and fine-tuning have a setting of their own."""
+    patch_embed_lr: float = 1.0
+    """Further factor on the learning rate of the patch embedding. DINOv2 has a setting of its own."""
+    freeze_backbone_until: float = 0.0
+    """Share of the run, from its start, in which the weights that it starts from are fixed, but for the patch
+    embedding's: new heads learn first, and cannot spoil them. A step takes as long as any other."""
+    unfreeze_ramp: float = 0.0
+    """Share of the run over which the backbone's learning rate then grows from 0 to that of the others."""
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -51,7 +61,16 @@ class OptimConfig:
             warmup="[0, 1); it is a share of the run: 40 of 800 epochs are 0.05",
             betas="[0, 1)",
             drop_at="(0, 1); it is a share of the run: 700 of 800 epochs are 0.875",
+            layer_decay="(0, 1]",
+            patch_embed_lr="(0, 1]",
+            freeze_backbone_until="[0, 1); it is a share of the run",
+            unfreeze_ramp="[0, 1); it is a share of the run",
         )
+        if self.freeze_backbone_until + self.unfreeze_ramp > 1:
+            raise ValueError(
+                f"unfreeze_ramp={self.unfreeze_ramp!r}: begins at freeze_backbone_until={self.freeze_backbone_until!r} "
+                "and would end after the run; lower one of them"
+            )
         if self.drop_at is not None and self.warmup != "auto" and self.drop_at <= self.warmup:
             raise ValueError(f"drop_at={self.drop_at!r}: must be above warmup={self.warmup!r}, the end of the rise")
 
@@ -83,14 +102,42 @@ def build_optimizer(objective: Objective, config: OptimConfig, precision: str = 
             "lr_scale": group.lr_scale,
             "weight_decay_scale": group.weight_decay_scale,
             "freeze_until": group.freeze_until,
+            "unfreeze_ramp": group.unfreeze_ramp,
         }
-        for group in objective.param_groups()
+        for group in parameter_groups(objective, config)
         if group.params
     ]
     # lr and weight_decay are those of progress 0; set_schedule writes both before every step.
     # Under fp16 the fused kernel would skip an overflowed step by itself, and the teacher would not know that it must.
     fused = precision != "fp16"
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=fused)
+
+
+def parameter_groups(objective: Objective, config: OptimConfig) -> list[ParamGroup]:
+    """The objective's groups; those of its backbone split by the rates and the freezing that the settings ask for."""
+    groups, until, ramp = objective.param_groups(), config.freeze_backbone_until, config.unfreeze_ramp
+    if (config.layer_decay, config.patch_embed_lr, until, ramp) == (1, 1, 0, 0):
+        return groups
+    encoder = objective.encoder
+
+    def lr_scale(name: str) -> float:
+        inner = name.removeprefix("encoder.")
+        if inner == name:
+            return 1.0
+        scale = config.layer_decay ** (encoder.num_layers + 1 - encoder.layer_of(inner))
+        return scale * config.patch_embed_lr if encoder.is_patch_embedding(inner) else scale
+
+    found = []
+    for group in objective.split_by_lr(groups, lr_scale):
+        parts: tuple[list[Any], list[Any]] = ([], [])
+        for name, parameter in group.params:
+            inner = name.removeprefix("encoder.")
+            # The convolutions before a hybrid's patches are a trained network too.
+            is_frozen = inner != name and (not encoder.is_patch_embedding(inner) or ".backbone." in inner)
+            parts[is_frozen].append((name, parameter))
+        thawed = {"freeze_until": max(group.freeze_until, until), "unfreeze_ramp": ramp}
+        found += [replace(group, params=parts[0]), replace(group, params=parts[1], **thawed)]
+    return found
 
 
 def set_schedule(
@@ -107,7 +154,9 @@ def set_schedule(
     end = config.weight_decay if config.weight_decay_end is None else config.weight_decay_end
     weight_decay = cosine(progress, config.weight_decay, end)
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        since = progress - group["freeze_until"]
+        # A checkpoint of an earlier version knows no ramp.
+        group["lr"] = lr * group["lr_scale"] * warmup_linear(max(since, 0.0), group.get("unfreeze_ramp", 0.0), 0.0, 1.0)
         group["weight_decay"] = weight_decay * group["weight_decay_scale"]
         if progress < group["freeze_until"]:
             for parameter in group["params"]:

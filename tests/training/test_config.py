@@ -5,8 +5,10 @@ import yaml
 
 from ssl_vit.core.settings import as_plain, differences
 from ssl_vit.models.config import EncoderConfig
+from ssl_vit.objectives.dinov2 import DINOv2Config
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.training.config import BatchConfig, RunConfig, parse_run, write_config
+from ssl_vit.training.optim import OptimConfig
 
 DEFAULTS = RunConfig(objective=MAEConfig(), encoder=EncoderConfig(pos_embed="sincos"), epochs=800)
 
@@ -57,6 +59,10 @@ def test_the_resolved_config_is_a_config(tmp_path: Path) -> None:
         (["--encoder.pos_embed", "rope"], "encoder.pos_embed=rope: expected"),
         (["--batch.size", "0"], "batch.size=0: must be at least 1"),
         (["--optim.warmup", "40"], "optim.warmup=40.0: must lie in [0, 1); it is a share of the run"),
+        (
+            ["--optim.freeze_backbone_until", "0.1"],
+            "optim.freeze_backbone_until=0.1: fixes the weights",
+        ),
         (["--data.std", "[0.0, 1, 1]"], "data.std="),
         (["--evaluation.k", "0"], "evaluation.k=0"),
         (["--config", "missing.yaml"], "--config=missing.yaml: cannot be read: No such file"),
@@ -69,6 +75,11 @@ def test_wrong_flags_are_named_in_one_line(args: list[str], message: str) -> Non
         parse_run(DEFAULTS, args)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_rate_by_layer_is_set_once() -> None:
+    with pytest.raises(ValueError, match=r"^optim.layer_decay=0.9: this objective has objective.layer_decay$"):
+        RunConfig(objective=DINOv2Config(), optim=OptimConfig(layer_decay=0.9))
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,19 @@
 import pytest
 import torch
 
+from ssl_vit.models.config import EncoderConfig
 from ssl_vit.models.vit import ViT
+from ssl_vit.objectives.dino import DINO, DINOConfig
 from ssl_vit.objectives.mae import MAE, MAEConfig
 from ssl_vit.objectives.objective import Objective, ParamGroup
-from ssl_vit.training.optim import OptimConfig, build_optimizer, clip_gradients, clip_groups, set_schedule
+from ssl_vit.training.optim import (
+    OptimConfig,
+    build_optimizer,
+    clip_gradients,
+    clip_groups,
+    parameter_groups,
+    set_schedule,
+)
 
 
 @pytest.fixture
@@ -68,6 +77,73 @@ def test_frozen_parameters_neither_step_nor_decay_nor_gather_moments() -> None:
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * optimizer.param_groups[1]["lr"])
 
 
+@pytest.fixture
+def dino(tiny_encoder: ViT) -> DINO:
+    return DINOConfig(
+        num_prototypes=16, hidden_dim=16, bottleneck_dim=8, num_local_crops=0, freeze_last_layer=0.1
+    ).build(tiny_encoder)
+
+
+def step_at(objective: DINO, optimizer: torch.optim.Optimizer, config: OptimConfig, progress: float) -> None:
+    crops = torch.randn(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    objective({"global_crops": crops}, progress)["loss"].backward()
+    set_schedule(optimizer, config, progress, batch_size=256)
+    optimizer.step()
+    objective.after_step(progress)
+    optimizer.zero_grad()
+
+
+def test_a_frozen_backbone_waits_for_its_heads_and_the_teacher_with_it(dino: DINO) -> None:
+    config = OptimConfig(base_lr=0.01, warmup=0.0, weight_decay=0.1, freeze_backbone_until=0.5, unfreeze_ramp=0.2)
+    optimizer = build_optimizer(dino, config)
+    before = {name: value.clone() for name, value in dino.named_parameters()}
+
+    def moved() -> set[str]:
+        return {name for name, value in dino.named_parameters() if not torch.equal(value, before[name])}
+
+    for progress in (0.0, 0.2, 0.4):
+        step_at(dino, optimizer, config, progress)
+    patches = {
+        f"{whose}vit.patch_embed.proj.{part}"
+        for whose in ("encoder.", "teacher_encoder.")
+        for part in ("weight", "bias")
+    }
+    backbones = {name for name in moved() if "encoder." in name}
+    assert backbones == patches
+    assert {"head.mlp.0.weight", "head.last_layer.weight_v", "teacher_head.mlp.0.weight"} <= moved()
+    frozen = dict(dino.named_parameters())["encoder.vit.blocks.0.attn.qkv.weight"]
+    assert frozen not in optimizer.state
+
+    step_at(dino, optimizer, config, 0.5)  # with the rate of the ramp's start, 0
+    assert {name for name in moved() if "encoder." in name} == patches
+    step_at(dino, optimizer, config, 0.55)
+    assert len([name for name in moved() if "encoder.vit.blocks" in name]) == 2 * 24
+    rates = {group["lr"] / config.lr_at(0.55, 256) for group in optimizer.param_groups if group["params"]}
+    assert sorted(rates) == pytest.approx([0.25, 1.0])
+    assert optimizer.state[frozen]["step"] == 2
+
+
+def test_the_rate_decays_towards_the_input_in_any_objective(dino: DINO) -> None:
+    config = OptimConfig(base_lr=1.0, warmup=0.0, layer_decay=0.5, patch_embed_lr=0.1)
+    groups = [(name, group) for group in parameter_groups(dino, config) for name, _ in group.params]
+    found = {name: group.lr_scale for name, group in groups}
+    assert len(found) == len(groups) == sum(parameter.requires_grad for parameter in dino.parameters())
+    assert found["encoder.vit.norm.weight"] == found["head.mlp.0.weight"] == 1.0
+    assert found["encoder.vit.blocks.1.mlp.fc1.weight"] == 0.5
+    assert found["encoder.vit.cls_token"] == 0.125
+    assert found["encoder.vit.patch_embed.proj.weight"] == pytest.approx(0.0125)
+    last = next(group for name, group in groups if name == "head.last_layer.weight_v")
+    assert last.freeze_until == pytest.approx(0.1)
+
+
+def test_the_trained_convolutions_before_a_hybrids_patches_are_frozen_too() -> None:
+    encoder = EncoderConfig("vit_tiny_r_s16_p8_224", image_size=64).build()
+    objective = DINOConfig(num_prototypes=16, hidden_dim=16, bottleneck_dim=8).build(encoder)
+    groups = parameter_groups(objective, OptimConfig(freeze_backbone_until=0.5))
+    open_ = {name for group in groups if not group.freeze_until for name, _ in group.params if "encoder." in name}
+    assert open_ == {"encoder.vit.patch_embed.proj.weight", "encoder.vit.patch_embed.proj.bias"}
+
+
 @pytest.mark.parametrize("clip_over", ["all", "module", "parameter"])
 def test_gradients_are_clipped_over_what_is_asked_for(clip_over: str) -> None:
     objective = _Frozen()
@@ -105,6 +181,12 @@ def test_an_unresolved_warm_up_is_named(objective: MAE) -> None:
         ({"weight_decay": -1.0}, "weight_decay=-1.0"),
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"clip_grad": 0.0}, "clip_grad=0.0"),
+        ({"freeze_backbone_until": 1.0}, r"freeze_backbone_until=1.0: must lie in \[0, 1\); it is a share"),
+        (
+            {"freeze_backbone_until": 0.6, "unfreeze_ramp": 0.5},
+            "unfreeze_ramp=0.5: begins at freeze_backbone",
+        ),
+        ({"layer_decay": 0.0}, "layer_decay=0.0"),
     ],
 )
 def test_settings_that_cannot_work_are_named(settings: dict, message: str) -> None:
