@@ -21,6 +21,8 @@ def untrained_encoder(encoder: EncoderConfig, objective: ObjectiveConfig | None,
     """
     torch.manual_seed(seed)
     built = replace(encoder, pretrained=None).build()
+    if getattr(objective, "anchor", "none") != "none":  # to trained weights
+        objective = replace(objective, anchor="none")  # pyright: ignore[reportCallIssue, reportArgumentType]
     return built if objective is None else objective.build(built).backbone()
 
 

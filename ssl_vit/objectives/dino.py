@@ -16,6 +16,7 @@ from ssl_vit.core.schedules import cosine, warmup_linear
 from ssl_vit.core.settings import check_ranges
 from ssl_vit.data.augment.multicrop import MultiCropConfig
 from ssl_vit.models.encoder import Encoder
+from ssl_vit.objectives.anchor import AnchorConfig
 from ssl_vit.objectives.centering import Centering, RunningMean, centered_probs
 from ssl_vit.objectives.collapse import PrototypeUse, diagnose, feature_std, rankme
 from ssl_vit.objectives.heads import DINOHead
@@ -29,7 +30,7 @@ Auto = Literal["auto"]
 
 
 @dataclass(frozen=True)
-class DINOConfig(MultiCropConfig):
+class DINOConfig(MultiCropConfig, AnchorConfig):
     """Settings of DINO; the defaults are the paper's for ViT-S/16 and 100 epochs of ImageNet-1k.
 
     Settings that may be `auto` follow from the number of images, the batch and the length of the run.
@@ -68,6 +69,7 @@ class DINOConfig(MultiCropConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_anchor()
         shares = ("center_momentum", "ema_momentum", "ema_momentum_end", "freeze_last_layer", "teacher_temp_warmup")
         counts = ("sinkhorn_iterations", "hidden_dim", "bottleneck_dim")
         temperatures = ("student_temp", "teacher_temp", "warmup_teacher_temp")
@@ -124,6 +126,7 @@ class DINO(ViewsObjective):
             for name, parameter in encoder.named_parameters():
                 if name.endswith("cls_token"):
                     nn.init.trunc_normal_(parameter, std=config.cls_token_std)
+        self.set_anchor(config)
         self.teacher = Teacher(self, "teacher_", "encoder", "head")
         self.register_buffer("center", torch.zeros(1, self.num_prototypes))
         self._teacher_sums = RunningMean()
@@ -155,11 +158,12 @@ class DINO(ViewsObjective):
         student_cls = torch.cat([features.cls for features in self.encode(self.encoder, by_size(batch), cls_only=True)])
         bottleneck, prototypes = self.head(student_cls, as_factors=True)
         loss = dino_prototype_loss(bottleneck, prototypes, teacher_probs, self.config.student_temp)
-        return {
+        parts = {
             "loss": loss,
             **self.observe(loss, teacher.cls, teacher_probs, progress),
             **self._schedules(progress, loss.device),
         }
+        return self.anchored(parts, batch)
 
     def center_probs(
         self, logits: Float[Tensor, "v b k"], center: Float[Tensor, "1 k"], temp: float

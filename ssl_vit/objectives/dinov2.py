@@ -170,7 +170,7 @@ class DINOv2(DINO):
             koleo = torch.stack([koleo_loss(view) for view in student.cls]).sum()
             parts["loss"] = parts["loss"] + config.koleo_weight * koleo
             parts["loss_koleo"] = koleo.detach()
-        return {**parts, **self._schedules(progress, loss.device)}
+        return self.anchored({**parts, **self._schedules(progress, loss.device)}, batch)
 
     def after_step(self, progress: float, taken: Taken = None) -> None:
         super().after_step(progress, taken)

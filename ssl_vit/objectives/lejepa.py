@@ -16,6 +16,7 @@ from ssl_vit.core.distributed import gather_with_gradient, mean_over_processes, 
 from ssl_vit.core.settings import check_ranges
 from ssl_vit.data.augment.multicrop import MultiCropConfig
 from ssl_vit.models.encoder import Encoder
+from ssl_vit.objectives.anchor import AnchorConfig
 from ssl_vit.objectives.collapse import diagnose_views, feature_std, rankme
 from ssl_vit.objectives.objective import Resolved, RunSize
 from ssl_vit.objectives.views import ViewsObjective, by_size
@@ -25,7 +26,7 @@ PUBLISHED_WEIGHTS = {"visreg": 0.6, "sigreg": 0.05}
 
 
 @dataclass(frozen=True)
-class LeJEPAConfig(MultiCropConfig):
+class LeJEPAConfig(MultiCropConfig, AnchorConfig):
     """Settings of LeJEPA; the defaults are those of the papers at 224 pixels: two global crops and six local ones."""
 
     global_crop_scale: tuple[float, float] = (0.3, 1.0)
@@ -47,6 +48,7 @@ class LeJEPAConfig(MultiCropConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_anchor()
         counts = ("num_directions", "hidden_dim", "projection_dim")
         check_ranges(self, weight="(0, 1)", **dict.fromkeys(counts, "[1, inf)"))
 
@@ -88,6 +90,7 @@ class LeJEPA(ViewsObjective):
         super().__init__()
         self.config = config
         self.encoder = encoder
+        self.set_anchor(config)
         width = config.hidden_dim
         self.projector = nn.Sequential(
             nn.Linear(encoder.embed_dim, width, bias=False),
@@ -113,12 +116,13 @@ class LeJEPA(ViewsObjective):
         with torch.no_grad():
             self._last = cls[0].detach(), projections[0].detach()
             cosine = F.cosine_similarity(projections[:1], projections[1:], dim=-1).mean()
-        return {
+        parts = {
             "loss": (1 - weight) * agreement + weight * spread,
             "loss_agreement": agreement.detach(),
             "loss_regulariser": spread.detach(),
             "view_cosine": cosine,
         }
+        return self.anchored(parts, batch)
 
     def diagnostics(self) -> dict[str, Tensor]:
         assert self._last is not None, "nothing was seen"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ssl_vit.models.attention_maps import attention_maps, has_cls_attention
 from ssl_vit.models.encoder import Encoder, Features
+from ssl_vit.objectives.anchor import Anchor, AnchorConfig
 from ssl_vit.objectives.objective import AttentionMaps, Objective, PatchTokens
 
 
@@ -18,6 +19,21 @@ class ViewsObjective(Objective):
     """An objective that compares the class tokens of several views of an image."""
 
     pooled = "cls"
+    anchor: Anchor | None = None
+
+    def set_anchor(self, config: AnchorConfig) -> None:
+        """Copy the encoder as it is now, if the settings ask for an anchor."""
+        self.anchor = config.build_anchor(self.encoder)
+        if self.anchor is not None:
+            self.frozen = (*self.frozen, self.anchor.start)
+
+    def anchored(self, losses: dict[str, Tensor], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Add the anchor's loss, of the first view of each image, if there is an anchor."""
+        if self.anchor is None:
+            return losses
+        distance = self.anchor(self.encoder, batch["global_crops"][:, 0])
+        loss = losses["loss"] + self.anchor.config.anchor_weight * distance
+        return {**losses, "loss": loss, "loss_anchor": distance.detach()}
 
     @property
     def figure_file(self) -> str:

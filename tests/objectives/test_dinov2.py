@@ -50,6 +50,16 @@ class TestAgainstThePapersCode:
     def test_koleo(self, golden: dict[str, torch.Tensor]) -> None:
         assert koleo_loss(golden["koleo_features"]).item() == pytest.approx(golden["koleo_loss"].item(), rel=1e-4)
 
+    def test_koleo_of_dinov3(self) -> None:
+        golden = load_file(GOLDEN / "dinov3_losses_reference.safetensors")
+        features = golden["koleo_features"].requires_grad_()
+        loss = koleo_loss(features)
+        loss.backward()
+        assert loss.item() == pytest.approx(golden["koleo"].item(), rel=1e-5)
+        assert features.grad.norm().item() == pytest.approx(golden["grad_norm.koleo"].item(), rel=1e-5)
+        halves = torch.stack([koleo_loss(half) for half in golden["koleo_features"].detach().chunk(2)])
+        assert halves.mean().item() == pytest.approx(golden["koleo_groups"].mean().item(), rel=1e-5)
+
 
 class TestSinkhorn:
     def test_is_the_plain_iteration(self) -> None:
