@@ -27,6 +27,7 @@ DEFAULTS = RunConfig(
         teacher_temp_warmup="auto",
         ema_momentum="auto",
         freeze_last_layer="auto",
+        koleo_weight="auto",
     ),
     epochs=100,
     encoder=EncoderConfig(

@@ -31,10 +31,17 @@ DEFAULTS = {
     "simmim": pretrain_simmim.DEFAULTS,
     "fcmae": pretrain_fcmae.DEFAULTS,
     "lejepa": pretrain_lejepa.DEFAULTS,
+    "simdino": pretrain_dino.DEFAULTS,
+    "simdinov2": pretrain_dinov2.DEFAULTS,
     "finetune": finetune.DEFAULTS,
     "attentive": attentive_probe.DEFAULTS,
 }
-SCRIPTS = {"finetune": "finetune", "attentive": "attentive_probe"}
+SCRIPTS = {
+    "finetune": "finetune",
+    "attentive": "attentive_probe",
+    "simdino": "pretrain_dino",
+    "simdinov2": "pretrain_dinov2",
+}
 
 
 def objective_of(path: Path) -> str:
@@ -173,6 +180,29 @@ def test_the_imagenet_configs_of_dino_are_the_papers(
     assert objective.freeze_last_layer == pytest.approx(freeze / epochs)
     assert (objective.hidden_dim, objective.bottleneck_dim, objective.student_temp) == (2048, 256, 0.1)
     assert (config.encoder.drop_path_rate, objective.norm_last_layer) == (0.1, True)
+
+
+def test_the_imagenet_configs_of_simdino_are_the_papers_code() -> None:
+    for name, batch, local, clip_over in (
+        ("simdino_vitb16_imagenet1k", 512, 0.1, "parameter"),
+        ("simdinov2_vitb16_imagenet1k", 1024, 0.2, "module"),
+    ):
+        config, _ = by_name(name).resolve(1_281_167)
+        objective, optim = config.objective, config.optim
+        assert (objective.loss, objective.coding_eps, objective.coding_coeff) == ("coding_rate", 0.05, 1.0)
+        assert (objective.coding_features, objective.bottleneck_dim, objective.hidden_dim) == ("average", 256, 2048)
+        assert (config.batch.size, config.epochs, config.encoder.drop_path_rate) == (batch, 100, local)
+        assert optim.peak_lr(batch) == pytest.approx(1e-3 if batch == 512 else 4e-3)
+        assert (optim.weight_decay, optim.weight_decay_end, optim.warmup, optim.min_lr) == (0.04, 0.4, 0.1, 1e-6)
+        assert (optim.clip_grad, optim.clip_over) == (3.0, clip_over)
+        assert (objective.num_local_crops, objective.global_crop_scale, objective.local_crop_scale) == (
+            10,
+            (0.4, 1.0),
+            (0.05, 0.4),
+        )
+        assert (objective.ema_momentum, objective.ema_momentum_end) == (0.996 if batch == 512 else 0.9, 1.0)
+    assert (objective.ibot_weight, objective.ibot_separate_head, objective.koleo_weight) == (1.0, False, 0.0)
+    assert (objective.layer_decay, objective.patch_embed_lr, config.encoder.layer_scale) == (0.9, 0.2, 0.1)
 
 
 def test_the_imagenet_config_of_dinov2_is_the_papers_code() -> None:

@@ -51,6 +51,8 @@ OBJECTIVES = {
     "fcmae": FCMAEConfig(decoder_embed_dim=16),
     "lejepa": LeJEPAConfig(hidden_dim=24, projection_dim=8, num_directions=16, num_local_crops=2),
     "lejepa, SIGReg": LeJEPAConfig(regulariser="sigreg", hidden_dim=24, projection_dim=8, num_local_crops=0),
+    "simdino": DINOConfig(**SMALL_HEAD, loss="coding_rate"),
+    "simdinov2": DINOv2Config(**SMALL_HEAD, loss="coding_rate", mask_prob=1.0, koleo_weight=0.0),
     "dinov2, centred, shared head, trainable norms": DINOv2Config(**SMALL_HEAD, mask_prob=1.0, centering="center"),
 }
 
@@ -59,7 +61,7 @@ def refusal(encoder: str, objective: str) -> str | None:
     """What is said of a pair that cannot work; None for a pair that works."""
     if objective == "mae" and encoder in CANNOT_DROP:
         return "encoder.arch=.*: MAE drops tokens before the first block, which this backbone cannot; use a Vision"
-    if objective.startswith("dinov2") and encoder in CANNOT_MASK:
+    if objective.startswith(("dinov2", "simdinov2")) and encoder in CANNOT_MASK:
         return "ibot_weight=1.0: iBOT masks tokens, which .* cannot.*; use ibot_weight 0, DINO, or"
     if objective.startswith("simmim") and encoder in CANNOT_MASK:
         return "encoder.arch=.*: SimMIM masks tokens, and this stem mixes pixels of neighbours; use vit_"

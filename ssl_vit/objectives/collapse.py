@@ -14,6 +14,9 @@ from ssl_vit.objectives.recipes import choose_num_prototypes
 
 RECIPE_LR = {"linear": 5e-4, "sqrt": 4e-3}
 """optim.base_lr of DINO and of DINOv2, by optim.lr_scaling."""
+LEAST_AT_ONCE = 64
+"""Images of a micro-batch of all processes, the fewest that the losses with a statistic over it were published with."""
+_SMALL_AT_ONCE = f"batch.size {{}} is small: {LEAST_AT_ONCE} or more, without accumulation."
 
 
 def feature_std(features: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
@@ -98,7 +101,7 @@ def diagnose(
 
 
 def diagnose_views(values: Mapping[str, float], run: Mapping[str, Any] | None = None) -> str | None:
-    """As `diagnose`, for objectives without a teacher and prototypes (LeJEPA).
+    """As `diagnose`, for losses without prototypes (LeJEPA, SimDINO).
 
     Args:
         values: feature_std (0 to 1) of the class tokens; projection_rank, the share of the dimensions that a batch's
@@ -111,10 +114,15 @@ def diagnose_views(values: Mapping[str, float], run: Mapping[str, Any] | None = 
         what = f"The projections use few dimensions ({values['projection_rank']:.1%} of those that they could)."
     else:
         return None
-    batch = ((run or {}).get("batch") or {}).get("size")
-    small = isinstance(batch, int) and batch < 64
-    cause = f" batch.size {batch} is small: 64 or more, without accumulation." if small else ""
-    return f"{what}{cause} {'Else try' if small else 'Try'} a higher objective.weight, or half the optim.base_lr."
+    settings = run or {}
+    if (settings.get("objective") or {}).get("loss") == "coding_rate":
+        found = causes(settings, is_uniform=False)
+        advice = "a lower objective.coding_coeff or objective.coding_eps"
+    else:
+        batch = (settings.get("batch") or {}).get("size")
+        found = [_SMALL_AT_ONCE.format(batch)] if isinstance(batch, int) and batch < LEAST_AT_ONCE else []
+        advice = "a higher objective.weight"
+    return " ".join([what, *found, f"{'Else try' if found else 'Try'} {advice}, or half the optim.base_lr."])
 
 
 def causes(settings: Mapping[str, Any], *, is_uniform: bool) -> list[str]:
@@ -126,44 +134,53 @@ def causes(settings: Mapping[str, Any], *, is_uniform: bool) -> list[str]:
             the same.
     """
     objective, optim = settings.get("objective") or {}, settings.get("optim") or {}
-
-    def number(section: Mapping[str, Any], key: str) -> float:
-        value = section.get(key)
-        return float(value) if isinstance(value, int | float) else math.nan  # all comparisons with NaN are False
-
-    batch, num_images = number(settings.get("batch") or {}, "size"), number(settings, "num_images")
+    batch, num_images = _number(settings.get("batch") or {}, "size"), _number(settings, "num_images")
     found = []
     for name, remedy in (("ema_momentum", "auto, or .99 and more"), ("ema_momentum_end", "1")):
-        if number(objective, name) < 0.9:
-            momentum = f"objective.{name} {number(objective, name):g}"
+        if _number(objective, name) < 0.9:
+            momentum = f"objective.{name} {_number(objective, name):g}"
             found.append(f"{momentum} makes the teacher a copy of the student: {remedy}.")
-    base_lr, recipe = number(optim, "base_lr"), RECIPE_LR.get(optim.get("lr_scaling", ""), math.nan)
+    base_lr, recipe = _number(optim, "base_lr"), RECIPE_LR.get(optim.get("lr_scaling", ""), math.nan)
     # Smaller batches tolerate more, by the square root for Adam; quickstart_dino.yaml uses 16 times the recipe's.
     if base_lr > min(4.5 * max(1.0, (512 / batch) ** 0.5), 18.0) * recipe:
         found.append(f"optim.base_lr {base_lr:g} is {base_lr / recipe:.3g} times the recipe's {recipe:g}: lower it.")
-    centering = objective.get("centering")
-    if centering == "none" or (centering == "center" and number(objective, "center_momentum") == 1):
-        setting = "objective.centering none" if centering == "none" else "objective.center_momentum 1"
-        found.append(f"{setting} leaves the teacher without a centre: objective.centering center or sinkhorn.")
-    temp, at_start = number(objective, "teacher_temp"), number(objective, "warmup_teacher_temp")
-    if is_uniform and max(temp, at_start) > 0.07:
-        found.append(f"objective.teacher_temp {max(temp, at_start):g} is too high, above .07.")
-    elif is_uniform and temp > 0.04 and number(objective, "teacher_temp_warmup") == 0:
-        found.append(f"objective.teacher_temp_warmup 0 starts at {temp:g}: .3, from .04 on.")
-    elif not is_uniform and min(temp, at_start) < 0.02:
-        found.append(f"objective.teacher_temp {min(temp, at_start):g} is too low, below .02.")
-    prototypes = number(objective, "num_prototypes")
-    if num_images > 0 and prototypes > 4 * choose_num_prototypes(int(num_images)):
-        found.append(f"objective.num_prototypes {prototypes:,.0f} are many for {num_images:,.0f} images: auto.")
-    decays = [number(optim, name) for name in ("weight_decay", "weight_decay_end")]
+    has_prototypes = objective.get("loss") != "coding_rate"
+    if has_prototypes:
+        found += _causes_of_prototypes(objective, num_images, is_uniform=is_uniform)
+    decays = [_number(optim, name) for name in ("weight_decay", "weight_decay_end")]
     if any(decay > 1 for decay in decays):
         found.append(
             f"optim.weight_decay {max(decay for decay in decays if decay > 1):g} is above 1; the recipes end at .4."
         )
-    if number(optim, "warmup") == 0:
+    if _number(optim, "warmup") == 0:
         found.append("optim.warmup 0 starts at the full learning rate: auto.")
-    if batch < 64:
+    if batch < LEAST_AT_ONCE:
         found.append(
             f"batch.size {batch:g} is small: use 256 or more, with accumulation if memory is short (batch.per_device)."
+            if has_prototypes
+            else _SMALL_AT_ONCE.format(f"{batch:g}")
         )
     return found
+
+
+def _causes_of_prototypes(objective: Mapping[str, Any], num_images: float, *, is_uniform: bool) -> list[str]:
+    found, centering = [], objective.get("centering")
+    if centering == "none" or (centering == "center" and _number(objective, "center_momentum") == 1):
+        setting = "objective.centering none" if centering == "none" else "objective.center_momentum 1"
+        found.append(f"{setting} leaves the teacher without a centre: objective.centering center or sinkhorn.")
+    temp, at_start = _number(objective, "teacher_temp"), _number(objective, "warmup_teacher_temp")
+    if is_uniform and max(temp, at_start) > 0.07:
+        found.append(f"objective.teacher_temp {max(temp, at_start):g} is too high, above .07.")
+    elif is_uniform and temp > 0.04 and _number(objective, "teacher_temp_warmup") == 0:
+        found.append(f"objective.teacher_temp_warmup 0 starts at {temp:g}: .3, from .04 on.")
+    elif not is_uniform and min(temp, at_start) < 0.02:
+        found.append(f"objective.teacher_temp {min(temp, at_start):g} is too low, below .02.")
+    prototypes = _number(objective, "num_prototypes")
+    if num_images > 0 and prototypes > 4 * choose_num_prototypes(int(num_images)):
+        found.append(f"objective.num_prototypes {prototypes:,.0f} are many for {num_images:,.0f} images: auto.")
+    return found
+
+
+def _number(section: Mapping[str, Any], key: str) -> float:
+    value = section.get(key)
+    return float(value) if isinstance(value, int | float) else math.nan  # all comparisons with NaN are False

@@ -18,7 +18,8 @@ from ssl_vit.data.augment.multicrop import MultiCropConfig
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.objectives.anchor import AnchorConfig
 from ssl_vit.objectives.centering import Centering, RunningMean, centered_probs
-from ssl_vit.objectives.collapse import PrototypeUse, diagnose, feature_std, rankme
+from ssl_vit.objectives.coding_rate import coding_rate, view_agreement
+from ssl_vit.objectives.collapse import PrototypeUse, diagnose, diagnose_views, feature_std, rankme
 from ssl_vit.objectives.heads import DINOHead
 from ssl_vit.objectives.objective import ParamGroup, Resolved, RunSize, Taken
 from ssl_vit.objectives.prototype_loss import cross_entropy, dino_prototype_loss, num_terms
@@ -27,6 +28,8 @@ from ssl_vit.objectives.teacher import Teacher
 from ssl_vit.objectives.views import ViewsObjective, by_size
 
 Auto = Literal["auto"]
+OF_PROTOTYPES = ("num_prototypes", "teacher_temp", "teacher_temp_warmup", "freeze_last_layer")
+"""Settings that may be `auto` and have no effect with another loss."""
 
 
 @dataclass(frozen=True)
@@ -37,67 +40,89 @@ class DINOConfig(MultiCropConfig, AnchorConfig):
     """
 
     teacher_images: ClassVar[int] = 128_000  # averaged by the teacher: EMA .996 = 250 steps of 512 images
+    coding_teacher_images: ClassVar[int] = 128_000  # the same of SimDINO
     cls_token_std: ClassVar[float | None] = 0.02  # initial class token; None = timm's 1e-6
+    loss: Literal["prototypes", "coding_rate"] = "prototypes"
+    """What compares student and teacher: their probabilities of prototypes (DINO), or the cosine of the head's
+    bottlenecks with a coding rate against collapse (SimDINO), which has fewer settings."""
+    coding_coeff: float = 1.0
+    """Of coding_rate only: weight of the agreement of views; the coding rate has weight 1."""
+    coding_eps: float = 0.05
+    """Of coding_rate only: precision of the code. Lower it if the loss has spikes."""
+    coding_features: Literal["average", "student"] = "average"
+    """Of coding_rate only: what is kept spread, the student's global views or their average with the teacher's, which
+    damps spikes of the loss."""
     num_prototypes: int | Auto = 65536
-    """Prototypes, the dimensions of the output (K), or auto."""
+    """Of prototypes only: their number, the dimensions of the output (K), or auto."""
     hidden_dim: int = 2048
     """Width of the head's hidden layers."""
     bottleneck_dim: int = 256
-    """Width of the head's last layer before the prototypes."""
+    """Width of the head's last layer before the prototypes; of its output, with coding_rate."""
     norm_last_layer: bool = True
-    """Fix the prototypes' norms at 1: more stable. The paper trains them for ViT-S only."""
+    """Of prototypes only: fix their norms at 1: more stable. The paper trains them for ViT-S only."""
     student_temp: float = 0.1
-    """Temperature of the student's softmax."""
+    """Of prototypes only: temperature of the student's softmax."""
     teacher_temp: float | Auto = 0.04
-    """Temperature of the teacher's softmax after its warm-up, or auto: lower is sharper, above .07 is unstable."""
+    """Of prototypes only: temperature of the teacher's softmax after its warm-up, or auto: lower is sharper, above .07
+    is unstable."""
     warmup_teacher_temp: float = 0.04
-    """Temperature of the teacher's softmax at the start."""
+    """Of prototypes only: temperature of the teacher's softmax at the start."""
     teacher_temp_warmup: float | Auto = 0.3
-    """Share of the run over which the teacher's temperature rises to `teacher_temp`, or auto."""
+    """Of prototypes only: share of the run over which the teacher's temperature rises to `teacher_temp`, or auto."""
     centering: Centering = "center"
-    """Centring against collapse: a moving centre (DINO), Sinkhorn-Knopp (DINOv2), or none."""
+    """Of prototypes only: centring against collapse: a moving centre (DINO), Sinkhorn-Knopp (DINOv2), or none."""
     sinkhorn_iterations: int = 3
-    """Rounds of Sinkhorn-Knopp."""
+    """Of prototypes only: rounds of Sinkhorn-Knopp."""
     center_momentum: float = 0.9
-    """Momentum of the centre: the share that a step keeps."""
+    """Of prototypes only: momentum of the centre, the share that a step keeps."""
     ema_momentum: float | Auto = 0.996
     """Momentum of the teacher at the start: the share that a step keeps, or auto."""
     ema_momentum_end: float = 1.0
     """Momentum of the teacher at the end, reached along a cosine."""
     freeze_last_layer: float | Auto = 0.01
-    """Share of the run, from its start, in which prototypes do not train, or auto: 1 of 100 epochs is .01."""
+    """Of prototypes only: share of the run, from its start, in which they do not train, or auto: 1 of 100 epochs is
+    .01."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_anchor()
         shares = ("center_momentum", "ema_momentum", "ema_momentum_end", "freeze_last_layer", "teacher_temp_warmup")
         counts = ("sinkhorn_iterations", "hidden_dim", "bottleneck_dim")
-        temperatures = ("student_temp", "teacher_temp", "warmup_teacher_temp")
+        positive = ("student_temp", "teacher_temp", "warmup_teacher_temp", "coding_coeff", "coding_eps")
         check_ranges(
             self,
             num_prototypes="[2, inf)",
             **dict.fromkeys(counts, "[1, inf)"),
             **dict.fromkeys(shares, "[0, 1]"),
-            **dict.fromkeys(temperatures, "(0, inf)"),
+            **dict.fromkeys(positive, "(0, inf)"),
         )
 
     def resolve(self, size: RunSize) -> dict[str, Resolved]:
-        """Values of the `auto` settings, by name, each with its reason."""
+        """Values of the `auto` settings that the loss has, by name, each with its reason."""
         found = resolve_distillation(
             size,
             warmup_teacher_temp=self.warmup_teacher_temp,
             teacher_temp=None if self.teacher_temp == "auto" else self.teacher_temp,
-            teacher_images=self.teacher_images,
+            teacher_images=self.teacher_images if self.has_prototypes else self.coding_teacher_images,
         )
-        return {name: value for name, value in found.items() if getattr(self, name, None) == "auto"}
+        return {name: found[name] for name in self._auto() if name in found}
+
+    @property
+    def has_prototypes(self) -> bool:
+        """Whether the loss compares probabilities of prototypes; else their settings have no effect."""
+        return self.loss == "prototypes"
 
     def check_resolved(self) -> None:
         """Refuse a setting that is still `auto`."""
-        for item in fields(self):
-            if getattr(self, item.name) == "auto":
-                raise ValueError(
-                    f"{item.name}='auto': follows from the data and the length of a run; use resolve() or give a number"
-                )
+        for name in self._auto():
+            raise ValueError(
+                f"{name}='auto': follows from the data and the length of a run; use resolve() or give a number"
+            )
+
+    def _auto(self) -> list[str]:
+        """Names of the settings that are `auto` and have an effect."""
+        unused = () if self.has_prototypes else OF_PROTOTYPES
+        return [item.name for item in fields(self) if getattr(self, item.name) == "auto" and item.name not in unused]
 
     def build(self, encoder: Encoder) -> "DINO":
         """Build the objective on an encoder; the teacher starts as its copy.
@@ -110,12 +135,17 @@ class DINOConfig(MultiCropConfig, AnchorConfig):
 
 
 class DINO(ViewsObjective):
-    """A student that predicts, from all crops, the output of its slower copy on the global crops."""
+    """A student that predicts, from all crops, the output of its slower copy on the global crops.
+
+    With `loss: coding_rate` (SimDINO) it is - coding_coeff x `view_agreement` - `coding_rate`, the latter averaged over
+    the two global views. Under accumulation the agreement is exactly that of the whole batch; the coding rate is
+    that of a micro-batch of all processes, whose mean over micro-batches is not that of the whole batch.
+    """
 
     teacher: Teacher
     teacher_encoder: Encoder
     teacher_head: DINOHead
-    center: Tensor
+    center: Tensor  # of prototypes only
 
     def __init__(self, config: DINOConfig, encoder: Encoder) -> None:
         super().__init__()
@@ -128,9 +158,11 @@ class DINO(ViewsObjective):
                     nn.init.trunc_normal_(parameter, std=config.cls_token_std)
         self.set_anchor(config)
         self.teacher = Teacher(self, "teacher_", "encoder", "head")
-        self.register_buffer("center", torch.zeros(1, self.num_prototypes))
-        self._teacher_sums = RunningMean()
-        self._prototype_use = PrototypeUse()
+        if config.has_prototypes:
+            self.register_buffer("center", torch.zeros(1, self.num_prototypes))
+            self._teacher_sums = RunningMean()
+            self._prototype_use = PrototypeUse()
+        self._projections: Tensor | None = None  # of the student's first view, where there are no prototypes
         self._teacher_cls: list[Tensor] = []  # one per micro-batch of the step at `_seen_at`
         self._seen_at: float | None = None
 
@@ -142,28 +174,65 @@ class DINO(ViewsObjective):
         config = self.config
         return DINOHead(
             embed_dim,
-            num_prototypes=self.num_prototypes,
+            num_prototypes=self.num_prototypes if config.has_prototypes else None,
             hidden_dim=config.hidden_dim,
             bottleneck_dim=config.bottleneck_dim,
             norm_last_layer=config.norm_last_layer,
         )
 
     def forward(self, batch: Mapping[str, Tensor], progress: float) -> dict[str, Tensor]:
-        temp = self.teacher_temp(progress)
         with torch.no_grad():
             [teacher] = self.encode(self.teacher_encoder, [batch["global_crops"]], cls_only=True)
-            teacher_logits = self.teacher_head(teacher.cls)
-            teacher_probs = self.center_probs(teacher_logits, self.center, temp)
-            self._teacher_sums.add(rearrange(teacher_logits, "v b k -> (v b) k"), progress)
         student_cls = torch.cat([features.cls for features in self.encode(self.encoder, by_size(batch), cls_only=True)])
+        parts = self.compare(student_cls, teacher.cls, progress)
+        return self.anchored({**parts, **self._schedules(progress, student_cls.device)}, batch)
+
+    def compare(
+        self, student_cls: Float[Tensor, "s b d"], teacher_cls: Float[Tensor, "t b d"], progress: float
+    ) -> dict[str, Tensor]:
+        """The loss of the student's views and the teacher's, global ones first, with cheap signs of collapse."""
+        if progress != self._seen_at:
+            self._seen_at, self._teacher_cls = progress, []
+        self._teacher_cls.append(teacher_cls)
+        by_loss = self._compare_probs if self.config.has_prototypes else self._compare_codes
+        return by_loss(student_cls, teacher_cls, progress)
+
+    def _compare_probs(
+        self, student_cls: Float[Tensor, "s b d"], teacher_cls: Float[Tensor, "t b d"], progress: float
+    ) -> dict[str, Tensor]:
+        with torch.no_grad():
+            teacher_logits = self.teacher_head(teacher_cls)
+            teacher_probs = self.center_probs(teacher_logits, self.center, self.teacher_temp(progress))
+            self._teacher_sums.add(rearrange(teacher_logits, "v b k -> (v b) k"), progress)
         bottleneck, prototypes = self.head(student_cls, as_factors=True)
         loss = dino_prototype_loss(bottleneck, prototypes, teacher_probs, self.config.student_temp)
-        parts = {
+        with torch.no_grad():
+            entropy = torch.special.entr(teacher_probs).sum(dim=-1).mean()
+            self._prototype_use.note(rearrange(teacher_probs, "v b k -> (v b) k"))
+        return {
             "loss": loss,
-            **self.observe(loss, teacher.cls, teacher_probs, progress),
-            **self._schedules(progress, loss.device),
+            "teacher_entropy": entropy,
+            "kl": loss.detach() - entropy,
+            "below_ln_k": float(np.log(self.num_prototypes)) - loss.detach(),
         }
-        return self.anchored(parts, batch)
+
+    def _compare_codes(
+        self, student_cls: Float[Tensor, "s b d"], teacher_cls: Float[Tensor, "t b d"], progress: float
+    ) -> dict[str, Tensor]:
+        config = self.config
+        with torch.no_grad():
+            targets = self.teacher_head(teacher_cls)
+        projections = self.head(student_cls)
+        agreement, spread = view_agreement(projections, targets), projections[: len(targets)]
+        if config.coding_features == "average":
+            spread = (spread + targets) / 2
+        rate = coding_rate(spread, config.coding_eps).mean()
+        self._projections = projections[0].detach()
+        return {
+            "loss": -config.coding_coeff * agreement - rate,
+            "view_cosine": agreement.detach(),
+            "coding_rate": rate.detach(),
+        }
 
     def center_probs(
         self, logits: Float[Tensor, "v b k"], center: Float[Tensor, "1 k"], temp: float
@@ -185,46 +254,33 @@ class DINO(ViewsObjective):
 
     def after_step(self, progress: float, taken: Taken = None) -> None:
         self.teacher.update(self.ema_momentum(progress), taken)
-        if self.config.centering == "center":
+        if self.config.has_prototypes and self.config.centering == "center":
             self._teacher_sums.move(self.center, self.config.center_momentum, taken)
-
-    def observe(
-        self,
-        loss: Tensor,
-        teacher_cls: Float[Tensor, "v b d"],
-        teacher_probs: Float[Tensor, "v b k"],
-        progress: float,
-    ) -> dict[str, Tensor]:
-        """Cheap signs of collapse, in nats; stores what `diagnostics` needs."""
-        with torch.no_grad():
-            entropy = torch.special.entr(teacher_probs).sum(dim=-1).mean()
-            self._prototype_use.note(rearrange(teacher_probs, "v b k -> (v b) k"))
-            if progress != self._seen_at:
-                self._seen_at, self._teacher_cls = progress, []
-            self._teacher_cls.append(teacher_cls)
-            return {
-                "teacher_entropy": entropy,
-                "kl": loss.detach() - entropy,
-                "below_ln_k": float(np.log(self.num_prototypes)) - loss.detach(),
-            }
 
     def diagnostics(self) -> dict[str, Tensor]:
         views = torch.cat(self._teacher_cls, dim=1)
         # One view only: a second view of the same images adds nothing.
-        return {
+        found = {
             "feature_std": mean_over_processes(torch.stack([feature_std(view) for view in views]).mean()),
             "rankme": mean_over_processes(rankme(views[0])),
-            "prototypes_used": self._prototype_use.read(),
         }
+        if self._projections is None:
+            return {**found, "prototypes_used": self._prototype_use.read()}
+        share = rankme(self._projections) / min(self._projections.shape)
+        return {**found, "projection_rank": mean_over_processes(share)}
 
     def diagnose(self, values: Mapping[str, float], run: Mapping[str, Any] | None = None) -> str | None:
-        return diagnose(values, vars(self.config), run)
+        if self.config.has_prototypes:
+            return diagnose(values, vars(self.config), run)
+        return diagnose_views(values, {**(run or {}), "objective": vars(self.config)})
 
     def backbone(self) -> Encoder:
         return self.teacher_encoder
 
     def param_groups(self) -> list[ParamGroup]:
         """The usual groups, with the last layers in groups of their own that are frozen until `freeze_last_layer`."""
+        if not self.config.has_prototypes:
+            return super().param_groups()
         groups: list[ParamGroup] = []
         for group in super().param_groups():
             for is_last, until in ((False, 0.0), (True, float(self.config.freeze_last_layer))):
@@ -234,7 +290,8 @@ class DINO(ViewsObjective):
         return groups
 
     def _schedules(self, progress: float, device: torch.device) -> dict[str, Tensor]:
-        values = {"teacher_temp": self.teacher_temp(progress), "ema_momentum": self.ema_momentum(progress)}
+        values = {"teacher_temp": self.teacher_temp(progress)} if self.config.has_prototypes else {}
+        values |= {"ema_momentum": self.ema_momentum(progress)}
         return {name: torch.full((), value, device=device) for name, value in values.items()}
 
 

@@ -22,12 +22,12 @@ from ssl_vit.data.transform import InputSpec
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.objectives.centering import Centering, RunningMean, centered_probs
 from ssl_vit.objectives.centering import sinkhorn_knopp as sinkhorn_knopp
+from ssl_vit.objectives.coding_rate import patch_agreement
 from ssl_vit.objectives.dino import DINO, DINOConfig
 from ssl_vit.objectives.heads import DINOHead
-from ssl_vit.objectives.objective import ParamGroup, Taken
+from ssl_vit.objectives.objective import ParamGroup, Resolved, RunSize, Taken
 from ssl_vit.objectives.prototype_loss import (
     cross_entropy,
-    dino_prototype_loss,
     ibot_prototype_loss,
     masked_patch_weights,
 )
@@ -41,6 +41,7 @@ class DINOv2Config(DINOConfig):
     """
 
     teacher_images: ClassVar[int] = 256_000  # EMA .992 = 125 steps of 2048 images
+    coding_teacher_images: ClassVar[int] = 10_240  # SimDINOv2's EMA .9 = 10 steps of 1024 images
     cls_token_std: ClassVar[float | None] = None  # 1e-6 in the paper's code, also for registers
 
     global_crop_scale: tuple[float, float] = (0.32, 1.0)
@@ -50,15 +51,15 @@ class DINOv2Config(DINOConfig):
     centering: Centering = "sinkhorn"
     ema_momentum: float | Literal["auto"] = 0.992
     ibot_weight: float = 1.0
-    """Weight of the loss on masked patches (iBOT); 0 masks nothing."""
+    """Weight of the loss on masked patches (iBOT; with coding_rate, minus their cosine); 0 masks nothing."""
     ibot_separate_head: bool = False
     """Separate head for patches, as in the paper's large runs; else patches and class token share one."""
     mask_prob: float = 0.5
     """Share of the global crops that have masked patches."""
     mask_ratio: tuple[float, float] = (0.1, 0.5)
     """Smallest and largest share of masked patches in such a crop, drawn uniformly."""
-    koleo_weight: float = 0.1
-    """Weight of KoLeo, which spreads the class tokens of each global view; 0 = off."""
+    koleo_weight: float | Literal["auto"] = 0.1
+    """Weight of KoLeo, which spreads the class tokens of each global view, or auto; 0 = off, as in SimDINOv2."""
     layer_decay: float = 0.9
     """Factor on the learning rate from each block to the block before it."""
     patch_embed_lr: float = 0.2
@@ -70,6 +71,14 @@ class DINOv2Config(DINOConfig):
         rates = dict.fromkeys(("layer_decay", "patch_embed_lr"), "(0, 1]")
         check_ranges(self, mask_prob="[0, 1]", mask_ratio="(0, 1)", **weights, **rates)
         check_interval(self, "mask_ratio")
+
+    def resolve(self, size: RunSize) -> dict[str, Resolved]:
+        """DINO's, and the weight of KoLeo."""
+        found = super().resolve(size)
+        if self.koleo_weight == "auto":
+            weight = Resolved(0.1, "the paper's") if self.has_prototypes else Resolved(0, "the coding rate spreads")
+            found |= {"koleo_weight": weight}
+        return found
 
     def build(self, encoder: Encoder) -> "DINOv2":
         """Build the objective on an encoder; the teacher starts as its copy.
@@ -107,7 +116,7 @@ class MaskedMultiCropTransform:
 
 
 class DINOv2(DINO):
-    """DINO on class tokens, iBOT on masked patches, KoLeo against crowding."""
+    """DINO on class tokens, iBOT on masked patches, KoLeo against crowding; with `loss: coding_rate`, SimDINOv2."""
 
     config: DINOv2Config
     patch_center: Tensor
@@ -125,56 +134,61 @@ class DINOv2(DINO):
             self.mask_token = nn.Parameter(
                 torch.zeros(1, encoder.mask_dim)
             )  # 2-D, so it has weight decay, as in the paper
-            self.register_buffer("patch_center", torch.zeros(1, self.num_prototypes))
-            self._patch_sums = RunningMean()
+            if config.has_prototypes:
+                self.register_buffer("patch_center", torch.zeros(1, self.num_prototypes))
+                self._patch_sums = RunningMean()
             if config.ibot_separate_head:
                 self.patch_head = self._build_head(encoder.embed_dim)
                 self.teacher.add("patch_head")
 
     def forward(self, batch: Mapping[str, Tensor], progress: float) -> dict[str, Tensor]:
-        config, temp = self.config, self.teacher_temp(progress)
-        global_crops = batch["global_crops"]
-        use_masks = config.ibot_weight > 0
-        masks = rearrange(batch["masks"], "b v n -> v b n") if use_masks else None
+        config = self.config
+        masks = rearrange(batch["masks"], "b v n -> v b n") if config.ibot_weight > 0 else None
         with torch.no_grad():
-            [teacher] = self.encode(self.teacher_encoder, [global_crops])
-            teacher_logits = self.teacher_head(teacher.cls)
-            teacher_probs = self.center_probs(teacher_logits, self.center, temp)
-            self._teacher_sums.add(rearrange(teacher_logits, "v b k -> (v b) k"), progress)
-
+            [teacher] = self.encode(self.teacher_encoder, [batch["global_crops"]])
         masking = {}
         if masks is not None:
             masking = {"mask": rearrange(masks, "v b n -> (v b) n"), "mask_token": self.mask_token[0]}
         crops = [batch[name] for name in ("global_crops", "local_crops") if name in batch]
         student, *local = self.encode(self.encoder, crops, **masking)
         student_cls = torch.cat([student.cls, *(features.cls for features in local)])
-        bottleneck, prototypes = self.head(student_cls, as_factors=True)
-        loss = dino_prototype_loss(bottleneck, prototypes, teacher_probs, config.student_temp)
-        parts = {"loss": loss, "loss_dino": loss.detach(), **self.observe(loss, teacher.cls, teacher_probs, progress)}
-
+        parts = self.compare(student_cls, teacher.cls, progress)
+        parts["loss_dino"] = parts["loss"].detach()
         if masks is not None:
             masked = batch["masked"] if "masked" in batch else masked_indices(batch["masks"])
-            with torch.no_grad():
-                patch_logits = (self.teacher_patch_head or self.teacher_head)(take_patches(teacher.patches, masked))
-                patch_probs = centered_probs(
-                    patch_logits, self.patch_center, temp, config.centering, config.sinkhorn_iterations
-                )
-                self._patch_sums.add(patch_logits, progress)
-            patches = take_patches(student.patches, masked)
-            bottleneck, prototypes = (self.patch_head or self.head)(patches, as_factors=True)
-            weights = masked_patch_weights(masks, masked)
-            ibot = ibot_prototype_loss(bottleneck, prototypes, patch_probs, weights, config.student_temp)
+            ibot = self._compare_patches(student.patches, teacher.patches, masks, masked, progress)
             parts["loss"] = parts["loss"] + config.ibot_weight * ibot
             parts["loss_ibot"] = ibot.detach()
-        if config.koleo_weight:
+        if koleo_weight := float(config.koleo_weight):
             koleo = torch.stack([koleo_loss(view) for view in student.cls]).sum()
-            parts["loss"] = parts["loss"] + config.koleo_weight * koleo
+            parts["loss"] = parts["loss"] + koleo_weight * koleo
             parts["loss_koleo"] = koleo.detach()
-        return self.anchored({**parts, **self._schedules(progress, loss.device)}, batch)
+        return self.anchored({**parts, **self._schedules(progress, student_cls.device)}, batch)
+
+    def _compare_patches(
+        self,
+        student: Float[Tensor, "v b n d"],
+        teacher: Float[Tensor, "v b n d"],
+        masks: Bool[Tensor, "v b n"],
+        masked: Int[Tensor, " m"],
+        progress: float,
+    ) -> Float[Tensor, ""]:
+        """The loss of masked patches, each crop's with the same weight."""
+        config, weights = self.config, masked_patch_weights(masks, masked)
+        head, patches = self.patch_head or self.head, take_patches(student, masked)
+        with torch.no_grad():
+            targets = (self.teacher_patch_head or self.teacher_head)(take_patches(teacher, masked))
+        if not config.has_prototypes:
+            return -patch_agreement(head(patches), targets, weights)
+        temp, iterations = self.teacher_temp(progress), config.sinkhorn_iterations
+        probs = centered_probs(targets, self.patch_center, temp, config.centering, iterations)
+        self._patch_sums.add(targets, progress)
+        bottleneck, prototypes = head(patches, as_factors=True)
+        return ibot_prototype_loss(bottleneck, prototypes, probs, weights, config.student_temp)
 
     def after_step(self, progress: float, taken: Taken = None) -> None:
         super().after_step(progress, taken)
-        if self.config.ibot_weight and self.config.centering == "center":
+        if self.config.has_prototypes and self.config.ibot_weight and self.config.centering == "center":
             self._patch_sums.move(self.patch_center, self.config.center_momentum, taken)
 
     def param_groups(self) -> list[ParamGroup]:

@@ -11,13 +11,16 @@ class DINOHead(nn.Module):
     and prototypes whose direction and norm are separate parameters.
 
     Parameter names are those of the paper's code.
+
+    Args:
+        num_prototypes: None = no last layer, as in SimDINO: the L2-normalised bottleneck is the output.
     """
 
     def __init__(
         self,
         in_dim: int,
         *,
-        num_prototypes: int,
+        num_prototypes: int | None,
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
         norm_last_layer: bool = True,
@@ -30,7 +33,9 @@ class DINOHead(nn.Module):
             nn.GELU(),
             nn.Linear(hidden_dim, bottleneck_dim),
         )
-        self.last_layer = Prototypes(bottleneck_dim, num_prototypes, trainable_norm=not norm_last_layer)
+        self.last_layer: Prototypes | None = None
+        if num_prototypes is not None:
+            self.last_layer = Prototypes(bottleneck_dim, num_prototypes, trainable_norm=not norm_last_layer)
         for module in self.mlp:
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -42,6 +47,8 @@ class DINOHead(nn.Module):
         """Logits: the cosine to each prototype, times its norm; or the two matrices whose product they are."""
         # The norm is taken in fp32: squares of 256 half-precision numbers lose too much.
         bottleneck = F.normalize(self.mlp(features).float(), dim=-1)
+        if self.last_layer is None:
+            return bottleneck
         return (bottleneck, self.last_layer.weight()) if as_factors else self.last_layer(bottleneck)
 
 

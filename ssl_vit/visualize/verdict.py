@@ -37,7 +37,7 @@ def assess(run: RunData) -> Verdict:
        that of the first or more, else not learning.
     8. Losses of self-distillation, which may rise while a model learns: learning where features stay spread
        (feature_std at least .2), RankMe has kept at least half of its highest value, and at least 5 % of the
-       prototypes that could be are in use; else not learning.
+       prototypes that could be are in use, if there are any; else not learning.
     """
     records = run.records
     if records and not _is_finite(records[-1]["loss"]):
@@ -62,7 +62,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def _is_distillation(records: Sequence[Mapping[str, Any]]) -> bool:
-    return "teacher_entropy" in records[-1]
+    return bool({"teacher_entropy", "coding_rate"} & records[-1].keys())
 
 
 def _collapse(run: RunData, records: Sequence[Mapping[str, Any]]) -> str | None:
@@ -139,12 +139,10 @@ def _by_spread(records: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     spread, ranks = last.get("feature_std"), [r["rankme"] for r in records if _is_finite(r.get("rankme"))]
     if spread is None or not ranks:
         return "too early to say", "Neither scores nor the spread of the features tell."
-    used = last.get("prototypes_used", 1.0)
-    healthy = spread >= 0.2 and ranks[-1] >= max(ranks) / 2 and used >= 0.05
-    reason = (
-        f"The features' spread is {spread:.2f} of 1, RankMe is {ranks[-1]:.1f}, {max(ranks):.1f} at its highest, and "
-        f"{100 * used:.0f} % of the prototypes that could be are in use."
-    )
+    used = last.get("prototypes_used")
+    healthy = spread >= 0.2 and ranks[-1] >= max(ranks) / 2 and (used is None or used >= 0.05)
+    reason = f"The features' spread is {spread:.2f} of 1, RankMe is {ranks[-1]:.1f}, {max(ranks):.1f} at its highest"
+    reason += "." if used is None else f", and {100 * used:.0f} % of the prototypes that could be are in use."
     return ("learning" if healthy else "not learning"), reason
 
 

@@ -22,7 +22,10 @@ def build(name: str, *flags: str, grad_checkpointing: bool = False) -> tuple[Run
 
 @pytest.mark.parametrize(
     ("name", "flags"),
-    [("mae", []), ("dino", []), ("dinov2", []), ("dinov2", ["--objective.ibot_separate_head=true"])],
+    [
+        *(("mae", []), ("dino", []), ("dinov2", []), ("dinov2", ["--objective.ibot_separate_head=true"])),
+        *(("simdino", []), ("simdinov2", []), ("simdinov2", ["--objective.ibot_separate_head=true"])),
+    ],
 )
 def test_no_trainable_parameter_goes_without_a_gradient(name: str, flags: list[str]) -> None:
     """DDP would wait for one in vain, so that `find_unused_parameters` stays off."""
@@ -33,7 +36,7 @@ def test_no_trainable_parameter_goes_without_a_gradient(name: str, flags: list[s
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("name", ["mae", "dino", "dinov2"])
+@pytest.mark.parametrize("name", ["mae", "dino", "dinov2", "simdinov2"])
 def test_checkpointed_activations_change_no_gradient_and_keep_less(name: str, precision: str) -> None:
     """With drop path, whose draws must be the same both times."""
     compare_with_checkpointed(name, f"--precision={precision}")

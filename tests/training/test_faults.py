@@ -19,7 +19,7 @@ from ssl_vit.training.faults import Faults, SpikeWatch, spike_threshold
 from ssl_vit.training.step import poison_nonfinite, take_step
 from tests.conftest import last_weights, losses
 
-KINDS = {"mae": MAE, "dino": DINO, "dinov2": DINOv2}
+KINDS = {"mae": MAE, "dino": DINO, "dinov2": DINOv2, "simdino": DINO}
 EVERY_STEP = ("--checkpoint.every_steps=1", "--checkpoint.keep=99")
 
 
@@ -49,7 +49,7 @@ def break_steps(
     monkeypatch.setattr(kind, "forward", broken)
 
 
-@pytest.mark.parametrize("objective", ["mae", "dino", "dinov2"])
+@pytest.mark.parametrize("objective", ["mae", "dino", "dinov2", "simdino"])
 def test_a_step_that_is_not_finite_changes_nothing(
     start: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str
 ) -> None:
