@@ -24,7 +24,8 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--to", nargs="+", metavar="LIBRARY", help="timm transformers torchvision onnx torch_export")
     parser.add_argument("--out", type=Path, help="folder in which each library gets one of its name [PATH/exported]")
     parser.add_argument(
-        "--weights", help="teacher (default) or student of DINO and DINOv2; average-last-K of the last K checkpoints"
+        "--weights",
+        help="teacher (default) or student of DINO and DINOv2; best; average-last-K, of K checkpoints",
     )
     parser.add_argument("--images", "--data.source", metavar="SOURCE", help="images to compare on [generated ones]")
     parser.add_open_source()

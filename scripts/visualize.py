@@ -43,7 +43,7 @@ def _parser() -> FlagParser:
     parser.add_argument("--num_images", type=_positive, default=6, help="images of a source [6]")
     parser.add_argument("--image_size", type=_positive, nargs="+", metavar="N", help="one number, or height and width")
     parser.add_argument("--seed", type=int, default=0, help="draws images and masks [0]")
-    parser.add_argument("--weights", help="teacher (default) or student of DINO and DINOv2; average-last-K")
+    parser.add_argument("--weights", help="teacher (default) or student of DINO and DINOv2; best; average-last-K")
     parser.add_argument("--layer", type=int, default=-1, help="block whose attention is shown, from 0 [-1, the last]")
     parser.add_argument("--mass", type=float, default=0.6, help="share of the attention that the overlay keeps [0.6]")
     parser.add_argument("--patches", type=int, nargs="+", metavar="P", help="patches to start from [the middle one]")

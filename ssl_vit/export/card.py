@@ -128,6 +128,8 @@ def _describe(trained: Trained) -> Iterator[tuple[str, Any]]:
     yield "data", code(as_text(source) if isinstance(source, dict) else source) + images
     if known.get("steps"):
         yield "training", f"{_number(known['steps'])} steps of {_number(known.get('batch_size'))} images"
+    if isinstance(best := known.get("best"), dict):
+        yield "chosen", f"the best of {_number(best.get('of_steps'))} steps by {cell(best.get('by'))}"
     batch_size, metrics = known.get("batch_size"), trained.folder / METRICS_FILE
     hours = None if batch_size is None else training_hours(read_metrics(metrics), batch_size)[-1:]
     if known.get("hardware"):

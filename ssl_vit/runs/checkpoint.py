@@ -3,10 +3,11 @@
 import json
 import os
 import shutil
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,6 +31,7 @@ from ssl_vit.core.writing import UNFINISHED, error_number, flush, free_space, ow
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
 KEEP_FILE = "KEEP"
 DAMAGED = "damaged-"
+KeepBest = Literal["none", "knn", "linear", "rankme", "loss"]
 
 _known_whole: set[Path] = set()  # written or verified by this process; pruning does not read them again
 
@@ -44,6 +46,9 @@ class CheckpointConfig:
     """Number of newest checkpoints to keep. A checkpoint that holds a file named KEEP is never deleted."""
     keep_every_steps: int | None = None
     """Checkpoints at multiples of this many steps are never deleted."""
+    keep_best: KeepBest = "none"
+    """Keep the best checkpoint too, and export it at the end: by k-NN or linear probe (evaluation.every_steps), or
+    without labels by RankMe or loss where a checkpoint is saved."""
 
     def __post_init__(self) -> None:
         check_ranges(self, every_steps="[1, inf)", keep="[1, inf)", keep_every_steps="[1, inf)")
@@ -205,8 +210,8 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     return state
 
 
-def prune_checkpoints(run: Path, config: CheckpointConfig) -> None:
-    """Delete all checkpoints except the newest `keep` and those marked to stay.
+def prune_checkpoints(run: Path, config: CheckpointConfig, spared: Collection[Path] = ()) -> None:
+    """Delete all checkpoints except the newest `keep`, those marked to stay and those `spared`.
 
     Damaged ones are neither counted nor deleted, so that newer damaged ones never displace a good one. A checkpoint
     that cannot be deleted is reported.
@@ -218,7 +223,7 @@ def prune_checkpoints(run: Path, config: CheckpointConfig) -> None:
             continue
         step = step_of(folder)
         marked = (folder / KEEP_FILE).exists() or (config.keep_every_steps and step % config.keep_every_steps == 0)
-        if not marked and _is_whole(folder):
+        if not marked and folder not in spared and _is_whole(folder):
             # Rename first: an interrupted deletion must not leave what looks like a damaged checkpoint.
             unfinished = folder.with_name(f"{UNFINISHED}{folder.name}")
             try:

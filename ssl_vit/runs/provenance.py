@@ -55,7 +55,7 @@ def provenance(settings: dict[str, Any], state: dict[str, Any]) -> dict[str, Any
 
     Args:
         settings: the run's settings as plain values.
-        state: "step" and `facts`, completed as `read_state` does.
+        state: "step" and `facts`, completed as `read_state` does; "best" says why weights are not the run's last.
     """
     return {
         "objective": state["objective"],
@@ -66,6 +66,7 @@ def provenance(settings: dict[str, Any], state: dict[str, Any]) -> dict[str, Any
         "num_images": state.get("num_images"),
         "attribution": state.get("attribution"),
         "steps": state["step"],
+        "best": state.get("best"),
         "batch_size": settings["batch"]["size"],
         "pretrained": settings["encoder"].get("pretrained"),
         "seed": settings["seed"],

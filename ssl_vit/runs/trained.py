@@ -32,7 +32,8 @@ from ssl_vit.models.weights.backbone import CONFIG_FILE as CONFIG_JSON
 from ssl_vit.models.weights.pretrained import load_pretrained, open_pretrained
 from ssl_vit.objectives.objective import Pooled, Reconstructs
 from ssl_vit.objectives.stored import config_class, with_traits
-from ssl_vit.runs.checkpoint import MODEL_FILE, STATE_FILE, find_damage, list_checkpoints, newest_checkpoint
+from ssl_vit.runs.best import best_checkpoint
+from ssl_vit.runs.checkpoint import MODEL_FILE, STATE_FILE, KeepBest, find_damage, list_checkpoints, newest_checkpoint
 from ssl_vit.runs.folder import CONFIG_FILE
 from ssl_vit.runs.provenance import provenance
 
@@ -82,7 +83,7 @@ def open_trained(path: str | Path, weights: str | None = None) -> Trained:
         path: folder of a run, checkpoint or export, or anything else that `encoder.pretrained` takes, such as the name
             of a timm model.
         weights: "teacher" or "student", for objectives with both; "average-last-K": the mean of the last K checkpoints;
-            None: the teacher, or the only backbone.
+            "best": of the checkpoint that the run kept as its best; None: the teacher, or the only backbone.
 
     Raises:
         ValueError: there is no backbone, or none with these weights.
@@ -214,9 +215,17 @@ def average(files: Sequence[Path]) -> dict[str, Tensor]:
 
 def _choose_checkpoints(folder: Path, checkpoint: Path | None, weights: str | None) -> tuple[list[Path], str | None]:
     """The checkpoints to average, oldest first, and the choice between teacher and student."""
+    if weights == "best":
+        by = entry(read_settings(folder), "checkpoint.keep_best", str, folder / CONFIG_FILE)
+        best = best_checkpoint(folder, cast("KeepBest", by))
+        if best is None:
+            raise ValueError(
+                f"weights='best': {folder} keeps none (checkpoint.keep_best={by!r}), or none was scored yet"
+            )
+        return [best.folder], None
     if weights is None or not weights.startswith(AVERAGE):
         if weights not in (None, "teacher", "student"):
-            raise ValueError(f"weights={weights!r}: choose teacher, student or {AVERAGE}K, K checkpoints")
+            raise ValueError(f"weights={weights!r}: choose teacher, student, best or {AVERAGE}K, K checkpoints")
         if checkpoint is not None and (problem := find_damage(checkpoint)) is not None:
             raise ValueError(f"{checkpoint}: is damaged: {problem}")
         chosen = checkpoint or newest_checkpoint(folder)

@@ -146,6 +146,11 @@ class RunConfig:
             max_wait=f"(0, {MAX_WAIT:g}] minutes",
             seed="[0, inf)",
         )
+        if self.checkpoint.keep_best in ("knn", "linear") and self.evaluation.every_steps is None:
+            raise ValueError(
+                f"checkpoint.keep_best={self.checkpoint.keep_best!r}: needs scores during training; "
+                "set evaluation.every_steps, or use rankme or loss"
+            )
         for name in ("layer_decay", "patch_embed_lr"):
             if getattr(self.optim, name) != 1 and hasattr(self.objective, name):
                 raise ValueError(f"optim.{name}={getattr(self.optim, name)!r}: this objective has objective.{name}")

@@ -23,10 +23,12 @@ from ssl_vit.evaluation.evaluate import evaluate_encoder, evaluate_pixels
 from ssl_vit.evaluation.features import EncodeSettings
 from ssl_vit.evaluation.scores import Score, format_table, paired_interval, scores_to_json
 from ssl_vit.evaluation.splits import split_sources
+from ssl_vit.evaluation.start import first_fall, what_to_change
 from ssl_vit.evaluation.untrained import untrained_encoder
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.weights.backbone import BACKBONE_FILE, export_backbone
 from ssl_vit.objectives.objective import Objective
+from ssl_vit.runs.best import Best
 from ssl_vit.runs.folder import METRICS_FILE, PICTURES_FOLDER, RESULTS_FILE, write_results
 from ssl_vit.runs.provenance import facts, provenance
 from ssl_vit.training.config import RunConfig, as_stored
@@ -53,6 +55,9 @@ def evaluate_in_training(
     if accelerator.is_main_process:
         log.write({"step": step, **{f"eval_{name}": score.accuracy for name, score in scores.items()}})
         log.report(f"step {step}  " + "  ".join(f"{name} {score.accuracy:.1%}" for name, score in scores.items()))
+        fall = first_fall(log.scores(), next(iter(scores.values())).n)
+        if fall is not None and fall[0] == step:  # said once
+            log.report(f"WARNING: at step {step:,} {fall[1]}. {advice(config)}")
     accelerator.wait_for_everyone()
 
 
@@ -91,6 +96,7 @@ def finish(
     eval_data: EvalSources | None,
     step: int,
     collapse: str = "",
+    best: Best | None = None,
 ) -> None:
     """Export the backbone, draw the figure and print the scores; all processes encode, the main one does the rest.
 
@@ -101,11 +107,14 @@ def finish(
     written = []
     if accelerator.is_main_process:
         known = facts(objective, source, accelerator.device, accelerator.num_processes)
+        known |= {"step": step, "faults": {"collapse": collapse}}
+        if best is not None:
+            known |= {"step": best.step, "best": {**best.to_plain(), "of_steps": step}}
         export_backbone(
             backbone,
             folder,
             normalization=config.data.normalization,
-            provenance=provenance(as_stored(config), {**known, "step": step, "faults": {"collapse": collapse}}),
+            provenance=provenance(as_stored(config), known),
             crop_pct=config.evaluation.crop_pct,
         )
         written = [f"backbone   {folder / BACKBONE_FILE} (+ config.json)", f"metrics    {folder / METRICS_FILE}"]
@@ -127,7 +136,8 @@ def finish(
     if scores.get("scores", ...) is None:
         text = f"No scores: {plain(why)}. scripts/evaluate_knn.py takes a labelled source."
     if accelerator.is_main_process:
-        write_results(folder, {"step": step, **scores, **({"collapse": collapse} if collapse else {})})
+        of_best = {} if best is None else {"best": best.to_plain()}
+        write_results(folder, {"step": step, **of_best, **scores, **({"collapse": collapse} if collapse else {})})
     accelerator.print("\n".join([text, *written]), flush=True)
     accelerator.wait_for_everyone()
 
@@ -224,7 +234,15 @@ def compare(
             f"{name}: trained - {start}{_seeds(shares[name])} = {100 * difference:+.1f} points "
             f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}): {verdict}"
         )
+    if start == "pretrained" and any(high < 0 for _, _, high in differences.values()):
+        lines.append(f"WARNING: the weights that the run started from are better. {advice(config)}")
     return results, "\n".join(lines)
+
+
+def advice(config: RunConfig) -> str:
+    """What a run that fell below the weights that it started from should set otherwise."""
+    settings = as_stored(config)
+    return f"To keep what they know: {what_to_change(settings['optim'], settings['objective'])}."
 
 
 def _why_none(config: RunConfig, source: Source) -> str:

@@ -13,7 +13,8 @@ from ssl_vit.core.distributed import end_processes, lost_process, on_main_proces
 from ssl_vit.core.front import stoppable
 from ssl_vit.core.text import plain
 from ssl_vit.core.writing import report_error
-from ssl_vit.runs.checkpoint import newest_checkpoint
+from ssl_vit.runs.best import SCORES, Best, best_checkpoint, is_best_yet
+from ssl_vit.runs.checkpoint import load_checkpoint, newest_checkpoint
 from ssl_vit.runs.folder import RESULTS_FILE, is_finished, write_heartbeat
 from ssl_vit.training import ending as pretraining
 from ssl_vit.training.config import RunConfig, parse_run
@@ -126,6 +127,7 @@ def train_steps(run: Run, stop: StopSignal) -> int | None:
     heartbeat(run, "training")
     with open_batches(run, sampler, monitor.note_bad) as batches, closing(monitor):
         batches = monitor.timed(batches)
+        evaluate(run, monitor)  # the weights that it starts from, or those of a step that a kill left without scores
         while run.step < run.num_steps:
             monitor.trace.next_step()
             draw_figure(run, monitor)
@@ -154,9 +156,9 @@ def train_steps(run: Run, stop: StopSignal) -> int | None:
 
 
 def evaluate(run: Run, monitor: Monitor) -> None:
-    """Score the backbone as it is now, where that is due; at the end of the run `finish` does it."""
-    every, config = run.config.evaluation.every_steps, run.config
-    if run.eval_data is None or every is None or run.step % every or run.step == run.num_steps:
+    """Score the backbone as it is now, where that is due and not done, and save it if it is the best to be kept."""
+    config, by = run.config, run.config.checkpoint.keep_best
+    if not is_evaluation_due(run) or on_main_process(lambda: monitor.log.is_scored(run.step)):
         return
     with monitor.paused():
         heartbeat(run, "evaluating")
@@ -164,6 +166,20 @@ def evaluate(run: Run, monitor: Monitor) -> None:
         objective = unsharded(run)
         with eager(run), by_product(f"evaluation at step {run.step:,}", monitor.log.report, shared=True):
             run.ending.evaluate_in_training(config, run.accelerator, objective, run.eval_data, run.step, monitor.log)
+        if run.step and by in SCORES and on_main_process(lambda: is_best_yet(run.folder, by, run.step)):
+            save(run, is_last=False)
+
+
+def is_evaluation_due(run: Run) -> bool:
+    """Whether to score the backbone at this step; at the end of the run `finish` does it, unless scores choose."""
+    every, step = run.config.evaluation.every_steps, run.step
+    if run.eval_data is None or every is None:
+        return False
+    if step == 0:  # of the weights that it starts from; a new head has nothing to be scored
+        return run.config.encoder.pretrained is not None and run.objective.leaves == "backbone"
+    if step == run.num_steps:
+        return run.config.checkpoint.keep_best in SCORES
+    return step % every == 0
 
 
 def draw_figure(run: Run, monitor: Monitor) -> None:
@@ -219,13 +235,27 @@ def finish(run: Run, nothing_done: bool) -> None:
     else:
         heartbeat(run, "finishing")
         run.train_step.graphs.clear()
+        best = load_best(run)
         objective = unsharded(run)
         with eager(run):
             eval_data, collapse = run.eval_data, run.faults.collapse
-            run.ending.finish(config, accelerator, objective, run.source, eval_data, run.num_steps, collapse)
+            run.ending.finish(config, accelerator, objective, run.source, eval_data, run.num_steps, collapse, best)
     if run.faults.collapse:
         accelerator.print(f"WARNING: the features of this backbone collapsed at {plain(run.faults.collapse)}")
     heartbeat(run, "finished")
+
+
+def load_best(run: Run) -> Best | None:
+    """Put the weights of the best checkpoint into a run that has ended; None if they are the last, or none are kept."""
+    by = run.config.checkpoint.keep_best
+    best = on_main_process(lambda: best_checkpoint(run.folder, by)) if run.saves else None
+    if by != "none" and best is None:
+        run.accelerator.print(f"note       no checkpoint has a {by}, so the last weights are exported")
+    if best is None or best.step == run.step:
+        return None
+    run.accelerator.print(f"best       {best}: its weights are exported and scored, not those of step {run.step:,}")
+    load_checkpoint(best.folder, run.train_step.model, run.train_step.optimizer)
+    return best
 
 
 def is_done(run: Run) -> bool:

@@ -25,7 +25,8 @@ from ssl_vit.data.stream_loader import StreamLoader
 from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.models.vit import choose_attention
 from ssl_vit.objectives.objective import Objective
-from ssl_vit.runs.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint, step_of
+from ssl_vit.runs.best import Best, check_keep_best, tidy
+from ssl_vit.runs.checkpoint import load_checkpoint, save_checkpoint, step_of
 from ssl_vit.runs.folder import State, end_of_start, write_heartbeat
 from ssl_vit.runs.provenance import facts, note_session
 from ssl_vit.training import ending as pretraining
@@ -66,11 +67,13 @@ class Ending(Protocol):
         eval_data: Any,
         step: int,
         collapse: str,
+        best: Best | None,
     ) -> None:
         """Write the final outputs, and then results.json, which marks the run as finished.
 
         Args:
             collapse: when and how the features collapsed, to be repeated; empty if they did not.
+            best: the checkpoint of the weights, if they are not the last.
         """
         ...
 
@@ -146,9 +149,9 @@ def _set_up(config: RunConfig, ending: Ending) -> Run:
         config, reason = choose_micro_batch(config, accelerator, precision)
         reasons.append(reason)
     objective = config.build_objective()
+    check_keep_best(config.checkpoint, objective, has_labels=eval_data is not None)
     choose_attention(objective, objective.encoder.attention_length, accelerator.device, precision)
     images = _open_decoded(source, config, objective.encoder.in_chans)
-
     accelerator.wait_for_everyone()  # no process may check a folder while it is created
     config, checkpoint = on_main_process(lambda: open_run_folder(config, lengthened, objective.frozen))
     if accelerator.is_main_process:
@@ -385,9 +388,9 @@ def save(run: Run, *, is_last: bool) -> Path | None:
         if not is_last:
             accelerator.print(f"WARNING: {plain(error)}; the run goes on, and the next save tries again")
             return None
-        on_main_process(lambda: prune_checkpoints(run.folder, replace(config, keep=max(1, config.keep - 1))))
+        on_main_process(lambda: tidy(run.folder, replace(config, keep=max(1, config.keep - 1))))
         folder = save_checkpoint(run.folder, run.step, run.train_step.model, run.train_step.optimizer, state)
-    on_main_process(lambda: prune_checkpoints(run.folder, config))
+    on_main_process(lambda: tidy(run.folder, config))
     return folder
 
 

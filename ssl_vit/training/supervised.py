@@ -24,6 +24,7 @@ from ssl_vit.evaluation.splits import (
 )
 from ssl_vit.export.run import write_classifier
 from ssl_vit.objectives.finetune import FineTune, Supervised
+from ssl_vit.runs.best import Best
 from ssl_vit.runs.folder import METRICS_FILE, RESULTS_FILE, write_results
 from ssl_vit.training.config import RunConfig
 from ssl_vit.training.ending import encode_settings, eval_transform, open_test_source
@@ -105,6 +106,7 @@ def finish(
     eval_data: EvalSplit,
     step: int,
     collapse: str = "",
+    best: Best | None = None,
 ) -> None:
     """Pick the best head, test it, print the tables, and export the classifier of a fine-tuning."""
     folder = Path(config.output_dir)

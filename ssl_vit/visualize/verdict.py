@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
+from ssl_vit.evaluation.start import what_to_change
 from ssl_vit.objectives.collapse import diagnose, diagnose_views
 from ssl_vit.runs.record import RunData
 
@@ -105,6 +106,16 @@ def _about_knn(run: RunData) -> list[tuple[str, str]]:
     if len(scores) < 2:
         return []
     rise = scores[-1] - scores[0]
+    if run.settings["encoder"].get("pretrained") and run.evaluations[0]["step"] == 0 and rise <= -RISE:
+        change = what_to_change(run.settings["optim"], run.settings["objective"])
+        word = "" if run.results is not None else "not learning"
+        return [
+            (
+                word,
+                f"k-NN is {100 * scores[-1]:.1f} %, below the {100 * scores[0]:.1f} % of the weights that the run "
+                f"started from: {change}.",
+            )
+        ]
     word = "learning" if rise >= RISE and run.results is None else ""
     return [(word, f"k-NN went from {100 * scores[0]:.1f} % to {100 * scores[-1]:.1f} % during training.")]
 

@@ -12,7 +12,12 @@ HEALTHY = {"teacher_entropy": 3.0, "kl": 0.5, "feature_std": 0.7, "prototypes_us
 
 
 def run(records: list[dict[str, Any]], **changes: Any) -> RunData:
-    settings = {"optim": {"warmup": 0.1}, "objective": {"num_prototypes": 1024}, "batch": {"size": 8}}
+    settings = {
+        "optim": {"warmup": 0.1, "base_lr": 5e-4},
+        "objective": {"num_prototypes": 1024, "anchor": "none"},
+        "batch": {"size": 8},
+        "encoder": {},
+    }
     filled = [
         {"step": 10 * (place + 1), "progress": place / len(records), "data_wait": 0.05, **record}
         for place, record in enumerate(records)
@@ -94,6 +99,18 @@ def test_a_rising_knn_is_learning_whatever_the_loss() -> None:
     )
     same = [{"step": 1, "eval_knn": 0.5}, {"step": 2, "eval_knn": 0.505}]
     assert assess(run(flat, evaluations=same)).word == "not learning"
+
+
+def test_a_run_below_the_weights_that_it_started_from_is_not_learning() -> None:
+    scores = [{"step": 0, "eval_knn": 0.7}, {"step": 10, "eval_knn": 0.5}, {"step": 20, "eval_knn": 0.6}]
+    going_on = run(falling(), evaluations=scores)
+    assert assess(going_on).word == "learning"  # of fresh weights
+    going_on.settings["encoder"]["pretrained"] = "start"
+    found = assess(going_on)
+    assert found.word == "not learning"
+    assert found.reasons[0].startswith(
+        "k-NN is 60.0 %, below the 70.0 % of the weights that the run started from: lower "
+    )
 
 
 def test_of_self_distillation_the_spread_decides_and_not_the_loss() -> None:

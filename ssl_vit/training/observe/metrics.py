@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssl_vit.core.distributed import mean_over_processes
-from ssl_vit.core.reading import entry, parse_json, read_lines
+from ssl_vit.core.reading import entry, parse_json, read_lines, read_metrics
 from ssl_vit.core.text import plain
 from ssl_vit.core.writing import JsonLines, forget_after
 from ssl_vit.training.faults import by_product
@@ -82,6 +82,14 @@ class MetricLog:
         self._count += 1
         self.step += 1
         self.bar.update()
+
+    def is_scored(self, step: int) -> bool:
+        """Whether the file has scores of this step, written before the run was interrupted."""
+        return any(line["step"] == step for line in self.scores())
+
+    def scores(self) -> list[dict[str, Any]]:
+        """The file's lines with scores during training."""
+        return [line for line in read_metrics(self._file.path) if any(name.startswith("eval_") for name in line)]
 
     def is_due(self) -> bool:
         """Whether this is a step to log at."""
