@@ -10,6 +10,7 @@ from ssl_vit.data.sources.source import Source
 from ssl_vit.doctor.facts import Labels, as_size
 from ssl_vit.doctor.images import Images, most_common_channels
 from ssl_vit.models.encoder import Encoder
+from ssl_vit.objectives.anchor import AnchorConfig
 from ssl_vit.objectives.recipes import choose_num_prototypes
 from ssl_vit.training.config import RunConfig
 
@@ -19,6 +20,8 @@ _MANY_SMALL = 0.1
 _MANY_LONG = 0.01
 _LONG = 3.0  # longer side over shorter one, measured against the input's shape
 _FEW_IMAGES = 10_000
+_FEW_TO_GO_ON = 100_000
+_RATE_OF_FRESH_WEIGHTS = 5e-4  # DINO's for a batch of 256
 _LEAST_SIDE = 96  # pixels, three tokens of the backbones that are named
 _LEAST_GRID = 3  # patches of a local crop's side
 _MOST_ENLARGED = 4.0  # of the smallest local crops
@@ -103,9 +106,10 @@ def warnings_of_run(config: RunConfig, encoder: Encoder, images: Images, num_ima
     if num_images < _FEW_IMAGES and config.encoder.pretrained is None:
         yield (
             f"few images: {num_images:,} are few to learn from scratch, for which {_FEW_IMAGES:,} are a modest number. "
-            "Start from trained weights with --encoder.pretrained, or add unlabelled images of the same kind; fewer "
-            "epochs do not help"
+            "Start from trained weights with --encoder.pretrained (docs/continue.md says how), or add unlabelled images "
+            "of the same kind; fewer epochs do not help"
         )
+    yield from _warnings_of_going_on(config, num_images)
     yield from _warnings_of_backbone(config, encoder, num_images)
     prototypes = getattr(config.objective, "num_prototypes", None)
     if isinstance(prototypes, int) and prototypes > 4 * (auto := choose_num_prototypes(num_images)):
@@ -121,6 +125,28 @@ def warnings_of_run(config: RunConfig, encoder: Encoder, images: Images, num_ima
             "from a third of the input: the settings above are for that"
         )
     yield from _warnings_of_normalisation(config, images)
+
+
+def _warnings_of_going_on(config: RunConfig, num_images: int) -> Iterator[str]:
+    """What spoils weights that a run starts from; docs/continue.md says why, and what was measured."""
+    if config.encoder.pretrained is None or not isinstance(config.objective, AnchorConfig):
+        return
+    peak = config.optim.peak_lr(config.batch.size)
+    if peak >= _RATE_OF_FRESH_WEIGHTS:
+        yield (
+            f"continuing: a peak rate of {peak:.1e} suits fresh weights, and undoes what trained ones know; a tenth of "
+            f"the recipe from scratch is usual: lower optim.base_lr, which is {config.optim.base_lr:g}"
+        )
+    if not config.optim.freeze_backbone_until:
+        yield (
+            "continuing: the heads are fresh, and their first gradients mean nothing to trained weights: "
+            "--optim.freeze_backbone_until 0.1 --optim.unfreeze_ramp 0.02 lets them learn first"
+        )
+    if config.objective.anchor == "none" and num_images < _FEW_TO_GO_ON:
+        yield (
+            f"continuing: {num_images:,} images teach little and may undo much: --objective.anchor gram keeps the "
+            "backbone near to its start, and evaluation.every_steps shows whether it gains"
+        )
 
 
 def _warnings_of_backbone(config: RunConfig, encoder: Encoder, num_images: int) -> Iterator[str]:

@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from scripts import pretrain_dino
 from scripts.pretrain_mae import DEFAULTS
 from ssl_vit.data.sources.source import DataConfig, open_source
 from ssl_vit.doctor.diagnose import diagnose, suggest_settings
-from ssl_vit.doctor.findings import warnings_of_images
+from ssl_vit.doctor.findings import warnings_of_images, warnings_of_run
 from ssl_vit.doctor.images import count_labels, read_images
-from ssl_vit.training.config import parse_run
-from tests.conftest import SMALL_RUN
+from ssl_vit.training.config import RunConfig, parse_run
+from tests.conftest import SMALL_DINO, SMALL_RUN
 from tests.doctor.conftest import kinds, look_at, save_noise, save_tiffs
 
 
@@ -108,6 +109,29 @@ def test_more_than_one_percent_unreadable_is_a_problem(tmp_path: Path) -> None:
     facts = look_at(tmp_path)
     assert "2.0% of the images cannot be read" in facts.problems[0]
     assert "unreadable" not in kinds(facts.warnings)
+
+
+def test_what_spoils_trained_weights_is_named(photo_folder: Path) -> None:
+    fresh = parse_run(pretrain_dino.DEFAULTS, [*SMALL_DINO, f"--data.source={photo_folder}", "--batch.size=256"])
+    images = read_images(open_source(fresh.data), np.arange(3), 3)
+    encoder = fresh.encoder.build()
+
+    def found(config: RunConfig) -> list[str]:
+        warnings = warnings_of_run(config, encoder, images, 40)
+        return [text.removeprefix("continuing: ") for text in warnings if text.startswith("continuing")]
+
+    assert found(fresh) == []
+    started = dataclasses.replace(fresh, encoder=dataclasses.replace(fresh.encoder, pretrained="x"))
+    rate, heads, few = found(started)
+    assert rate.startswith("a peak rate of 3.2e-02 suits fresh weights")
+    assert "--optim.freeze_backbone_until 0.1 --optim.unfreeze_ramp 0.02" in heads
+    assert "--objective.anchor gram" in few
+    careful = dataclasses.replace(
+        started,
+        optim=dataclasses.replace(started.optim, base_lr=5e-5, freeze_backbone_until=0.1),
+        objective=dataclasses.replace(started.objective, anchor="gram"),
+    )
+    assert found(careful) == []
 
 
 class TestWarnings:
