@@ -106,8 +106,8 @@ def warnings_of_run(config: RunConfig, encoder: Encoder, images: Images, num_ima
     if num_images < _FEW_IMAGES and config.encoder.pretrained is None:
         yield (
             f"few images: {num_images:,} are few to learn from scratch, for which {_FEW_IMAGES:,} are a modest number. "
-            "Start from trained weights with --encoder.pretrained (docs/continue.md says how), or add unlabelled images "
-            "of the same kind; fewer epochs do not help"
+            "Start from trained weights with --encoder.pretrained (docs/continue.md), or add unlabelled images of the "
+            "same kind; fewer epochs do not help"
         )
     yield from _warnings_of_going_on(config, num_images)
     yield from _warnings_of_backbone(config, encoder, num_images)
