@@ -3,8 +3,8 @@
 python scripts/doctor.py SOURCE                                      any source that pre-training takes
 python scripts/doctor.py SOURCE --objective dino --config FILE       and the run that a config would make of it
 
-Settings of scripts/pretrain_OBJECTIVE.py may follow SOURCE, as --encoder.image_size 96. Ends with code 1 where
-something would stop or spoil a run, and with 2 where settings or source cannot be used.
+Settings of scripts/pretrain_OBJECTIVE.py or distill.py may follow SOURCE, as --encoder.image_size 96. Ends with code 1
+where something would stop or spoil a run, and with 2 where settings or source cannot be used.
 """
 
 import argparse
@@ -20,7 +20,11 @@ if __name__ == "__main__":
 
 from ssl_vit.doctor.command import examine
 
-OBJECTIVES = sorted(path.stem.removeprefix("pretrain_") for path in Path(__file__).parent.glob("pretrain_*.py"))
+FRONTS = {
+    path.stem.removeprefix("pretrain_"): path.stem
+    for pattern in ("pretrain_*.py", "distill.py")
+    for path in sorted(Path(__file__).parent.glob(pattern))
+}
 
 
 @stoppable()
@@ -29,7 +33,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "source", metavar="SOURCE", help="folder, parquet file or glob, saved or hub data set, openmoji"
     )
-    parser.add_argument("--objective", choices=OBJECTIVES, default="mae", help="what to train [mae]")
+    parser.add_argument("--objective", choices=FRONTS, default="mae", help="what to train [mae]")
     parser.add_argument("--sample", type=_sample, default=1000, help="images to read, or all [1000]")
     parser.add_argument(
         "--step",
@@ -42,12 +46,13 @@ def main(args: Sequence[str] | None = None) -> int:
     given, settings = parser.parse_known_args(args)
     sys.path.insert(0, str(Path(__file__).parents[1]))
     return examine(
-        importlib.import_module(f"scripts.pretrain_{given.objective}").DEFAULTS,
+        importlib.import_module(f"scripts.{FRONTS[given.objective]}").DEFAULTS,
         [*settings, f"--data.source={given.source}"],
         sample=given.sample,
         step=given.step,
         as_json=given.json,
         config_file=given.write_config,
+        front=FRONTS[given.objective],
     )
 
 

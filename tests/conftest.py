@@ -12,13 +12,22 @@ from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 from safetensors.torch import load_file
 
-from scripts import pretrain_dino, pretrain_dinov2, pretrain_fcmae, pretrain_lejepa, pretrain_mae, pretrain_simmim
+from scripts import (
+    distill,
+    pretrain_dino,
+    pretrain_dinov2,
+    pretrain_fcmae,
+    pretrain_lejepa,
+    pretrain_mae,
+    pretrain_simmim,
+)
 from ssl_vit.models.config import EncoderConfig
 from ssl_vit.models.vit import ViT
 from ssl_vit.runs.checkpoint import list_checkpoints
 from ssl_vit.training.config import parse_run
 from ssl_vit.training.device import cuda_graphs
 from ssl_vit.training.loop import set_up, train
+from tests.backbones import teacher_folder
 from tests.reruns import FakeCapture, Rerun
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # test processes share the cores, and so do those that they start
@@ -123,6 +132,7 @@ OBJECTIVES = {
     "lejepa": (pretrain_lejepa.DEFAULTS, SMALL_LEJEPA),
     "simdino": (pretrain_dino.DEFAULTS, [*SMALL_DINO, "--objective.loss=coding_rate"]),
     "simdinov2": (pretrain_dinov2.DEFAULTS, [*SMALL_DINOV2, "--objective.loss=coding_rate"]),
+    "distill": (distill.DEFAULTS, [*SMALL_ENCODER, "--optim.base_lr=0.02", f"--objective.teacher={teacher_folder()}"]),
 }
 RECORDED = ("mae", "dino", "dinov2")
 """Objectives whose recorded runs are tested."""

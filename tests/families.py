@@ -42,7 +42,6 @@ def flags_of(objective: str, name: str, drop_path_rate: float = 0.0) -> list[str
     ]
     flags += ["--data.label_column=none", "--checkpoint.every_steps=1"]
     flags += [f"--data.{key}={[0.5] * config.in_chans}" for key in ("mean", "std")]
-    local_crop_size = 28 if name == "eva02" else 32
-    return (
-        flags if objective in ("mae", "simmim", "fcmae") else [*flags, f"--objective.local_crop_size={local_crop_size}"]
-    )
+    if objective in ("mae", "simmim", "fcmae", "distill"):
+        return flags
+    return [*flags, f"--objective.local_crop_size={28 if name == 'eva02' else 32}"]

@@ -10,6 +10,7 @@ import torch
 
 from scripts import (
     attentive_probe,
+    distill,
     finetune,
     pretrain_dino,
     pretrain_dinov2,
@@ -33,10 +34,12 @@ DEFAULTS = {
     "lejepa": pretrain_lejepa.DEFAULTS,
     "simdino": pretrain_dino.DEFAULTS,
     "simdinov2": pretrain_dinov2.DEFAULTS,
+    "distill": distill.DEFAULTS,
     "finetune": finetune.DEFAULTS,
     "attentive": attentive_probe.DEFAULTS,
 }
 SCRIPTS = {
+    "distill": "distill",
     "finetune": "finetune",
     "attentive": "attentive_probe",
     "simdino": "pretrain_dino",

@@ -18,12 +18,14 @@ from ssl_vit.models.config import EncoderConfig
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.objectives.dino import DINOConfig
 from ssl_vit.objectives.dinov2 import DINOv2Config
+from ssl_vit.objectives.distill import DistillConfig
 from ssl_vit.objectives.fcmae import FCMAEConfig
 from ssl_vit.objectives.finetune import FineTuneConfig
 from ssl_vit.objectives.lejepa import LeJEPAConfig
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.objectives.objective import Objective, ObjectiveConfig
 from ssl_vit.objectives.simmim import SimMIMConfig
+from tests.backbones import teacher_folder
 from tests.conftest import TINY
 from tests.families import CANNOT_DROP, CANNOT_MASK, FAMILIES
 from tests.specs import grey
@@ -53,6 +55,8 @@ OBJECTIVES = {
     "lejepa, SIGReg": LeJEPAConfig(regulariser="sigreg", hidden_dim=24, projection_dim=8, num_local_crops=0),
     "simdino": DINOConfig(**SMALL_HEAD, loss="coding_rate"),
     "simdinov2": DINOv2Config(**SMALL_HEAD, loss="coding_rate", mask_prob=1.0, koleo_weight=0.0),
+    "distill": DistillConfig(queue_size=6),
+    "distill, the image alone": DistillConfig(queue_size=2, local_weight=0, teacher_feature="mean", mixup=False),
     "dinov2, centred, shared head, trainable norms": DINOv2Config(**SMALL_HEAD, mask_prob=1.0, centering="center"),
 }
 
@@ -103,6 +107,8 @@ def config_of(name: str, encoder: Encoder) -> ObjectiveConfig:
     config = OBJECTIVES[name]
     if isinstance(config, MultiCropConfig):  # one or two tokens a side
         config = dataclasses.replace(config, local_crop_size=encoder.stride)
+    if isinstance(config, DistillConfig):
+        config = dataclasses.replace(config, teacher=str(teacher_folder(encoder.in_chans)))
     if isinstance(config, SimMIMConfig):
         config = dataclasses.replace(config, mask_unit=encoder.stride[0])
     return config

@@ -29,16 +29,17 @@ RUNS = [
     *(("lejepa", name) for name in ("swin", "dinov3", "convnext")),
     *(("simdino", name) for name in ("distilled", "swin", "convnext")),
     *(("simdinov2", name) for name in ("dinov3", "swin")),
+    *(("distill", name) for name in ("swin", "dinov3", "convnext")),
 ]
 QUICK = [("dino", "swin"), ("dino", "hybrid"), ("dinov2", "convnext"), ("mae", "dinov3"), ("mae", "distilled")]
 QUICK += [("simmim", "swin"), ("fcmae", "convnextv2"), ("lejepa", "dinov3")]
-QUICK += [("simdino", "convnext"), ("simdinov2", "dinov3")]
+QUICK += [("simdino", "convnext"), ("simdinov2", "dinov3"), ("distill", "swin")]
 CASES = [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for pair in RUNS]
 SHARDED = [QUICK[0], QUICK[2], QUICK[3]]  # with Swin, ConvNeXt and a ViT
-SHARDED += [("lejepa", "dinov3"), ("simdino", "convnext"), ("simdinov2", "dinov3")]
-SCRIPTS = {"simdino": "dino", "simdinov2": "dinov2"}
-OF_A_MICRO_BATCH = ("dinov2", "lejepa", "simdino", "simdinov2")
-"""Objectives with statistics over a micro-batch: Sinkhorn-Knopp, KoLeo, regularisers, the coding rate."""
+SHARDED += [("lejepa", "dinov3"), ("simdino", "convnext"), ("simdinov2", "dinov3"), ("distill", "swin")]
+SCRIPTS = {"simdino": "pretrain_dino", "simdinov2": "pretrain_dinov2", "distill": "distill"}
+OF_A_MICRO_BATCH = ("dinov2", "lejepa", "simdino", "simdinov2", "distill")
+"""Objectives with statistics over a micro-batch: Sinkhorn-Knopp, KoLeo, regularisers, coding rate, similarities."""
 
 
 @pytest.mark.slow
@@ -46,7 +47,7 @@ OF_A_MICRO_BATCH = ("dinov2", "lejepa", "simdino", "simdinov2")
 def test_a_run_that_the_system_kills_resumes(photo_folder: Path, tmp_path: Path, objective: str, name: str) -> None:
     """With SIGKILL through the script, and drop path."""
     flags = [*OBJECTIVES[objective][1], f"--data.source={photo_folder}", *flags_of(objective, name, 0.1), "--steps=12"]
-    words = [str(ROOT / "scripts" / f"pretrain_{SCRIPTS.get(objective, objective)}.py"), *flags]
+    words = [str(ROOT / "scripts" / f"{SCRIPTS.get(objective, f'pretrain_{objective}')}.py"), *flags]
     whole, run = tmp_path / "whole", tmp_path / "run"
     finish([*words, f"--output_dir={whole}"])
     kill_at([*words, f"--output_dir={run}"], 5)

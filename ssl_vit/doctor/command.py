@@ -24,6 +24,7 @@ def examine(
     step: Measure,
     as_json: bool,
     config_file: Path | None,
+    front: str,
 ) -> int:
     """Print the facts of a source and a run, and write a config if one was asked for.
 
@@ -33,6 +34,7 @@ def examine(
         sample: number of images to read; None for all.
         config_file: YAML to write: the given settings with the mean, deviation and channels that were measured. The
             run is then judged by these. None writes nothing.
+        front: name of that script, for the command that the written config begins with.
 
     Returns:
         Exit code 0; 1 if something would stop or spoil a run; 2 if settings or source cannot be used.
@@ -53,14 +55,14 @@ def examine(
         print(f"--write_config={config_file}: not written, since no image can be read", file=sys.stderr)
     elif config_file is not None and facts.settings is not None:
         try:
-            write_settings(defaults, adopt(config, facts.settings), config_file)
+            write_settings(defaults, adopt(config, facts.settings), config_file, front)
         except ValueError as error:
             return report_error(error)
         print(f"written to {config_file}", file=sys.stderr)
     return 1 if facts.problems else 0
 
 
-def write_settings(defaults: RunConfig, config: RunConfig, file: Path) -> None:
+def write_settings(defaults: RunConfig, config: RunConfig, file: Path, front: str) -> None:
     """Write the settings that differ from the script's defaults as a config that the script takes from any folder.
 
     Raises:
@@ -77,8 +79,7 @@ def write_settings(defaults: RunConfig, config: RunConfig, file: Path) -> None:
                 changed[name] = value
         elif value != usual[name] and name not in OF_ONE_CALL:
             changed[name] = value
-    script = f"scripts/pretrain_{type(config.objective).__name__.removesuffix('Config').lower()}.py"
-    text = f"# accelerate launch {script} --config {shlex.quote(str(file))}\n" + yaml.safe_dump(
+    text = f"# accelerate launch scripts/{front}.py --config {shlex.quote(str(file))}\n" + yaml.safe_dump(
         changed, sort_keys=False, default_flow_style=None, allow_unicode=True
     )
     try:

@@ -17,13 +17,16 @@ def untrained_encoder(encoder: EncoderConfig, objective: ObjectiveConfig | None,
     """Build the encoder that a run with these settings has before its first step if it starts from fresh weights.
 
     Args:
-        objective: its `build` initialises an encoder as its paper does; None = timm's own initialisation.
+        objective: its `build` initialises an encoder as its paper does, unless it `keeps_fresh_weights`, which needs no
+            teacher that may not be there; None = timm's own initialisation.
     """
     torch.manual_seed(seed)
     built = replace(encoder, pretrained=None).build()
+    if objective is None or getattr(objective, "keeps_fresh_weights", False):
+        return built
     if getattr(objective, "anchor", "none") != "none":  # to trained weights
         objective = replace(objective, anchor="none")  # pyright: ignore[reportCallIssue, reportArgumentType]
-    return built if objective is None else objective.build(built).backbone()
+    return objective.build(built).backbone()
 
 
 def objective_of(provenance: Mapping[str, Any]) -> ObjectiveConfig | None:

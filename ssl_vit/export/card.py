@@ -24,6 +24,7 @@ _PAPERS = {
     "FCMAE": "masked autoencoder of convolutions, FCMAE (Woo et al. 2023, arXiv:2301.00808)",
     "DINO": "self-distillation, DINO (Caron et al. 2021, arXiv:2104.14294)",
     "DINOv2": "self-distillation with masked patches, DINOv2 (Oquab et al. 2023, arXiv:2304.07193)",
+    "Distill": "distillation of a frozen backbone on images without labels",
     "LeJEPA": "agreement of views with a regulariser, LeJEPA (Balestriero & LeCun 2025, arXiv:2511.08544)",
 }
 

@@ -1,7 +1,6 @@
 """Frozen models: a teacher, or weights to stay near to, that an objective reads from elsewhere and never changes."""
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,11 +20,13 @@ class Frozen:
         model: any module, with its weights; it is put into eval mode, and its parameters need no gradient from then on.
         name: what it is for, such as "teacher"; one for each frozen model of an objective.
         came_from: how errors name its weights: the setting and its value, `objective.teacher='...'`.
+        sha256: of the weights that were read, where they were then fitted to a size, which rounds differently on other
+            machines; None computes that of the model's.
     """
 
-    def __init__(self, model: nn.Module, name: str, came_from: str) -> None:
-        self.name, self.came_from = name, came_from
-        self._model = model.requires_grad_(False).eval()
+    def __init__(self, model: nn.Module, name: str, came_from: str, sha256: str | None = None) -> None:
+        self.name, self.came_from, self._sha256 = name, came_from, sha256
+        self.model = model.requires_grad_(False).eval()
 
     @torch.no_grad()
     def __call__(self, images: Tensor, **how: Any) -> Any:
@@ -34,18 +35,21 @@ class Frozen:
 
     def on(self, device: torch.device) -> Any:
         """The model, moved to a device; for other methods than forward, inside of `torch.no_grad`."""
-        self._model.to(device)
-        return self._model
+        self.model.to(device)
+        return self.model
 
     @property
     def num_bytes(self) -> int:
         """Memory of its parameters."""
-        return sum(parameter.nbytes for parameter in self._model.parameters())
+        return sum(parameter.nbytes for parameter in self.model.parameters())
 
-    @cached_property
+    @property
     def sha256(self) -> str:
         """SHA-256 of its parameters and buffers: names, types, shapes and values. It is computed once."""
-        return hash_tensors({name: value.detach().cpu() for name, value in self._model.state_dict().items()})
+        if self._sha256 is None:
+            state = self.model.state_dict()
+            self._sha256 = hash_tensors({name: value.detach().cpu() for name, value in state.items()})
+        return self._sha256
 
 
 def hashes(models: Sequence[Frozen]) -> dict[str, str]:

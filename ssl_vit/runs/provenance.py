@@ -69,6 +69,7 @@ def provenance(settings: dict[str, Any], state: dict[str, Any]) -> dict[str, Any
         "best": state.get("best"),
         "batch_size": settings["batch"]["size"],
         "pretrained": settings["encoder"].get("pretrained"),
+        "frozen": state.get("frozen") or None,
         "seed": settings["seed"],
         "feature": settings["evaluation"]["feature"],
         "hardware": state.get("hardware"),

@@ -45,6 +45,18 @@ def normalize(images: Num[Tensor, "b c h w"], normalization: Normalization) -> F
     return (to_unit(images) - shift) / scale
 
 
+def renormalize(
+    images: Float[Tensor, "b c h w"], given: Normalization, wanted: Normalization
+) -> Float[Tensor, "b c h w"]:
+    """Images normalised by `given`, normalised by `wanted`: (x std + mean - wanted mean) / wanted std per channel."""
+    if given == wanted:
+        return images
+    mean, std, wanted_mean, wanted_std = (
+        torch.tensor(values).reshape(-1, 1, 1).to(images.device, non_blocking=True) for values in (*given, *wanted)
+    )
+    return (images * std + (mean - wanted_mean)) / wanted_std
+
+
 def to_unit(images: Num[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     """uint8 pixels as floats in [0, 1]; floats as they are."""
     return images if images.is_floating_point() else images.float() / 255

@@ -3,7 +3,7 @@
 import math
 import operator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ _FLIP, _BRIGHTNESS, _HUE, _ORDER, _GREY, _SIGMA, _SOLARIZE = 0, 1, 4, 5, 6, 7, 8
 class MultiCropConfig(OrientationConfig):
     """Views of an image: two global crops and any number of local ones; the defaults are DINO's."""
 
+    num_global_crops: ClassVar[int] = 2
     global_crop_scale: tuple[float, float] = (0.4, 1.0)
     """Smallest and largest share of the image's area that a global crop covers."""
     num_local_crops: int = 8
@@ -110,8 +111,9 @@ class MultiCropTransform:
 
     def __call__(self, image: UInt8[Tensor, "c h w"], rng: np.random.Generator) -> dict[str, Tensor]:
         config = self.config
-        crops = [random_view(image, self.spec.image_size, rng, config.global_crop_scale, config) for _ in range(2)]
-        sample = {"global_crops": torch.stack(crops), "global_params": self._draw_params((0, 1), rng)}
+        size, kinds = self.spec.image_size, tuple(range(config.num_global_crops))
+        crops = [random_view(image, size, rng, config.global_crop_scale, config) for _ in kinds]
+        sample = {"global_crops": torch.stack(crops), "global_params": self._draw_params(kinds, rng)}
         if num := config.num_local_crops:
             crops = [random_view(image, config.local_size, rng, config.local_crop_scale, config) for _ in range(num)]
             sample |= {"local_crops": torch.stack(crops), "local_params": self._draw_params((2,) * num, rng)}

@@ -97,15 +97,25 @@ def load_pretrained(encoder: Encoder, name: str) -> None:
     Raises:
         ValueError: there are no such weights, or they have another architecture; see `load_strictly`.
     """
-    found = open_pretrained(name)
+    load_found(encoder, open_pretrained(name))
+
+
+def load_found(encoder: Encoder, found: Pretrained) -> Tensors:
+    """Load weights that were found into an encoder, as `load_pretrained` does.
+
+    Returns:
+        The weights as they were read.
+    """
+    tensors = found.tensors()
     try:
-        load_strictly(encoder.model, fit(encoder, found.tensors(), found), Path(name))
+        load_strictly(encoder.model, fit(encoder, tensors, found), Path(found.name))
     except ValueError as error:
         if found.config is not None:
             raise
         what = f"these weights do not tell their architecture, and {encoder.config.arch} was taken"
         raise ValueError(f"{error}; {what}: name theirs with --encoder.arch") from error
     encoder.is_pretrained = True
+    return tensors
 
 
 def fit(encoder: Encoder, tensors: Mapping[str, Tensor], found: Pretrained) -> Tensors:
