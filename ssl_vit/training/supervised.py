@@ -113,15 +113,15 @@ def finish(
     picked = {} if eval_data.pick is None else _test(config, accelerator, objective, eval_data.pick)
     scores = _test(config, accelerator, objective, eval_data.test)
     if accelerator.is_main_process:
-        best = max(picked, key=lambda name: picked[name].accuracy) if picked else next(iter(scores))
-        classes = per_class(scores[best], source.class_names)
+        head = max(picked, key=lambda name: picked[name].accuracy) if picked else next(iter(scores))
+        classes = per_class(scores[head], source.class_names)
         kind = "fine-tuned" if isinstance(objective, FineTune) else "attentive"
-        rows = {kind: {"test": scores[best]}}
+        rows = {kind: {"test": scores[head]}}
         print(f"tested on {plain(eval_data.test_name)}\n{format_table(rows)}")
         if picked:
             shown = ", ".join(f"{name} {score.accuracy:.1%}" for name, score in picked.items())
-            print(f"{best} was picked on {len(eval_data.pick or ())} held-out training images: {shown}")
-        print(f"\n{format_classes(classes)}\nbalanced accuracy {100 * scores[best].balanced_accuracy:.1f} %")
+            print(f"{head} was picked on {len(eval_data.pick or ())} held-out training images: {shown}")
+        print(f"\n{format_classes(classes)}\nbalanced accuracy {100 * scores[head].balanced_accuracy:.1f} %")
         written = [f"scores     {folder / RESULTS_FILE}", f"metrics    {folder / METRICS_FILE}"]
         if isinstance(objective, FineTune):
             file = write_classifier(objective, folder, as_plain(config), source.class_names, step)
@@ -131,7 +131,7 @@ def finish(
             "source": source.name,
             "test_source": eval_data.test_name,
             "num_train": source.num_samples,
-            "num_test": scores[best].n,
+            "num_test": scores[head].n,
             "num_classes": len(source.class_names),
             "pretrained": config.encoder.pretrained,
             "scores": scores_to_json(rows),
