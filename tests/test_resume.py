@@ -92,6 +92,7 @@ def test_a_frozen_backbone_thaws_the_same_after_kills(photo_folder: Path, whole:
         f"--encoder.pretrained={whole}",
         "--optim.freeze_backbone_until=0.5",
         "--optim.unfreeze_ramp=0.25",
+        "--objective.anchor=gram",
         "--checkpoint.every_steps=3",
         "--checkpoint.keep=4",
     )
