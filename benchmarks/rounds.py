@@ -34,20 +34,23 @@ def turns(names: Sequence[Name], rounds: int) -> Iterator[Name]:
         yield from reversed(names) if number % 2 else names
 
 
-def alternate(contenders: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
+def alternate(
+    contenders: dict[str, Callable[[], int]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Images per second of each contender in each round, in `turns`.
 
     Args:
         contenders: each works for a while and returns how many images it did; it is called once beforehand.
         rounds: how often each is measured.
+        clock: returns seconds.
     """
     for work in contenders.values():
         work()
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     for name in turns(list(contenders), rounds):
-        start = time.perf_counter()
+        start = clock()
         images = contenders[name]()
-        rates[name].append(images / (time.perf_counter() - start))
+        rates[name].append(images / (clock() - start))
     return rates
 
 

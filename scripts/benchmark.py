@@ -6,6 +6,7 @@ python scripts/benchmark.py memory --steps              whole training steps of 
 python scripts/benchmark.py step dino --config FILE     a training step with fused and with plain attention
 python scripts/benchmark.py step mae --peers            a training step beside transformers and lightly
 python scripts/benchmark.py step mae --beside='FLAGS'   a training step beside the same with other settings
+python scripts/benchmark.py objectives                  a training step of every objective, beside MAE's
 python scripts/benchmark.py end_to_end mae --data FOLDER   a whole run, beside its step on images that are ready
 python scripts/benchmark.py scaling dino --plot FILE       cost against image size, crops, batch, processes and data
 
@@ -28,7 +29,7 @@ if __name__ == "__main__":
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where benchmarks/ and scripts/ are
 
 import ssl_vit
-from benchmarks import end_to_end, loader, memory, scaling, step
+from benchmarks import end_to_end, loader, memory, objectives, scaling, step
 from benchmarks.flags import at_least
 from ssl_vit.core.privacy import without_secrets
 from ssl_vit.core.text import plain
@@ -39,6 +40,7 @@ COMMANDS: dict[str, Any] = {
     "loader": loader,
     "memory": memory,
     "step": step,
+    "objectives": objectives,
     "end_to_end": end_to_end,
     "scaling": scaling,
 }
