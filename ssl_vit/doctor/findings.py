@@ -117,6 +117,13 @@ def warnings_of_run(config: RunConfig, encoder: Encoder, images: Images, num_ima
             f"prototypes: objective.num_prototypes {prototypes:,} are many for {num_images:,} images; auto would take "
             f"{auto:,}"
         )
+    at_once, least = config.batch.size // config.batch.num_micro(1), getattr(config.objective, "least_at_once", 0)
+    if at_once < least:
+        yield (
+            "micro-batch: the loss takes a statistic over the images that are computed at once on all devices, "
+            f"{at_once} on one device, and {least} are the fewest that it was published with; raise batch.size and "
+            "batch.per_device (a smaller encoder or fewer local crops need less memory), or use more devices"
+        )
     yield from _warnings_of_sizes(images, encoder)
     yield from _warnings_of_local_crops(config, images, encoder)
     if config.encoder.in_chans == 3 and suggested_channels(config, images) == 1:

@@ -25,6 +25,9 @@ _PAPERS = {
     "DINO": "self-distillation, DINO (Caron et al. 2021, arXiv:2104.14294)",
     "DINOv2": "self-distillation with masked patches, DINOv2 (Oquab et al. 2023, arXiv:2304.07193)",
     "Distill": "distillation of a frozen backbone on images without labels",
+    "DINO, coding_rate": "self-distillation with a coding rate, SimDINO (Wu et al. 2025, arXiv:2502.10385)",
+    "DINOv2, coding_rate": "self-distillation with masked patches and a coding rate, SimDINOv2 (Wu et al. 2025, "
+    "arXiv:2502.10385)",
     "LeJEPA": "agreement of views with a regulariser, LeJEPA (Balestriero & LeCun 2025, arXiv:2511.08544)",
 }
 
@@ -119,7 +122,9 @@ def _describe(trained: Trained) -> Iterator[tuple[str, Any]]:
         yield "weights of" if objective is None else "started from", code(known["pretrained"])
     if objective is None:
         return
-    yield "objective", _PAPERS.get(str(objective)) or cell(objective)
+    settings = known.get("objective_config")
+    loss = settings.get("loss") if isinstance(settings, dict) else None
+    yield "objective", _PAPERS.get(f"{objective}, {loss}") or _PAPERS.get(str(objective)) or cell(objective)
     if known.get("collapse"):
         yield "warning", f"its features collapsed at {cell(known['collapse'])}"
     if known.get("weights"):

@@ -19,7 +19,14 @@ from ssl_vit.models.encoder import Encoder
 from ssl_vit.objectives.anchor import AnchorConfig
 from ssl_vit.objectives.centering import Centering, RunningMean, centered_probs
 from ssl_vit.objectives.coding_rate import coding_rate, view_agreement
-from ssl_vit.objectives.collapse import PrototypeUse, diagnose, diagnose_views, feature_std, rankme
+from ssl_vit.objectives.collapse import (
+    LEAST_AT_ONCE,
+    PrototypeUse,
+    diagnose,
+    diagnose_views,
+    feature_std,
+    rankme,
+)
 from ssl_vit.objectives.heads import DINOHead
 from ssl_vit.objectives.objective import ParamGroup, Resolved, RunSize, Taken
 from ssl_vit.objectives.prototype_loss import cross_entropy, dino_prototype_loss, num_terms
@@ -111,6 +118,11 @@ class DINOConfig(MultiCropConfig, AnchorConfig):
     def has_prototypes(self) -> bool:
         """Whether the loss compares probabilities of prototypes; else their settings have no effect."""
         return self.loss == "prototypes"
+
+    @property
+    def least_at_once(self) -> int:
+        """Images of a micro-batch of all processes that the loss needs."""
+        return 0 if self.has_prototypes else LEAST_AT_ONCE
 
     def check_resolved(self) -> None:
         """Refuse a setting that is still `auto`."""

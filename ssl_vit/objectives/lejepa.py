@@ -3,7 +3,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from ssl_vit.core.settings import check_ranges
 from ssl_vit.data.augment.multicrop import MultiCropConfig
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.objectives.anchor import AnchorConfig
-from ssl_vit.objectives.collapse import diagnose_views, feature_std, rankme
+from ssl_vit.objectives.collapse import LEAST_AT_ONCE, diagnose_views, feature_std, rankme
 from ssl_vit.objectives.objective import Resolved, RunSize
 from ssl_vit.objectives.views import ViewsObjective, by_size
 
@@ -29,6 +29,7 @@ PUBLISHED_WEIGHTS = {"visreg": 0.6, "sigreg": 0.05}
 class LeJEPAConfig(MultiCropConfig, AnchorConfig):
     """Settings of LeJEPA; the defaults are those of the papers at 224 pixels: two global crops and six local ones."""
 
+    least_at_once: ClassVar[int] = LEAST_AT_ONCE
     global_crop_scale: tuple[float, float] = (0.3, 1.0)
     num_local_crops: int = 6
     local_crop_scale: tuple[float, float] = (0.05, 0.3)

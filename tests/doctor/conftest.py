@@ -5,18 +5,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scripts.pretrain_dino import DEFAULTS as DINO_DEFAULTS
-from scripts.pretrain_mae import DEFAULTS as MAE_DEFAULTS
 from ssl_vit.data.sources.source import open_source
 from ssl_vit.doctor.diagnose import diagnose
 from ssl_vit.doctor.facts import Facts
 from ssl_vit.training.config import parse_run
-from tests.conftest import SMALL_DINO, SMALL_RUN
+from tests.conftest import OBJECTIVES
 
 
 def look_at(folder: Path, *flags: str, objective: str = "mae", sample: int | None = None) -> Facts:
     """What the doctor finds in a folder for a small run; no step is measured."""
-    defaults, small = {"mae": (MAE_DEFAULTS, SMALL_RUN), "dino": (DINO_DEFAULTS, SMALL_DINO)}[objective]
+    defaults, small = OBJECTIVES[objective]
     config = parse_run(defaults, [*small, f"--data.source={folder}", *flags])
     return diagnose(config, open_source(config.data), sample=sample, step="false")
 

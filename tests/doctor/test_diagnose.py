@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from scripts import pretrain_dino
@@ -179,3 +180,18 @@ class TestWarnings:
         warnings = look_at(photo_folder, "--objective.local_crop_scale=[0.001,0.4]", objective="dino").warnings
         assert "prototypes" not in kinds(warnings)
         assert any("enlarged" in text for text in warnings if text.startswith("local crops"))
+
+
+@pytest.mark.parametrize("objective", ["dino", "dinov2", "simdino", "simdinov2", "lejepa"])
+def test_a_micro_batch_that_is_too_small_for_a_statistic_is_warned_of(photo_folder: Path, objective: str) -> None:
+    def warned(*flags: str) -> list[str]:
+        warnings = look_at(photo_folder, *flags, objective=objective).warnings
+        return [text for text in warnings if text.startswith("micro-batch:")]
+
+    small = warned("--batch.size=128", "--batch.per_device=32")
+    if objective in ("dino", "dinov2"):
+        assert small == []
+        return
+    assert "at once on all devices, 32 on one device, and 64 are the fewest" in small[0]
+    assert warned("--batch.size=128", "--batch.per_device=64") == []
+    assert "8 on one device" in warned()[0]

@@ -42,6 +42,21 @@ def test_no_or_few_intervals_are_too_early() -> None:
     assert assess(run(falling(6))).word == "learning"
 
 
+def test_a_run_with_a_coding_rate_is_judged_by_the_spread_of_its_features() -> None:
+    """Its loss may stand still while it learns; a run without prototypes has no share of them in use."""
+    objective = {"loss": "coding_rate", "num_prototypes": "auto"}
+    signs = {"coding_rate": 1.9, "feature_std": 0.6, "projection_rank": 0.5, "rankme": 20.0}
+    settings = {"optim": {"warmup": 0.1}, "objective": objective, "batch": {"size": 256}}
+    found = assess(run([{"loss": -2.5, **signs}] * 20, settings=settings))
+    assert found.word == "learning"
+    assert found.reasons[0] == "The features' spread is 0.60 of 1, RankMe is 20.0, 20.0 at its highest."
+    fallen = [{"loss": -2.5, **signs, "rankme": rank} for rank in [20.0] * 15 + [4.0] * 5]
+    assert assess(run(fallen, settings=settings)).word == "not learning"
+    found = assess(run([{"loss": -2.5, **signs, "projection_rank": 0.05}] * 20, settings=settings))
+    assert found.word == "collapsing"
+    assert "a lower objective.coding_coeff" in found.reasons[0]
+
+
 def test_a_loss_that_is_not_finite_is_diverged() -> None:
     assert assess(run([*falling(), {"loss": None}])).word == "diverged"
     assert assess(run([*falling(), {"loss": math.nan}])).word == "diverged"
