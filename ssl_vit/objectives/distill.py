@@ -1,6 +1,7 @@
 """Distillation of any frozen backbone into any other on images without labels: the features of the image compared with
 a queue, as SEED does (Fang et al. 2021, arXiv:2101.04731), and the relations of the patches among each other."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -12,7 +13,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_vit.core.distributed import gather_with_gradient, mean_over_processes
+from ssl_vit.core.distributed import gather_with_gradient, mean_over_processes, process_index
 from ssl_vit.core.settings import check_interval, check_ranges
 from ssl_vit.data.augment.crops import OrientationConfig
 from ssl_vit.data.augment.device import renormalize
@@ -213,7 +214,8 @@ class Distill(ViewsObjective):
         feature = F.normalize(self.head(student.cls).float(), dim=-1)
         known = gather_with_gradient(teacher.cls)
         self._note(known, progress)
-        loss_image = queue_loss(feature, teacher.cls, torch.cat([known, self.queue]), config.temperature)
+        bank = torch.cat([known, self.queue])
+        loss_image = queue_loss(feature, teacher.cls, bank, config.temperature)
         losses = {"loss": loss_image, "loss_image": loss_image.detach()}
         if self.local_head is not None:
             grids = (self.encoder.grid_of(*images.shape[-2:]), self.frozen[0].on(seen.device).grid_of(*seen.shape[-2:]))
@@ -223,7 +225,10 @@ class Distill(ViewsObjective):
             losses["loss_local"] = loss_local.detach()
         with torch.no_grad():
             self._last_cls = student.cls.detach()
-            return {**losses, "teacher_cosine": (feature * teacher.cls).sum(dim=-1).mean()}
+            own = process_index() * len(images) + torch.arange(len(images), device=images.device)
+            losses["own_found"] = ((feature @ bank.T).argmax(dim=-1) == own).float().mean()
+            losses["target_entropy"] = entropy_share(teacher.cls, bank, config.temperature)
+            return losses
 
     @torch.no_grad()
     def teach(self, images: Float[Tensor, "b c h w"]) -> Features:
@@ -303,6 +308,13 @@ def queue_loss(
     """
     with torch.autocast(student.device.type, enabled=False):
         return divergence(*(features.float() @ queue.float().T / temperature for features in (student, teacher)))
+
+
+def entropy_share(teacher: Float[Tensor, "b d"], queue: Float[Tensor, "k d"], temperature: float) -> Float[Tensor, ""]:
+    """Mean entropy of the teacher's similarities over the largest possible: 1 where all images are alike to it."""
+    with torch.autocast(teacher.device.type, enabled=False):
+        probs = (teacher @ queue.T / temperature).softmax(dim=-1)
+    return torch.special.entr(probs).sum(dim=-1).mean() / math.log(len(queue))
 
 
 def relation_loss(

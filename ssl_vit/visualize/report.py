@@ -45,6 +45,12 @@ _CURVES = {
     "view_cosine": ("Cosine of views", "", "how far views of an image agree; 1 is most"),
     "coding_rate": ("Coding rate", "", "half a log-determinant, scaled; a fall means that images get more alike"),
     "projection_rank": ("Dimensions in use", "%", "of those that a batch's projections could use"),
+    "own_found": ("Own image found", "%", "the student's feature is nearest to the teacher's of the same image"),
+    "target_entropy": (
+        "Entropy of targets",
+        "%",
+        "100 = all images are alike to the teacher: lower the temperature",
+    ),
     "lr": ("Learning rate", "", "of the schedule"),
     "weight_decay": ("Weight decay", "", "of the schedule"),
     "teacher_temp": ("Teacher temperature", "", "lower is sharper"),

@@ -30,6 +30,7 @@ from ssl_vit.objectives.distill import (
     Distill,
     DistillConfig,
     draw_share,
+    entropy_share,
     mix_neighbours,
     queue_loss,
     relation_loss,
@@ -82,6 +83,13 @@ def test_losses_are_those_of_the_reference() -> None:
     assert queue_loss(teacher[0], teacher[0], queue, 0.07).item() == pytest.approx(0, abs=1e-6)
 
 
+def test_the_entropy_of_targets_is_1_where_all_images_are_alike_and_0_where_one_is() -> None:
+    alike, apart = torch.eye(6)[[0] * 6], torch.eye(6)
+    assert entropy_share(alike, alike, 0.07).item() == pytest.approx(1)
+    assert entropy_share(apart, apart, 0.07).item() == pytest.approx(0, abs=1e-4)
+    assert 0.1 < entropy_share(apart, apart, 0.5).item() < 0.9
+
+
 def test_the_objective_compares_with_the_batch_and_the_queue() -> None:
     """What forward returns, computed again from the encoders' own outputs."""
     objective = config(mixup=False, local_weight=0.5).build(student()).train()
@@ -97,7 +105,8 @@ def test_the_objective_compares_with_the_batch_and_the_queue() -> None:
     assert found["loss_image"].item() == pytest.approx(image.item(), rel=1e-5)
     assert found["loss_local"].item() == pytest.approx(local.item(), rel=1e-5)
     assert found["loss"].item() == pytest.approx((image + 0.5 * local).item(), rel=1e-5)
-    assert found["teacher_cosine"].item() == pytest.approx((guess * cls).sum(dim=-1).mean().item(), rel=1e-4)
+    nearest = (guess @ torch.cat([cls, objective.queue]).T).argmax(dim=-1)
+    assert found["own_found"].item() == pytest.approx((nearest == torch.arange(4)).float().mean().item())
 
 
 def test_tokens_are_resampled_to_the_grid_of_the_teacher(tmp_path: Path) -> None:
