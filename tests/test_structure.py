@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import GOLDEN, ROOT
+from tests.conftest import ROOT
 
 FOLDERS = ("ssl_vit", "scripts", "benchmarks", "tests")
-FLAGS = GOLDEN / "flags.json"
+FLAGS = ROOT / "scripts" / "flags.json"
 FRONTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py"))
 
 
@@ -31,7 +31,7 @@ def test_a_pre_training_loads_nothing_that_it_does_not_use() -> None:
     others = ("ssl_vit.doctor", "ssl_vit.export", "benchmarks", "ssl_vit.objectives.dino", "ssl_vit.evaluation.command")
     assert not [name for name in loaded if name.startswith(others)]
     packages = {".".join(file.parent.relative_to(ROOT).parts) for file in (ROOT / "ssl_vit").rglob("__init__.py")}
-    assert len(set(loaded) - packages) <= 95  # a new one is a decision; packages' own files hold a docstring alone
+    assert len(set(loaded) - packages) <= 97  # a new one is a decision; packages' own files hold a docstring alone
 
 
 @pytest.mark.parametrize("front", FRONTS)
@@ -40,7 +40,7 @@ def test_the_flags_of_a_front_are_those_that_were_decided_on(
 ) -> None:
     """A new flag is a decision: `pytest -n 0 tests/test_structure.py --write-golden` notes it."""
     monkeypatch.setattr("ssl_vit.core.front.handle_signals", lambda: None)
-    monkeypatch.setattr(sys, "argv", [front, "--help"])
+    monkeypatch.setattr(sys, "argv", [front, "--help-all"])
     monkeypatch.syspath_prepend(str(ROOT))
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / "scripts" / f"{front}.py"), run_name="__main__")

@@ -18,6 +18,8 @@ from typing import Any, NoReturn, ParamSpec
 from ssl_vit.core.text import plain, without_orders
 
 P = ParamSpec("P")
+program: str | None = None
+"""Name of the command in usage lines; None: the script's file name."""
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 _ON_OFF = {"true": True, "false": False, "yes": True, "no": False}
 
@@ -111,8 +113,10 @@ class FlagParser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         form = argparse.RawDescriptionHelpFormatter
-        super().__init__(**{"allow_abbrev": False, "formatter_class": form, **settings})
+        super().__init__(**{"prog": program, "allow_abbrev": False, "formatter_class": form, **settings})
         self.switches: set[str] = set()
+        if self.add_help:
+            self.add_argument("--help-all", action="help", help=argparse.SUPPRESS)
 
     def add_switch(self, name: str, help: str) -> None:
         """Add a flag that is on or off: `--name`, `--name true` or `--name=true`."""

@@ -11,9 +11,12 @@ from typing import Any
 from ssl_vit.core.front import nearest, spell_out
 from ssl_vit.core.paths import path_to_text
 from ssl_vit.core.reading import read_yaml
+from ssl_vit.core.shipped import find_config
+
+HELP_FLAGS = ("help", "help-all")
 
 
-def read_words(args: Sequence[str], keys: Mapping[str, Any], others: Collection[str] = ("help",)) -> list[str]:
+def read_words(args: Sequence[str], keys: Mapping[str, Any], others: Collection[str] = HELP_FLAGS) -> list[str]:
     """Spell out switches in a command line (see `spell_out`) and refuse unknown flags.
 
     Args:
@@ -38,15 +41,15 @@ def split_config_files(args: Sequence[str], keys: Mapping[str, Any]) -> tuple[li
     """Separate `--config` files from other flags; see `read_words`."""
     files: list[str] = []
     flags: list[str] = []
-    words = iter(read_words(args, keys, ("help", "print_config", "config")))
+    words = iter(read_words(args, keys, (*HELP_FLAGS, "print_config", "config")))
     for word in words:
         if word.partition("=")[0] != "--config":
             flags.append(word)
             continue
         path = word.partition("=")[2] if "=" in word else next(words, None)
         if path is None:
-            raise ValueError("--config: needs the path of a YAML file")
-        files.append(path)
+            raise ValueError("--config: needs the path of a YAML file, or the name of one in configs/")
+        files.append(str(find_config(path)))
     return files, flags
 
 

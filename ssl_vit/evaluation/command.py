@@ -12,11 +12,13 @@ import torch
 from accelerate import PartialState
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
+from ssl_vit.core import front
 from ssl_vit.core.distributed import end_processes, process_index, start_processes
 from ssl_vit.core.front import stoppable
 from ssl_vit.core.machine import autocast_dtype, resolve_precision
 from ssl_vit.core.settings import as_flags, check_ranges, in_one_line, read_words, renamed_settings, section
 from ssl_vit.core.text import plain
+from ssl_vit.core.usage import answer_help
 from ssl_vit.core.writing import FAULTS, replace_text, report_error
 from ssl_vit.data.augment.evaluation import EvalTransform, fit_size
 from ssl_vit.data.sources.source import DataConfig, Source
@@ -40,6 +42,21 @@ from ssl_vit.objectives.stored import with_traits
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 BASELINES = ("pixels", "untrained")
+COMMON = (
+    "source",
+    "test_source",
+    "split",
+    "test_split",
+    "label_column",
+    "feature",
+    "ks",
+    "image_size",
+    "max_images",
+    "baselines",
+    "batch_size",
+    "output",
+)
+"""Settings that `--help` shows, where a script has them; `--help-all` shows all."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +251,7 @@ def main(
     Returns:
         2, after one line, where something named cannot be used.
     """
-    parser = ArgumentParser(exit_on_error=False, description=description)
+    parser = ArgumentParser(prog=front.program, exit_on_error=False, description=description)
     parser.add_argument(
         "backbone", type=str, help="folder of a run or of an exported backbone, or its safetensors file"
     )
@@ -247,7 +264,8 @@ def main(
             prefix = f"{name}." if name else ""
             parser.set_defaults({f"{prefix}{key}": value for key, value in vars(default).items()})
     try:
-        given = parser.parse_args(read_words(sys.argv[1:] if args is None else args, keys))
+        words = read_words(sys.argv[1:] if args is None else args, keys)
+        given = parser.parse_args(answer_help(parser, words, [name for name in COMMON if name in keys]))
         settings = {}
         for name, kind in kinds.items():
             values = vars(given[name]) if name else {item.name: given[item.name] for item in fields(kind)}

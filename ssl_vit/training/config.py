@@ -14,10 +14,12 @@ import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
+from ssl_vit.core import front
 from ssl_vit.core.paths import PATHS, absolute
 from ssl_vit.core.reading import MAX_YAML, read_bytes, read_yaml
 from ssl_vit.core.schedules import progress_at
 from ssl_vit.core.settings import as_plain, check_file, check_ranges, in_one_line, section, split_config_files
+from ssl_vit.core.usage import answer_help
 from ssl_vit.core.watch import MAX_WAIT
 from ssl_vit.core.writing import replace_text
 from ssl_vit.data.sources.source import DataConfig
@@ -38,6 +40,28 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 OF_ONE_CALL = ("fresh", "extend", "quiet")
 """Settings of one call; config.yaml does not keep them."""
+COMMON = (
+    "config",
+    "data.source",
+    "output_dir",
+    "epochs",
+    "steps",
+    "encoder.arch",
+    "encoder.image_size",
+    "encoder.patch_size",
+    "encoder.pretrained",
+    "batch.size",
+    "batch.per_device",
+    "optim.base_lr",
+    "data.label_column",
+    "evaluation.test_source",
+    "evaluation.every_steps",
+    "checkpoint.every_steps",
+    "seed",
+    "fresh",
+    "extend",
+)
+"""Settings that `--help` shows; `--help-all` shows all."""
 
 
 @dataclass(frozen=True)
@@ -284,8 +308,9 @@ def parse_run(defaults: RunConfig, args: Sequence[str] | None = None) -> RunConf
 
 
 def _parse(defaults: RunConfig, words: list[str], keys: dict[str, Any]) -> Namespace:
+    parser = _build_parser(defaults)
     try:
-        return _build_parser(defaults).parse_args(words)
+        return parser.parse_args(answer_help(parser, words, COMMON))
     except ArgumentError as error:
         raise ValueError(in_one_line(str(error), keys)) from error
 
@@ -352,6 +377,7 @@ def own_folder(config: RunConfig) -> str:
 
 def _build_parser(defaults: RunConfig) -> ArgumentParser:
     parser = ArgumentParser(
+        prog=front.program,
         exit_on_error=False,
         description="Flags win over --config files. Without arguments the quickstart runs.",
     )

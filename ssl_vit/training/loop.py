@@ -11,6 +11,7 @@ from accelerate.utils import broadcast_object_list
 
 from ssl_vit.core.distributed import end_processes, lost_process, on_main_process, when_others_hang
 from ssl_vit.core.front import stoppable
+from ssl_vit.core.shipped import folder
 from ssl_vit.core.text import plain
 from ssl_vit.core.writing import report_error
 from ssl_vit.runs.best import SCORES, Best, best_checkpoint, is_best_yet
@@ -37,7 +38,6 @@ from ssl_vit.training.setup import (
 from ssl_vit.training.signals import EXIT_COLLAPSED, EXIT_STOPPED, OUT_OF_TIME, StopSignal
 
 GO_ON = "The same command goes on from the newest checkpoint."
-CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @stoppable(GO_ON)
@@ -49,8 +49,9 @@ def main(defaults: RunConfig, quickstart: str | None = None, ending: Ending = pr
     """
     args = sys.argv[1:]
     if not args and quickstart is not None:
-        print(f"No settings given, so this is the quickstart: --config {CONFIGS / quickstart}")
-        args = [f"--config={CONFIGS / quickstart}"]
+        settings = folder("configs") / quickstart
+        print(f"No settings given, so this is the quickstart: --config {settings}")
+        args = [f"--config={settings}"]
     try:
         try:
             run = set_up(parse_run(defaults, args), ending)

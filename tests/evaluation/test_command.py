@@ -378,7 +378,7 @@ def test_no_more_shots_are_shown_than_the_smallest_class_has(
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_explains_every_flag(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        run(name, "--help")
+        run(name, "--help-all")
     assert stopped.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "Labelled images to test on" in text  # of a setting that is inherited
