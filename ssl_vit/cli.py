@@ -18,7 +18,9 @@ from ssl_vit.core.front import FlagParser, nearest
 from ssl_vit.core.shipped import find_config, folder
 
 OBJECTIVES = sorted(path.stem.removeprefix("pretrain_") for path in folder("scripts").glob("pretrain_*.py"))
-TRAINING = {f"pretrain {name}": f"pretrain_{name}" for name in OBJECTIVES} | {"finetune": "finetune"}
+TRAINING = {f"pretrain {name}": f"pretrain_{name}" for name in OBJECTIVES} | {
+    name: name for name in ("distill", "finetune")
+}
 PARALLEL = TRAINING | {
     "probe knn": "evaluate_knn",
     "probe linear": "linear_probe",
@@ -35,6 +37,7 @@ usage: ssl-vit COMMAND [FLAGS]
 train
   pretrain OBJECTIVE   on images without labels: {", ".join(OBJECTIVES)};
                        without flags the quickstart runs
+  distill              a trained backbone into another, without labels
   finetune             on labelled images, all weights of a backbone
 judge
   probe knn|linear|attentive   frozen features, on labelled images
