@@ -1,3 +1,25 @@
-"""ssl_vit: self-supervised pre-training of vision backbones on your own images."""
+"""ssl_vit: self-supervised pre-training of vision backbones on your own images.
+
+From Python: `pretrain`, `finetune`, `embed` and `load_backbone`; they are loaded, and torch with them, when first used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ssl_vit.api import Result, embed, finetune, pretrain
+    from ssl_vit.export import load_backbone
 
 __version__ = "0.1.0"
+__all__ = ["Result", "embed", "finetune", "load_backbone", "pretrain"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'ssl_vit' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module("ssl_vit.export" if name == "load_backbone" else "ssl_vit.api"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
