@@ -1,16 +1,16 @@
 """ssl_vit: self-supervised pre-training of vision backbones on your own images.
 
-From Python: `pretrain`, `finetune`, `embed` and `load_backbone`; they are loaded, and torch with them, when first used.
+From Python: `pretrain`, `distill`, `finetune`, `embed`, `load_backbone`. They, and torch with them, load when first used.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ssl_vit.api import Result, embed, finetune, pretrain
+    from ssl_vit.api import Result, distill, embed, finetune, pretrain
     from ssl_vit.export import load_backbone
 
 __version__ = "0.1.0"
-__all__ = ["Result", "embed", "finetune", "load_backbone", "pretrain"]
+__all__ = ["Result", "distill", "embed", "finetune", "load_backbone", "pretrain"]
 
 
 def __getattr__(name: str) -> Any:

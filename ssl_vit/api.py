@@ -128,6 +128,25 @@ def pretrain(
     return _run(f"pretrain_{method}", pretraining, source, output_dir, config, settings)
 
 
+def distill(
+    teacher: str | Path,
+    source: Any,
+    *,
+    output_dir: str | Path | None = None,
+    config: str | Path | Sequence[str | Path] = (),
+    **settings: Any,
+) -> Result:
+    """Distil a trained backbone into another one without labels.
+
+    Args:
+        teacher: what `encoder.pretrained` takes: a run's folder, an export, a file of weights or a timm model's name.
+
+    The other arguments and errors are those of `pretrain`.
+    """
+    settings = {**settings, "objective": {**settings.get("objective", {}), "teacher": str(teacher)}}
+    return _run("distill", pretraining, source, output_dir, config, settings)
+
+
 def finetune(
     source: Any,
     *,

@@ -124,7 +124,7 @@ def test_features_of_files_images_and_arrays_are_those_of_the_evaluation(
     script = [sys.executable, str(ROOT / "scripts" / words[0]), *words[1:]]
     subprocess.run(script, check=True, capture_output=True, timeout=300)
     stored = load_file(out)
-    np.testing.assert_allclose(stored["embedding"][:5].float().numpy(), features, atol=1e-5)
+    np.testing.assert_allclose(stored["embeddings"][:5].float().numpy(), features, atol=1e-5)
     with pytest.raises(ValueError, match=r"no_such\.png"):
         ssl_vit.embed("no_such.png", run.folder)
 
@@ -152,3 +152,13 @@ def test_images_in_memory_are_stored_once_with_their_classes(photo_folder: Path,
         as_rows([paths[0], (paths[1], 3)])
     result = ssl_vit.pretrain("mae", pairs, output_dir=tmp_path / "run", steps=1, **SMALL)
     assert set(result.scores) == {"raw pixels", "untrained", "trained"}
+
+
+def test_a_run_distils_into_another_backbone(run: ssl_vit.Result, photo_folder: Path, tmp_path: Path) -> None:
+    small = {name: value for name, value in SMALL.items() if name != "objective"}
+    encoder = {**SMALL["encoder"], "embed_dim": 16}
+    result = ssl_vit.distill(
+        run.folder, photo_folder, output_dir=tmp_path / "student", steps=2, **{**small, "encoder": encoder}
+    )
+    assert result.finished
+    assert result.encoder().embed_dim == 16
