@@ -1,6 +1,6 @@
 """ssl_vit: self-supervised pre-training of vision backbones on your own images.
 
-From Python: `pretrain`, `distill`, `finetune`, `embed`, `load_backbone`. They, and torch with them, load when first used.
+From Python: `pretrain`, `distill`, `finetune`, `embed`, `load_backbone`; they load when first used.
 """
 
 from typing import TYPE_CHECKING, Any

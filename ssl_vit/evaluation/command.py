@@ -42,21 +42,6 @@ from ssl_vit.objectives.stored import with_traits
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 BASELINES = ("pixels", "untrained")
-COMMON = (
-    "source",
-    "test_source",
-    "split",
-    "test_split",
-    "label_column",
-    "feature",
-    "ks",
-    "image_size",
-    "max_images",
-    "baselines",
-    "batch_size",
-    "output",
-)
-"""Settings that `--help` shows, where a script has them; `--help-all` shows all."""
 
 
 @dataclass(frozen=True)
@@ -265,7 +250,7 @@ def main(
             parser.set_defaults({f"{prefix}{key}": value for key, value in vars(default).items()})
     try:
         words = read_words(sys.argv[1:] if args is None else args, keys)
-        given = parser.parse_args(answer_help(parser, words, [name for name in COMMON if name in keys]))
+        given = parser.parse_args(answer_help(parser, words))
         settings = {}
         for name, kind in kinds.items():
             values = vars(given[name]) if name else {item.name: given[item.name] for item in fields(kind)}

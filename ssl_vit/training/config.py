@@ -40,28 +40,6 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 OF_ONE_CALL = ("fresh", "extend", "quiet")
 """Settings of one call; config.yaml does not keep them."""
-COMMON = (
-    "config",
-    "data.source",
-    "output_dir",
-    "epochs",
-    "steps",
-    "encoder.arch",
-    "encoder.image_size",
-    "encoder.patch_size",
-    "encoder.pretrained",
-    "batch.size",
-    "batch.per_device",
-    "optim.base_lr",
-    "data.label_column",
-    "evaluation.test_source",
-    "evaluation.every_steps",
-    "checkpoint.every_steps",
-    "seed",
-    "fresh",
-    "extend",
-)
-"""Settings that `--help` shows; `--help-all` shows all."""
 
 
 @dataclass(frozen=True)
@@ -310,7 +288,7 @@ def parse_run(defaults: RunConfig, args: Sequence[str] | None = None) -> RunConf
 def _parse(defaults: RunConfig, words: list[str], keys: dict[str, Any]) -> Namespace:
     parser = _build_parser(defaults)
     try:
-        return parser.parse_args(answer_help(parser, words, COMMON))
+        return parser.parse_args(answer_help(parser, words))
     except ArgumentError as error:
         raise ValueError(in_one_line(str(error), keys)) from error
 
