@@ -36,11 +36,13 @@ DEFAULTS = {
     "simdinov2": pretrain_dinov2.DEFAULTS,
     "distill": distill.DEFAULTS,
     "finetune": finetune.DEFAULTS,
+    "deit": finetune.DEFAULTS,
     "attentive": attentive_probe.DEFAULTS,
 }
 SCRIPTS = {
     "distill": "distill",
     "finetune": "finetune",
+    "deit": "finetune",
     "attentive": "attentive_probe",
     "simdino": "pretrain_dino",
     "simdinov2": "pretrain_dinov2",
@@ -137,10 +139,11 @@ def test_a_published_figure_stands_beside_the_command_that_measures_it(
         source = settings.data.source if script == "finetune" else settings.source
         assert source == own.data.source == "ILSVRC/imagenet-1k"
         assert (judged.test_split, judged.max_images, judged.test_source) == ("validation", None, None)
-        if not path.stem.startswith("finetune"):
+        if SCRIPTS.get(objective_of(path)) != "finetune":
             assert own.output_dir in commands[script]
-    assert path.stem.startswith("finetune") or "10,000 training images" in header_of(path)
-    assert path.stem.startswith("finetune") or own.evaluation.max_images == 10_000
+    is_supervised = SCRIPTS.get(objective_of(path)) == "finetune"
+    assert is_supervised or "10,000 training images" in header_of(path)
+    assert is_supervised or own.evaluation.max_images == 10_000
 
 
 def test_the_imagenet_configs_of_mae_are_the_papers() -> None:
@@ -244,3 +247,27 @@ def test_the_configs_of_fine_tuning_are_the_papers(
     assert (objective.mixup, objective.cutmix, objective.label_smoothing) == (0.8, 1.0, 0.1)
     assert (objective.rand_augment, objective.random_erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
     assert (objective.pool, objective.model_ema) == ("mean", None)
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_the_configs_of_deit_are_the_papers(size: str) -> None:
+    config = by_name(f"deit_{size}_imagenet1k")
+    objective, optim = config.objective, config.optim
+    assert config.encoder.arch == f"deit_{size}_distilled_patch16_224"
+    assert (config.batch.size, config.batch.repeats, config.epochs) == (1024, 3, 300)
+    assert optim.peak_lr(1024) == pytest.approx(1e-3)
+    assert optim.warmup == pytest.approx(5 / 300, rel=0.01)
+    assert (optim.min_lr, optim.weight_decay, optim.betas, optim.clip_grad) == (1e-5, 0.05, (0.9, 0.999), None)
+    assert (objective.layer_decay, objective.model_ema, config.encoder.drop_path_rate) == (1.0, 0.99996, 0.1)
+    assert (objective.mixup, objective.cutmix, objective.label_smoothing) == (0.8, 1.0, 0.1)
+    assert (objective.rand_augment, objective.random_erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
+    assert (objective.teacher, objective.distillation) == ("regnety_160.deit_in1k", "hard")
+    assert (objective.distillation_alpha, objective.distillation_tau) == (0.5, 1.0)
+    assert config.evaluation.crop_pct == 0.875
+
+
+def test_the_config_of_deit_at_384_pixels_is_the_papers() -> None:
+    config = by_name("deit_base_384_imagenet1k")
+    assert (config.encoder.image_size, config.epochs, config.objective.keep_head) == (384, 30, True)
+    assert config.optim.peak_lr(config.batch.size) == pytest.approx(5e-6)
+    assert config.optim.weight_decay == 1e-8

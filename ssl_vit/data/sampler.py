@@ -38,6 +38,10 @@ class StepSampler(Sampler[list[SampleKey]]):
     [s x batch_size, (s + 1) x batch_size) of it: every image is seen once an epoch, no tail is dropped, no batch is
     short, and starting at any step costs nothing. A step is cut into `num_micro` micro-batches, and each of these
     among the processes, so that neither number changes what is learned.
+
+    With repeated augmentation (Hoffer et al. 2020, arXiv:1901.09335; Berman et al. 2019, arXiv:1902.05509) each image
+    of the sequence is drawn `repeats` times in a row, each time with a generator of its own. An epoch still has
+    `num_samples` draws, of a part of the images; in `repeats` epochs each is drawn `repeats` times.
     """
 
     def __init__(
@@ -51,11 +55,13 @@ class StepSampler(Sampler[list[SampleKey]]):
         num_micro: int = 1,
         process_index: int = 0,
         num_processes: int = 1,
+        repeats: int = 1,
         order: Callable[[int, int], Int64[np.ndarray, " n"]] | None = None,
     ) -> None:
         """Begin at `start_step`.
 
         Args:
+            repeats: draws of an image in a row.
             order: gives the `num_samples` rows of an epoch by seed and epoch; None = all rows, shuffled.
         """
         if num_samples < 1:
@@ -66,7 +72,7 @@ class StepSampler(Sampler[list[SampleKey]]):
             )
         self.num_samples, self.batch_size, self.num_steps = num_samples, batch_size, num_steps
         self.seed, self.start_step, self.num_micro = seed, start_step, num_micro
-        self.process_index, self.num_processes = process_index, num_processes
+        self.process_index, self.num_processes, self.repeats = process_index, num_processes, repeats
         self.order = order or partial(epoch_order, num_samples)
 
     def __len__(self) -> int:
@@ -80,17 +86,16 @@ class StepSampler(Sampler[list[SampleKey]]):
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         size = self.batch_size // (self.num_micro * self.num_processes)
-        epoch, order = -1, np.empty(0, dtype=np.int64)
+        turn, order = -1, np.empty(0, dtype=np.int64)  # of all images; an epoch where none is repeated
         for step in range(self.start_step, self.num_steps):
             for micro in range(self.num_micro):
                 start = step * self.batch_size + (micro * self.num_processes + self.process_index) * size
                 keys = []
                 for draw in range(start, start + size):
-                    if draw // self.num_samples != epoch:
-                        epoch = draw // self.num_samples
-                        order = self.order(self.seed, epoch)
-                    position = draw % self.num_samples
-                    keys.append(SampleKey(epoch, position, int(order[position])))
+                    wanted, place = divmod(draw // self.repeats, self.num_samples)
+                    if wanted != turn:
+                        turn, order = wanted, self.order(self.seed, wanted)
+                    keys.append(SampleKey(*divmod(draw, self.num_samples), int(order[place])))
                 yield keys
 
 

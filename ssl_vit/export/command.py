@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ssl_vit.core.text import plain
 from ssl_vit.core.writing import FAULTS, report_error
-from ssl_vit.export.run import export_fine_tuned, export_run
+from ssl_vit.export.run import export_distilled_run, export_fine_tuned, export_run
 from ssl_vit.export.targets import TARGETS, export_to, proof_images, push
 from ssl_vit.export.transformers import has_plain_decoder
 from ssl_vit.runs.trained import is_fine_tuned, open_trained
@@ -62,9 +62,15 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _export_fine_tuned(args: argparse.Namespace, targets: list[str], out: Path) -> int:
-    if targets != ["timm"] or args.push_to_hub:
+    if not set(targets) <= {"timm", "transformers"} or args.push_to_hub:
         raise ValueError(
-            f"--to {' '.join(targets)}: {args.path} is a fine-tuned classifier, which leaves as timm's alone"
+            f"--to {' '.join(targets)}: {args.path} is a fine-tuned classifier, which leaves as timm's alone, and a "
+            "distilled DeiT as transformers' too"
         )
-    print(f"timm             {export_fine_tuned(args.path, out / 'timm').parent}")
+    for target in targets:
+        if target == "timm":
+            folder = export_fine_tuned(args.path, out / target).parent
+        else:
+            folder = export_distilled_run(args.path, out / target)
+        print(f"{target:<17}{plain(folder)}")
     return 0

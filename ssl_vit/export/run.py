@@ -7,7 +7,7 @@ from typing import Any
 from ssl_vit.core.reading import entry, read_tensors, settings_of
 from ssl_vit.core.settings import section
 from ssl_vit.data.transform import Normalization
-from ssl_vit.export.classifier import export_classifier
+from ssl_vit.export.classifier import export_classifier, export_distilled
 from ssl_vit.models.config import EncoderConfig
 from ssl_vit.models.weights.backbone import export_backbone, load_strictly
 from ssl_vit.objectives.finetune import FineTune, FineTuneConfig
@@ -41,7 +41,18 @@ def export_run(path: Path, weights: str | None = None, out: Path | None = None) 
 
 
 def export_fine_tuned(run: Path, folder: Path) -> Path:
-    """Export the classifier of a fine-tuning; returns the file."""
+    """Export the classifier of a fine-tuning to timm; returns the file."""
+    return write_classifier(*_fine_tuned(run), folder)
+
+
+def export_distilled_run(run: Path, folder: Path) -> Path:
+    """Export the distilled DeiT of a fine-tuning to transformers; returns the folder."""
+    objective, settings, class_names, _ = _fine_tuned(run)
+    return export_distilled(objective, folder, class_names=class_names, **_preprocessing(settings))
+
+
+def _fine_tuned(run: Path) -> tuple[FineTune, dict[str, Any], list[str], int]:
+    """Objective, settings, classes and step of a fine-tuning's newest checkpoint. The teacher is not needed."""
     checkpoint = newest_checkpoint(run)
     if checkpoint is None:
         raise ValueError(f"{run}: has no complete checkpoint yet")
@@ -52,19 +63,26 @@ def export_fine_tuned(run: Path, folder: Path) -> Path:
     with section("objective"):
         objective = FineTune(settings_of(FineTuneConfig, settings["objective"]), encoder)
     load_strictly(objective, read_tensors(checkpoint / MODEL_FILE), run)
-    return write_classifier(objective, folder, settings, class_names, state["step"])
+    return objective, settings, class_names, state["step"]
+
+
+def _preprocessing(settings: dict[str, Any]) -> dict[str, Any]:
+    data = settings["data"]
+    return {
+        "normalization": Normalization(tuple(data["mean"]), tuple(data["std"])),
+        "crop_pct": settings["evaluation"]["crop_pct"],
+    }
 
 
 def write_classifier(
-    objective: FineTune, folder: Path, settings: dict[str, Any], class_names: Sequence[str], step: int
+    objective: FineTune, settings: dict[str, Any], class_names: Sequence[str], step: int, folder: Path
 ) -> Path:
     """Export a fine-tuned classifier with what the plain settings of its run say of it; returns the file."""
     return export_classifier(
         objective,
         folder,
         class_names=class_names,
-        normalization=Normalization(tuple(settings["data"]["mean"]), tuple(settings["data"]["std"])),
-        crop_pct=settings["evaluation"]["crop_pct"],
+        **_preprocessing(settings),
         provenance={
             "objective": objective.name,
             "objective_config": settings["objective"],

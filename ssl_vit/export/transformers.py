@@ -85,7 +85,7 @@ def write(trained: Trained, folder: Path) -> str:
         reading = "\n    ".join(lines)
     else:
         reading = _READING[config["model_type"]]
-    _write(folder, trained, config, tensors)
+    write_folder(folder, trained, config, tensors)
     return LOADING_CODE.replace("{reading}", reading)
 
 
@@ -149,7 +149,7 @@ def write_mae(trained: Trained, folder: Path) -> str:
         if not name.startswith("encoder.")
     }
     renamed = {f"vit.{name}": value for name, value in backbone.items()} | decoder_to_transformers(decoder)
-    _write(folder, trained, config, renamed)
+    write_folder(folder, trained, config, renamed)
     return MAE_LOADING_CODE
 
 
@@ -166,7 +166,7 @@ def load(folder: Path) -> Callable[[Tensor], Features]:
     """
     from transformers import AutoModel
 
-    model: Any = _strictly(AutoModel, folder)
+    model: Any = load_strictly(AutoModel, folder)
     kind = model.config.model_type
     num_prefix = 2 if kind == "deit" else 0 if "swin" in kind else 1 + getattr(model.config, "num_register_tokens", 0)
 
@@ -186,7 +186,7 @@ def load_mae(folder: Path) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Load an MAE's folder in transformers: a function of images and noise to predicted patches and the drawn mask."""
     from transformers import ViTMAEForPreTraining
 
-    model: Any = _strictly(ViTMAEForPreTraining, folder)
+    model: Any = load_strictly(ViTMAEForPreTraining, folder)
 
     def reconstruct(images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         outputs = model(pixel_values=images, noise=noise)
@@ -195,7 +195,12 @@ def load_mae(folder: Path) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     return reconstruct
 
 
-def _strictly(kind: Any, folder: Path) -> Any:
+def load_strictly(kind: Any, folder: Path) -> Any:
+    """A folder as a class of transformers, in eval mode.
+
+    Raises:
+        RuntimeError: transformers initialised a parameter itself, or did not use one of the file.
+    """
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -271,7 +276,8 @@ def _sizes(encoder: Encoder, shape: Shape) -> dict[str, Any]:
     }
 
 
-def _write(folder: Path, trained: Trained, config: dict[str, Any], tensors: Tensors) -> None:
+def write_folder(folder: Path, trained: Trained, config: dict[str, Any], tensors: Tensors) -> None:
+    """Write weights, config.json and preprocessor_config.json."""
     save_tensors(tensors, folder / "model.safetensors")
     write_json(folder / "config.json", config)
     write_json(folder / "preprocessor_config.json", _preprocessing(trained))

@@ -15,6 +15,8 @@ from ssl_vit.core.settings import check_ranges
 from ssl_vit.data.augment.supervised import AugmentConfig, SupervisedTransform
 from ssl_vit.data.transform import InputSpec
 from ssl_vit.models.encoder import Encoder
+from ssl_vit.models.weights.classifier import open_classifier
+from ssl_vit.objectives.deit import Distillation, distillation_loss, read_teacher, teacher_input
 from ssl_vit.objectives.objective import Objective, ParamGroup, Resolved, RunSize, Taken
 from ssl_vit.objectives.teacher import Teacher
 
@@ -72,6 +74,18 @@ class FineTuneConfig(SupervisedConfig):
     """Momentum of an average of the weights, which is tested and exported instead of them; null = no average."""
     head_init: float = 2e-5
     """Standard deviation of the head's initial weights."""
+    keep_head: bool = False
+    """Start with the head of the classifier that encoder.pretrained names, as for images of another size."""
+    teacher: str | None = None
+    """Trained classifier of the same classes to learn from too, through a second head (DeiT): folder of a fine-tuning,
+    of a timm classifier or its .safetensors file, or a timm model's name. It stays as it is and is in no checkpoint."""
+    distillation: Distillation = "hard"
+    """What the second head learns: the teacher's most likely class (hard) or its distribution (soft); none leaves the
+    teacher out. Only with a teacher."""
+    distillation_alpha: float = 0.5
+    """Share of the loss on the teacher's answers; the rest is that on labels."""
+    distillation_tau: float = 1.0
+    """Temperature of soft distillation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,11 +94,31 @@ class FineTuneConfig(SupervisedConfig):
             layer_decay="(0, 1]; 1 = the same rate in all blocks",
             model_ema="[0, 1); the usual value is 0.9999",
             head_init="(0, inf)",
+            distillation_alpha="[0, 1]",
+            distillation_tau="(0, inf)",
         )
 
+    @property
+    def distils(self) -> bool:
+        """Whether there is a teacher to learn from."""
+        return self.teacher is not None and self.distillation != "none"
+
     def build(self, encoder: Encoder) -> "FineTune":
-        """Put a head on an encoder."""
-        return FineTune(self, encoder)
+        """Put a head on an encoder, and read the teacher.
+
+        Raises:
+            ValueError: the teacher, or the head to start from, is missing or does not fit; begins with the setting.
+        """
+        objective = FineTune(self, encoder)
+        if self.keep_head and encoder.config.pretrained is not None:
+            objective.take_head(encoder.config.pretrained)
+        if self.teacher is not None and self.distils:
+            objective.frozen = (read_teacher(self.teacher, encoder, self.classes),)
+        return objective
+
+    def build_transform(self, spec: InputSpec) -> SupervisedTransform:
+        teacher = teacher_input(self.teacher) if self.teacher is not None and self.distils else None
+        return SupervisedTransform(self, self.classes, spec, teacher)
 
 
 class Supervised(Objective):
@@ -99,13 +133,18 @@ class Classifier(nn.Module):
     """Norm and linear layer on pooled features, with timm's names: fc_norm and head.
 
     Distilled DeiT has two linear layers, `head` on the class token and `head_dist` on the distillation token, whose
-    logits are averaged. Without a teacher both learn from the average.
+    logits are averaged. Without a teacher both learn from the average. With one, other backbones have two as well, on
+    the same features.
     """
 
-    def __init__(self, encoder: Encoder, num_classes: int, *, norm: nn.Module, head_init: float) -> None:
+    def __init__(
+        self, encoder: Encoder, num_classes: int, *, norm: nn.Module, head_init: float, distils: bool = False
+    ) -> None:
         super().__init__()
         self.fc_norm = norm
         self.names = [name.split(".")[0] for name in encoder.head_names]
+        if distils and len(self.names) == 1:
+            self.names.append("head_dist")
         for name in self.names:
             head = nn.Linear(encoder.embed_dim, num_classes)
             nn.init.trunc_normal_(head.weight, std=head_init)
@@ -117,8 +156,14 @@ class Classifier(nn.Module):
         """The linear layers, in the order of `Encoder.head_names`."""
         return [self.get_submodule(name) for name in self.names]
 
+    def each(self, pooled: Sequence[Float[Tensor, "b d"]]) -> list[Float[Tensor, "b classes"]]:
+        """Logits of each head; where all read the same features, `pooled` holds these once."""
+        normed = [self.fc_norm(features) for features in pooled]
+        inputs = normed if len(normed) == len(self.names) else normed * len(self.names)
+        return [head(features) for head, features in zip(self.heads, inputs, strict=True)]
+
     def forward(self, pooled: Sequence[Float[Tensor, "b d"]]) -> Float[Tensor, "b classes"]:
-        logits = [head(self.fc_norm(features)) for head, features in zip(self.heads, pooled, strict=True)]
+        logits = self.each(pooled)
         return logits[0] if len(logits) == 1 else torch.stack(logits).mean(dim=0)
 
 
@@ -139,16 +184,54 @@ class FineTune(Supervised):
             norm = nn.Identity()
         else:
             norm.reset_parameters()  # pyright: ignore[reportCallIssue]
-        self.classifier = Classifier(encoder, config.classes, norm=norm, head_init=config.head_init)
+        self.classifier = Classifier(
+            encoder, config.classes, norm=norm, head_init=config.head_init, distils=config.distils
+        )
         self.criterion = SoftTargetCrossEntropy()
         self.ema_encoder: Encoder | None = None
         self.ema_classifier: Classifier | None = None
         if config.model_ema is not None:
             self.teacher = Teacher(self, "ema_", "encoder", "classifier")
 
+    def take_head(self, name: str) -> None:
+        """Start with the head of a trained classifier. One with a single linear layer gives it to both of two heads.
+
+        Raises:
+            ValueError: there is no such classifier, or it does not fit; begins with `keep_head=`.
+        """
+        try:
+            found = open_classifier(name)
+            if next(self.classifier.parameters()).is_meta:  # where the number of classes is not known yet
+                return
+            if found.num_classes != self.config.classes:
+                raise ValueError(f"knows {found.num_classes} classes, and this run has {self.config.classes}")
+            with torch.random.fork_rng(devices=[]):
+                tensors = found.read().state_dict()
+            theirs = dict(zip(self.classifier.names, self.encoder.head_names, strict=False))
+            names = {}
+            for own in self.classifier.state_dict():
+                module, _, kind = own.partition(".")
+                names[own] = own if module == "fc_norm" else f"{theirs.get(module, self.encoder.head_names[0])}.{kind}"
+            if missing := [name for name in names.values() if name not in tensors]:
+                raise ValueError(f"has no {missing[0]}")
+            self.classifier.load_state_dict({own: tensors[name] for own, name in names.items()})
+        except (RuntimeError, ValueError) as error:
+            said = " ".join(str(error).split())
+            raise ValueError(
+                f"keep_head=True: encoder.pretrained={name!r} is no classifier to go on from: {said}"
+            ) from error
+
     def forward(self, batch: Mapping[str, Tensor], progress: float) -> dict[str, Tensor]:
-        logits = self.classifier(self._pool(self.encoder, batch["images"]))
-        return {"loss": self.criterion(logits.float(), batch["targets"])}
+        pooled = self._pool(self.encoder, batch["images"])
+        if not self.frozen:
+            return {"loss": self.criterion(self.classifier(pooled).float(), batch["targets"])}
+        of_labels, of_teacher = (logits.float() for logits in self.classifier.each(pooled))
+        answers = self.frozen[0](batch.get("teacher_images", batch["images"])).float()
+        base, config = self.criterion(of_labels, batch["targets"]), self.config
+        settings = (config.distillation, config.distillation_alpha, config.distillation_tau)
+        loss = distillation_loss(of_labels, of_teacher, answers, base, *settings)
+        agreement = (of_teacher.argmax(dim=1) == answers.argmax(dim=1)).float().mean()
+        return {"loss": loss, "loss_labels": base, "teacher_agreement": agreement}
 
     def _pool(self, encoder: Encoder, images: Tensor) -> list[Tensor]:
         return [encoder(images).patches.mean(dim=1)] if self.pooled == "mean" else encoder.head_inputs(images)

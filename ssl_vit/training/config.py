@@ -52,9 +52,12 @@ class BatchConfig:
     """Most images that a process takes at once; gradients of a larger share are accumulated. null: all at once."""
     auto: bool = False
     """Find the most images that fit on the GPU, up to per_device, by trying a few sizes before the run starts."""
+    repeats: int = 1
+    """Draw each image so often in a row, each time augmented anew (repeated augmentation; DeiT 3). The size counts
+    draws, and an epoch has as many draws as there are images."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, size="[1, inf)", per_device="[1, inf)")
+        check_ranges(self, size="[1, inf)", per_device="[1, inf)", repeats="[1, inf)")
 
     def num_micro(self, num_processes: int) -> int:
         """Micro-batches of a step.
@@ -163,6 +166,10 @@ class RunConfig:
             )
         if self.extend and self.fresh:
             raise ValueError("extend=True: lengthens a run, and fresh starts anew; leave one of them out")
+        if self.batch.repeats > 1 and self.data.streaming:
+            raise ValueError(
+                f"batch.repeats={self.batch.repeats}: a stream gives each image once; leave this or data.streaming out"
+            )
         starts = [0, *(step for step, _ in self.extended)]
         if any(not start < step <= length for start, (step, length) in zip(starts, self.extended, strict=False)):
             raise ValueError(f"extended={self.extended!r}: is written by --extend; leave this setting out")

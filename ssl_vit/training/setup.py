@@ -315,6 +315,7 @@ def build_sampler(run: Run) -> StepSampler:
         num_micro=run.train_step.num_micro,
         process_index=run.accelerator.process_index,
         num_processes=run.accelerator.num_processes,
+        repeats=run.config.batch.repeats,
         order=run.source.mixture.order if run.source.mixture else None,
     )
 

@@ -23,7 +23,8 @@ from ssl_vit.evaluation.splits import (
     split_sources,
 )
 from ssl_vit.export.run import write_classifier
-from ssl_vit.objectives.finetune import FineTune, Supervised
+from ssl_vit.objectives.deit import check_class_names
+from ssl_vit.objectives.finetune import FineTune, FineTuneConfig, Supervised
 from ssl_vit.runs.best import Best
 from ssl_vit.runs.folder import METRICS_FILE, RESULTS_FILE, write_results
 from ssl_vit.training.config import RunConfig
@@ -54,6 +55,8 @@ def prepare(config: RunConfig, source: Source | Stream) -> tuple[Source, EvalSpl
         raise ValueError(
             f"evaluation.source={settings.source!r}: a run with labels learns from data.source; leave this setting out"
         )
+    if getattr(config.objective, "keep_head", False) and config.encoder.pretrained is None:
+        raise ValueError("objective.keep_head=True: name the classifier to go on from with encoder.pretrained")
     if config.encoder.pretrained is None and process_index() == 0:
         print("note       no encoder.pretrained is given, so the encoder starts from fresh weights")
     test = open_test_source(config)
@@ -61,6 +64,8 @@ def prepare(config: RunConfig, source: Source | Stream) -> tuple[Source, EvalSpl
         test = align_classes(source, test)
     # Only to check the labels: all labelled images are learned from, variants of one image too.
     split_sources(source, test, None, seed, "data.source")
+    if isinstance(config.objective, FineTuneConfig) and config.objective.distils:
+        check_class_names(str(config.objective.teacher), source.class_names)
     assert source.labels is not None
     train = source.subset(np.flatnonzero(source.labels >= 0))
     name = ""
@@ -124,7 +129,7 @@ def finish(
         print(f"\n{format_classes(classes)}\nbalanced accuracy {100 * scores[head].balanced_accuracy:.1f} %")
         written = [f"scores     {folder / RESULTS_FILE}", f"metrics    {folder / METRICS_FILE}"]
         if isinstance(objective, FineTune):
-            file = write_classifier(objective, folder, as_plain(config), source.class_names, step)
+            file = write_classifier(objective, as_plain(config), source.class_names, step, folder)
             written.insert(0, f"classifier {file} (+ config.json)")
         results: dict[str, Any] = {
             "step": step,
@@ -134,6 +139,7 @@ def finish(
             "num_test": scores[head].n,
             "num_classes": len(source.class_names),
             "pretrained": config.encoder.pretrained,
+            "teacher": getattr(config.objective, "teacher", None),
             "scores": scores_to_json(rows),
             "picked_on_held_out": {name: score.accuracy for name, score in picked.items()},
             "classes": [item._asdict() for item in classes],

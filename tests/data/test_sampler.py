@@ -48,6 +48,39 @@ def test_a_batch_may_be_larger_than_the_data() -> None:
     assert [key.epoch for key in keys] == [0, 0, 0, 1, 1, 1, 2, 2]
 
 
+class TestRepeatedAugmentation:
+    def test_each_image_is_drawn_so_often_in_a_row_with_generators_of_its_own(self) -> None:
+        keys = flat(StepSampler(**{**SETTINGS, "num_steps": 15}, repeats=3))
+        rows = [key.index for key in keys]
+        assert rows[0::3] == rows[1::3] == rows[2::3]
+        assert [(key.epoch, key.position) for key in keys] == [divmod(draw, 10) for draw in range(60)]
+        assert len({sample_rng(0, key).random() for key in keys}) == 60
+
+    def test_epochs_keep_their_length_and_in_as_many_of_them_each_image_is_drawn_so_often(self) -> None:
+        keys = flat(StepSampler(**{**SETTINGS, "num_steps": 15}, repeats=3))
+        for turn in range(2):  # of three epochs of ten draws
+            rows = [key.index for key in keys if key.epoch // 3 == turn]
+            assert sorted(rows) == sorted(3 * list(range(10)))
+        first, second = ([key.index for key in keys if key.epoch // 3 == turn] for turn in range(2))
+        assert first != second
+        assert list(dict.fromkeys(first)) == epoch_order(10, 0, 0).tolist()
+
+    def test_once_is_what_it_was(self) -> None:
+        assert list(StepSampler(**SETTINGS, repeats=1)) == list(StepSampler(**SETTINGS))
+
+    @pytest.mark.parametrize(("num_micro", "num_processes"), [(2, 1), (1, 2), (2, 2)])
+    def test_neither_the_start_nor_the_cut_of_a_step_matters(self, num_micro: int, num_processes: int) -> None:
+        whole = list(StepSampler(**SETTINGS, repeats=3))
+        assert list(StepSampler(**SETTINGS, repeats=3, start_step=7)) == whole[7:]
+        parts = [
+            list(StepSampler(**SETTINGS, repeats=3, num_micro=num_micro, process_index=k, num_processes=num_processes))
+            for k in range(num_processes)
+        ]
+        for step, batch in enumerate(whole):
+            micros = range(step * num_micro, (step + 1) * num_micro)
+            assert [key for micro in micros for part in parts for key in part[micro]] == batch
+
+
 def test_uneven_cuts_are_refused() -> None:
     with pytest.raises(ValueError, match="batch_size=4: not divisible into 3 micro-batches x 1 processes"):
         StepSampler(**SETTINGS, num_micro=3)

@@ -7,9 +7,9 @@ import pytest
 import timm
 import torch
 
-from ssl_vit.export.classifier import export_classifier
+from ssl_vit.export.classifier import export_classifier, export_distilled
 from ssl_vit.models.config import EncoderConfig
-from ssl_vit.objectives.finetune import FineTuneConfig
+from ssl_vit.objectives.finetune import FineTune, FineTuneConfig
 from tests.conftest import TINY
 from tests.families import FAMILIES
 from tests.specs import grey
@@ -45,6 +45,56 @@ def test_timm_loads_what_was_trained(tmp_path: Path, name: str, pool: str) -> No
     assert data["input_size"] == (channels, *encoder.image_size)
     assert json.loads((tmp_path / "config.json").read_text())["label_names"] == ["a", "b", "c"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["square", "another norm", "swinv2", "convnext", "distilled"])
+def test_two_heads_that_learned_from_labels_and_a_teacher_leave_as_timms(tmp_path: Path, name: str) -> None:
+    """As one of averaged weights where both read the same features."""
+    encoder = ENCODERS[name].build()
+    config = FineTuneConfig(num_classes=3, head_init=0.5, model_ema=0.5, teacher="a folder that is not read")
+    objective = FineTune(config, encoder).eval()
+    assert len(objective.classifier.heads) == 2
+    images = torch.randn(2, encoder.in_chans, *encoder.image_size)
+    settings = {**SETTINGS, "normalization": grey(encoder.in_chans, mean=0.1, std=0.2)}
+    export_classifier(objective, tmp_path, **settings)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    torch.testing.assert_close(loaded(images), objective.logits(images)["head"], rtol=1e-4, atol=1e-5)
+
+
+class TestTransformers:
+    def test_a_distilled_deit_becomes_its_classifier_with_teacher(self, tmp_path: Path) -> None:
+        transformers = pytest.importorskip("transformers")
+        encoder = FAMILIES["distilled"].build()
+        objective = FineTuneConfig(num_classes=3, head_init=0.5).build(encoder).eval()
+        settings = {name: value for name, value in SETTINGS.items() if name != "provenance"}
+        folder = export_distilled(objective, tmp_path / "out", **settings)
+        loaded = transformers.DeiTForImageClassificationWithTeacher.from_pretrained(folder).eval()
+        images = torch.randn(2, 3, 64, 64)
+        found = loaded(images)
+        torch.testing.assert_close(found.logits, objective.logits(images)["head"], rtol=1e-4, atol=1e-5)
+        of_labels, of_teacher = objective.classifier.each(encoder.head_inputs(images))
+        torch.testing.assert_close(found.cls_logits, of_labels, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.distillation_logits, of_teacher, rtol=1e-4, atol=1e-5)
+        assert loaded.config.id2label == {0: "a", 1: "b", 2: "c"}
+        assert loaded.config.label2id == {"a": 0, "b": 1, "c": 2}
+        processor = transformers.AutoImageProcessor.from_pretrained(folder)
+        assert (tuple(processor.image_mean), tuple(processor.image_std)) == ((0.1,) * 3, (0.2,) * 3)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+    def test_other_logits_and_other_backbones_are_refused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pytest.importorskip("transformers")
+        settings = {name: value for name, value in SETTINGS.items() if name != "provenance"}
+        objective = FineTuneConfig(num_classes=3, head_init=0.5).build(FAMILIES["distilled"].build())
+        monkeypatch.setattr(objective, "logits", lambda images: {"head": torch.ones(len(images), 3)})
+        with pytest.raises(RuntimeError, match="logits differ"):
+            export_distilled(objective, tmp_path / "out", **settings)
+        with pytest.raises(
+            ValueError, match=r"^encoder.arch=.*: transformers' DeiTForImageClassificationWithTeacher is"
+        ):
+            export_distilled(FineTuneConfig(num_classes=3).build(ENCODERS["square"].build()), tmp_path, **settings)
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_classifier_that_would_load_otherwise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

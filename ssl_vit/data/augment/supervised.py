@@ -5,22 +5,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
 
 from ssl_vit.core.settings import check_interval, check_ranges
 from ssl_vit.data.augment.crops import OrientationConfig, random_view
 from ssl_vit.data.augment.device import flip_horizontally, normalize
-from ssl_vit.data.transform import InputSpec
+from ssl_vit.data.transform import InputSpec, Normalization
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,29 @@ class AugmentConfig(OrientationConfig):
             raise ValueError(f"rand_augment={self.rand_augment!r}: timm's names begin with 'rand-', as rand-m9-mstd0.5")
 
 
+class OtherInput(NamedTuple):
+    """What another model takes that sees the same images."""
+
+    image_size: tuple[int, int]
+    """Height and width in pixels."""
+    normalization: Normalization
+
+
 class SupervisedTransform:
     """Turns labelled images into `images [b c h w]` and `targets [b classes]`, each row of which sums to one.
+
+    With a teacher that takes another size or normalisation, `teacher_images` are the same images, mixed and erased, as
+    it takes them.
 
     Everything is drawn from the sample's own generator. Mixup mixes the images of one device's batch, so it is seeded
     by the first sample of that batch.
     """
 
-    def __init__(self, config: AugmentConfig, num_classes: int, spec: InputSpec) -> None:
+    def __init__(
+        self, config: AugmentConfig, num_classes: int, spec: InputSpec, teacher: OtherInput | None = None
+    ) -> None:
         self.config, self.num_classes, self.spec = config, num_classes, spec
+        self.teacher = None if teacher == OtherInput(spec.image_size, spec.normalization) else teacher
         self.augment = None
         if config.rand_augment is not None:
             mean = spec.normalization.mean
@@ -106,7 +121,23 @@ class SupervisedTransform:
             )
             with _seeded(int(batch["mix_seed"][0])):
                 images[:even], targets[:even] = mix(images[:even], labels[:even])
-        return {"images": images, "targets": targets}
+        taught = {}
+        if self.teacher is not None:
+            taught["teacher_images"] = as_taken_by(self.teacher, images, self.spec.normalization)
+        return {"images": images, "targets": targets, **taught}
+
+
+def as_taken_by(
+    other: OtherInput, images: Float[Tensor, "b c h w"], own: Normalization
+) -> Float[Tensor, "b c rows columns"]:
+    """Images that are normalised by `own`, as another model takes them: normalised anew and resized (bicubic)."""
+    mean, std, other_mean, other_std = (
+        images.new_tensor(values)[:, None, None] for values in (*own, *other.normalization)
+    )
+    images = (images * std + mean - other_mean) / other_std
+    if tuple(images.shape[-2:]) == other.image_size:
+        return images
+    return F.interpolate(images, other.image_size, mode="bicubic", antialias=True)
 
 
 def _keep_a_bit(level_fn: Callable[..., tuple[int]], level: float, hparams: dict[str, Any]) -> tuple[int]:
