@@ -328,8 +328,7 @@ def open_batches(
     transform = run.config.build_transform(run.objective.encoder)
     num_workers = choose_num_workers(run.config.data.num_workers, device)
     if run.stream_loader is None:
-        assert isinstance(run.images, Source)
-        assert sampler is not None
+        assert isinstance(run.images, Source) and sampler is not None  # noqa: PT018
         return Batches(
             run.images,
             transform,
