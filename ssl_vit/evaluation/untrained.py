@@ -8,7 +8,6 @@ import torch
 
 from ssl_vit.models.config import EncoderConfig
 from ssl_vit.models.encoder import Encoder
-from ssl_vit.objectives.finetune import SupervisedConfig
 from ssl_vit.objectives.objective import ObjectiveConfig
 from ssl_vit.objectives.stored import config_class
 
@@ -39,7 +38,7 @@ def objective_of(provenance: Mapping[str, Any]) -> ObjectiveConfig | None:
     kind, settings = config_class(str(provenance.get("objective"))), provenance.get("objective_config")
     if kind is None or settings is None or provenance.get("leaves", "backbone") != "backbone":
         return None
-    if issubclass(kind, SupervisedConfig):
-        return None
     known = {item.name for item in fields(kind)}
+    if "num_classes" in known:  # it learns from labels
+        return None
     return kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in settings.items() if key in known})
