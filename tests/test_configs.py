@@ -68,7 +68,7 @@ def commands_of(path: Path) -> dict[str, list[str]]:
 
 
 def settings_of(script: str, words: list[str]) -> Any:
-    """The settings that a command of a header gives; a backbone to start from need not be there."""
+    """The settings that a command of a header gives; a backbone to start or learn from need not be there."""
     if script in ("evaluate_knn", "linear_probe"):
         found = []
         protocol = words[words.index("--protocol") + 1] if "--protocol" in words else "dinov2"
@@ -76,9 +76,10 @@ def settings_of(script: str, words: list[str]) -> Any:
         configs = {"evaluate_knn": {"": KNNConfig()}, "linear_probe": {"": LinearConfig(), "probe": PRESETS[protocol]}}
         assert command.main(lambda *_, **settings: found.append(settings), configs[script], None, rest) == 0, words
         return found[0]["config"]
-    if "--encoder.pretrained" in words:
-        start = words.index("--encoder.pretrained")
-        words = words[:start] + words[start + 2 :]
+    for flag in ("--encoder.pretrained", "--objective.teacher"):
+        if flag in words:
+            start = words.index(flag)
+            words = words[:start] + words[start + 2 :]
     pretraining = ("mae", "dino", "dinov2", "simmim", "fcmae", "lejepa")
     names = {f"pretrain_{name}": name for name in pretraining} | {"attentive_probe": "attentive"}
     return parse_run(DEFAULTS[names.get(script, script)], words)
