@@ -83,6 +83,9 @@ def test_commands_and_code_run(desk: Path) -> None:
         script = command.split("--")[0]
         run([*words, *(flag for name, flags in SHORT.items() if name in script for flag in flags)], desk)
     code = "\n".join(text for language, text in BLOCKS if language == "python")
+    short = "steps=2, batch={'size': 2}, evaluation={'max_images': 8, 'folds': 2}"
+    assert "steps=100" in code
+    code = code.replace("steps=100", short)
     shape = "assert features.cls.shape == (1, 192) and features.patches.shape == (1, 196, 192)"
     run([sys.executable, "-c", f"{code}\n{shape}"], desk)
     assert (desk / "runs" / "mae_vit_tiny_patch16_224_openmoji" / "backbone.safetensors").exists()
