@@ -67,6 +67,7 @@ class Encoder(nn.Module):
     num_last_layers: int  # blocks at the end that share width and grid
     grad_checkpointing: bool = False  # blocks store only their input; the backward pass recomputes them
     is_pretrained: bool = False  # pretrained weights are loaded; objectives must not re-initialise
+    read_sha256: str | None = None  # of these as they were read; fitted to a size they round differently elsewhere
     pretrained_cfg: dict[str, Any]  # of a loaded backbone: input size, mean, std and crop, in timm's form
 
     example: ClassVar[str] = ""  # `model_args` of such an architecture

@@ -61,7 +61,8 @@ class Anchor:
                 "of; set encoder.drop_path_rate 0, or leave one of them out"
             )
         self.config = config
-        self.start = Frozen(copy.deepcopy(encoder), "anchor", f"encoder.pretrained={own.pretrained!r}")
+        came_from = f"encoder.pretrained={own.pretrained!r}"
+        self.start = Frozen(copy.deepcopy(encoder), "anchor", came_from, encoder.read_sha256)
 
     def __call__(self, encoder: Encoder, images: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
         """The distance between the features that the encoder and its start give for images."""

@@ -62,6 +62,9 @@ class DistillConfig(OrientationConfig):
     number of images, from 16 to 8,192."""
     temperature: float = 0.07
     """Temperature of all similarities, the teacher's and the student's."""
+    center: bool = False
+    """Take from the teacher's features of images what all of them have in common before they are compared, so that
+    images differ from each other."""
     local_weight: float = 1.0
     """Weight of the loss of patch relations, beside 1 for that of the image; 0 leaves it out."""
     mixup: bool = True
@@ -214,8 +217,10 @@ class Distill(ViewsObjective):
         feature = F.normalize(self.head(student.cls).float(), dim=-1)
         known = gather_with_gradient(teacher.cls)
         self._note(known, progress)
-        bank = torch.cat([known, self.queue])
-        loss_image = queue_loss(feature, teacher.cls, bank, config.temperature)
+        bank, target = torch.cat([known, self.queue]), teacher.cls
+        if config.center:
+            bank, target = without_common(bank, target)
+        loss_image = queue_loss(feature, target, bank, config.temperature)
         losses = {"loss": loss_image, "loss_image": loss_image.detach()}
         if self.local_head is not None:
             grids = (self.encoder.grid_of(*images.shape[-2:]), self.frozen[0].on(seen.device).grid_of(*seen.shape[-2:]))
@@ -227,7 +232,7 @@ class Distill(ViewsObjective):
             self._last_cls = student.cls.detach()
             own = process_index() * len(images) + torch.arange(len(images), device=images.device)
             losses["own_found"] = ((feature @ bank.T).argmax(dim=-1) == own).float().mean()
-            losses["target_entropy"] = entropy_share(teacher.cls, bank, config.temperature)
+            losses["target_entropy"] = entropy_share(target, bank, config.temperature)
             return losses
 
     @torch.no_grad()
@@ -292,6 +297,15 @@ def resample(tokens: Float[Tensor, "b n d"], grid: tuple[int, int], wanted: tupl
         return tokens
     maps = rearrange(tokens, "b (h w) d -> b d h w", h=grid[0])
     return rearrange(F.interpolate(maps.float(), wanted, mode="bilinear"), "b d h w -> b (h w) d")
+
+
+def without_common(
+    bank: Float[Tensor, "k d"], features: Float[Tensor, "b d"]
+) -> tuple[Float[Tensor, "k d"], Float[Tensor, "b d"]]:
+    """Both without the mean of the bank, of length 1 again; rows of zeros, which hold no feature yet, stay zero."""
+    known = bank.any(dim=-1, keepdim=True)
+    mean = bank.sum(dim=0) / known.sum()
+    return F.normalize((bank - mean) * known, dim=-1), F.normalize(features - mean, dim=-1)
 
 
 def queue_loss(

@@ -7,7 +7,6 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from ssl_vit.core.manifest import hash_tensors
 from ssl_vit.core.settings import renamed_settings
 from ssl_vit.data.transform import Normalization, check_divisible, pair
 from ssl_vit.models.config import EncoderConfig
@@ -47,10 +46,10 @@ class FoundTeacher(NamedTuple):
                 "give both the same number (encoder.in_chans 3 reads grey images as RGB)"
             )
         with torch.random.fork_rng(devices=[]), _naming(self.name):
-            teacher, sha256 = self.config.build(), None
+            teacher = self.config.build()
             if not next(teacher.parameters()).is_meta:
-                sha256 = hash_tensors(dict(load_found(teacher, self.weights)))
-        return Frozen(teacher, "teacher", f"objective.teacher={self.name!r}", sha256)
+                load_found(teacher, self.weights)
+        return Frozen(teacher, "teacher", f"objective.teacher={self.name!r}", teacher.read_sha256)
 
 
 def find_teacher(

@@ -35,6 +35,7 @@ from ssl_vit.objectives.distill import (
     queue_loss,
     relation_loss,
     resample,
+    without_common,
 )
 from ssl_vit.objectives.frozen_teacher import find_teacher
 from ssl_vit.objectives.objective import RunSize
@@ -90,9 +91,10 @@ def test_the_entropy_of_targets_is_1_where_all_images_are_alike_and_0_where_one_
     assert 0.1 < entropy_share(apart, apart, 0.5).item() < 0.9
 
 
-def test_the_objective_compares_with_the_batch_and_the_queue() -> None:
+@pytest.mark.parametrize("center", [False, True])
+def test_the_objective_compares_with_the_batch_and_the_queue(center: bool) -> None:
     """What forward returns, computed again from the encoders' own outputs."""
-    objective = config(mixup=False, local_weight=0.5).build(student()).train()
+    objective = config(mixup=False, local_weight=0.5, center=center).build(student()).train()
     objective.queue.copy_(F.normalize(torch.randn(8, 24), dim=-1))
     given = batch()
     found = objective(given, 0.3)
@@ -100,12 +102,14 @@ def test_the_objective_compares_with_the_batch_and_the_queue() -> None:
         features, wanted = objective.encoder(given["images"]), read_teacher()(given["teacher_images"])
         cls = F.normalize(wanted.cls, dim=-1)
         guess = F.normalize(objective.head(features.cls), dim=-1)
-        image = queue_loss(guess, cls, torch.cat([cls, objective.queue]), 0.07)
+        bank = torch.cat([cls, objective.queue])
+        bank, target = without_common(bank, cls) if center else (bank, cls)
+        image = queue_loss(guess, target, bank, 0.07)
         local = relation_loss(objective.local_head(features.patches), wanted.patches, 0.07)
     assert found["loss_image"].item() == pytest.approx(image.item(), rel=1e-5)
     assert found["loss_local"].item() == pytest.approx(local.item(), rel=1e-5)
     assert found["loss"].item() == pytest.approx((image + 0.5 * local).item(), rel=1e-5)
-    nearest = (guess @ torch.cat([cls, objective.queue]).T).argmax(dim=-1)
+    nearest = (guess @ bank.T).argmax(dim=-1)
     assert found["own_found"].item() == pytest.approx((nearest == torch.arange(4)).float().mean().item())
 
 
@@ -369,3 +373,15 @@ def test_the_doctor_counts_the_teacher_and_writes_a_config_for_the_script(
     held = sum(parameter.nbytes for parameter in read_teacher().parameters())
     assert run["memory_mib"]["teacher"] == pytest.approx(held / 2**20)
     assert file.read_text().startswith("# accelerate launch scripts/distill.py --config")
+
+
+def test_without_what_all_features_share_the_targets_differ() -> None:
+    torch.manual_seed(0)
+    common = F.normalize(torch.randn(16), dim=0)
+    features = F.normalize(common + 0.05 * torch.randn(12, 16), dim=-1)
+    bank = torch.cat([features, torch.zeros(4, 16)])
+    centred, targets = without_common(bank, features)
+    torch.testing.assert_close(targets, centred[:12])
+    torch.testing.assert_close(centred.norm(dim=-1), torch.cat([torch.ones(12), torch.zeros(4)]))
+    assert entropy_share(features, features, 0.07) > 0.99
+    assert entropy_share(targets, targets, 0.07) < 0.5

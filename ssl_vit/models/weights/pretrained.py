@@ -14,6 +14,7 @@ from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from timm.models import adapt_input_conv, convnext, eva, swin_transformer, swin_transformer_v2
 from torch import Tensor, nn
 
+from ssl_vit.core.manifest import hash_tensors
 from ssl_vit.core.paths import as_path
 from ssl_vit.core.reading import entry, read_tensors
 from ssl_vit.data.transform import Normalization, pair
@@ -100,12 +101,8 @@ def load_pretrained(encoder: Encoder, name: str) -> None:
     load_found(encoder, open_pretrained(name))
 
 
-def load_found(encoder: Encoder, found: Pretrained) -> Tensors:
-    """Load weights that were found into an encoder, as `load_pretrained` does.
-
-    Returns:
-        The weights as they were read.
-    """
+def load_found(encoder: Encoder, found: Pretrained) -> None:
+    """Load weights that were found into an encoder, as `load_pretrained` does."""
     tensors = found.tensors()
     try:
         load_strictly(encoder.model, fit(encoder, tensors, found), Path(found.name))
@@ -114,8 +111,7 @@ def load_found(encoder: Encoder, found: Pretrained) -> Tensors:
             raise
         what = f"these weights do not tell their architecture, and {encoder.config.arch} was taken"
         raise ValueError(f"{error}; {what}: name theirs with --encoder.arch") from error
-    encoder.is_pretrained = True
-    return tensors
+    encoder.is_pretrained, encoder.read_sha256 = True, hash_tensors(dict(tensors))
 
 
 def fit(encoder: Encoder, tensors: Mapping[str, Tensor], found: Pretrained) -> Tensors:
