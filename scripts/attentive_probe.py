@@ -5,7 +5,7 @@
 
 MAE's class token hides what its patch tokens know; this probe finds it. Probes of several learning rates are trained at
 once, and the best is picked on a tenth of the training images. Without a test source a fifth of them is held out.
-Saves and resumes as pre-training does; `--help` lists all settings.
+Saves and resumes as pre-training does; `--help-all` lists all settings.
 """
 
 import sys

@@ -3,7 +3,7 @@
     accelerate launch scripts/distill.py --objective.teacher TEACHER --data.source FOLDER --output_dir runs/NAME
 
 TEACHER is what --encoder.pretrained takes: a run's folder, an export, a file of weights or a timm model's name.
-`--help` lists all settings; configs/ holds files for `--config`.
+`--help-all` lists all settings; configs/ holds files for `--config`.
 """
 
 import sys

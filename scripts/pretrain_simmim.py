@@ -2,7 +2,7 @@
 
     accelerate launch scripts/pretrain_simmim.py --data.source FOLDER --output_dir runs/NAME
 
-`--help` lists all settings; configs/ holds files for `--config`.
+`--help-all` lists all settings; configs/ holds files for `--config`.
 """
 
 import sys

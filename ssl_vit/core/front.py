@@ -105,7 +105,7 @@ def nearest(name: str, names: Collection[str], prefix: str = "") -> str:
     by_leaf = {key.rsplit(".", 1)[-1]: key for key in names}
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
     near = near or [by_leaf[leaf] for leaf in difflib.get_close_matches(name.rsplit(".", 1)[-1], by_leaf, n=1)]
-    return f"; did you mean {prefix}{near[0]}?" if near else "; --help lists them all"
+    return f"; did you mean {prefix}{near[0]}?" if near else "; --help-all lists them all"
 
 
 class FlagParser(argparse.ArgumentParser):

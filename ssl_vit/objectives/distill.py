@@ -42,8 +42,8 @@ _LARGEST_QUEUE = 8192
 
 @dataclass(frozen=True)
 class DistillConfig(OrientationConfig):
-    """Settings of distillation; the defaults are those of lightly-train's third form, but for the size of the teacher's
-    images."""
+    """Settings of distillation; the defaults are those of lightly-train's third form, but for `center`, and the size of
+    the teacher's images."""
 
     keeps_fresh_weights: ClassVar[bool] = True  # `build` does not change an encoder's fresh weights
 
@@ -62,9 +62,9 @@ class DistillConfig(OrientationConfig):
     number of images, from 16 to 8,192."""
     temperature: float = 0.07
     """Temperature of all similarities, the teacher's and the student's."""
-    center: bool = False
+    center: bool = True
     """Take from the teacher's features of images what all of them have in common before they are compared, so that
-    images differ from each other."""
+    images differ; false: compare them as they are, as published."""
     local_weight: float = 1.0
     """Weight of the loss of patch relations, beside 1 for that of the image; 0 leaves it out."""
     mixup: bool = True
