@@ -116,6 +116,7 @@ def test_every_setting_named_in_readme_exists() -> None:
     evaluations = ("evaluate_knn", "linear_probe", "extract_features", "evaluate_segmentation")
     scripts = ("pretrain_mae", "export", "doctor", "visualize", "report", *evaluations)
     text = "".join(run([sys.executable, f"scripts/{name}.py", "--help-all"], ROOT) for name in scripts)
+    text += run([sys.executable, "-m", "ssl_vit.cli", "--help"], ROOT)
     for flag in re.findall(r"`(--[a-z_.]+)", README):
         if flag not in ("--multi_gpu", "--standalone", "--config"):
             assert flag in text, flag
