@@ -114,7 +114,7 @@ def test_images_of_readme_exist_are_described_and_stay_small() -> None:
 @pytest.mark.slow
 def test_every_setting_named_in_readme_exists() -> None:
     evaluations = ("evaluate_knn", "linear_probe", "extract_features", "evaluate_segmentation")
-    scripts = ("pretrain_mae", "export", "doctor", "visualize", "report", *evaluations)
+    scripts = ("pretrain_mae", "pretrain_dino", "distill", "export", "doctor", "visualize", "report", *evaluations)
     text = "".join(run([sys.executable, f"scripts/{name}.py", "--help-all"], ROOT) for name in scripts)
     text += run([sys.executable, "-m", "ssl_vit.cli", "--help"], ROOT)
     for flag in re.findall(r"`(--[a-z_.]+)", README):
