@@ -167,7 +167,8 @@ def embed(
     """Features of images, one row each, in fp32.
 
     Args:
-        images: a path, a PIL image or an array [h w c] of uint8, or several in a list, a Series or a data set.
+        images: a path, a PIL image or an array [h w c]; or several, in a list, an array [n h w c], a Series or a data
+            set.
         backbone: folder of a run or an export, or its safetensors file.
         feature: "cls", "mean", "cls+mean", "cls4" or "cls4+mean"; None: the one by which its run was scored.
         batch_size: images encoded at once.
@@ -178,8 +179,8 @@ def embed(
     check_feature(feature)
     loaded = Backbone.load(Path(backbone), PicturesConfig(batch_size=batch_size))
     encoder, kind = loaded.encoder, feature or loaded.feature
-    found = [images] if isinstance(images, str | Path | Image.Image | np.ndarray) else images
-    source = open_memory(found)
+    is_one = isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim in (2, 3))
+    source = open_memory([images] if is_one else images)
     pieces = extract_features(
         encoder,
         source,
@@ -241,5 +242,5 @@ def _text(value: Any) -> str:
     """A value as a flag takes it."""
     if isinstance(value, str | Path):
         return str(value)
-    value = list(value) if isinstance(value, tuple) else value
+    value = value.item() if isinstance(value, np.generic) else list(value) if isinstance(value, tuple) else value
     return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n...\n").strip()

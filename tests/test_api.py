@@ -36,6 +36,22 @@ SMALL: dict[str, Any] = {
 }
 
 
+class Discs(torch.utils.data.Dataset):
+    """A torch dataset of pairs, which has no iterator."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, number: int) -> tuple[Image.Image, int]:
+        return Image.new("RGB", (40, 40), (number * 60, 0, 0)), number % 2
+
+
+class Frame:
+    """What a DataFrame looks like."""
+
+    columns = ("path", "label")
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -98,6 +114,16 @@ def test_the_same_call_goes_on_and_another_precision_starts_in_the_same_process(
         (lambda: ssl_vit.pretrain("mae", []), "holds no images"),
         (lambda: ssl_vit.pretrain("mae", 3), "source=int: give a path"),
         (lambda: ssl_vit.pretrain("mae", [3]), "item 0 is int; give paths, PIL images or arrays"),
+        (
+            lambda: ssl_vit.pretrain("mae", [(Image.new("L", (9, 9)), Image.new("L", (9, 9)))]),
+            "class of item 0 is Image",
+        ),
+        (lambda: ssl_vit.pretrain("mae", [Image.new("CMYK", (9, 9))]), "item 0 cannot be kept as PNG"),
+        (
+            lambda: ssl_vit.pretrain("mae", datasets.DatasetDict(train=Discs())),
+            "give one of its splits, as source.'train'",
+        ),
+        (lambda: ssl_vit.pretrain("mae", Frame()), "source=Frame: give one column"),
         (lambda: ssl_vit.pretrain("mae", "no_such_folder", config="quickstart_mea"), "did you mean quickstart_mae"),
     ],
 )
@@ -117,6 +143,16 @@ def test_features_of_files_images_and_arrays_are_those_of_the_evaluation(
     images = [Image.open(path) for path in paths]
     np.testing.assert_array_equal(features, ssl_vit.embed(images, run.folder))
     np.testing.assert_array_equal(features, ssl_vit.embed([np.asarray(image) for image in images], run.folder))
+    turned = Image.open(paths[0]).transpose(Image.Transpose.ROTATE_90)
+    turned.getexif()[0x0112] = 6  # to be turned back
+    np.testing.assert_array_equal(features[:1], ssl_vit.embed(turned, run.folder))
+    np.testing.assert_array_equal(
+        features, ssl_vit.embed(np.stack([np.asarray(image) for image in images]), run.folder)
+    )
+    other_name = datasets.Dataset.from_dict({"photo": [str(path) for path in paths]})
+    np.testing.assert_array_equal(
+        features, ssl_vit.embed(other_name.cast_column("photo", datasets.Image()), run.folder)
+    )
     np.testing.assert_allclose(features[:1], ssl_vit.embed(str(paths[0]), run.backbone), atol=1e-6)
     assert ssl_vit.embed(paths, run.folder, feature="cls4+mean").shape == (5, 32 * 2 + 32)
     out = tmp_path / "features.safetensors"
@@ -127,16 +163,6 @@ def test_features_of_files_images_and_arrays_are_those_of_the_evaluation(
     np.testing.assert_allclose(stored["embeddings"][:5].float().numpy(), features, atol=1e-5)
     with pytest.raises(ValueError, match=r"no_such\.png"):
         ssl_vit.embed("no_such.png", run.folder)
-
-
-class Discs(torch.utils.data.Dataset):
-    """A torch dataset of pairs, which has no iterator."""
-
-    def __len__(self) -> int:
-        return 3
-
-    def __getitem__(self, number: int) -> tuple[Image.Image, int]:
-        return Image.new("RGB", (40, 40), (number * 60, 0, 0)), number % 2
 
 
 def test_images_in_memory_are_stored_once_with_their_classes(photo_folder: Path, tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def finish(
             scores, text = compare(config, accelerator, backbone, eval_data)
             written.append(f"scores     {folder / RESULTS_FILE}")
     if scores.get("scores", ...) is None:
-        text = f"No scores: {plain(why)}. scripts/evaluate_knn.py takes a labelled source."
+        text = f"No scores: {plain(why)}. `ssl-vit probe knn` takes a labelled source."
     if accelerator.is_main_process:
         of_best = {} if best is None else {"best": best.to_plain()}
         write_results(folder, {"step": step, **of_best, **scores, **({"collapse": collapse} if collapse else {})})

@@ -258,7 +258,7 @@ class TestRefusals:
         (tmp_path / "run").mkdir()
         self.refused(tmp_path / "run", "config.json is missing; a classifier is both files, in timm's layout")
         (tmp_path / "run" / "config.yaml").write_text("")
-        self.refused(tmp_path / "run", "holds no classifier yet; `python scripts/export.py .*` writes that of a fine")
+        self.refused(tmp_path / "run", "holds no classifier yet; `ssl-vit export .*` writes that of a fine")
         (tmp_path / "weights.pth").write_bytes(b"")
         self.refused(tmp_path / "weights.pth", "is no .safetensors file, and others are not unpickled")
         tensors = load_file(teacher / "model.safetensors")

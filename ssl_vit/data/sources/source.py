@@ -313,7 +313,7 @@ def _open(config: DataConfig, in_mixture: bool = False) -> Source:
             rows, roots = load_from_hub(config)
     except (OSError, RuntimeError) as error:
         raise setting_error(config, "source", f"cannot be read: {error}") from error
-    return _open_rows(rows, config, roots)
+    return open_rows(rows, config, roots)
 
 
 def _refuse_columns(config: DataConfig, what: str) -> None:
@@ -363,7 +363,15 @@ def _open_folder(root: Path, config: DataConfig, split_may_be_missing: bool) -> 
     )
 
 
-def _open_rows(rows: datasets.Dataset, config: DataConfig, roots: Roots) -> Source:
+def open_rows(rows: datasets.Dataset, config: DataConfig, roots: Roots) -> Source:
+    """A table as a source: its column of images, and of classes where there is one.
+
+    Args:
+        roots: the folders whose files rows may open.
+
+    Raises:
+        ValueError: it holds no rows, or no column is known to hold images.
+    """
     if len(rows) == 0:
         raise setting_error(config, "source", f"split {config.split!r} holds no rows")
     image_column = find_image_column(rows.features, config)

@@ -197,7 +197,7 @@ def backbone_file(path: str | Path) -> Path:
     file = path / BACKBONE_FILE if path.is_dir() else path
     if not file.is_file():
         raise ValueError(
-            f"{file}: no such file; a finished run has one, and `python scripts/export.py RUN` writes it at any time"
+            f"{file}: no such file; a finished run has one, and `ssl-vit export RUN` writes it at any time"
         )
     return file
 

@@ -75,9 +75,7 @@ def _open_file(file: Path) -> NamedClassifier:
     folder, config_file = file.parent, file.parent / CONFIG_FILE
     if not (file.is_file() and config_file.is_file()):
         if (folder / "config.yaml").is_file() and not config_file.is_file():
-            raise ValueError(
-                f"holds no classifier yet; `python scripts/export.py {folder}` writes that of a fine-tuning"
-            )
+            raise ValueError(f"holds no classifier yet; `ssl-vit export {folder}` writes that of a fine-tuning")
         if config_file.is_file() and read_description(config_file).get("num_classes") == 0:
             raise ValueError("is a backbone without a classifier; fine-tune it first, or name one that is")
         missing = file if config_file.is_file() else config_file
