@@ -13,6 +13,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -32,6 +33,16 @@ def environments(num_processes: int) -> list[dict[str, str]]:
     size = str(num_processes)
     shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
+
+
+def run_two(work: Callable[..., None], *args: object) -> None:
+    """Call `work` with what a launcher sets, and `args`, in two processes, and wait until both have succeeded."""
+    processes = [SERVER.Process(target=work, args=(environment, *args)) for environment in environments(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(100)
+    assert [process.exitcode for process in processes] == [0, 0]
 
 
 def redirect_output(out: Path, err: Path) -> None:

@@ -19,7 +19,7 @@ from ssl_vit.objectives.dinov2 import DINOv2Config
 from ssl_vit.objectives.objective import RunSize
 from ssl_vit.training.config import RunConfig, parse_run
 from tests.conftest import ROOT, TINY
-from tests.processes import SERVER, environments
+from tests.processes import run_two
 
 SMALL = {"loss": "coding_rate", "hidden_dim": 48, "bottleneck_dim": 16, "num_local_crops": 2, "local_crop_size": 16}
 KINDS = {"simdino": DINOConfig, "simdinov2": DINOv2Config}
@@ -322,14 +322,7 @@ def gradients(kind: str, objective: DINO, batch: dict[str, Tensor]) -> dict[str,
 
 
 def test_two_processes_have_the_losses_and_gradients_of_one(tmp_path: Path) -> None:
-    processes = [
-        SERVER.Process(target=_gradients_of_a_share, args=(environment, tmp_path)) for environment in environments(2)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(100)
-    assert [process.exitcode for process in processes] == [0, 0]
+    run_two(_gradients_of_a_share, tmp_path)
     found = load_file(tmp_path / "found.safetensors")
     for kind in KINDS:
         for name, expected in gradients(kind, *seeded(kind)).items():

@@ -20,7 +20,7 @@ from ssl_vit.objectives.lejepa import (
 )
 from ssl_vit.objectives.objective import RunSize
 from tests.conftest import GOLDEN, TINY
-from tests.processes import SERVER, environments
+from tests.processes import run_two
 from tests.specs import spec
 
 SMALL = {"hidden_dim": 48, "projection_dim": 16, "num_directions": 32, "num_local_crops": 2, "local_crop_size": 16}
@@ -162,14 +162,7 @@ def gradients(objective: LeJEPA, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path: Path) -> None:
-    processes = [
-        SERVER.Process(target=_gradients_of_a_share, args=(environment, tmp_path)) for environment in environments(2)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(100)
-    assert [process.exitcode for process in processes] == [0, 0]
+    run_two(_gradients_of_a_share, tmp_path)
     found = load_file(tmp_path / "found.safetensors")
     for regulariser in ("visreg", "sigreg"):
         for name, expected in gradients(*seeded(regulariser)).items():
