@@ -59,12 +59,16 @@ def measure_processes(
         for count in turns(counts, rounds):
             own = [f"--output_dir={desk}/run{count}"]
             job = {"name": name, "settings": [*settings, *flags, *own], "steps": steps}
-            found[count].append(_measure(job, Path(desk) / f"{count}.json", count))
+            found[count].append(measure_run(job, Path(desk) / f"{count}.json", count))
     return found
 
 
-def _measure(job: dict[str, Any], path: Path, count: int) -> dict[str, Any]:
-    """One run in so many processes; `path` is where they find what to do, and leave what they found."""
+def measure_run(job: dict[str, Any], path: Path, count: int) -> dict[str, Any]:
+    """One run in so many processes; `path` is where they find what to do, and leave what they found.
+
+    Args:
+        job: `name` of the objective, `settings` of its script, and the number of `steps` that are measured.
+    """
     path.write_text(json.dumps(job))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])

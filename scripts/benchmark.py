@@ -9,6 +9,7 @@ python scripts/benchmark.py step mae --beside='FLAGS'   a training step beside t
 python scripts/benchmark.py objectives                  a training step of every objective, beside MAE's
 python scripts/benchmark.py end_to_end mae --data FOLDER   a whole run, beside its step on images that are ready
 python scripts/benchmark.py scaling dino --plot FILE       cost against image size, crops, batch, processes and data
+python scripts/benchmark.py recipes LIST.yaml --minutes 5   scores of a list of settings at equal CPU time
 
 Contenders are measured in turn, in rounds; a ratio is the median of the rounds' ratios, with the smallest and largest.
 """
@@ -29,7 +30,7 @@ if __name__ == "__main__":
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where benchmarks/ and scripts/ are
 
 import ssl_vit
-from benchmarks import end_to_end, loader, memory, objectives, scaling, step
+from benchmarks import end_to_end, loader, memory, objectives, recipes, scaling, step
 from benchmarks.flags import at_least
 from ssl_vit.core.privacy import without_secrets
 from ssl_vit.core.text import plain
@@ -43,6 +44,7 @@ COMMANDS: dict[str, Any] = {
     "objectives": objectives,
     "end_to_end": end_to_end,
     "scaling": scaling,
+    "recipes": recipes,
 }
 
 

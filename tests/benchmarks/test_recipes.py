@@ -1,0 +1,80 @@
+"""Recipes at equal CPU time: what a list may say, and that a search goes on where it was killed."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks import recipes
+from tests.conftest import SMALL_RUN
+
+
+def write(path: Path, **content: object) -> Path:
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def small_flags(source: Path) -> dict[str, object]:
+    return {**dict(flag.removeprefix("--").split("=", 1) for flag in SMALL_RUN), "data.source": str(source)}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"objective": "mae"}, "no mapping with `settings`"),
+        ({"settings": {"a": {}}}, "a: objective=None: use mae"),
+        ({"objective": "mae", "settings": {"a": {"objective": "moco"}}}, "a: objective=moco: use mae"),
+        ({"objective": "mae", "settings": {"a": {"steps": 3}}}, "a: steps is set by the comparison"),
+    ],
+)
+def test_a_list_that_cannot_be_compared_is_refused(content: dict, reason: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "list.yaml", **content)
+    with pytest.raises(ValueError, match=reason):
+        recipes.read_list(path)
+
+
+def test_settings_are_trained_judged_and_kept(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"slow": {}, "fast": {"optim.base_lr": 0.1}, "broken": {"encoder.patch_size": 7}}
+    path = write(tmp_path / "list.yaml", objective="mae", flags=small_flags(photo_folder), settings=settings)
+    asked = Namespace(list=path, minutes=0.002, seeds=[1], only=["fast"], output_dir=tmp_path / "runs")
+    result = recipes.measure(asked, [])
+    (run,) = result["runs"]
+    config = yaml.safe_load((tmp_path / "runs" / "fast" / "seed1" / "config.yaml").read_text())
+    assert (config["seed"], config["optim"]["base_lr"], config["steps"]) == (1, 0.1, run["steps"])
+    assert run["images"] == 8 * run["steps"]
+    assert run["steps"] == max(1, int(0.12 / run["cpu_seconds_per_step"]))
+    table = "\n".join(recipes.as_lines(result))
+    accuracy = run["scores"]["trained"]["knn"]["accuracy"]
+    assert all(word in table for word in ("fast [1]", "raw pixels", f"{100 * accuracy:.1f} ["))
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(recipes, "measure_run", fail)
+    assert recipes.measure(asked, [])["runs"] == json.loads(json.dumps(result["runs"]))
+    with pytest.raises(AssertionError, match="trained again"):  # a seed more is not there yet
+        recipes.measure(Namespace(**{**vars(asked), "seeds": [1, 2]}), [])
+    with pytest.raises(ValueError, match=r"--only none: .* it has slow, fast, broken"):
+        recipes.measure(Namespace(**{**vars(asked), "only": ["none"]}), [])
+
+
+def test_several_seeds_are_averaged() -> None:
+    scores = {kind: {"accuracy": 0.5, "low": 0.4, "high": 0.6} for kind in ("knn", "linear")}
+    run = {"steps": 2, "images": 16, "cpu_seconds_per_step": 4.0, "name": "a"}
+    runs = [
+        {**run, "seed": seed, "scores": {"trained": {**scores, "knn": {**scores["knn"], "accuracy": knn}}}}
+        for seed, knn in ((0, 0.25), (1, 0.75))
+    ]
+    lines = recipes.as_lines({"runs": runs, "recipes": {"a": {}}})
+    assert lines[-1].split() == ["a,", "2", "seeds", "50.0", "(25.0", "to", "75.0)", "50.0", "(50.0", "to", "50.0)"]
+    assert lines[1].split()[-2:] == ["16", "2"]
+
+
+def test_a_run_that_fails_is_named(photo_folder: Path, tmp_path: Path) -> None:
+    flags = {"objective": "mae", **small_flags(photo_folder), "encoder.patch_size": 7}
+    with pytest.raises(ChildProcessError, match=r"encoder\.patch_size"):
+        recipes.run_recipe(flags, 0, 0.001, tmp_path / "broken")
