@@ -75,7 +75,7 @@ def draw_masks(
         panels = reconstruction_panels(images, reconstruction, normalization)
         if not parts:
             parts.append(panels[:, :1])
-        parts.append(panels[:, [1, 3]])
+        parts.append(panels[:, 1:])
         columns += [name, "filled in"]
     draw_grid(
         torch.cat(parts, dim=1),

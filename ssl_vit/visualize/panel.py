@@ -128,8 +128,8 @@ def _add_steps(
     colours = patch_pca(visible, (1, keep.shape[1])).colours if enough else torch.full((*keep.shape, 3), 0.5)
     for place, item in enumerate(data["images"]):
         tokens = torch.full((num_patches, 3), 0.85).scatter(0, keep[place][:, None].expand(-1, 3), colours[place])
-        _, masked, decoded, pasted = panels[place]
-        item["masked"], item["decoded"], item["pasted"] = data_uri(masked), data_uri(decoded), data_uri(pasted)
+        _, masked, filled = panels[place]
+        item["masked"], item["filled"] = data_uri(masked), data_uri(filled)
         item["tokens"] = data_uri(rearrange(tokens, "(r c) k -> r c k", r=grid[0]))
 
 

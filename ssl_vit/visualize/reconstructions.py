@@ -12,7 +12,7 @@ from ssl_vit.models.patches import patchify, unpatchify
 from ssl_vit.objectives.objective import Reconstruction
 from ssl_vit.visualize.grid import channel_caption, draw_grid, to_rgb
 
-COLUMNS = ("original", "masked", "reconstruction", "reconstruction + visible")
+COLUMNS = ("original", "masked", "filled in")
 
 _REMOVED = 0.85  # light grey: black could pass for part of a dark image
 
@@ -20,7 +20,7 @@ _REMOVED = 0.85  # light grey: black could pass for part of a dark image
 def draw_reconstructions(
     images: Float[Tensor, "b c h w"], reconstruction: Reconstruction, normalization: Normalization, path: Path
 ) -> None:
-    """Write a figure with the four columns of `reconstruction_panels` and a row for each image.
+    """Write a figure with the columns of `reconstruction_panels` and a row for each image.
 
     Raises:
         ValueError: see `reconstruction_panels`.
@@ -32,9 +32,10 @@ def draw_reconstructions(
 
 def reconstruction_panels(
     images: Float[Tensor, "b c h w"], reconstruction: Reconstruction, normalization: Normalization
-) -> Float[Tensor, "b 4 h w 3"]:
+) -> Float[Tensor, "b 3 h w 3"]:
     """The `COLUMNS` of each image, RGB in [0, 1], on the CPU; channels are shown as by `to_rgb`.
 
+    Visible patches are shown as they are in both: what is predicted for them is not trained, and looks like noise.
     Mean and contrast of patches that are predicted normalised by their own are taken from the original.
 
     Args:
@@ -64,7 +65,7 @@ def reconstruction_panels(
     visible_pixels = rearrange(unpatchify(visible, images.shape, patch_size)[:, :1], "b 1 h w -> b h w 1")
     original, predicted = show(patches), show(predicted)
     masked, filled_in = (torch.where(visible_pixels, original, hidden) for hidden in (_REMOVED, predicted))
-    return torch.stack([original, masked, predicted, filled_in], dim=1)
+    return torch.stack([original, masked, filled_in], dim=1)
 
 
 def caption_of(num_channels: int, norm_pix_loss: bool) -> str:

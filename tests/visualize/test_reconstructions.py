@@ -50,8 +50,8 @@ def test_a_perfect_prediction_reproduces_the_image():
     pixels = random_pixels()
     images = normalise(pixels)
     panels = panels_of(images, patches_by_hand(images))
-    assert panels.shape == (2, 4, 8, 6, 3)
-    for column in (0, 2, 3):
+    assert panels.shape == (2, 3, 8, 6, 3)
+    for column in (0, 2):
         torch.testing.assert_close(panels[:, column], pixels.permute(0, 2, 3, 1))
 
 
@@ -72,9 +72,8 @@ def test_the_last_column_pastes_visible_patches_over_the_prediction():
     images = normalise(pixels)
     panels = panels_of(images, torch.zeros(2, 6, 24))
     predicted = torch.tensor(MEAN[:3]).expand(2, 8, 6, 3)  # zero is the mean colour
-    torch.testing.assert_close(panels[:, 2], predicted)
     removed = panels[:, 1] == 0.85
-    torch.testing.assert_close(panels[:, 3], torch.where(removed, predicted, panels[:, 0]))
+    torch.testing.assert_close(panels[:, 2], torch.where(removed, predicted, panels[:, 0]))
 
 
 def test_normalised_predictions_get_mean_and_contrast_of_their_patch_back():
@@ -94,13 +93,13 @@ def test_any_number_of_channels(channels, shown):
     pixels = random_pixels(channels)
     images = normalise(pixels)
     panels = panels_of(images, patches_by_hand(images))
-    for column in (0, 2, 3):
+    for column in (0, 2):
         torch.testing.assert_close(panels[:, column], pixels[:, shown].permute(0, 2, 3, 1))
 
 
 def test_predictions_out_of_range_are_clipped():
     panels = panels_of(normalise(random_pixels()), torch.full((2, 6, 24), 100.0))
-    assert (panels[:, 2] == 1).all()
+    assert (panels[:, 2][panels[:, 1] == 0.85] == 1).all()
 
 
 def test_shapes_that_do_not_fit_are_refused():
@@ -133,7 +132,7 @@ def test_every_image_pixel_is_a_square_in_the_file(tmp_path):
         pytest.fail("the first original is not in the figure")
     gap = next(g for g in range(40) if removed[top, left + 6 * factor + g + 2 * factor])
     for row in range(2):
-        for column in range(4):
+        for column in range(3):
             y, x = top + row * (8 * factor + gap), left + column * (6 * factor + gap)
             assert np.array_equal(figure[y : y + 8 * factor, x : x + 6 * factor], cells[row, column])
     assert (figure[top : top + 8 * factor, left + 6 * factor : left + 6 * factor + gap] == 255).all()

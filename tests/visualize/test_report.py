@@ -98,7 +98,7 @@ def test_the_panel_holds_the_attention_and_the_similarity_of_the_model(mae_run: 
             tokens = trained.encoder(shown.images).patches
         direct = patch_similarity(tokens, 3)[place].clamp_min(0)
         torch.testing.assert_close(similarity[3], direct, rtol=0, atol=0.003)
-        assert {"masked", "tokens", "decoded", "pasted"} <= set(data["images"][place])
+        assert {"masked", "tokens", "filled"} <= set(data["images"][place])
     assert data["steps"]["num_kept"] == 4
 
 
@@ -249,7 +249,7 @@ def test_it_works_in_a_browser(browser_page: tuple[Any, list[str]]) -> None:
     assert "is most like the one in" in told.inner_text()
 
     # MAE, step by step.
-    for name in ("Mask", "Encode", "Decode", "Compare"):
+    for name in ("Mask", "Encode", "Decode"):
         page.get_by_role("button", name="Next").click()
         assert page.locator("#mae-text").inner_text().startswith(name)
     assert page.get_by_role("button", name="Next").is_disabled()

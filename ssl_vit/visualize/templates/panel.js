@@ -178,8 +178,7 @@ function stepThrough() {
       ["picture", "Patchify", `The image is cut into ${rows} x ${columns} = ${about.num_patches} patches of ${about.pixels} numbers.`],
       ["masked", "Mask", `${about.num_patches - about.num_kept} of them, drawn at random, are removed. Nothing of them enters the encoder.`],
       ["tokens", "Encode", `${about.depth} blocks turn the ${about.num_kept} that stay into tokens of ${about.embed_dim} numbers, shown here by their three main components as colours.`],
-      ["decoded", "Decode", `A mask token is put in each gap, and ${about.decoder_depth} blocks of width ${about.decoder_embed_dim} predict the pixels of every patch.${units}`],
-      ["pasted", "Compare", "The visible patches are laid over the prediction. The loss is the squared error on the removed ones alone."],
+      ["filled", "Decode", `A mask token is put in each gap, and ${about.decoder_depth} blocks of width ${about.decoder_embed_dim} predict the pixels of the removed patches; the visible ones are shown as they are. The loss is the squared error on the removed ones alone.${units}`],
     ];
     grid.style.backgroundImage =
       `linear-gradient(to right, ${line} 1px, transparent 1px), linear-gradient(to bottom, ${line} 1px, transparent 1px)`;
