@@ -126,7 +126,7 @@ def diagnose_views(values: Mapping[str, float], run: Mapping[str, Any] | None = 
 
 
 def causes(settings: Mapping[str, Any], *, is_uniform: bool) -> list[str]:
-    """Sentences on settings that alone explain a collapse, the surest first; README's "If it collapses" lists them too.
+    """Sentences on settings that alone explain a collapse, the surest first; docs/when_it_goes_wrong.md lists them.
 
     Args:
         settings: as in a run's config.yaml, and `num_images`; missing ones are skipped.

@@ -112,8 +112,10 @@ def note_session(
         changes = [
             f"{key} {old} -> {new}"
             for key, (old, new) in changed.items()
-            if key.startswith(MATTERS) and old is not None
+            if key.startswith(MATTERS) and key not in ("data.sha256", "data.covers") and old is not None
         ]
+        if "data.sha256" in changed and "data.rows" not in changed and changed["data.sha256"][0] is not None:
+            changes.append("data: as many images as before, of other names or sizes")
         if changes:
             print(f"note       changed since the last start of this run: {plain(', '.join(changes))}")
     try:

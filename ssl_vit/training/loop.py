@@ -52,6 +52,7 @@ def main(defaults: RunConfig, quickstart: str | None = None, ending: Ending = pr
         settings = folder("configs") / quickstart
         print(f"No settings given, so this is the quickstart: --config {settings}")
         args = [f"--config={settings}"]
+    run = None
     try:
         try:
             run = set_up(parse_run(defaults, args), ending)
@@ -60,7 +61,9 @@ def main(defaults: RunConfig, quickstart: str | None = None, ending: Ending = pr
         return train(run)
     except (FloatingPointError, OSError, ValueError) as error:
         text = " ".join(str(error).split()).rstrip(".")
-        print(f"error: {plain(text)}. The checkpoints before it are whole.", file=sys.stderr)
+        has_some = run is not None and any((run.folder / "checkpoints").glob("step-*"))
+        whole = " The checkpoints before it are whole." if has_some else ""
+        print(f"error: {plain(text)}.{whole}", file=sys.stderr)
         return 1
     except RuntimeError as error:
         if not lost_process(error):

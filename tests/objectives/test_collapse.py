@@ -122,8 +122,10 @@ def test_an_objective_knows_its_own_settings() -> None:
     assert "objective.ema_momentum 0 " in str(objective.diagnose({**HEALTHY, "feature_std": 0.0}))
 
 
-def test_readme_names_the_same_settings() -> None:
-    section = (ROOT / "README.md").read_text().partition("## If it collapses")[2].partition("\n## ")[0]
+def test_the_docs_name_the_same_settings() -> None:
+    section = (
+        (ROOT / "docs" / "when_it_goes_wrong.md").read_text().partition("## If it collapses")[2].partition("\n## ")[0]
+    )
     said = [text for _, text in SPOILED] + [str(diagnose({**HEALTHY, **values}, ONLY)) for values, _ in COLLAPSED]
     named = set(re.findall(r"(?:objective|optim)\.\w+", " ".join(said)))
     more = {"objective.teacher_temp_warmup"}

@@ -314,6 +314,10 @@ def test_a_broken_image_ends_a_run_in_one_line_and_code_1(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: data.source='{tmp_path / 'photos'}': row 39 (")
     assert line.endswith(". The checkpoints before it are whole.")
+    without = [f"--output_dir={tmp_path / 'without'}", "--checkpoint.every_steps=100"]
+    monkeypatch.setattr("sys.argv", ["pretrain_mae.py", *SMALL_RUN, *flags, *more, *without])
+    assert main(DEFAULTS) == 1
+    assert "checkpoints" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("objective", ["dino", "dinov2"])
