@@ -72,6 +72,11 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     return markdown
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """Keep flags in one piece: a browser breaks lines after their hyphens."""
+    return re.sub(r"<code>(--[\w.-]+)</code>", r'<code class="name">\1</code>', html)
+
+
 def list_configs() -> str:
     """A table of the files in configs/, each with the first sentences of its header and the command that runs it."""
     lines = CONFIGS_HEAD.splitlines()
@@ -79,7 +84,7 @@ def list_configs() -> str:
         header = [line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#")]
         what = " ".join(header[: header.index("")] if "" in header else header[:1])
         front = next((found[1] for line in header if (found := re.search(r"scripts/(\w+)\.py", line))), "")
-        lines.append(f"| `{path.stem}` | {_cell(what)} | `{front}` |")
+        lines.append(f"| `{path.stem}`{{.name}} | {_cell(what)} | `{front}` |")
     return "\n".join(lines) + "\n"
 
 
@@ -148,7 +153,7 @@ def _table(prefix: str, values: Mapping[str, Any], names: list[str]) -> Iterator
             defaults.setdefault(_value(getattr(config, name)), []).append(front.removeprefix("pretrain_"))
         usual = max(defaults, key=lambda value: len(defaults[value]))
         shown = [f"`{usual}`"] + [f"{', '.join(of)}: `{value}`" for value, of in defaults.items() if value != usual]
-        yield f"| `{prefix}{name}` | {_cell('; '.join(shown))} | {_cell(texts[name])} |"
+        yield f"| `{prefix}{name}`{{.name}} | {_cell('; '.join(shown))} | {_cell(texts[name])} |"
 
 
 def _texts(kind: type) -> dict[str, str]:
