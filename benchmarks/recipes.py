@@ -109,8 +109,7 @@ def run_recipe(recipe: dict[str, Any], seed: int, minutes: float, folder: Path) 
     if kept.exists() and (found := json.loads(kept.read_text()))["asked"] == asked:
         return found
     objective = recipe["objective"]
-    flags = [f"--{key}={_text(value)}" for key, value in recipe.items() if key != "objective"]
-    flags += [f"--seed={seed}", "--quiet"]
+    flags = [*flags_of(recipe), f"--seed={seed}", "--quiet"]
     with tempfile.TemporaryDirectory() as desk:
         short = [f"--steps={TIMED_STEPS + 10}", "--epochs=null", "--log_every=1000", f"--output_dir={desk}/run"]
         job = {"name": objective, "settings": [*flags, *short], "steps": TIMED_STEPS}
@@ -139,9 +138,13 @@ def run_recipe(recipe: dict[str, Any], seed: int, minutes: float, folder: Path) 
     return found
 
 
-def _text(value: Any) -> str:
-    """A flag's value as it is written on a command line."""
-    return value if isinstance(value, str) else json.dumps(value)
+def flags_of(recipe: dict[str, Any]) -> list[str]:
+    """The flags of an objective's training script."""
+    return [
+        f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in recipe.items()
+        if key != "objective"
+    ]
 
 
 def as_lines(result: dict[str, Any]) -> list[str]:

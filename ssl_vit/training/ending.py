@@ -25,17 +25,21 @@ from ssl_vit.evaluation.scores import Score, format_table, paired_interval, scor
 from ssl_vit.evaluation.splits import split_sources
 from ssl_vit.evaluation.start import first_fall, what_to_change
 from ssl_vit.evaluation.untrained import untrained_encoder
-from ssl_vit.models.encoder import Encoder
+from ssl_vit.models.encoder import Encoder, eval_mode
 from ssl_vit.models.weights.backbone import BACKBONE_FILE, export_backbone
-from ssl_vit.objectives.objective import Objective
+from ssl_vit.objectives.objective import Objective, Reconstructs
 from ssl_vit.runs.best import Best
 from ssl_vit.runs.folder import METRICS_FILE, PICTURES_FOLDER, RESULTS_FILE, write_results
 from ssl_vit.runs.provenance import facts, provenance
+from ssl_vit.runs.trained import Trained
 from ssl_vit.training.config import RunConfig, as_stored
 from ssl_vit.training.faults import by_product
 from ssl_vit.training.observe.metrics import MetricLog
 
 NUM_IMAGES = 8
+NEIGHBOURS_FILE = "neighbours.png"
+LEAST_GALLERY = 200  # images among which neighbours are worth a look
+MOST_GALLERY = 2000  # images that are encoded for it
 UNTRAINED_SEEDS = 3  # the verdict uses their mean; each costs one more encoding of the labelled images
 
 
@@ -122,6 +126,11 @@ def finish(
         with by_product(f"figure {figure}"):
             if draw(config, objective, source, figure, accelerator.device):
                 written.insert(1, f"figure     {figure}")
+        if isinstance(source, Source) and len(source) >= LEAST_GALLERY and not isinstance(objective, Reconstructs):
+            figure = folder / NEIGHBOURS_FILE
+            with by_product(f"figure {figure}"):
+                _draw_neighbours(config, backbone, source, figure)
+                written.insert(1, f"figure     {figure}")
     scores: dict[str, Any] = {"scores": None}
     streamed = "a stream has no labelled images; evaluation.source can name some"
     why = streamed if isinstance(source, Stream) else _why_none(config, source)
@@ -181,6 +190,27 @@ def draw(
         return False
     draw_preview(preview, normalised, config.data.normalization, path)
     return True
+
+
+def _draw_neighbours(config: RunConfig, backbone: Encoder, source: Source, path: Path) -> None:
+    """Draw a few images beside those whose features are nearest: what an objective has learned that draws nothing."""
+    from ssl_vit.visualize.inputs import ShownImages
+    from ssl_vit.visualize.neighbours import draw_neighbours
+
+    rng = np.random.default_rng((config.seed, 3))
+    evaluation, normalization = config.evaluation, config.data.normalization
+    rows = rng.choice(len(source), size=NUM_IMAGES, replace=False).tolist()
+    decoded = [source.next_image(row, backbone.in_chans) for row in rows]
+    cropped = [centre_crop(image, backbone.image_size, evaluation.crop_pct) for image, _ in decoded]
+    shown = ShownImages(
+        normalize(torch.stack(cropped), normalization),
+        tuple(str(row) for _, row in decoded),
+        source,
+        tuple(row for _, row in decoded),
+    )
+    trained = Trained(backbone, normalization, evaluation.crop_pct, {"pooled": evaluation.feature}, path.parent)
+    with eval_mode(backbone):
+        draw_neighbours(trained, shown, source, path, most=MOST_GALLERY, seed=config.seed)
 
 
 def compare(

@@ -1,5 +1,6 @@
 """Draws the nearest neighbours of a few images: which images have similar features."""
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from ssl_vit.evaluation.scores import class_name
 from ssl_vit.runs.trained import Trained
 from ssl_vit.visualize.grid import draw_grid, to_rgb
 from ssl_vit.visualize.inputs import ShownImages
+
+_CHARACTERS = 16  # of a line below one of seven panels
 
 
 def nearest(
@@ -48,7 +51,14 @@ def nearest(
 
 
 def draw_neighbours(
-    trained: Trained, inputs: ShownImages, gallery: Source, path: Path, *, most: int, seed: int, k: int = 6
+    trained: Trained,
+    inputs: ShownImages,
+    gallery: Source,
+    path: Path,
+    *,
+    most: int,
+    seed: int,
+    k: int = 6,
 ) -> None:
     """Write a figure with a row for each query: itself and its k nearest, with similarity and, if known, class.
 
@@ -56,15 +66,16 @@ def draw_neighbours(
         gallery: where neighbours are looked for, in at most `most` rows drawn by `seed`. Rows that are a query itself
             or a variant of it are left out.
     """
+    device = next(trained.encoder.parameters()).device
     encoder, height_width = trained.encoder, (inputs.images.shape[-2], inputs.images.shape[-1])
     rows = np.sort(np.random.default_rng(seed).choice(len(gallery), min(most, len(gallery)), replace=False))
     transform = EvalTransform(height_width, trained.normalization, trained.crop_pct)
-    settings = EncodeSettings(batch_size=64, device=torch.device("cpu"))
+    settings = EncodeSettings(batch_size=64, device=device)
     pieces = extract_features(encoder, gallery, rows, transform, settings, max_bad_share=1.0)
     rows = rows[pieces["places"].numpy()]
     with torch.inference_mode():
-        found = encoder(inputs.images)
-    queries = found.cls if trained.pooled == "cls" else found.patches.mean(dim=1)
+        found = encoder(inputs.images.to(device))
+    queries = (found.cls if trained.pooled == "cls" else found.patches.mean(dim=1)).cpu()
     own = inputs.source is not None and inputs.source.name == gallery.name and len(inputs.source) == len(gallery)
     # Without groups every row is one of its own.
     groups = np.arange(len(gallery)) if gallery.groups is None else np.asarray(gallery.groups)
@@ -82,7 +93,7 @@ def draw_neighbours(
         panels.append(torch.cat([inputs.images[query : query + 1], neighbours]))
         own_row = [inputs.rows[query]] if own else []
         labels = [_label(gallery, int(row)) for row in [*own_row, *chosen]]
-        first = labels.pop(0) if own else _short(inputs.names[query])
+        first = labels.pop(0) if own else short_lines(inputs.names[query])
         cells.append([first, *(f"{value:.3f}\n{name}".strip() for value, name in zip(values, labels, strict=True))])
     flat = to_rgb(torch.cat(panels), trained.normalization)
     pooled = "class tokens" if encoder.has_cls_token else "pooled features"
@@ -100,9 +111,12 @@ def draw_neighbours(
 def _label(source: Source, row: int) -> str:
     if source.labels is None or source.labels[row] < 0:
         return ""
-    return _short(class_name(int(source.labels[row]), source.class_names))
+    return short_lines(class_name(int(source.labels[row]), source.class_names))
 
 
-def _short(text: str, most: int = 19) -> str:
-    text = plain(text)
-    return text if len(text) <= most else text[: most - 1] + "…"
+def short_lines(text: str) -> str:
+    """A name in at most two lines that fit below a panel."""
+    lines = textwrap.wrap(plain(text), _CHARACTERS)
+    if len(lines) > 2:
+        lines[1] = lines[1][: _CHARACTERS - 1] + "…"
+    return "\n".join(lines[:2])

@@ -8,7 +8,9 @@ import pytest
 import yaml
 
 from benchmarks import recipes
-from tests.conftest import SMALL_RUN
+from benchmarks.flags import defaults_of
+from ssl_vit.training.config import parse_run
+from tests.conftest import ROOT, SMALL_RUN
 
 
 def write(path: Path, **content: object) -> Path:
@@ -33,6 +35,14 @@ def test_a_list_that_cannot_be_compared_is_refused(content: dict, reason: str, t
     path = write(tmp_path / "list.yaml", **content)
     with pytest.raises(ValueError, match=reason):
         recipes.read_list(path)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "lists").iterdir()), ids=lambda path: path.stem)
+def test_lists_that_come_along_are_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for recipe in recipes.read_list(path).values():
+        config = parse_run(defaults_of(recipe["objective"]), [*recipes.flags_of(recipe), "--steps=1"])
+        config.resolve(5000)[0].build_objective()
 
 
 def test_settings_are_trained_judged_and_kept(

@@ -320,6 +320,22 @@ def test_a_broken_image_ends_a_run_in_one_line_and_code_1(
     assert "checkpoints" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("objective", "drawn"), [("dino", True), ("mae", False)])
+def test_neighbours_are_drawn_where_nothing_is_reconstructed(
+    start: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    objective: str,
+    drawn: bool,
+) -> None:
+    monkeypatch.setattr("ssl_vit.training.ending.LEAST_GALLERY", 40)
+    assert start(objective=objective) == 0
+    figure = tmp_path / "run" / "neighbours.png"
+    assert figure.is_file() == drawn
+    assert (f"figure     {figure}" in capsys.readouterr().out) == drawn
+
+
 @pytest.mark.parametrize("objective", ["dino", "dinov2"])
 def test_the_teacher_is_what_is_exported_and_drawn(
     start: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], objective: str

@@ -14,7 +14,7 @@ from scripts.visualize import main
 from ssl_vit.runs.trained import open_trained
 from ssl_vit.visualize.film import list_frames
 from ssl_vit.visualize.inputs import open_shown_images
-from ssl_vit.visualize.neighbours import nearest
+from ssl_vit.visualize.neighbours import nearest, short_lines
 
 
 def draw(capsys: pytest.CaptureFixture[str], *words: object) -> list[str]:
@@ -91,6 +91,15 @@ def test_the_same_seed_shows_the_same_figures(mae_run: Path, photo_folder: Path)
     assert first.rows == again.rows != other.rows
     assert torch.equal(first.images, again.images)
     assert open_shown_images(trained, [str(photo_folder)], number=4, seed=1).rows == first.rows
+
+
+def test_names_below_panels_do_not_meet() -> None:
+    assert short_lines("Smileys & Emotion") == "Smileys &\nEmotion"
+    assert short_lines("disc") == "disc"
+    lines = short_lines("a long name that no panel is wide enough for").split("\n")
+    assert len(lines) == 2
+    assert all(len(line) <= 16 for line in lines)
+    assert lines[1].endswith("…")
 
 
 def test_neighbours_are_ordered_and_no_variant_of_the_query() -> None:
