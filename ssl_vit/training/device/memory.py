@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_vit.core.settings import section
 from ssl_vit.objectives.objective import Objective
@@ -61,9 +61,9 @@ def model_memory(objective: Objective) -> Memory:
     return Memory(held, teacher, gradients=learns, optimizer=2 * learns, total=held + 3 * learns)
 
 
-def saved_for_backward(objective: Objective, forward_backward: Callable[[], None]) -> float:
+def saved_for_backward(module: nn.Module, forward_backward: Callable[[], None]) -> float:
     """MiB that the graph of `forward_backward` keeps for its backward pass, parameters left out."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in objective.parameters()}
+    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
