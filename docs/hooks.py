@@ -19,6 +19,7 @@ ROOT_PAGES = {
     "contributing.md": "CONTRIBUTING.md",
     "security.md": "SECURITY.md",
 }
+OPTIONAL = ("results.md", "how_a_vit_sees.md", "tiles.md")
 MARKED = re.compile(r"<!-- settings: .*?<!-- /settings -->", flags=re.DOTALL)
 CONFIGS_HEAD = """\
 # Configs
@@ -35,18 +36,16 @@ SHARED = ("encoder", "data", "batch", "optim", "checkpoint", "evaluation")
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Leave out pages of `nav` that are not written yet."""
-    known = {*ROOT_PAGES, "configs.md"}
-    config.nav = [_existing(entry, Path(config.docs_dir), known) for entry in config.nav or []]
+    config.nav = [_existing(entry, Path(config.docs_dir)) for entry in config.nav or []]
     return config
 
 
-def _existing(entry: Mapping[str, Any], folder: Path, known: set[str]) -> Mapping[str, Any]:
+def _existing(entry: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
     """An entry of `nav` without optional pages that are not there."""
     ((title, value),) = entry.items()
     if isinstance(value, str):
         return entry
-    optional = ("results.md", "how_a_vit_sees.md")
-    kept = [item for item in value if (page := next(iter(item.values()))) not in optional or (folder / page).exists()]
+    kept = [item for item in value if (page := next(iter(item.values()))) not in OPTIONAL or (folder / page).exists()]
     return {title: kept}
 
 

@@ -41,6 +41,10 @@ SHORT = {
     "doctor": ["--batch.size=8", "--epochs=1", "--step=false"],  # of a few images
     "evaluate_segmentation": ["--steps=2", "--batch_size=2"],
 }
+SETUP = {  # what the code of a page takes for granted
+    "how_a_vit_sees.md": "import torch; from ssl_vit.models.config import EncoderConfig; "
+    "encoder = EncoderConfig(arch='vit_tiny_patch16_224').build(); images = torch.randn(1, 3, 224, 224)\n",
+}
 OF_LAUNCHERS = {"--standalone", "--nproc_per_node", "--num_processes", "--config", "--help-all", "--completion"}
 
 
@@ -85,7 +89,8 @@ BLOCKS = [block for path in pages() for block in find_blocks(path)]
 
 def commands(blocks: list[Block]) -> list[str]:
     lines = [line for block in blocks if block.language == "bash" for line in block.text.strip().splitlines()]
-    return [part.strip() for line in lines for part in line.split(" && ") if part.strip()]
+    parts = [part.partition(" #")[0].strip() for line in lines for part in line.split(" && ")]
+    return [part for part in parts if part]
 
 
 def parse(command: str) -> Command | None:
@@ -300,7 +305,7 @@ def test_commands_and_code_run(desk: Path) -> None:
     for path in pages():
         blocks = [block.text for block in find_blocks(path) if block.language == "python"]
         if blocks:
-            text = "\n".join(blocks).replace("steps=100", short)
+            text = SETUP.get(path.name, "") + "\n".join(blocks).replace("steps=100", short)
             code.append(f"print({path.name!r}); exec(compile({text!r}, {path.name!r}, 'exec'), {{}})")
     assert len(code) > 3
     run([sys.executable, "-c", "\n".join(code)], desk)
