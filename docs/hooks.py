@@ -19,7 +19,7 @@ ROOT_PAGES = {
     "contributing.md": "CONTRIBUTING.md",
     "security.md": "SECURITY.md",
 }
-OPTIONAL = ("results.md", "how_a_vit_sees.md", "tiles.md")
+OPTIONAL = ("results.md", "tiles.md")
 MARKED = re.compile(r"<!-- settings: .*?<!-- /settings -->", flags=re.DOTALL)
 CONFIGS_HEAD = """\
 # Configs

@@ -41,10 +41,6 @@ SHORT = {
     "doctor": ["--batch.size=8", "--epochs=1", "--step=false"],  # of a few images
     "evaluate_segmentation": ["--steps=2", "--batch_size=2"],
 }
-SETUP = {  # what the code of a page takes for granted
-    "how_a_vit_sees.md": "import torch; from ssl_vit.models.config import EncoderConfig; "
-    "encoder = EncoderConfig(arch='vit_tiny_patch16_224').build(); images = torch.randn(1, 3, 224, 224)\n",
-}
 OF_LAUNCHERS = {"--standalone", "--nproc_per_node", "--num_processes", "--config", "--help-all", "--completion"}
 
 
@@ -305,7 +301,7 @@ def test_commands_and_code_run(desk: Path) -> None:
     for path in pages():
         blocks = [block.text for block in find_blocks(path) if block.language == "python"]
         if blocks:
-            text = SETUP.get(path.name, "") + "\n".join(blocks).replace("steps=100", short)
+            text = "\n".join(blocks).replace("steps=100", short)
             code.append(f"print({path.name!r}); exec(compile({text!r}, {path.name!r}, 'exec'), {{}})")
     assert len(code) > 3
     run([sys.executable, "-c", "\n".join(code)], desk)
