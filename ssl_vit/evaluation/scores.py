@@ -103,6 +103,39 @@ def paired_interval(
     return difference, max(difference - half, -1.0), min(difference + half, 1.0)
 
 
+class Gain(NamedTuple):
+    """How far a score lies above another of the same images, see `paired_interval`."""
+
+    difference: float
+    low: float
+    high: float
+    others: tuple[float, ...]
+    """Accuracies that it is compared with: one, or those of several seeds."""
+
+    @classmethod
+    def of(cls, score: Score, others: Sequence[Score]) -> "Gain":
+        """The gain over the mean of `others`.
+
+        Raises:
+            ValueError: not the same number of images, or fewer than two.
+        """
+        interval = paired_interval(score.correct, *(other.correct for other in others))
+        return cls(*interval, tuple(other.accuracy for other in others))
+
+    def to_json(self) -> dict[str, float]:
+        return {"difference": self.difference, "low": self.low, "high": self.high}
+
+    def sentence(self, baseline: str) -> str:
+        """The gain over `baseline` in points, and whether it is clear."""
+        seeds = ", ".join(f"{100 * share:.1f}" for share in self.others)
+        several = f" (mean of {len(self.others)} seeds, {seeds})" if len(self.others) > 1 else ""
+        better = f"better than {baseline}" if self.low > 0 else "no clear difference"
+        return (
+            f"{baseline}{several} = {100 * self.difference:+.1f} points (95 % interval {100 * self.low:+.1f} to "
+            f"{100 * self.high:+.1f}): {f'worse than {baseline}' if self.high < 0 else better}"
+        )
+
+
 def format_table(rows: Mapping[str, Mapping[str, Score]], titles: Mapping[str, str] | None = None) -> str:
     """Lay scores out as text: a line each, accuracies in percent with their 95 % intervals.
 

@@ -21,7 +21,7 @@ from ssl_vit.data.sources.stream import Stream
 from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.evaluation.evaluate import evaluate_encoder, evaluate_pixels
 from ssl_vit.evaluation.features import EncodeSettings
-from ssl_vit.evaluation.scores import Score, format_table, paired_interval, scores_to_json
+from ssl_vit.evaluation.scores import Gain, Score, format_table, scores_to_json
 from ssl_vit.evaluation.splits import split_sources
 from ssl_vit.evaluation.start import first_fall, what_to_change
 from ssl_vit.evaluation.untrained import untrained_encoder
@@ -243,29 +243,22 @@ def compare(
     rows["trained"] = _evaluate(trained, config, eval_data, accelerator)
     if not accelerator.is_main_process:
         return {}, ""
-    differences = {
-        name: paired_interval(score.correct, *(scores[name].correct for scores in before))
-        for name, score in (rows["trained"].items() if start in rows else ())
-    }
     results: dict[str, Any] = {"scores": scores_to_json(rows), "judged_on": _judged_on(config, eval_data)}
-    shares = {name: [scores[name].accuracy for scores in before] for name in differences}
-    if len(before) > 1:
-        results["untrained_seeds"] = {
-            name: {"mean": float(np.mean(found)), "std": float(np.std(found, ddof=1)), "accuracies": found}
-            for name, found in shares.items()
-        }
-    results[f"trained_minus_{start}"] = {
-        name: dict(zip(("difference", "low", "high"), values, strict=True)) for name, values in differences.items()
-    }
     lines = [format_table(rows, {"knn": f"k-NN (k={config.evaluation.k})"})]
-    for name, (difference, low, high) in differences.items():
-        verdict = f"better than {start}" if low > 0 else f"worse than {start}" if high < 0 else "no clear difference"
-        lines.append(
-            f"{name}: trained - {start}{_seeds(shares[name])} = {100 * difference:+.1f} points "
-            f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}): {verdict}"
-        )
-    if start == "pretrained" and any(high < 0 for _, _, high in differences.values()):
-        lines.append(f"WARNING: the weights that the run started from are better. {advice(config)}")
+    baselines = {start: before if start in rows else [], "raw pixels": [rows[n] for n in rows if n == "raw pixels"]}
+    for baseline, scores in ((name, scores) for name, scores in baselines.items() if scores):
+        gains = {name: Gain.of(score, [other[name] for other in scores]) for name, score in rows["trained"].items()}
+        key = baseline.replace(" ", "_")
+        results[f"trained_minus_{key}"] = {name: gain.to_json() for name, gain in gains.items()}
+        if len(scores) > 1:
+            results[f"{key}_seeds"] = {
+                name: {"mean": float(np.mean(gain.others)), "std": float(np.std(gain.others, ddof=1))}
+                | {"accuracies": list(gain.others)}
+                for name, gain in gains.items()
+            }
+        lines += [f"{name}: trained - {gain.sentence(baseline)}" for name, gain in gains.items()]
+        if baseline == "pretrained" and any(gain.high < 0 for gain in gains.values()):
+            lines.append(f"WARNING: the weights that the run started from are better. {advice(config)}")
     return results, "\n".join(lines)
 
 
@@ -279,11 +272,6 @@ def _why_none(config: RunConfig, source: Source) -> str:
     if source.labels is not None:
         return "the labels cannot be used; the note at the start says why"
     return f"the source has no labels: {source.unlabelled}"
-
-
-def _seeds(shares: list[float]) -> str:
-    values = ", ".join(f"{100 * share:.1f}" for share in shares)
-    return f" (mean of {len(shares)} seeds, {values})" if len(shares) > 1 else ""
 
 
 def _judged_on(config: RunConfig, eval_data: EvalSources) -> dict[str, Any]:

@@ -85,9 +85,10 @@ def _about_scores(run: RunData) -> list[tuple[str, str]]:
     for key, scores in (run.results or {}).items():
         if not key.startswith("trained_minus_") or not isinstance(scores, dict):
             continue
-        start = key.removeprefix("trained_minus_")
+        start = key.removeprefix("trained_minus_").replace("_", " ")
         for name, values in scores.items():
             word = "learning" if values["low"] > 0 else "not learning" if values["high"] < 0 else ""
+            word = "" if start == "raw pixels" else word  # they tell where it stands, not whether it learns
             found.append(
                 (
                     word,

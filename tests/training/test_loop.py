@@ -59,6 +59,10 @@ def test_a_run_ends_with_everything_it_promises(
     assert "lr         1.00e-03 = base_lr x batch / 256, base_lr 0.032" in text
     assert "step 6/6" in text
     assert "trained - untrained" in text
+    shares = [results["scores"][name]["linear"]["accuracy"] for name in ("trained", "raw pixels")]
+    gain = results["trained_minus_raw_pixels"]["linear"]["difference"]
+    assert gain == pytest.approx(shares[0] - shares[1])
+    assert f"linear: trained - raw pixels = {100 * gain:+.1f} points" in text
     evaluated = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if "eval_knn" in line]
     assert [record["step"] for record in evaluated] == [3]
     provenance = json.loads((run / "config.json").read_text())["ssl_vit"]

@@ -35,6 +35,13 @@ def results(low: float, high: float) -> dict[str, Any]:
     return {"step": 200, "trained_minus_untrained": {"knn": interval}}
 
 
+def test_raw_pixels_say_where_a_run_stands_not_whether_it_learns() -> None:
+    below = {"knn": {"difference": -0.1, "low": -0.15, "high": -0.05}}
+    found = assess(run(falling(), results={**results(0.02, 0.05), "trained_minus_raw_pixels": below}))
+    assert found.word == "learning"
+    assert any(" below raw pixels (95 % interval -15.0 to -5.0)" in reason for reason in found.reasons)
+
+
 def test_no_or_few_intervals_are_too_early() -> None:
     assert assess(run([])).word == "too early to say"
     assert assess(run(falling(5))).word == "too early to say"  # one of the five is within the warm-up
