@@ -222,8 +222,7 @@ class EncoderConfig:
         return replace(self, **{name: {} if name == "model_args" else _default(name) for name in others})
 
     def build(self) -> Encoder:
-        """Build the encoder with fresh weights, also where `pretrained` names some: `weights.pretrained.load_pretrained`
-        reads those.
+        """Build the encoder with fresh weights, also where `pretrained` names some: `load_pretrained` reads those.
 
         Raises:
             ValueError: timm does not have the architecture, it is of no supported family, or sizes do not fit.
