@@ -15,10 +15,11 @@ from ssl_vit.core.distributed import process_index, world_size
 from ssl_vit.core.reading import entry, read_metrics, read_records
 from ssl_vit.core.text import plain
 from ssl_vit.core.writing import JsonLines, forget_after
+from ssl_vit.data.config import DataConfig
 from ssl_vit.data.decode.bounds import check_size
 from ssl_vit.data.decode.headers import JPEG_SIGNATURE, PNG_SIGNATURE, read_jpeg, read_png
 from ssl_vit.data.decoded import DecodedSource
-from ssl_vit.data.sources.source import MAX_TRIES, DataConfig, Source
+from ssl_vit.data.sources.images import MAX_TRIES, Source
 from ssl_vit.data.sources.stream import BadSample, Stream
 from ssl_vit.data.workers import in_workers
 

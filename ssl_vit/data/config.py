@@ -8,7 +8,7 @@ from ssl_vit.core.paths import as_path
 from ssl_vit.core.settings import check_ranges
 from ssl_vit.data.decode.bounds import MAX_IMAGE_BYTES
 from ssl_vit.data.sampler import as_text, check_weights
-from ssl_vit.data.transform import Normalization
+from ssl_vit.data.transform import Normalization, pair
 from ssl_vit.data.workers import check_num_workers
 
 KINDS = (
@@ -50,6 +50,11 @@ class DataConfig:
     pages: Literal["first", "channels", "images"] = "first"
     """Of files of several pages or frames (TIFF, GIF, WebP, PNG, MPO): the first; all of a TIFF's as channels of one
     image; or each as an image of its own, for which every file is opened at the start."""
+    tile_size: int | tuple[int, int] | None = None
+    """Cut images into tiles of so many pixels (height, width; one number: square), each of which counts as an image to
+    learn from, at its file's resolution. null = whole images, as those that are scored always are. docs/tiles.md"""
+    tile_overlap: int = 0
+    """Pixels that neighbouring tiles share."""
     on_bad_image: Literal["skip", "raise"] = "skip"
     """When training draws an image that cannot be decoded: take the next good one and note it, or stop."""
     max_bad_share: float = 0.05
@@ -60,7 +65,7 @@ class DataConfig:
     """Decode each image once, before the first step, and keep it small: in a temporary file that the system keeps in
     memory, for the run alone (ram), or in `cache_dir` (disk)."""
     cache_side: int | Literal["auto"] = "auto"
-    """Most pixels of a decoded image's shorter side. auto: 8/7 of the encoder's, 256 for 224."""
+    """Most pixels of a decoded image's shorter side. auto: 8/7 of the encoder's, 256 for 224; of tiles their own."""
     cache_dir: str | None = None
     """Folder of decoded images and lists of copies; null = ssl_vit/decoded in the user's cache folder."""
     streaming: bool = False
@@ -89,6 +94,8 @@ class DataConfig:
             mean="[0, 1]; one number per channel, divide 0-255 by 255",
             std="(0, 1]; one number per channel, divide 0-255 by 255",
             max_image_bytes="[1, inf)",
+            tile_size="[1, inf); null = whole images",
+            tile_overlap="[0, inf)",
             max_bad_share="[0, 1]; 1 never stops",
             cache_side="[1, inf); auto = 8/7 of the encoder's",
             shuffle_buffer="[1, inf)",
@@ -99,6 +106,8 @@ class DataConfig:
             raise ValueError("mean=(): give one number per channel")
         if len(self.std) != len(self.mean):
             raise ValueError(f"std={self.std!r}: give as many numbers as in mean={self.mean!r}")
+        if self.tile_overlap and (self.tile_size is None or self.tile_overlap >= min(pair(self.tile_size))):
+            raise ValueError(f"tile_overlap={self.tile_overlap}: must be less than tile_size={self.tile_size}")
         if not self.streaming:
             if self.num_samples is not None:
                 what = "only streamed sources need it; leave this setting out"
@@ -109,6 +118,10 @@ class DataConfig:
             raise ValueError(f"streaming=True: {what}")
         if self.pages == "images":
             raise ValueError("pages='images': pages of a stream are not counted; leave this or streaming out")
+        if self.tile_size is not None:
+            raise ValueError(
+                f"tile_size={self.tile_size}: tiles of a stream are not counted; leave out this or streaming"
+            )
         if self.cache != "none":
             raise ValueError(f"cache={self.cache!r}: a stream is not decoded beforehand; leave out this or streaming")
         if self.drop_duplicates:

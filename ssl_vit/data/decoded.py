@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -287,8 +288,8 @@ def _decode_all(source: Source, num_channels: int, side: int, folder: Path, wher
     pixels.touch()
     writer = _Writer(source, num_channels, side, pixels)
     start = time.perf_counter()
-    with in_workers(writer.decode, range(len(source)), source.where, doing="decoding") as places:
-        table: Int64[np.ndarray, "n 3"] = np.fromiter(places, np.dtype((np.int64, 3)), len(source))
+    with in_workers(writer.decode, range(len(writer.firsts) - 1), writer.where, doing="decoding") as places:
+        table: Int64[np.ndarray, "n 3"] = np.fromiter(chain.from_iterable(places), np.dtype((np.int64, 3)), len(source))
     np.save(folder / _TABLE, table)
     seconds, num_bad = time.perf_counter() - start, int((table[:, 0] < 0).sum())
     bad = f", {num_bad:,} of them bad" if num_bad else ""
@@ -301,18 +302,29 @@ def _decode_all(source: Source, num_channels: int, side: int, folder: Path, wher
 
 
 class _Writer:
-    """Decodes rows into the file of pixels, several processes at once."""
+    """Decodes images into the file of pixels, several processes at once, each image once for all of its tiles."""
 
     def __init__(self, source: Source, num_channels: int, side: int, pixels: Path) -> None:
         self.source, self.num_channels, self.side, self.pixels = source, num_channels, side, pixels
         self._end = multiprocessing.Value("q", 0)
+        images = np.arange(len(source)) if source.tiles is None else source.tiles[:, 0]
+        self.firsts = np.flatnonzero(np.diff(images, prepend=-1, append=-1))
+        """The first row of each image, and the end of the last one."""
 
-    def decode(self, row: int) -> tuple[int, int, int]:
-        """Append the image of a row; returns its row of the table."""
+    def where(self, number: int) -> str:
+        """The beginning of an error about an image."""
+        return self.source.where(int(self.firsts[number]))
+
+    def decode(self, number: int) -> list[tuple[int, int, int]]:
+        """Append an image, or its tiles; returns their rows of the table."""
+        rows = range(self.firsts[number], self.firsts[number + 1])
         try:
-            image = shrink(self.source.image(row, self.num_channels), self.side)
-        except ValueError:
-            return -1, 0, 0
+            whole = self.source.decode_whole(rows[0], self.source.file(rows[0]), self.num_channels)
+            return [self._append(shrink(self.source.cut(whole, row), self.side)) for row in rows]
+        except (ValueError, OSError):
+            return [(-1, 0, 0)] * len(rows)
+
+    def _append(self, image: UInt8[Tensor, "c h w"]) -> tuple[int, int, int]:
         values = image.permute(1, 2, 0).contiguous().numpy()
         with self._end.get_lock():
             start = self._end.value

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate, get_w
 from ssl_vit.data.config import DataConfig
 from ssl_vit.data.loader import read_batches
 from ssl_vit.data.sampler import sample_rng
-from ssl_vit.data.sources.source import decode_first
+from ssl_vit.data.sources.images import decode_first
 from ssl_vit.data.sources.stream import BadSample, ReaderState, Sample, ShardSchedule, Stream, choose_num_readers
 from ssl_vit.data.transform import Transform
 from ssl_vit.data.workers import leave_signals_to_the_main_process

@@ -13,6 +13,8 @@ import torch
 from ssl_vit.core.machine import device_name, num_cpus, use_all_cpus
 from ssl_vit.data.decode.formats import Contents
 from ssl_vit.data.sources.source import Source
+from ssl_vit.data.tiles import cut_into_tiles
+from ssl_vit.data.transform import pair
 from ssl_vit.doctor.cost import PacedStep, measure_crops, measure_step, pace
 from ssl_vit.doctor.facts import Facts, RunFacts, Sizes
 from ssl_vit.doctor.findings import (
@@ -48,6 +50,7 @@ def diagnose(
         The same facts for the same arguments, but for rates and what follows from them.
     """
     load = psutil.getloadavg()[0] / (psutil.cpu_count() or 1)  # before any of ours
+    learned = cut_into_tiles(source, config.data)
     rows = choose_rows(len(source), sample, config.seed)
     labels = count_labels(source)
     with _threads_restored():
@@ -57,10 +60,10 @@ def diagnose(
     judged = config
     if settings is not None and (adopts or images.num_channels != config.encoder.in_chans):
         judged = adopt(config, settings)
-    run, problems, warnings = _examine_run(judged, source, rows, images, step)
+    run, problems, warnings = _examine_run(judged, learned, rows, images, step)
     return Facts(
         source=source.name,
-        notes=list(source.notes),
+        notes=list(learned.notes),
         num_images=len(source),
         num_read=images.num_read,
         sizes=_sizes(images),
@@ -79,7 +82,7 @@ def diagnose(
         settings=settings,
         run=run,
         load_per_core=load,
-        problems=[*problems_of_images(config, images, len(source), adopts), *problems],
+        problems=[*problems_of_images(config, images, len(learned), adopts), *problems],
         warnings=[*warnings_of_images(images, labels, len(source), config.data.drop_duplicates), *warnings],
     )
 
@@ -130,12 +133,12 @@ def adopt(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
 
 
 def _examine_run(
-    given: RunConfig, source: Source, rows: np.ndarray, images: Images, step: Measure
+    given: RunConfig, learned: Source, rows: np.ndarray, images: Images, step: Measure
 ) -> tuple[RunFacts | None, list[str], list[str]]:
-    """The run that a config makes of this source, with its problems and warnings."""
+    """The run that a config makes of these images or tiles, with its problems and warnings."""
     problems = []
     try:
-        config, _ = given.resolve(len(source), len(source.class_names))
+        config, _ = given.resolve(len(learned), len(learned.class_names))
         objective = build_on_meta(config)
     except ValueError as error:
         return None, [str(error)], []
@@ -153,7 +156,7 @@ def _examine_run(
         return None, problems, []  # not the normalisation alone
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trainable = sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad)
-    num_steps = config.num_steps(len(source))
+    num_steps = config.num_steps(len(learned))
     run = RunFacts(
         objective=type(objective).__name__,
         arch=config.encoder.arch,
@@ -162,7 +165,7 @@ def _examine_run(
         num_parameters=trainable,
         batch_size=config.batch.size,
         num_steps=num_steps,
-        epochs=num_steps * config.batch.size / len(source),
+        epochs=num_steps * config.batch.size / len(learned),
         device=device_name(device),
         cores=num_cpus(),
         memory_mib=model_memory(objective),
@@ -171,9 +174,10 @@ def _examine_run(
         return run, problems, []
     with _threads_restored():
         torch.set_num_threads(1)
-        crops = measure_crops(source, rows[:_CROPPED], transform, encoder.in_chans)
-    run.input_rate = 1 / (images.seconds / images.num_readable + crops)
-    warnings = list(warnings_of_run(given, encoder, images, len(source)))
+        crops = measure_crops(learned, rows[:_CROPPED], transform, encoder.in_chans)
+    decoding = images.seconds / images.num_readable if config.data.cache == "none" else 0.0
+    run.input_rate = 1 / (decoding + crops)
+    warnings = list(warnings_of_run(given, encoder, _as_learned(given, images), len(learned)))
     if step == "false" or (step == "auto" and device.type != "cuda" and trainable > _SMALL_MODEL):
         return run, problems, warnings
     try:
@@ -189,9 +193,17 @@ def _examine_run(
     if device.type != "cpu" and rate < cost.rate:
         warnings.append(
             f"input: {workers} loader workers, as many as there are cores for, give {rate:,.0f} images/s, and the step "
-            f"could take {cost.rate:,.0f}; store smaller images"
+            f"could take {cost.rate:,.0f}; store smaller images, or decode each once with --data.cache disk"
         )
     return run, problems, warnings
+
+
+def _as_learned(config: RunConfig, images: Images) -> Images:
+    """The images with the sizes of their tiles, if they are cut."""
+    if config.data.tile_size is None:
+        return images
+    height, width = pair(config.data.tile_size)
+    return dataclasses.replace(images, sizes=[(min(own[0], height), min(own[1], width)) for own in images.sizes])
 
 
 @contextmanager

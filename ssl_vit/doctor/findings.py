@@ -22,6 +22,7 @@ _LONG = 3.0  # longer side over shorter one, measured against the input's shape
 _FEW_IMAGES = 10_000
 _FEW_TO_GO_ON = 100_000
 _RATE_OF_FRESH_WEIGHTS = 5e-4  # DINO's for a batch of 256
+_LARGE = 4.0  # times the input's shorter side
 _LEAST_SIDE = 96  # pixels, three tokens of the backbones that are named
 _LEAST_GRID = 3  # patches of a local crop's side
 _MOST_ENLARGED = 4.0  # of the smallest local crops
@@ -125,6 +126,8 @@ def warnings_of_run(config: RunConfig, encoder: Encoder, images: Images, num_ima
             "batch.per_device (a smaller encoder or fewer local crops need less memory), or use more devices"
         )
     yield from _warnings_of_sizes(images, encoder)
+    if config.data.tile_size is None:
+        yield from _warnings_of_large(images, encoder)
     yield from _warnings_of_local_crops(config, images, encoder)
     if config.encoder.in_chans == 3 and suggested_channels(config, images) == 1:
         yield (
@@ -197,7 +200,19 @@ def _warnings_of_sizes(images: Images, encoder: Encoder) -> Iterator[str]:
         yield (
             f"elongated images: {_of(long, len(sizes))} are more than {_LONG:g} times as long as the input's shape, "
             f"the most {np.exp(stretch.max()):.1f} times; crops are about {shape} and see a part of such a image: "
-            "cut it into tiles, or take an encoder.image_size of its shape"
+            "cut it into tiles (data.tile_size), or take an encoder.image_size of its shape"
+        )
+
+
+def _warnings_of_large(images: Images, encoder: Encoder) -> Iterator[str]:
+    side, shorter = min(encoder.image_size), np.median(np.array(images.sizes).min(axis=1))
+    if shorter >= _LARGE * side:
+        # Random crops have 60 % of the area on average: of such tiles they keep the scale.
+        tile, seen = 9 * side // 7, 20 * side / shorter
+        yield (
+            f"large images: the shorter side, {shorter:,.0f} pixels at the median, becomes {side}, and what is 20 "
+            f"pixels wide becomes {seen:.2g}; if small things matter, --data.tile_size {tile} learns from tiles at the "
+            "images' own scale (docs/tiles.md)"
         )
 
 

@@ -184,6 +184,7 @@ def fingerprint(source: Source | Stream) -> dict[str, Any]:
         covers = "the names of the shards and, where known, the number of rows of each; no pixels"
         return {"rows": source.num_samples, "sha256": digest.hexdigest(), "covers": covers}
     digest = hashlib.sha256(f"{len(source)}\n".encode())
+    digest.update(b"" if source.tiles is None else source.tiles.tobytes())
     root = source.root or ""
     named = np.linspace(0, len(source) - 1, min(len(source), NUM_NAMED)).round().astype(int)
     for row in named.tolist():
@@ -194,7 +195,8 @@ def fingerprint(source: Source | Stream) -> dict[str, Any]:
     return {
         "rows": len(source),
         "sha256": digest.hexdigest(),
-        "covers": f"the number of rows; name and size of {len(named)} of them, evenly spaced; no pixels",
+        "covers": f"the number of rows; name and size of {len(named)} of them, evenly spaced; "
+        + ("no pixels" if source.tiles is None else "the places of all tiles; no pixels"),
     }
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
@@ -23,7 +22,7 @@ from ssl_vit.core.usage import answer_help
 from ssl_vit.core.watch import MAX_WAIT
 from ssl_vit.core.writing import replace_text
 from ssl_vit.data.sources.source import DataConfig
-from ssl_vit.data.transform import InputSpec, Transform
+from ssl_vit.data.transform import InputSpec, Transform, pair
 from ssl_vit.evaluation.evaluate import EvaluationConfig
 from ssl_vit.models.config import EncoderConfig
 from ssl_vit.models.encoder import Encoder
@@ -214,9 +213,12 @@ class RunConfig:
             reasons.append(f"assuming one pass over {size.num_samples:,} images; set --data.num_samples to be exact")
         data = self.data
         if data.cache != "none" and data.cache_side == "auto":
-            shorter = min(np.atleast_1d(self.encoder.image_size).tolist())
-            data = dataclasses.replace(data, cache_side=-(-shorter * 8 // 7))
-            reasons.append(f"data.cache_side {data.cache_side}: 8/7 of the encoder's {shorter} pixels")
+            shorter = min(pair(self.encoder.image_size))
+            side, why = -(-shorter * 8 // 7), f"8/7 of the encoder's {shorter} pixels"
+            if data.tile_size is not None:
+                side, why = min(pair(data.tile_size)), "that of tiles, which stay as they are"
+            data = dataclasses.replace(data, cache_side=side)
+            reasons.append(f"data.cache_side {side}: {why}")
         return dataclasses.replace(self, objective=objective, optim=optim, data=data), reasons
 
     def build_objective(self) -> Objective:

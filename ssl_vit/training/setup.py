@@ -22,6 +22,7 @@ from ssl_vit.data.sampler import StepSampler
 from ssl_vit.data.sources.source import Source
 from ssl_vit.data.sources.stream import Stream, open_images
 from ssl_vit.data.stream_loader import StreamLoader
+from ssl_vit.data.tiles import cut_into_tiles
 from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.models.vit import choose_attention
 from ssl_vit.objectives.objective import Objective
@@ -141,6 +142,7 @@ def _set_up(config: RunConfig, ending: Ending) -> Run:
     check_pair(config)
     with accelerator.main_process_first():  # the main process fills the caches
         source, eval_data = ending.prepare(config, open_images(config.data))
+        source = cut_into_tiles(source, config.data) if isinstance(source, Source) else source
     config, lengthened = go_on_as_before(config, source.num_samples)
     num_steps = config.num_steps(source.num_samples)
     config, reasons = config.resolve(source.num_samples, len(source.class_names))
@@ -172,10 +174,10 @@ def _set_up(config: RunConfig, ending: Ending) -> Run:
         deadline=math.inf if config.max_hours is None else started + 3600 * config.max_hours,
         compiled=compiled,
     )
-    state = {} if checkpoint is None else resume(run, checkpoint)
+    before = None if checkpoint is None else resume(run, checkpoint).get("stream")
     if isinstance(source, Stream):
-        place = (accelerator.process_index, accelerator.num_processes)
-        run.stream_loader = StreamLoader.open(source, config.data, config.seed, *place, state.get("stream"))
+        place = accelerator.process_index, accelerator.num_processes
+        run.stream_loader = StreamLoader.open(source, config.data, config.seed, *place, before)
     describe(run, precision, checkpoint)
     if accelerator.is_main_process:
         note_session(
@@ -285,9 +287,8 @@ def describe(run: Run, precision: str, checkpoint: Path | None) -> None:
 def resume(run: Run, checkpoint: Path) -> dict[str, Any]:
     """Load a checkpoint into a run and return its state; the caller restores the position in a stream."""
     state = load_checkpoint(checkpoint, run.train_step.model, run.train_step.optimizer)
-    scaler = run.accelerator.scaler
-    if scaler is not None and state["scaler"] is not None:
-        scaler.load_state_dict(state["scaler"])
+    if run.accelerator.scaler is not None and state["scaler"] is not None:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
     run.step = state["step"]
     run.faults = Faults(**state.get("faults", {}))
     return state
@@ -396,5 +397,4 @@ def save(run: Run, *, is_last: bool) -> Path | None:
 
 def backbone_prefix(objective: Objective) -> str:
     """Prefix of the backbone's parameters among the objective's; with it an export needs no objective."""
-    backbone = objective.backbone()
-    return next(f"{name}." for name, module in objective.named_modules() if module is backbone)
+    return next(f"{name}." for name, module in objective.named_modules() if module is objective.backbone())

@@ -51,6 +51,11 @@ def prepare(config: RunConfig, source: Source | Stream) -> tuple[Source, EvalSpl
     settings, seed = config.evaluation, config.seed
     if isinstance(source, Stream):
         raise ValueError("data.streaming=True: the labels of a stream are not read; leave this setting out")
+    if config.data.tile_size is not None:
+        raise ValueError(
+            f"data.tile_size={config.data.tile_size}: a class belongs to a whole image, so runs with labels learn from "
+            "whole ones; leave this setting out"
+        )
     if settings.source is not None:
         raise ValueError(
             f"evaluation.source={settings.source!r}: a run with labels learns from data.source; leave this setting out"

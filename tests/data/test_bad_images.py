@@ -9,12 +9,14 @@ import torch
 from PIL import Image
 
 from ssl_vit.data.bad_images import LOOKED_AT, BadImages, leave_out_bad, look_beforehand
+from ssl_vit.data.config import DataConfig
 from ssl_vit.data.decode import decode
 from ssl_vit.data.decoded import open_decoded
 from ssl_vit.data.loader import Batches, TransformedSource
 from ssl_vit.data.sampler import SampleKey, StepSampler
-from ssl_vit.data.sources import source as sources
-from ssl_vit.data.sources.source import MAX_TRIES, DataConfig, Source, open_source
+from ssl_vit.data.sources import images as sources
+from ssl_vit.data.sources.images import MAX_TRIES, Source
+from ssl_vit.data.sources.source import open_source
 from ssl_vit.objectives.mae import MAEConfig
 from tests.data.broken import broken_files, noise
 from tests.specs import spec

@@ -22,7 +22,7 @@ from PIL import Image
 from ssl_vit.data import decoded
 from ssl_vit.data.decode.decode import decode
 from ssl_vit.data.decoded import DecodedSource, open_decoded, shrink
-from ssl_vit.data.sources import source as sources
+from ssl_vit.data.sources import images as sources
 from ssl_vit.data.sources.source import DataConfig, Source, open_source
 from tests.data.broken import broken_files
 

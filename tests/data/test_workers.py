@@ -17,7 +17,7 @@ from torch import Tensor
 from scripts.pretrain_mae import DEFAULTS
 from ssl_vit.data.loader import Batches
 from ssl_vit.data.sampler import StepSampler
-from ssl_vit.data.sources import source as sources
+from ssl_vit.data.sources import images as sources
 from ssl_vit.data.sources.source import DataConfig, Source, open_source
 from ssl_vit.data.transform import Transform
 from ssl_vit.data.workers import check_num_workers, choose_num_workers

@@ -182,6 +182,23 @@ class TestWarnings:
         assert any("enlarged" in text for text in warnings if text.startswith("local crops"))
 
 
+def test_large_images_are_offered_tiles_and_tiles_are_counted(tmp_path: Path) -> None:
+    save_noise(tmp_path, 3, (150, 130, 3))
+    own = ["--encoder.image_size=32", f"--data.cache_dir={tmp_path / 'cache'}"]
+    whole = look_at(tmp_path, *own)
+    assert [text for text in whole.warnings if text.startswith("large")] == [
+        "large images: the shorter side, 130 pixels at the median, becomes 32, and what is 20 pixels wide becomes 4.9; "
+        "if small things matter, --data.tile_size 41 learns from tiles at the images' own scale (docs/tiles.md)"
+    ]
+    tiled = look_at(tmp_path, *own, "--data.tile_size=41", "--epochs=4", "--batch.size=8", "--steps=null")
+    assert not kinds(tiled.warnings) & {"large images", "small images"}
+    assert tiled.notes[0] == ("3 images are cut into 48 tiles of 41 x 41 pixels, each of which counts as an image")
+    assert tiled.num_images == 3
+    assert tiled.run is not None
+    assert (tiled.run.num_steps, tiled.run.epochs) == (24, 4)
+    assert "small images" in kinds(look_at(tmp_path, *own, "--data.tile_size=24").warnings)
+
+
 @pytest.mark.parametrize("objective", ["dino", "dinov2", "simdino", "simdinov2", "lejepa"])
 def test_a_micro_batch_that_is_too_small_for_a_statistic_is_warned_of(photo_folder: Path, objective: str) -> None:
     def warned(*flags: str) -> list[str]:

@@ -124,7 +124,7 @@ def test_a_teacher_that_does_not_fit_is_refused_before_an_image_is_read(
 ) -> None:
     names = {"label_names": settings.pop("label_names", None)}
     folder = write_classifier(tmp_path / "teacher", cnn(**settings), **names)
-    monkeypatch.setattr("ssl_vit.data.sources.source.Source.image", lambda *_: pytest.fail("an image was read"))
+    monkeypatch.setattr("ssl_vit.data.sources.images.Source.image", lambda *_: pytest.fail("an image was read"))
     assert call(monkeypatch, words(photo_folder, tmp_path / "run", folder)) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith(f"error: objective.teacher='{folder}': ")

@@ -77,6 +77,10 @@ _SIGNATURES = {
 _BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF", b"msf1": "HEIF"}
 
 
+# What begins the data of a PNG that can hold an orientation.
+_PNG_EXIF = (b"eXIf", b"Raw profile type ", b"XML:com.adobe.xmp")
+
+
 class Contents(NamedTuple):
     """What a file holds, used or not."""
 
@@ -219,6 +223,42 @@ def _contents_of(image: Image.Image, start: bytes, name: str) -> Contents:
         bits = image.info["bit_depth"]
     pages = getattr(image, "n_frames", 1)
     return Contents(name, (1 if is_grey else 3) + has_alpha, bits, pages, has_alpha, "greyscale" if is_grey else "RGB")
+
+
+def upright_size(
+    data: bytes, num_channels: int, number: int = 0, max_image_bytes: int = MAX_IMAGE_BYTES
+) -> tuple[int, int]:
+    """Height and width that `decode` gives a file's page or frame of this number, by its header alone.
+
+    Raises:
+        ValueError: the header cannot be read, or the image is larger than the limit.
+    """
+    try:
+        if data.startswith(NPY_SIGNATURE):
+            shape, _, last = read_npy(io.BytesIO(data), num_channels)
+            return (shape[0], shape[1]) if last else (shape[1], shape[2])
+        if data.startswith(TIFF_SIGNATURES):
+            pages = full_pages(data)
+            page = next(page for place, page in pages if place == number or number == 0)
+            return _turned((page.height, page.width), page.orientation)
+        with open_image(data, max_image_bytes) as image:
+            if number:
+                image.seek(number)
+            try:
+                # Of a PNG it may follow the pixels, so Pillow decodes them to look for it.
+                is_told = image.format != "PNG" or any(sign in data for sign in _PNG_EXIF)
+                orientation = image.getexif().get(274, 1) if is_told else 1
+            except Exception:  # damaged EXIF data, by which `decode` turns nothing either
+                orientation = 1
+            return _turned((image.height, image.width), orientation)
+    except ValueError:
+        raise
+    except Exception as error:  # a damaged header raises anything
+        raise ValueError(f"its header cannot be read: {error or type(error).__name__}") from error
+
+
+def _turned(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    return (size[1], size[0]) if orientation in (5, 6, 7, 8) else size
 
 
 def page_numbers(data: bytes | str | Path) -> list[int]:

@@ -203,6 +203,8 @@ class TIFFPage(NamedTuple):
     """ICC profile; empty where there is none."""
     tile: tuple[int, int] = (0, 0)
     """Height and width of tiles; zeros where there are none."""
+    orientation: int = 1
+    """How the page is turned: 5 to 8 stand for pages that lie on their side."""
 
     @property
     def colours(self) -> int:
@@ -267,6 +269,7 @@ def _read_page(tags: ImageFileDirectory_v2) -> TIFFPage:
         depth=values(32997, 1)[0],
         profile=profile if isinstance(profile, bytes) else b"",
         tile=(values(323, 0)[0], values(322, 0)[0]),
+        orientation=values(274, 1)[0],
     )
 
 

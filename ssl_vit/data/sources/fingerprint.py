@@ -26,6 +26,7 @@ def fingerprint(source: Source, rows: Int[np.ndarray, " n"]) -> str:
     digest = hashlib.sha256(np.ascontiguousarray(rows, dtype=np.int64).tobytes())
     digest.update(f"{source.rows._fingerprint} {source.image_column}\n".encode())
     digest.update(source.pages.encode() if isinstance(source.pages, str) else source.pages[rows].tobytes())
+    digest.update(b"" if source.tiles is None else source.tiles[rows].tobytes())
     for file in source.rows.cache_files:
         digest.update(f"{_size_and_time(file['filename'])}\n".encode())
     for part, path in _files(source, rows):

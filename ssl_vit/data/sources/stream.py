@@ -20,7 +20,8 @@ from ssl_vit.data.decode.bounds import MAX_IMAGE_BYTES
 from ssl_vit.data.decode.decode import Pages, decode
 from ssl_vit.data.sampler import SampleKey, epoch_order
 from ssl_vit.data.sources.columns import find_image_column, find_label_column
-from ssl_vit.data.sources.source import MAX_TRIES, Source, open_source
+from ssl_vit.data.sources.images import MAX_TRIES, Source
+from ssl_vit.data.sources.source import open_source
 from ssl_vit.data.sources.stored import Roots, find_stored
 from ssl_vit.data.sources.tables import (
     check_hub,

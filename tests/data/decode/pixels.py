@@ -7,6 +7,7 @@ import numpy as np
 import tifffile
 
 from ssl_vit.data.decode.decode import decode
+from ssl_vit.data.decode.formats import upright_size
 from tests.data.broken import png, png_chunk
 
 RNG = np.random.default_rng(7)
@@ -36,6 +37,7 @@ def check(data: bytes, expected: np.ndarray, num_channels: int | None = None, to
     expected = expected.reshape(*expected.shape[:2], -1)
     found = decode(data, num_channels or expected.shape[2]).permute(1, 2, 0).numpy().astype(np.int64)
     assert found.shape == expected.shape
+    assert upright_size(data, expected.shape[2]) == expected.shape[:2]  # by the header alone
     assert np.abs(found - expected).max() <= tolerance
 
 

@@ -10,6 +10,7 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ssl_vit.data.decode.decode import decode
 from ssl_vit.data.decode.formats import (
@@ -20,6 +21,7 @@ from ssl_vit.data.decode.formats import (
     hint_for,
     note_of_dropped,
     page_numbers,
+    upright_size,
 )
 from ssl_vit.data.sources.source import DataConfig, open_source
 from tests.data.broken import encoded, npy, png, png_chunk
@@ -73,6 +75,7 @@ def test_every_suffix_of_the_list_is_found_and_read(tmp_path: Path, suffix: str)
     assert found.shape == expected.shape
     difference = (found.int() - expected.int()).abs().float()
     assert difference.max() == 0 if exact else difference.mean() < 12
+    assert upright_size(data, 3) == found.shape[1:]
     held = contents(data)
     assert held.format not in ("unknown", "video", "missing")
     assert (held.colours, held.bits) == (
@@ -185,6 +188,27 @@ def test_what_is_not_used_is_told():
     assert "transparency" not in str(note_of_dropped([files["rgba tiff"]], 4, "first"))
 
 
+@pytest.mark.parametrize("sign", ["eXIf", "Raw profile type exif", "XML:com.adobe.xmp"])
+def test_the_size_of_a_png_that_is_turned_is_read_and_of_others_without_their_pixels(
+    sign: str, monkeypatch: pytest.MonkeyPatch
+):
+    notes, exif = PngInfo(), Image.Exif()
+    exif[274] = 6
+    if sign == "eXIf":
+        turned = encoded(Image.fromarray(noise(9, 20, 3)), "PNG", exif=exif)
+    elif sign.startswith("XML"):
+        notes.add_itxt(sign, '<x tiff:Orientation="6"/>', zip=True)
+        turned = encoded(Image.fromarray(noise(9, 20, 3)), "PNG", pnginfo=notes)
+    else:
+        content = exif.tobytes().hex()
+        notes.add_text(sign, f"\nexif\n{len(content) // 2}\n{content}", zip=True)
+        turned = encoded(Image.fromarray(noise(9, 20, 3)), "PNG", pnginfo=notes)
+    assert upright_size(turned, 3) == decode(turned, 3).shape[1:] == (20, 9)
+    plain = encoded(Image.fromarray(noise(9, 20, 3)), "PNG")
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("was decoded"))
+    assert upright_size(plain, 3) == (9, 20)
+
+
 def test_every_page_is_an_image_where_it_is_said(tmp_path: Path):
     greys = noise(5, 8, 9)
     (tmp_path / "a.tif").write_bytes(_tiff(greys[:3], photometric="minisblack"))
@@ -198,6 +222,8 @@ def test_every_page_is_an_image_where_it_is_said(tmp_path: Path):
     assert len(source) == 3 + 1 + 2 + 1
     assert "4 files hold 7 pages or frames, each of which is an image" in source.notes
     decoded = [source.image(row, 1)[0] for row in range(6)]
+    sizes = [upright_size(source.encoded(row), 1, int(source.pages[row])) for row in range(6)]
+    assert sizes == [tuple(image.shape) for image in decoded]
     assert torch.equal(torch.stack(decoded[:4]), torch.from_numpy(greys[:4]))
     assert [int(image[4, 4]) for image in decoded[4:]] == [10, 200]
     assert source.groups is not None
