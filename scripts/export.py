@@ -22,7 +22,13 @@ def main(args: Sequence[str] | None = None) -> int:
     parser = FlagParser(description=__doc__)
     parser.add_argument("path", type=Path, help="folder of a run, of a checkpoint or an export; or published weights")
     parser.add_argument("--to", nargs="+", metavar="LIBRARY", help="timm transformers torchvision onnx torch_export")
-    parser.add_argument("--out", type=Path, help="folder in which each library gets one of its name [PATH/exported]")
+    parser.add_argument(
+        "--out",
+        "--output",
+        dest="out",
+        type=Path,
+        help="folder in which each library gets one of its name [PATH/exported]",
+    )
     parser.add_argument(
         "--weights",
         help="teacher (default) or student of DINO and DINOv2; best; average-last-K, of K checkpoints",

@@ -26,7 +26,9 @@ from ssl_vit.visualize.report import distinct, write_report
 def main(args: Sequence[str] | None = None) -> int:
     parser = FlagParser(description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, finished or not")
-    parser.add_argument("--out", type=Path, help="the file to write [report.html in the first run's folder]")
+    parser.add_argument(
+        "--out", "--output", dest="out", type=Path, help="the file to write [report.html in the first run's folder]"
+    )
     parser.add_argument("--panel_images", type=int, default=3, help="images of the panel; 0 leaves it out [3]")
     parser.add_argument("--data.source", dest="source", metavar="SOURCE", help="whose images the panels show")
     parser.add_open_source()

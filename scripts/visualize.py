@@ -38,7 +38,7 @@ def _parser() -> FlagParser:
     parser.add_argument("--data.source", dest="source", metavar="SOURCE", help="one source")
     parser.add_open_source()
     parser.add_argument("--what", nargs="+", choices=WHAT, help="what to draw [all but neighbours]")
-    parser.add_argument("--out", type=Path, help="folder for the figures [PATH/pictures]")
+    parser.add_argument("--out", "--output", dest="out", type=Path, help="folder for the figures [PATH/pictures]")
     parser.add_argument("--format", choices=("png", "webp"), default="png", help="[png]")
     parser.add_argument("--num_images", type=_positive, default=6, help="images of a source [6]")
     parser.add_argument("--image_size", type=_positive, nargs="+", metavar="N", help="one number, or height and width")
@@ -61,7 +61,9 @@ def _parser() -> FlagParser:
 def _film_parser() -> FlagParser:
     parser = FlagParser(prog="visualize.py film", description="A film of what was drawn in training.")
     parser.add_argument("path", type=Path, help="folder of a run with --evaluation.pictures_every_steps")
-    parser.add_argument("--out", type=Path, help=".gif or .webp, or .png for a strip [PATH/pictures/film.gif]")
+    parser.add_argument(
+        "--out", "--output", dest="out", type=Path, help=".gif or .webp, or .png for a strip [PATH/pictures/film.gif]"
+    )
     parser.add_argument("--seconds", type=float, default=0.4, help="for which each figure is shown [0.4]")
     parser.add_argument("--width", type=_positive, default=900, help="in pixels [900]")
     return parser

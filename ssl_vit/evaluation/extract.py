@@ -100,7 +100,7 @@ def extract(path: Path, config: ExtractConfig) -> None:
     first = cast(int, broadcast_object_list(start)[0])
     if first < 0:
         if process_index() == 0:
-            print(f"{output} is finished; --fresh true writes it anew")
+            print(f"{output} is finished; --fresh writes it anew")
         return
     if first and process_index() == 0:
         print(f"Going on from row {first:,} of {len(source):,}")
@@ -156,7 +156,7 @@ def _prepare(output: Path, parts: Path, described: dict[str, Any], config: Extra
             remove(parts)  # a kill may have left them
             return -1
         what = "holds something else" if found is None else f"has other settings: {_differences(found, described)}"
-        raise ValueError(f"output={str(output)!r}: {what}; choose another name, or --fresh true to overwrite it")
+        raise ValueError(f"output={str(output)!r}: {what}; choose another name, or --fresh to overwrite it")
     own_folder(parts).mkdir(parents=True, exist_ok=True)
     settings = parts / _SETTINGS_FILE
     found = read_json(settings) if settings.exists() else None
@@ -164,7 +164,7 @@ def _prepare(output: Path, parts: Path, described: dict[str, Any], config: Extra
         if found is not None and not config.fresh:
             raise ValueError(
                 f"output={str(output)!r}: an unfinished extraction has other settings: "
-                f"{_differences(found, described)}; go on with those, or choose another name, or --fresh true"
+                f"{_differences(found, described)}; go on with those, or choose another name, or --fresh"
             )
         for part in parts.glob("part-*"):
             remove(part)
