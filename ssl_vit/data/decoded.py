@@ -320,9 +320,10 @@ class _Writer:
         rows = range(self.firsts[number], self.firsts[number + 1])
         try:
             whole = self.source.decode_whole(rows[0], self.source.file(rows[0]), self.num_channels)
-            return [self._append(shrink(self.source.cut(whole, row), self.side)) for row in rows]
+            images = [shrink(self.source.cut(whole, row), self.side) for row in rows]
         except (ValueError, OSError):
             return [(-1, 0, 0)] * len(rows)
+        return [self._append(image) for image in images]
 
     def _append(self, image: UInt8[Tensor, "c h w"]) -> tuple[int, int, int]:
         values = image.permute(1, 2, 0).contiguous().numpy()
