@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from ssl_vit.api import Result, distill, embed, finetune, pretrain
     from ssl_vit.export import load_backbone
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Result", "distill", "embed", "finetune", "load_backbone", "pretrain"]
 
 

@@ -33,6 +33,7 @@ _TRAINED = ["--steps=2", "--batch.size=2", "--log_every=1", "--evaluation.max_im
 SHORT = {
     "pretrain": [*_TRAINED, "--evaluation.folds=2"],
     "pretrain_mae": ["--objective.decoder_depth=1"],
+    "pretrain_lejepa": ["--data.cache=none"],
     "pretrain_dino": ["--objective.num_prototypes=64", "--objective.num_local_crops=1"],
     "distill": [*_TRAINED, "--evaluation.folds=2"],
     "attentive": _TRAINED,
@@ -178,7 +179,7 @@ def start(command: Command, folder: Path, *, by_launcher: bool) -> None:
 
 def test_the_first_two_commands_install_and_run_the_quickstart_and_the_tests() -> None:
     first, second = (block.text.strip() for block in [b for b in BLOCKS if b.language == "bash"][:2])
-    assert first.startswith('pip install -e ".[demo]" && accelerate launch scripts/pretrain_mae.py')
+    assert first.startswith('pip install -e ".[demo]" && accelerate launch scripts/pretrain_lejepa.py')
     assert second == 'pip install -e ".[demo,test]" && pytest'
 
 
@@ -305,7 +306,7 @@ def test_commands_and_code_run(desk: Path) -> None:
             code.append(f"print({path.name!r}); exec(compile({text!r}, {path.name!r}, 'exec'), {{}})")
     assert len(code) > 3
     run([sys.executable, "-c", "\n".join(code)], desk)
-    assert (desk / "runs" / "mae_vit_tiny_patch16_224_openmoji" / "backbone.safetensors").exists()
+    assert (desk / "runs" / "lejepa_vit_tiny_r_s16_p8_224_openmoji" / "backbone.safetensors").exists()
     exported = ["onnx", "timm", "torch_export", "torchvision", "transformers", "transformers_mae"]
     assert sorted(path.name for path in (desk / "exported").iterdir()) == exported
     for name in ("knn", "linear", "retrieval", "segmentation"):

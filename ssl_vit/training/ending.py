@@ -3,7 +3,7 @@
 import dataclasses
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from ssl_vit.training.observe.metrics import MetricLog
 NUM_IMAGES = 8
 NEIGHBOURS_FILE = "neighbours.png"
 LEAST_GALLERY = 200  # images among which neighbours are worth a look
-MOST_GALLERY = 2000  # images that are encoded for it
+MOST_GALLERY = 1000  # images that are decoded and encoded for it
 UNTRAINED_SEEDS = 3  # the verdict uses their mean; each costs one more encoding of the labelled images
 
 
@@ -126,7 +126,7 @@ def finish(
         with by_product(f"figure {figure}"):
             if draw(config, objective, source, figure, accelerator.device):
                 written.insert(1, f"figure     {figure}")
-        if isinstance(source, Source) and len(source) >= LEAST_GALLERY and not isinstance(objective, Reconstructs):
+        if _has_neighbours(source) and not isinstance(objective, Reconstructs):
             figure = folder / NEIGHBOURS_FILE
             with by_product(f"figure {figure}"):
                 _draw_neighbours(config, backbone, source, figure)
@@ -190,6 +190,11 @@ def draw(
         return False
     draw_preview(preview, normalised, config.data.normalization, path)
     return True
+
+
+def _has_neighbours(source: Source | Stream) -> TypeGuard[Source]:
+    """Whether neighbours say something: not of few images, nor of tiles, which lie beside each other in an image."""
+    return isinstance(source, Source) and source.tiles is None and len(source) >= LEAST_GALLERY
 
 
 def _draw_neighbours(config: RunConfig, backbone: Encoder, source: Source, path: Path) -> None:
