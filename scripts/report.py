@@ -20,6 +20,7 @@ from ssl_vit.core.writing import FAULTS, report_error
 from ssl_vit.runs.record import read_run
 from ssl_vit.visualize.comparison import compare
 from ssl_vit.visualize.report import distinct, write_report
+from ssl_vit.visualize.verdict import assess
 
 
 @stoppable()
@@ -41,7 +42,11 @@ def main(args: Sequence[str] | None = None) -> int:
         runs = [read_run(folder) for folder in given.runs]
     except FAULTS as error:
         return report_error(error)
-    for sentence in compare(runs, distinct([run.name for run in runs])):
+    names = distinct([run.name for run in runs])
+    for name, run in zip(names, runs, strict=True):
+        verdict = assess(run)
+        print(plain(f"{name}: {verdict.word}. {verdict.reasons[0]}"))
+    for sentence in compare(runs, names):
         print(plain(sentence))
     for note in notes:
         print(f"note: {plain(note)}")

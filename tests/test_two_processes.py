@@ -195,7 +195,7 @@ def test_where_one_process_is_killed_the_other_says_so_and_ends(
     assert started[0].returncode == 1
     (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: another process of this run ended or cannot be reached (")
-    assert line.endswith("The same command goes on from the newest checkpoint.")
+    assert line.endswith("The same command goes on from the newest checkpoint, or begins anew where there is none.")
 
 
 @pytest.mark.gpu

@@ -44,12 +44,7 @@ def problems_of_images(config: RunConfig, images: Images, num_images: int, adopt
             f"{share:.1%} of the images cannot be read, more than {_MOST_UNREADABLE:.0%}: "
             "remove them or fetch them again"
         )
-    if num_images < config.batch.size:
-        fits = 2 ** max(int(np.log2(num_images)) - 1, 0)
-        yield (
-            f"{num_images:,} images are fewer than batch.size {config.batch.size}: a step would see the same image "
-            f"more than once; lower it, to {fits} for example"
-        )
+    yield from config.notes(num_images)
     if images.num_readable and not adopts and images.num_channels != config.encoder.in_chans:
         yield (
             f"channels: the images hold {images.num_channels} channels and encoder.in_chans is "
@@ -168,7 +163,7 @@ def _warnings_of_backbone(config: RunConfig, encoder: Encoder, num_images: int) 
         yield (
             f"backbone: {config.encoder.arch} has to learn that neighbouring pixels belong together, and "
             f"{num_images:,} images are few for that; ConvNeXt and hybrids know it: --encoder.arch convnext_tiny or "
-            f"vit_small_r26_s32_224{'' if has_crops else ', with DINO'}"
+            f"vit_small_r26_s32_224{'' if has_crops else ', with LeJEPA'}"
         )
     tokens = encoder.attention_length
     share = tokens / (tokens + 6 * encoder.embed_dim)  # of a block's operations

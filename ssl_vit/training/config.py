@@ -186,6 +186,14 @@ class RunConfig:
             )
         return max(1, int(self.epochs * num_samples // self.batch.size))
 
+    def notes(self, num_samples: int | None) -> list[str]:
+        """Sentences for the user about these settings and so many images (None: unknown)."""
+        size = self.batch.size
+        if num_samples is None or num_samples >= size:
+            return []
+        few = f"{num_samples:,} images are fewer than batch.size {size}: a step would see the same image more than once"
+        return [f"{few}; lower it, to {2 ** max(num_samples.bit_length() - 2, 0)} for example"]
+
     def progress(self, step: int, num_steps: int) -> float:
         """The share of the run's `num_steps` that is done before `step`, see `progress_at`."""
         return progress_at(step, num_steps, self.extended)

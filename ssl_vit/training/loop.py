@@ -37,7 +37,7 @@ from ssl_vit.training.setup import (
 )
 from ssl_vit.training.signals import EXIT_COLLAPSED, EXIT_STOPPED, OUT_OF_TIME, StopSignal
 
-GO_ON = "The same command goes on from the newest checkpoint."
+GO_ON = "The same command goes on from the newest checkpoint, or begins anew where there is none."
 
 
 @stoppable(GO_ON)

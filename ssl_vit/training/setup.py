@@ -269,15 +269,15 @@ def describe(run: Run, precision: str, checkpoint: Path | None) -> None:
         + (f"{drawn:,} images" if num_samples is None else f"{drawn / num_samples:.1f} epochs")
         + f"\nfolder     {plain(run.folder)}"
     )
-    notes = [*run.source.notes, *(run.stream_loader.notes() if run.stream_loader is not None else ())]
+    notes = [*config.notes(num_samples), *run.source.notes]
+    notes += run.stream_loader.notes() if run.stream_loader is not None else ()
     if accelerator.is_main_process and isinstance(run.source, Source):
         notes += [note for note in (run.source.note_of_dropped(run.objective.encoder.in_chans),) if note]
     for note in notes:
         accelerator.print(f"note       {plain(note)}")
     if config.extended:
         step, length = config.extended[-1]
-        done = config.progress(step, run.num_steps)
-        lr = config.optim.lr_at(done, config.batch.size)
+        lr = config.optim.lr_at(done := config.progress(step, run.num_steps), config.batch.size)
         how = "schedules begin anew" if done == 0 else f"schedules are stretched from progress {done:.3g}"
         accelerator.print(f"lengthened at step {step:,} of {length:,}: {how}, lr {lr:.2e}, to step {run.num_steps:,}")
     if checkpoint is not None:

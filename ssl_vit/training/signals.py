@@ -12,13 +12,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ssl_vit.core.distributed import world_size
+from ssl_vit.core.distributed import process_index, world_size
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 OUT_OF_TIME = 100  # used like a signal number; larger than any
 # 128 + signal is the shell's convention, and 75 is sysexits.h's "try again".
 EXIT_STOPPED: dict[int, int] = {**{number: 128 + number for number in SIGNALS}, OUT_OF_TIME: 75}
 EXIT_COLLAPSED = 3
+AFTER_THIS_STEP = (
+    b"\nStopping after this step. Ctrl-C again ends at once and loses the steps since the last checkpoint.\n"
+)
 
 
 class StopSignal:
@@ -42,6 +45,8 @@ class StopSignal:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if number == signal.SIGINT and process_index() == 0:
+            os.write(2, AFTER_THIS_STEP)  # print is not safe here
         self.received = number
 
     @contextmanager

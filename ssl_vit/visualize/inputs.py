@@ -80,7 +80,7 @@ def naming(flag: str, given: object) -> Iterator[None]:
         except ValueError as error:
             if given:
                 raise
-            raise ValueError(f"{error}; these are the images of the run itself: name others ({flag})") from error
+            raise ValueError(f"{error}; these are the images that the run learned from; {flag} names others") from error
 
 
 def _name(source: Source, row: int) -> str:

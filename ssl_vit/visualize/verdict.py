@@ -20,7 +20,7 @@ class Verdict(NamedTuple):
     """A word, and why."""
 
     word: str
-    """learning, collapsing, diverged, starved for data, not learning, or too early to say."""
+    """learning, collapsing, diverged, starved for data, not learning, undecided, or too early to say."""
     reasons: list[str]
     """Sentences, the one that decided first."""
 
@@ -38,7 +38,8 @@ def assess(run: RunData) -> Verdict:
        that of the first or more, else not learning.
     8. Losses of self-distillation, which may rise while a model learns: learning where features stay spread
        (feature_std at least .2), RankMe has kept at least half of its highest value, and at least 5 % of the
-       prototypes that could be are in use, if there are any; else not learning.
+       prototypes that could be are in use, if there are any; else not learning. Trained weights have such features
+       from the start, so a run that continues from some is then undecided.
     """
     records = run.records
     if records and not _is_finite(records[-1]["loss"]):
@@ -54,7 +55,7 @@ def assess(run: RunData) -> Verdict:
     reasons = [reason for _, reason in (*others, *data)]
     if (sign := _collapse(run, settled)) is not None:
         return Verdict("collapsing", [sign, *reasons])
-    decided = next((fact for fact in facts if fact[0]), None) or _by_spread(settled)
+    decided = next((fact for fact in facts if fact[0]), None) or _by_spread(run, settled)
     return Verdict(decided[0], [decided[1], *(reason for reason in reasons if reason != decided[1])])
 
 
@@ -146,7 +147,7 @@ def _about_data(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     return [("", f"{100 * wait:.0f} % of a step's time goes to waiting for its batch.")]
 
 
-def _by_spread(records: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+def _by_spread(run: RunData, records: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     last = records[-1]
     spread, ranks = last.get("feature_std"), [r["rankme"] for r in records if _is_finite(r.get("rankme"))]
     if spread is None or not ranks:
@@ -155,6 +156,11 @@ def _by_spread(records: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     healthy = spread >= 0.2 and ranks[-1] >= max(ranks) / 2 and (used is None or used >= 0.05)
     reason = f"The features' spread is {spread:.2f} of 1, RankMe is {ranks[-1]:.1f}, {max(ranks):.1f} at its highest"
     reason += "." if used is None else f", and {100 * used:.0f} % of the prototypes that could be are in use."
+    if healthy and run.settings["encoder"].get("pretrained"):
+        return (
+            "undecided",
+            f"{reason} So had its start; labelled images would tell which is better.",
+        )
     return ("learning" if healthy else "not learning"), reason
 
 

@@ -25,7 +25,7 @@ from tests.processes import Launch
 from tests.test_resume import command
 
 Patch, Capture = pytest.MonkeyPatch, pytest.CaptureFixture[str]
-GOES_ON = "Stopped by Ctrl-C. The same command goes on from the newest checkpoint."
+GOES_ON = "Stopped by Ctrl-C. The same command goes on from the newest checkpoint, or begins anew where there is none."
 
 
 @pytest.mark.parametrize(("number", "code", "name"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")])
@@ -135,6 +135,7 @@ def test_ctrl_c_twice_while_workers_decode(photo_folder: Path, tmp_path: Path) -
             launched.send(signal.SIGINT, to_group=True)
         assert launched.join() == [130]
         assert "Traceback" not in launched.errors()
+        assert launched.errors().count("Stopping after this step. Ctrl-C again ends at once") == 1
 
 
 def caught(process: int) -> bool:

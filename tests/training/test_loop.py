@@ -324,6 +324,13 @@ def test_a_broken_image_ends_a_run_in_one_line_and_code_1(
     assert "checkpoints" not in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("quick_scores")
+def test_a_batch_larger_than_the_data_is_told(start: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert start("--batch.size=64", steps=1) == 0
+    assert "note       40 images are fewer than batch.size 64" in capsys.readouterr().out
+    assert parse_run(DEFAULTS, ["--steps=1", "--batch.size=40"]).notes(40) == []
+
+
 @pytest.mark.parametrize(("objective", "drawn"), [("dino", True), ("mae", False)])
 def test_neighbours_are_drawn_where_nothing_is_reconstructed(
     start: Callable[..., int],

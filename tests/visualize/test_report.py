@@ -21,6 +21,7 @@ from ssl_vit.visualize.inputs import open_shown_images
 from ssl_vit.visualize.panel import choose_layers, panel_data
 from ssl_vit.visualize.patches import patch_similarity
 from ssl_vit.visualize.report import MOST_BYTES, json_for_script, write_report
+from ssl_vit.visualize.verdict import assess
 
 BROWSER = next((path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if path), None)
 
@@ -182,7 +183,10 @@ def test_the_script_names_its_file_and_refuses_what_is_no_run(
     mae_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(mae_run), "--out", str(tmp_path / "r.html"), "--panel_images", "0"]) == 0
-    assert str(tmp_path / "r.html") in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert str(tmp_path / "r.html") in told
+    verdict = assess(read_run(mae_run))
+    assert f"{mae_run.name}: {verdict.word}. {verdict.reasons[0]}" in told
     assert 'id="panel"' not in (tmp_path / "r.html").read_text()
     assert main([str(tmp_path)]) == 2
     assert "holds no run" in capsys.readouterr().err

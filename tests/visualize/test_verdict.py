@@ -35,6 +35,15 @@ def results(low: float, high: float) -> dict[str, Any]:
     return {"step": 200, "trained_minus_untrained": {"knn": interval}}
 
 
+def test_healthy_features_of_trained_weights_decide_nothing() -> None:
+    signs = {"coding_rate": 1.9, "feature_std": 0.6, "projection_rank": 0.5, "rankme": 20.0}
+    going_on = run([{"loss": -2.5, **signs}] * 20)
+    assert assess(going_on).word == "learning"
+    going_on.settings["encoder"]["pretrained"] = "start"
+    assert assess(going_on).word == "undecided"
+    assert "labelled images would tell" in assess(going_on).reasons[0]
+
+
 def test_raw_pixels_say_where_a_run_stands_not_whether_it_learns() -> None:
     below = {"knn": {"difference": -0.1, "low": -0.15, "high": -0.05}}
     found = assess(run(falling(), results={**results(0.02, 0.05), "trained_minus_raw_pixels": below}))
