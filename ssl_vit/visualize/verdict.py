@@ -156,7 +156,7 @@ def _by_spread(run: RunData, records: Sequence[Mapping[str, Any]]) -> tuple[str,
     healthy = spread >= 0.2 and ranks[-1] >= max(ranks) / 2 and (used is None or used >= 0.05)
     reason = f"The features' spread is {spread:.2f} of 1, RankMe is {ranks[-1]:.1f}, {max(ranks):.1f} at its highest"
     reason += "." if used is None else f", and {100 * used:.0f} % of the prototypes that could be are in use."
-    if healthy and run.settings["encoder"].get("pretrained"):
+    if healthy and run.settings.get("encoder", {}).get("pretrained"):
         return (
             "undecided",
             f"{reason} So had its start; labelled images would tell which is better.",
