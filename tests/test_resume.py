@@ -149,6 +149,19 @@ def test_two_processes_learn_what_one_learns(photo_folder: Path, tmp_path: Path,
             torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-4)
 
 
+def test_two_processes_continue_from_weights_as_one_does(photo_folder: Path, whole: Path, tmp_path: Path) -> None:
+    flags = [f"--encoder.pretrained={whole}", "--optim.freeze_backbone_until=0.25", "--objective.anchor=gram"]
+    flags.append("--encoder.drop_path_rate=0")
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish(command(photo_folder, one, *flags, objective="dino"))
+    text = finish(command(photo_folder, two, *flags, "--batch.per_device=2", objective="dino"), num_processes=2)
+    assert "8 = 2 processes x 2 micro-batch" in text
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+    anchors = [json.loads(line)["loss_anchor"] for line in (two / "metrics.jsonl").read_text().splitlines()]
+    assert anchors[0] == pytest.approx(0, abs=1e-6)
+    assert anchors[-1] > 1e-6
+
+
 def test_two_processes_are_judged_as_one(photo_folder: Path, tmp_path: Path) -> None:
     """All processes encode, the main one scores, in the middle of training and at its end."""
     one, two = tmp_path / "one", tmp_path / "two"
