@@ -68,7 +68,7 @@ def test_settings_are_trained_judged_and_kept(
     assert recipes.measure(asked, [])["runs"] == json.loads(json.dumps(result["runs"]))
     with pytest.raises(AssertionError, match="trained again"):  # a seed more is not there yet
         recipes.measure(Namespace(**{**vars(asked), "seeds": [1, 2]}), [])
-    with pytest.raises(ValueError, match=r"--only none: .* it has slow, fast, broken"):
+    with pytest.raises(ValueError, match=r"--only none: .* it has broken, fast, slow"):
         recipes.measure(Namespace(**{**vars(asked), "only": ["none"]}), [])
 
 
@@ -86,5 +86,5 @@ def test_several_seeds_are_averaged() -> None:
 
 def test_a_run_that_fails_is_named(photo_folder: Path, tmp_path: Path) -> None:
     flags = {"objective": "mae", **small_flags(photo_folder), "encoder.patch_size": 7}
-    with pytest.raises(ChildProcessError, match=r"encoder\.patch_size"):
+    with pytest.raises(ChildProcessError, match="no multiple of 7"):
         recipes.run_recipe(flags, 0, 0.001, tmp_path / "broken")

@@ -36,13 +36,16 @@ def scripted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
 
     def evaluate(encoder: Encoder, *_: object) -> dict[str, Score]:
         key = sum(parameter.double().sum().item() for parameter in encoder.parameters())
-        count = known.setdefault(key, right[len(known)]) if key not in known else known[key]
+        return given(known.setdefault(key, right[len(known)]) if key not in known else known[key])
+
+    def given(count: int) -> dict[str, Score]:
         labels = torch.arange(100).numpy() % 2
         predictions = labels.copy()
         predictions[count:] = 1 - labels[count:]
         return {name: Score.of(labels, predictions) for name in ("knn", "linear")}
 
     monkeypatch.setattr(ending, "_evaluate", evaluate)
+    monkeypatch.setattr(ending, "evaluate_pixels", lambda *_, **__: given(50))  # of the same images
     return right
 
 

@@ -124,17 +124,16 @@ def test_every_image_pixel_is_a_square_in_the_file(tmp_path):
     cells = np.repeat(np.repeat((panels * 255).round().byte().numpy(), factor, axis=2), factor, axis=3)
     removed = np.all(figure == 217, axis=-1)
     top, left = np.argwhere(removed.sum(axis=1, keepdims=True) > 100)[0][0], None
-    # Columns lie side by side at one height, rows below each other at one width, with gaps of white.
+    # Columns lie side by side at one height, those of the second image right of the first one's, with gaps of white.
     for left in range(40):
         if np.array_equal(figure[top : top + 8 * factor, left : left + 6 * factor], cells[0, 0]):
             break
     else:
         pytest.fail("the first original is not in the figure")
     gap = next(g for g in range(40) if removed[top, left + 6 * factor + g + 2 * factor])
-    for row in range(2):
-        for column in range(3):
-            y, x = top + row * (8 * factor + gap), left + column * (6 * factor + gap)
-            assert np.array_equal(figure[y : y + 8 * factor, x : x + 6 * factor], cells[row, column])
+    for place, cell in enumerate(cells.reshape(6, *cells.shape[2:])):
+        x = left + place * (6 * factor + gap)
+        assert np.array_equal(figure[top : top + 8 * factor, x : x + 6 * factor], cell)
     assert (figure[top : top + 8 * factor, left + 6 * factor : left + 6 * factor + gap] == 255).all()
 
 
