@@ -10,7 +10,7 @@ A list is a YAML file:
       another: {objective: mae, config: configs/quickstart_mae.yaml}
 
 Each setting is first timed for some steps, input and all, which gives the number of steps that fill the time. Runs take
-turns, seed by seed; a run that has its scores is not repeated, so that a killed search goes on.
+turns, seed by seed. A killed search goes on: a run that has its scores is not repeated, an unfinished one resumes.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from ssl_vit.core.front import FlagParser
 HELP = "train a list of settings for equal CPU time, and judge them alike"
 OBJECTIVES = ("mae", "simmim", "fcmae", "dino", "dinov2", "lejepa")
 TIMED_STEPS = 12
-FOUND_FILE = "recipe.json"
+KINDS = ("knn", "linear")
 
 
 def add_flags(parser: FlagParser) -> None:
@@ -84,9 +84,15 @@ def read_list(path: Path) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: the file is no such list.
     """
-    found = yaml.safe_load(path.read_text())
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict) or not isinstance(found.get("settings"), dict) or not found["settings"]:
         raise ValueError(f"{path}: no mapping with `settings`, a mapping of names to flags")
+    for name, flags in {"flags": found.get("flags"), **found["settings"]}.items():
+        if not isinstance(flags, dict | type(None)):
+            raise ValueError(f"{path}: {name}: {flags!r} is no mapping of flags, such as {{optim.base_lr: 1.0e-3}}")
     common = {"objective": found.get("objective"), **(found.get("flags") or {})}
     recipes = {str(name): {**common, **(own or {})} for name, own in found["settings"].items()}
     for name, recipe in recipes.items():
@@ -101,39 +107,45 @@ def run_recipe(recipe: dict[str, Any], seed: int, minutes: float, folder: Path) 
     """Train one setting for so many CPU minutes, and return its steps, images, CPU seconds and scores.
 
     Raises:
-        ChildProcessError: the training failed.
+        ChildProcessError: the training failed, or gave no scores.
     """
     output = folder / f"seed{seed}"
-    kept = output / FOUND_FILE
+    kept = output.with_suffix(".json")
     asked = {"recipe": recipe, "minutes": minutes, "seed": seed}
-    if kept.exists() and (found := json.loads(kept.read_text()))["asked"] == asked:
+    found = json.loads(kept.read_text()) if kept.exists() else {}
+    if found.get("asked") == asked and "scores" in found:
         return found
     objective = recipe["objective"]
     flags = [*flags_of(recipe), f"--seed={seed}", "--quiet"]
-    with tempfile.TemporaryDirectory() as desk:
-        short = [f"--steps={TIMED_STEPS + 10}", "--epochs=null", "--log_every=1000", f"--output_dir={desk}/run"]
-        job = {"name": objective, "settings": [*flags, *short], "steps": TIMED_STEPS}
-        timed = measure_run(job, Path(desk) / "job.json", 1)
-    steps = max(1, math.floor(60 * minutes * TIMED_STEPS / timed["cpu_seconds"]))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait count as CPU time otherwise
+    if found.get("asked") != asked:
+        with tempfile.TemporaryDirectory() as desk:
+            short = [f"--steps={TIMED_STEPS + 10}", "--epochs=null", "--log_every=1000", f"--output_dir={desk}/run"]
+            job = {"name": objective, "settings": [*flags, *short], "steps": TIMED_STEPS}
+            timed = measure_run(job, Path(desk) / "job.json", 1)
+        steps = max(1, math.floor(60 * minutes * TIMED_STEPS / timed["cpu_seconds"]))
+        found = {
+            "asked": asked,
+            "steps": steps,
+            "images": steps * timed["images"] // TIMED_STEPS,
+            "cpu_seconds_per_step": timed["cpu_seconds"] / TIMED_STEPS,
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        if output.exists():
+            flags.append("--fresh")  # it was asked for something else
+        kept.write_text(json.dumps(found, indent=2) + "\n")  # so a killed run resumes with as many steps
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, str(ROOT / "scripts" / f"pretrain_{objective}.py"), *flags]
-    done = subprocess.run(
-        [*command, f"--steps={steps}", "--epochs=null", f"--output_dir={output}"],
-        env={**os.environ, "OMP_WAIT_POLICY": "passive"},
-        capture_output=True,
-        text=True,
-    )
+    command += [f"--steps={found['steps']}", "--epochs=null", f"--output_dir={output}"]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise ChildProcessError(f"{output}: the run ended with {done.returncode}: {done.stderr.strip()[-500:]}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    found = {
-        "asked": asked,
-        "steps": steps,
-        "images": steps * timed["images"] // TIMED_STEPS,
-        "cpu_seconds_per_step": timed["cpu_seconds"] / TIMED_STEPS,
-        "cpu_seconds_with_scores": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-        **json.loads((output / "results.json").read_text()),
-    }
+    results = json.loads((output / "results.json").read_text())
+    if results["scores"] is None:
+        raise ChildProcessError(f"{output}: no scores: the comparison needs labelled images (evaluation.source)")
+    found["cpu_seconds_with_scores"] = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    found |= results
     kept.write_text(json.dumps(found, indent=2) + "\n")
     return found
 
@@ -161,9 +173,6 @@ def as_lines(result: dict[str, Any]) -> list[str]:
             means = (f"{statistics.mean(v):.1f} ({min(v):.1f} to {max(v):.1f})" for v in values)
             lines.append(f"{name + f', {len(judged)} seeds':40} " + " ".join(f"{mean:>20}" for mean in means))
     return lines
-
-
-KINDS = ("knn", "linear")
 
 
 def _line(run: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
     accelerate launch scripts/finetune.py --encoder.pretrained runs/NAME --data.source LABELLED \\
         --evaluation.test_source TEST
 
-Saves and is configured as pre-training is; `--help-all` lists all settings, configs/finetune_*.yaml are presets.
+Saves and resumes as pre-training does; `--help-all` lists all settings, configs/finetune_*.yaml are presets.
 Without a test source a fifth of the images is held out. Ends with a timm classifier and its accuracy.
 """
 

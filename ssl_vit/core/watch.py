@@ -18,6 +18,7 @@ EVERY = 5.0
 SILENT = 60.0
 """Seconds without a sign after which other processes warn; they warn again after each such period."""
 MAX_WAIT = 240.0
+GO_ON = "The same command goes on from the newest checkpoint, or begins anew where there is none."
 """Minutes without a sign after which the other processes end."""
 _WATCHED = 32
 """Processes that each process watches; a bound spares the store of thousands of processes."""
@@ -127,7 +128,7 @@ class Watch:
     def _end(self, text: str) -> None:
         """End the process, whose main thread blocks where no exception reaches it; complete files stay complete."""
         try:
-            tqdm.write(f"{text}. The same command goes on from the newest checkpoint.", file=sys.stderr)
+            tqdm.write(f"{text}. {GO_ON}", file=sys.stderr)
             self.at_end()
             sys.stdout.flush()
         finally:

@@ -194,7 +194,7 @@ def _warnings_of_sizes(images: Images, encoder: Encoder) -> Iterator[str]:
         shape = "square" if height == width else f"of {_pixels(encoder.image_size)}"
         yield (
             f"elongated images: {_of(long, len(sizes))} are more than {_LONG:g} times as long as the input's shape, "
-            f"the most {np.exp(stretch.max()):.1f} times; crops are about {shape} and see a part of such a image: "
+            f"the most {np.exp(stretch.max()):.1f} times; crops are about {shape} and see a part of such an image: "
             "cut it into tiles (data.tile_size), or take an encoder.image_size of its shape"
         )
 

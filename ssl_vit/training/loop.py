@@ -13,6 +13,7 @@ from ssl_vit.core.distributed import end_processes, lost_process, on_main_proces
 from ssl_vit.core.front import stoppable
 from ssl_vit.core.shipped import folder
 from ssl_vit.core.text import plain
+from ssl_vit.core.watch import GO_ON
 from ssl_vit.core.writing import report_error
 from ssl_vit.runs.best import SCORES, Best, best_checkpoint, is_best_yet
 from ssl_vit.runs.checkpoint import load_checkpoint, newest_checkpoint
@@ -36,8 +37,6 @@ from ssl_vit.training.setup import (
     unsharded,
 )
 from ssl_vit.training.signals import EXIT_COLLAPSED, EXIT_STOPPED, OUT_OF_TIME, StopSignal
-
-GO_ON = "The same command goes on from the newest checkpoint, or begins anew where there is none."
 
 
 @stoppable(GO_ON)

@@ -51,14 +51,7 @@ def nearest(
 
 
 def draw_neighbours(
-    trained: Trained,
-    inputs: ShownImages,
-    gallery: Source,
-    path: Path,
-    *,
-    most: int,
-    seed: int,
-    k: int = 6,
+    trained: Trained, inputs: ShownImages, gallery: Source, path: Path, *, most: int, seed: int, k: int = 6
 ) -> None:
     """Write a figure with a row for each query: itself and its k nearest, with similarity and, if known, class.
 

@@ -157,10 +157,7 @@ def _by_spread(run: RunData, records: Sequence[Mapping[str, Any]]) -> tuple[str,
     reason = f"The features' spread is {spread:.2f} of 1, RankMe is {ranks[-1]:.1f}, {max(ranks):.1f} at its highest"
     reason += "." if used is None else f", and {100 * used:.0f} % of the prototypes that could be are in use."
     if healthy and run.settings.get("encoder", {}).get("pretrained"):
-        return (
-            "undecided",
-            f"{reason} So had its start; labelled images would tell which is better.",
-        )
+        return "undecided", f"{reason} So had its start; labelled images would tell which is better."
     return ("learning" if healthy else "not learning"), reason
 
 

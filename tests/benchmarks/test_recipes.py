@@ -26,6 +26,7 @@ def small_flags(source: Path) -> dict[str, object]:
     ("content", "reason"),
     [
         ({"objective": "mae"}, "no mapping with `settings`"),
+        ({"objective": "mae", "settings": {"a": "optim.base_lr"}}, "a: 'optim.base_lr' is no mapping of flags"),
         ({"settings": {"a": {}}}, "a: objective=None: use mae"),
         ({"objective": "mae", "settings": {"a": {"objective": "moco"}}}, "a: objective=moco: use mae"),
         ({"objective": "mae", "settings": {"a": {"steps": 3}}}, "a: steps is set by the comparison"),
@@ -42,7 +43,7 @@ def test_lists_that_come_along_are_read(path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(ROOT)
     for recipe in recipes.read_list(path).values():
         config = parse_run(defaults_of(recipe["objective"]), [*recipes.flags_of(recipe), "--steps=1"])
-        config.resolve(5000)[0].build_objective()
+        assert config.resolve(5000)[0].build_objective().encoder.embed_dim > 0
 
 
 def test_settings_are_trained_judged_and_kept(
@@ -65,6 +66,12 @@ def test_settings_are_trained_judged_and_kept(
         raise AssertionError("trained again")
 
     monkeypatch.setattr(recipes, "measure_run", fail)
+    kept = tmp_path / "runs" / "fast" / "seed1.json"
+    timed = {key: run[key] for key in ("asked", "steps", "images", "cpu_seconds_per_step")}
+    whole = kept.read_text()
+    kept.write_text(json.dumps(timed))  # as a kill leaves it: the run ends with as many steps
+    assert recipes.measure(asked, [])["runs"][0]["scores"] == run["scores"]
+    kept.write_text(whole)
     assert recipes.measure(asked, [])["runs"] == json.loads(json.dumps(result["runs"]))
     with pytest.raises(AssertionError, match="trained again"):  # a seed more is not there yet
         recipes.measure(Namespace(**{**vars(asked), "seeds": [1, 2]}), [])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ssl_vit.core import watch
-from ssl_vit.core.watch import EVERY, SILENT, Watch
+from ssl_vit.core.watch import EVERY, GO_ON, SILENT, Watch
 from ssl_vit.training.config import parse_run
 from tests.conftest import OBJECTIVES, SMALL_RUN
 from tests.processes import Launch
@@ -136,7 +136,7 @@ def test_max_wait_ends_the_process(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert (others.ended, done) == ([1], ["noted"])
     said = lines(capsys)[-1]
     assert said.startswith("error: process 1 on a (pid 101): no sign of life for 2")
-    assert said.endswith("; the limit is 2 min (--max_wait). The same command goes on from the newest checkpoint.")
+    assert said.endswith(f"; the limit is 2 min (--max_wait). {GO_ON}")
 
 
 @pytest.mark.parametrize("value", [0, -1, 241, 1e9])
@@ -190,5 +190,5 @@ def test_processes_that_are_stopped(photo_folder: Path, tmp_path: Path) -> None:
         wait_for(0, f"WARNING: waiting for process 1 on {os.uname().nodename} (pid {second.pid})")
         first.join(timeout=60)
         assert first.exitcode == 1
-        wait_for(0, "the limit is 0.1 min (--max_wait). The same command goes on from the newest checkpoint.")
+        wait_for(0, f"the limit is 0.1 min (--max_wait). {GO_ON}")
     assert json.loads((run / "heartbeat.json").read_text())["state"] == "failed"
