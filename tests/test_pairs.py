@@ -115,7 +115,7 @@ def test_the_doctor_says_which_pair_cannot_work_and_what_would_suit_the_images(p
     [few, quadratic] = backbones(look_at(photo_folder, *large, objective="dino").warnings)
     assert re.search("40 images are few .*: --encoder.arch convnext_tiny or vit_small_r26_s32_224$", few)
     assert re.search("attention among 576 tokens takes 75% .* swin_tiny_patch4_window7_224$", quadratic)
-    assert re.search("vit_small_r26_s32_224, with DINO$", *backbones(look_at(photo_folder, large[0]).warnings))
+    assert re.search("vit_small_r26_s32_224, with LeJEPA$", *backbones(look_at(photo_folder, large[0]).warnings))
     for name in ("convnext", "hybrid"):
         assert backbones(look_at(photo_folder, *flags_of("dino", name), objective="dino").warnings) == []
 

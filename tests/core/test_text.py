@@ -302,7 +302,7 @@ def test_what_a_run_is_about_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     text = "a\rerror: x\x1b[2J\nnote"
     source = Any(name=text, attribution=text, num_samples=3, num_classes=0, notes=(text,))
     optim = Any(lr_scaling="linear", base_lr=1.0, peak_lr=lambda size: 1.0)
-    config = Any(batch=Any(size=8), optim=optim, encoder=Any(arch="vit"), extended=())
+    config = Any(batch=Any(size=8), optim=optim, encoder=Any(arch="vit"), extended=(), notes=lambda _: ())
     accelerator = Any(num_processes=1, device=Any(type="cpu"), is_main_process=True, print=print)
     objective = Any(parameters=lambda: [], encoder=Any(embed_dim=8, in_chans=3), name="MAE")
     run = Any(
