@@ -8,6 +8,7 @@ A list is a YAML file:
       as it stands: {}
       twice the rate: {optim.base_lr: 8.0e-3}
       another: {objective: mae, config: configs/quickstart_mae.yaml}
+      lightly's example: {objective: lightly_mae, config: configs/quickstart_mae.yaml}    # extra `bench`
 
 Each setting is first timed for some steps, input and all, which gives the number of steps that fill the time. Runs take
 turns, seed by seed. A killed search goes on: a run that has its scores is not repeated, an unfinished one resumes.
@@ -28,11 +29,12 @@ from typing import Any
 import yaml
 
 from benchmarks.processes import ROOT, measure_run
+from benchmarks.rivals import RIVALS
 from benchmarks.rounds import machine
 from ssl_vit.core.front import FlagParser
 
 HELP = "train a list of settings for equal CPU time, and judge them alike"
-OBJECTIVES = ("mae", "simmim", "fcmae", "dino", "dinov2", "lejepa")
+OBJECTIVES = ("mae", "simmim", "fcmae", "dino", "dinov2", "lejepa", *RIVALS)
 TIMED_STEPS = 12
 KINDS = ("knn", "linear")
 
@@ -118,6 +120,11 @@ def run_recipe(recipe: dict[str, Any], seed: int, minutes: float, folder: Path) 
     objective = recipe["objective"]
     flags = [*flags_of(recipe), f"--seed={seed}", "--quiet"]
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait count as CPU time otherwise
+    if objective in RIVALS:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = {"asked": asked, **_run_rival({"name": objective, "settings": flags, "seconds": 60 * minutes}, output)}
+        kept.write_text(json.dumps(found, indent=2) + "\n")
+        return found
     if found.get("asked") != asked:
         with tempfile.TemporaryDirectory() as desk:
             short = [f"--steps={TIMED_STEPS + 10}", "--epochs=null", "--log_every=1000", f"--output_dir={desk}/run"]
@@ -150,6 +157,17 @@ def run_recipe(recipe: dict[str, Any], seed: int, minutes: float, folder: Path) 
     return found
 
 
+def _run_rival(job: dict[str, Any], output: Path) -> dict[str, Any]:
+    path = output.with_suffix(".job")
+    path.write_text(json.dumps(job))
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.rivals", str(path)], cwd=ROOT, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise ChildProcessError(f"{output}: {job['name']} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
+    return json.loads(path.with_suffix(".found").read_text())
+
+
 def flags_of(recipe: dict[str, Any]) -> list[str]:
     """The flags of an objective's training script."""
     return [
@@ -163,8 +181,8 @@ def as_lines(result: dict[str, Any]) -> list[str]:
     """A line for each run, and for each setting with several seeds their mean and range."""
     lines = [f"{'accuracy, %':40} {'k-NN':>20} {'linear':>20} {'images':>9} {'images/s':>9}"]
     done = [run for run in result["runs"] if "failed" not in run]
-    first = done[0]["scores"]
-    lines += [f"{name:40} {_scores(first[name])}" for name in ("raw pixels",) if name in first]
+    pixels = [run["scores"]["raw pixels"] for run in done if "raw pixels" in run["scores"]]
+    lines += [f"{'raw pixels':40} {_scores(scores)}" for scores in pixels[:1]]
     for name in result["recipes"]:
         runs = [run for run in result["runs"] if run["name"] == name]
         lines += [_line(run) for run in runs]

@@ -28,7 +28,6 @@ from ssl_vit.models.config import EncoderConfig
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.weights.pretrained import load_pretrained, open_pretrained
 from ssl_vit.objectives.objective import Objective, ObjectiveConfig, RunSize
-from ssl_vit.objectives.recipes import resolve_warmup
 from ssl_vit.runs.checkpoint import CheckpointConfig
 from ssl_vit.runs.folder import LOCK_FILE
 from ssl_vit.training.observe.tracking import TrackerName
@@ -158,6 +157,8 @@ class RunConfig:
         for name in ("layer_decay", "patch_embed_lr"):
             if getattr(self.optim, name) != 1 and hasattr(self.objective, name):
                 raise ValueError(f"optim.{name}={getattr(self.optim, name)!r}: this objective has objective.{name}")
+        if self.optim.base_lr == "auto" and hasattr(self.objective, "num_classes"):
+            raise ValueError("optim.base_lr='auto': is for learning without labels; give a number, such as 5e-4")
         if self.optim.freeze_backbone_until and self.encoder.pretrained is None:
             raise ValueError(
                 f"optim.freeze_backbone_until={self.optim.freeze_backbone_until!r}: fixes the weights that a run "
@@ -212,11 +213,8 @@ class RunConfig:
             found = self.objective.resolve(size)
         objective = dataclasses.replace(self.objective, **{name: value.value for name, value in found.items()})
         reasons = [f"objective.{name} {value.value:g}: {value.reason}" for name, value in found.items()]
-        optim = self.optim
-        if optim.warmup == "auto":
-            share = resolve_warmup(size)
-            optim = dataclasses.replace(optim, warmup=share.value)
-            reasons.append(f"optim.warmup {share.value:g}: {share.reason}")
+        optim, why_optim = self.optim.resolve(size, is_trained=self.encoder.pretrained is not None)
+        reasons += why_optim
         if reasons and num_samples is None:
             reasons.append(f"assuming one pass over {size.num_samples:,} images; set --data.num_samples to be exact")
         data = self.data

@@ -11,15 +11,17 @@ from torch.distributed.tensor import DTensor
 
 from ssl_vit.core.schedules import cosine, warmup_cosine, warmup_drop, warmup_linear
 from ssl_vit.core.settings import check_ranges
-from ssl_vit.objectives.objective import Objective, ParamGroup
+from ssl_vit.objectives.objective import Objective, ParamGroup, Resolved, RunSize
+from ssl_vit.objectives.recipes import resolve_peak_lr, resolve_warmup
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """AdamW (Loshchilov & Hutter 2019) with warm-up and cosine decay, both per step."""
 
-    base_lr: float = 1.5e-4
-    """Learning rate for a global batch of 256; see lr_scaling."""
+    base_lr: float | Literal["auto"] = 1.5e-4
+    """Learning rate for a global batch of 256; see lr_scaling. auto: what gives a peak rate of 1e-3, less in batches of
+    fewer than 64 images, and a twentieth of it from trained weights; for pre-training on one or a few devices."""
     lr_scaling: Literal["linear", "sqrt"] = "linear"
     """Peak rate: base_lr x batch / 256 (linear), or base_lr x sqrt(batch / 1024) (sqrt, DINOv2)."""
     min_lr: float = 0.0
@@ -74,11 +76,37 @@ class OptimConfig:
         if self.drop_at is not None and self.warmup != "auto" and self.drop_at <= self.warmup:
             raise ValueError(f"drop_at={self.drop_at!r}: must be above warmup={self.warmup!r}, the end of the rise")
 
+    def resolve(self, size: RunSize, *, is_trained: bool) -> tuple["OptimConfig", list[str]]:
+        """Replace `auto` settings by numbers.
+
+        Args:
+            is_trained: the run starts from trained weights.
+
+        Returns:
+            The settings, and a line for each number that says why.
+        """
+        found = {}
+        if self.base_lr == "auto":
+            peak = resolve_peak_lr(size, is_trained=is_trained)
+            found["base_lr"] = Resolved(peak.value / self._scale(size.batch_size), peak.reason)
+        if self.warmup == "auto":
+            found["warmup"] = resolve_warmup(size)
+        reasons = [f"optim.{name} {value.value:g}: {value.reason}" for name, value in found.items()]
+        return replace(self, **{name: value.value for name, value in found.items()}), reasons
+
     def peak_lr(self, batch_size: int) -> float:
-        """Learning rate after warm-up for a global batch of `batch_size` images."""
-        if self.lr_scaling == "linear":
-            return self.base_lr * batch_size / 256
-        return self.base_lr * math.sqrt(batch_size / 1024)
+        """Learning rate after warm-up for a global batch of `batch_size` images.
+
+        Raises:
+            ValueError: `base_lr` is still `auto`.
+        """
+        if self.base_lr == "auto":
+            raise ValueError("optim.base_lr='auto': follows from the batch; use RunConfig.resolve or give a number")
+        return self.base_lr * self._scale(batch_size)
+
+    def _scale(self, batch_size: int) -> float:
+        """Peak rate / base rate."""
+        return batch_size / 256 if self.lr_scaling == "linear" else math.sqrt(batch_size / 1024)
 
     def lr_at(self, progress: float, batch_size: int) -> float:
         """Learning rate at this point of the run.

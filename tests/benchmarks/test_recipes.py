@@ -1,5 +1,6 @@
 """Recipes at equal CPU time: what a list may say, and that a search goes on where it was killed."""
 
+import importlib.util
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -9,6 +10,7 @@ import yaml
 
 from benchmarks import recipes
 from benchmarks.flags import defaults_of
+from benchmarks.rivals import RIVALS
 from ssl_vit.training.config import parse_run
 from tests.conftest import ROOT, SMALL_RUN
 
@@ -42,7 +44,8 @@ def test_a_list_that_cannot_be_compared_is_refused(content: dict, reason: str, t
 def test_lists_that_come_along_are_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     for recipe in recipes.read_list(path).values():
-        config = parse_run(defaults_of(recipe["objective"]), [*recipes.flags_of(recipe), "--steps=1"])
+        name = RIVALS.get(recipe["objective"], recipe["objective"])
+        config = parse_run(defaults_of(name), [*recipes.flags_of(recipe), "--steps=1"])
         assert config.resolve(5000)[0].build_objective().encoder.embed_dim > 0
 
 
@@ -95,3 +98,13 @@ def test_a_run_that_fails_is_named(photo_folder: Path, tmp_path: Path) -> None:
     flags = {"objective": "mae", **small_flags(photo_folder), "encoder.patch_size": 7}
     with pytest.raises(ChildProcessError, match="no multiple of 7"):
         recipes.run_recipe(flags, 0, 0.001, tmp_path / "broken")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lightly") is None, reason="needs lightly")
+@pytest.mark.parametrize("name", RIVALS)
+def test_an_example_of_lightly_is_judged_as_our_runs_are(name: str, photo_folder: Path, tmp_path: Path) -> None:
+    flags = {"objective": name, **small_flags(photo_folder), "evaluation.max_images": 20}
+    found = recipes.run_recipe(flags, 0, 0.01, tmp_path / "run")
+    assert found["images"] == found["steps"] * (256 if name == "lightly_mae" else 64)
+    assert 0 <= found["scores"]["trained"]["linear"]["accuracy"] <= 1
+    assert recipes.run_recipe(flags, 0, 0.01, tmp_path / "run") == found

@@ -369,9 +369,15 @@ def test_the_teacher_is_what_is_exported_and_drawn(
     assert config["objective"]["ema_momentum"] == 0.9
 
 
-def test_what_auto_became_stays_when_the_run_goes_on(start: Callable[..., int], tmp_path: Path) -> None:
-    start(objective="dino")
-    start(objective="dino")
+def test_what_auto_became_stays_when_the_run_goes_on(
+    start: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start("--optim.base_lr=auto", objective="dino")
+    assert "a peak rate of 3.5e-04, for fresh weights and 8 images" in capsys.readouterr().out
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["optim"]["base_lr"] == pytest.approx(
+        1e-3 * 32 / 8**0.5
+    )
+    start("--optim.base_lr=auto", objective="dino")
     with pytest.raises(ValueError, match=r"objective.num_prototypes 512 -> 128"):
         start("--objective.num_prototypes=128", objective="dino")
     with pytest.raises(ValueError, match=r"steps 6 -> 12"):

@@ -1,3 +1,6 @@
+import re
+from typing import Literal
+
 import pytest
 import torch
 
@@ -5,7 +8,7 @@ from ssl_vit.models.config import EncoderConfig
 from ssl_vit.models.vit import ViT
 from ssl_vit.objectives.dino import DINO, DINOConfig
 from ssl_vit.objectives.mae import MAE, MAEConfig
-from ssl_vit.objectives.objective import Objective, ParamGroup
+from ssl_vit.objectives.objective import Objective, ParamGroup, RunSize
 from ssl_vit.training.optim import (
     OptimConfig,
     build_optimizer,
@@ -171,6 +174,23 @@ def test_an_unresolved_warm_up_is_named(objective: MAE) -> None:
     config = OptimConfig(warmup="auto")
     with pytest.raises(ValueError, match=r"optim\.warmup='auto'"):
         set_schedule(build_optimizer(objective, config), config, 0.0, batch_size=8)
+
+
+@pytest.mark.parametrize("lr_scaling", ["linear", "sqrt"])
+@pytest.mark.parametrize(("batch_size", "peak"), [(16, 5e-4), (64, 1e-3), (1000, 1e-3)])
+def test_the_peak_rate_that_auto_chooses(lr_scaling: Literal["linear", "sqrt"], batch_size: int, peak: float) -> None:
+    config = OptimConfig(base_lr="auto", lr_scaling=lr_scaling, warmup=0.25)
+    size = RunSize(num_samples=5_000, batch_size=batch_size, num_steps=100)
+    with pytest.raises(ValueError, match=r"optim\.base_lr='auto'"):
+        config.peak_lr(batch_size)
+    fresh, [reason] = config.resolve(size, is_trained=False)
+    assert fresh.peak_lr(batch_size) == pytest.approx(peak)
+    assert re.fullmatch(rf"optim.base_lr .*: a peak rate of {peak:.1e}, for fresh weights and {batch_size} .*", reason)
+    assert fresh.warmup == 0.25
+    trained, [reason] = config.resolve(size, is_trained=True)
+    assert trained.peak_lr(batch_size) == pytest.approx(peak / 20)
+    assert "trained weights" in reason
+    assert fresh.resolve(size, is_trained=True) == (fresh, [])
 
 
 @pytest.mark.parametrize(

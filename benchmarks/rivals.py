@@ -1,0 +1,189 @@
+"""lightly's examples of MAE and DINO on our images and backbone, judged as our runs are (extra `bench`).
+
+python -m benchmarks.rivals JOB.json    trains one of them; `benchmark.py recipes` writes the job
+
+What the examples fix stays: heads, decoder, losses, temperatures, optimizer, rate, batch and the views' colours
+(lightly 1.5, examples/pytorch/mae.py and dino.py). Sizes are ours: the images', the crops' and the backbone's, for
+which the examples take a ViT-B/32 or a ResNet-18 at 224 pixels. Images are decoded beforehand.
+"""
+
+import copy
+import json
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from benchmarks.flags import defaults_of
+from ssl_vit.core.machine import autocast_dtype, resolve_precision
+from ssl_vit.data.augment.evaluation import EvalTransform
+from ssl_vit.data.sources.source import Source, open_source
+from ssl_vit.data.transform import pair
+from ssl_vit.evaluation.evaluate import evaluate_encoder
+from ssl_vit.evaluation.features import EncodeSettings
+from ssl_vit.evaluation.scores import scores_to_json
+from ssl_vit.models.config import EncoderConfig
+from ssl_vit.models.encoder import Encoder
+from ssl_vit.models.vit import ViT
+from ssl_vit.training.config import RunConfig, parse_run
+from ssl_vit.training.ending import open_test_source
+
+RIVALS = {"lightly_mae": "mae", "lightly_dino": "dino"}
+"""Examples by name, each with the objective whose settings name images, backbone and judge."""
+EPOCHS = 10  # of both examples
+
+
+def train_rival(job: dict[str, Any]) -> dict[str, Any]:
+    """Train for `seconds` of CPU time, and return steps, images, CPU time and scores.
+
+    Args:
+        job: `name` in `RIVALS`, `settings` of our script, `seconds`.
+    """
+    config = parse_run(defaults_of(RIVALS[job["name"]]), job["settings"])
+    torch.manual_seed(config.seed)
+    source, test = open_source(config.data), open_test_source(config)
+    encoder = config.encoder.build()
+    assert isinstance(encoder, ViT), "the examples know Vision Transformers"
+    batch, transform, step = (_mae if job["name"] == "lightly_mae" else _dino)(config, encoder)
+    images = _Views(source, transform)
+    device = torch.device("cpu")
+    dtype = autocast_dtype(resolve_precision(config.precision, device))
+    steps, start = 0, _cpu_seconds()
+    for views in _batches(images, batch):
+        used = _cpu_seconds() - start
+        if used >= job["seconds"]:
+            break
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            step(views, used / job["seconds"])
+        steps += 1
+    used = _cpu_seconds() - start
+    scores = evaluate_encoder(
+        _as_ours(encoder, config.encoder),
+        source,
+        test,
+        config.evaluation,
+        EvalTransform(encoder.image_size, config.data.normalization, config.evaluation.crop_pct),
+        EncodeSettings(config.evaluation.batch_size, device, 0, dtype),
+        seed=config.seed,
+    )
+    return {
+        "steps": steps,
+        "images": steps * batch,
+        "cpu_seconds_per_step": used / steps,
+        "scores": scores_to_json({"trained": scores}),
+    }
+
+
+Example = tuple[int, Callable[[Image.Image], list[Tensor]], Callable[[list[Tensor], float], None]]
+"""Images of a step, the views of an image, and the step, which is given views and the share of the time that is up."""
+
+
+def _mae(config: RunConfig, encoder: ViT) -> Example:
+    from lightly.models import utils  # pyright: ignore[reportMissingImports]
+    from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM  # pyright: ignore[reportMissingImports]
+    from lightly.transforms import MAETransform  # pyright: ignore[reportMissingImports]
+
+    backbone = MaskedVisionTransformerTIMM(vit=encoder.vit)
+    decoder = MAEDecoderTIMM(
+        num_patches=encoder.num_patches,
+        patch_size=encoder.stride[0],
+        in_chans=encoder.in_chans,
+        embed_dim=encoder.embed_dim,
+        decoder_embed_dim=512,
+        decoder_depth=1,
+        decoder_num_heads=16,
+    )
+    optimizer = torch.optim.AdamW([*backbone.parameters(), *decoder.parameters()], lr=1.5e-4)
+    length = backbone.sequence_length
+
+    def step(views: list[Tensor], progress: float) -> None:
+        images = views[0]
+        keep, masked = utils.random_token_mask((len(images), length), 0.75, device=images.device)
+        visible = decoder.embed(backbone.encode(images, idx_keep=keep))
+        tokens = utils.repeat_token(decoder.mask_token, (len(images), length))
+        tokens = utils.set_at_index(tokens, keep, visible.type_as(tokens))
+        predicted = decoder.predict(utils.get_at_index(decoder.decode(tokens), masked))
+        target = utils.get_at_index(utils.patchify(images, encoder.stride[0]), masked - 1)
+        _descend(optimizer, nn.functional.mse_loss(predicted, target))
+
+    normalize = {"mean": config.data.mean, "std": config.data.std}
+    return 256, MAETransform(input_size=pair(encoder.image_size)[0], normalize=normalize), step
+
+
+def _dino(config: RunConfig, encoder: ViT) -> Example:
+    from lightly.loss import DINOLoss  # pyright: ignore[reportMissingImports]
+    from lightly.models.modules import DINOProjectionHead  # pyright: ignore[reportMissingImports]
+    from lightly.models.utils import update_momentum  # pyright: ignore[reportMissingImports]
+    from lightly.transforms import DINOTransform  # pyright: ignore[reportMissingImports]
+
+    settings: Any = config.objective
+    student = nn.Sequential(encoder.vit, DINOProjectionHead(encoder.embed_dim, 512, 64, 2048, freeze_last_layer=1))
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    criterion = DINOLoss(output_dim=2048, warmup_teacher_temp_epochs=EPOCHS // 2)
+    optimizer = torch.optim.Adam(student.parameters(), lr=0.001)
+
+    def step(views: list[Tensor], progress: float) -> None:
+        epoch = int(progress * EPOCHS)
+        update_momentum(student, teacher, m=0.99)
+        with torch.no_grad():
+            targets = [teacher(view) for view in views[:2]]
+        loss = criterion(targets, [student(view) for view in views], epoch=epoch)
+        _descend(optimizer, loss, lambda: student[1].cancel_last_layer_gradients(current_epoch=epoch))
+
+    transform = DINOTransform(
+        global_crop_size=pair(encoder.image_size)[0],
+        local_crop_size=pair(settings.local_crop_size)[0],
+        kernel_size=3,  # of the blur, which would be wider than these images
+        normalize={"mean": config.data.mean, "std": config.data.std},
+    )
+    return 64, transform, step
+
+
+def _descend(optimizer: torch.optim.Optimizer, loss: Tensor, then: Callable[[], None] = lambda: None) -> None:
+    loss.backward()
+    then()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+class _Views(torch.utils.data.Dataset):
+    """Views of images that are decoded already."""
+
+    def __init__(self, source: Source, transform: Callable[[Image.Image], list[Tensor]]) -> None:
+        images = (source.image(row, 3) for row in range(len(source)))
+        self.images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> list[Tensor]:
+        return self.transform(self.images[row])
+
+
+def _batches(images: _Views, size: int) -> Iterator[list[Tensor]]:
+    while True:
+        yield from torch.utils.data.DataLoader(images, batch_size=size, shuffle=True, drop_last=len(images) >= size)
+
+
+def _as_ours(encoder: ViT, config: EncoderConfig) -> Encoder:
+    """The trained weights in an encoder that nothing has wrapped."""
+    ours = config.build()
+    own = ours.state_dict()
+    ours.load_state_dict({name: value for name, value in encoder.state_dict().items() if name in own})
+    return ours.eval()
+
+
+def _cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+if __name__ == "__main__":
+    job = Path(sys.argv[1])
+    job.with_suffix(".found").write_text(json.dumps(train_rival(json.loads(job.read_text()))))
