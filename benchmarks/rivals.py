@@ -122,8 +122,9 @@ def _dino(config: RunConfig, encoder: ViT) -> Example:
     from lightly.transforms import DINOTransform  # pyright: ignore[reportMissingImports]
 
     settings: Any = config.objective
-    student = nn.Sequential(encoder.vit, DINOProjectionHead(encoder.embed_dim, 512, 64, 2048, freeze_last_layer=1))
-    teacher = copy.deepcopy(student).requires_grad_(False)
+    heads = (DINOProjectionHead(encoder.embed_dim, 512, 64, 2048, freeze_last_layer=frozen) for frozen in (1, -1))
+    student = nn.Sequential(encoder.vit, _ClassToken(), next(heads))
+    teacher = nn.Sequential(copy.deepcopy(encoder.vit), _ClassToken(), next(heads)).requires_grad_(False)
     criterion = DINOLoss(output_dim=2048, warmup_teacher_temp_epochs=EPOCHS // 2)
     optimizer = torch.optim.Adam(student.parameters(), lr=0.001)
 
@@ -133,15 +134,19 @@ def _dino(config: RunConfig, encoder: ViT) -> Example:
         with torch.no_grad():
             targets = [teacher(view) for view in views[:2]]
         loss = criterion(targets, [student(view) for view in views], epoch=epoch)
-        _descend(optimizer, loss, lambda: student[1].cancel_last_layer_gradients(current_epoch=epoch))
+        _descend(optimizer, loss, lambda: student[2].cancel_last_layer_gradients(current_epoch=epoch))
 
     transform = DINOTransform(
         global_crop_size=pair(encoder.image_size)[0],
         local_crop_size=pair(settings.local_crop_size)[0],
-        kernel_size=3,  # of the blur, which would be wider than these images
         normalize={"mean": config.data.mean, "std": config.data.std},
     )
     return 64, transform, step
+
+
+class _ClassToken(nn.Module):
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens[:, 0]
 
 
 def _descend(optimizer: torch.optim.Optimizer, loss: Tensor, then: Callable[[], None] = lambda: None) -> None:

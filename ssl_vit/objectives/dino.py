@@ -65,6 +65,9 @@ class DINOConfig(MultiCropConfig, AnchorConfig):
     """Width of the head's hidden layers."""
     bottleneck_dim: int = 256
     """Width of the head's last layer before the prototypes; of its output, with coding_rate."""
+    head_batch_norm: bool = False
+    """Batch norm in the head's hidden layers, over the crops of a micro-batch in all processes: small heads and batches
+    learn sooner. Accumulation then changes what is learned."""
     norm_last_layer: bool = True
     """Of prototypes only: fix their norms at 1: more stable. The paper trains them for ViT-S only."""
     student_temp: float = 0.1
@@ -190,6 +193,7 @@ class DINO(ViewsObjective):
             hidden_dim=config.hidden_dim,
             bottleneck_dim=config.bottleneck_dim,
             norm_last_layer=config.norm_last_layer,
+            batch_norm=config.head_batch_norm,
         )
 
     def forward(self, batch: Mapping[str, Tensor], progress: float) -> dict[str, Tensor]:

@@ -1,9 +1,13 @@
 """Projection heads."""
 
+from itertools import pairwise
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ssl_vit.core.distributed import gather_with_gradient
 
 
 class DINOHead(nn.Module):
@@ -14,6 +18,7 @@ class DINOHead(nn.Module):
 
     Args:
         num_prototypes: None = no last layer, as in SimDINO: the L2-normalised bottleneck is the output.
+        batch_norm: normalise hidden layers over all rows, as `use_bn_in_head` in the paper's code.
     """
 
     def __init__(
@@ -24,15 +29,14 @@ class DINOHead(nn.Module):
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
         norm_last_layer: bool = True,
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(in_dim, hidden_dim),
-            nn.GELU(),
-            nn.Linear(hidden_dim, hidden_dim),
-            nn.GELU(),
-            nn.Linear(hidden_dim, bottleneck_dim),
-        )
+        layers: list[nn.Module] = []
+        for width, out_width in pairwise((in_dim, hidden_dim, hidden_dim)):
+            norm = [BatchNorm(out_width)] if batch_norm else []
+            layers += [nn.Linear(width, out_width), *norm, nn.GELU()]
+        self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim))
         self.last_layer: Prototypes | None = None
         if num_prototypes is not None:
             self.last_layer = Prototypes(bottleneck_dim, num_prototypes, trainable_norm=not norm_last_layer)
@@ -68,3 +72,26 @@ class Prototypes(nn.Module):
 
     def forward(self, features: Float[Tensor, "*b d"]) -> Float[Tensor, "*b k"]:
         return F.linear(features, self.weight())
+
+
+class BatchNorm(nn.Module):
+    """Batch norm over the rows of all processes, in fp32, in evaluation as in training."""
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+
+    def forward(self, rows: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        with torch.autocast(rows.device.type, enabled=False):
+            centered = rows.float() - mean_of_rows(rows.float())
+            variance = mean_of_rows(centered.square())
+            return centered * (variance + self.eps).rsqrt() * self.weight + self.bias
+
+
+def mean_of_rows(rows: Float[Tensor, "*b d"]) -> Float[Tensor, " d"]:
+    """Mean over the rows of all processes, of any number each; gradients flow to all of them."""
+    rows = rows.flatten(0, -2)
+    part = torch.cat([rows.sum(dim=0), rows.new_full((1,), len(rows))])
+    whole = gather_with_gradient(part[None]).sum(dim=0)
+    return whole[:-1] / whole[-1].clamp(min=1)

@@ -18,6 +18,7 @@ from ssl_vit.data.augment.multicrop import MultiCropConfig
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.objectives.anchor import AnchorConfig
 from ssl_vit.objectives.collapse import LEAST_AT_ONCE, diagnose_views, feature_std, rankme
+from ssl_vit.objectives.heads import BatchNorm
 from ssl_vit.objectives.objective import Resolved, RunSize
 from ssl_vit.objectives.views import ViewsObjective, by_size
 
@@ -137,26 +138,6 @@ class LeJEPA(ViewsObjective):
 
     def diagnose(self, values: Mapping[str, float], run: Mapping[str, Any] | None = None) -> str | None:
         return diagnose_views(values, run)
-
-
-class BatchNorm(nn.Module):
-    """Batch norm over the rows of all processes, in fp32, in evaluation as in training."""
-
-    def __init__(self, dim: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
-
-    def forward(self, rows: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        with torch.autocast(rows.device.type, enabled=False):
-            centered = rows.float() - mean_of_rows(rows.float())
-            variance = mean_of_rows(centered.square())
-            return centered * (variance + self.eps).rsqrt() * self.weight + self.bias
-
-
-def mean_of_rows(rows: Float[Tensor, "*b d"]) -> Float[Tensor, " d"]:
-    """Mean over the rows of all processes, of which each has the same number; gradients flow to all of them."""
-    return gather_with_gradient(rows.flatten(0, -2).mean(dim=0, keepdim=True)).mean(dim=0)
 
 
 def draw_directions(dim: int, count: int, progress: float) -> Float[Tensor, "d k"]:
