@@ -84,7 +84,8 @@ def diagnose(
             f"(teacher entropy {entropy:.2f})."
         )
         advice = (
-            "a lower objective.teacher_temp and objective.warmup_teacher_temp, a longer objective.freeze_last_layer"
+            "a lower objective.teacher_temp and objective.warmup_teacher_temp, a longer objective.freeze_last_layer, "
+            "objective.head_batch_norm true"
         )
     elif entropy < 0.02 * uniform and abs(kl) < 0.05 * uniform and values["prototypes_used"] < 0.1:
         what = (
@@ -93,7 +94,7 @@ def diagnose(
         advice = "a higher objective.teacher_temp, fewer prototypes (objective.num_prototypes)"
     elif values["feature_std"] < 0.05:
         what = f"All images get nearly the same features (spread {values['feature_std']:.3f} of 1)."
-        advice = "a slower teacher (a higher objective.ema_momentum)"
+        advice = "a slower teacher (a higher objective.ema_momentum), objective.head_batch_norm true"
     else:
         return None
     found = causes({**(run or {}), "objective": objective}, is_uniform=is_uniform)
