@@ -21,6 +21,7 @@ from scripts import (
     pretrain_mae,
     pretrain_simmim,
 )
+from ssl_vit.core.machine import cpu_name
 from ssl_vit.models.config import EncoderConfig
 from ssl_vit.models.vit import ViT
 from ssl_vit.runs.checkpoint import list_checkpoints
@@ -183,7 +184,8 @@ def losses(run: Path) -> list[float]:
 
 def machine() -> dict[str, str]:
     """What the last bits of a loss depend on."""
-    return {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
+    maker = "AMD" if "AMD" in cpu_name() else cpu_name().partition(" ")[0]  # MKL has paths of its own for each
+    return {"torch": torch.__version__, "cpu": f"{maker} {torch.backends.cpu.get_cpu_capability()}"}
 
 
 def loss_tolerance(objective: str = "") -> float:
