@@ -65,7 +65,7 @@ def resolve_peak_lr(size: RunSize, *, is_trained: bool) -> Resolved:
     """Peak learning rate of AdamW: 1e-3 from 64 images a step on, by the square root below; a twentieth continuing.
 
     The papers' peaks lie around it (DINO 1e-3 at 512 images, MAE 2.4e-3 at 4,096), but their rules scale it down with
-    the batch: to 4e-5 for MAE with 64 images, at which short runs hardly learn (docs/results.md).
+    the batch: to 4e-5 for MAE with 64 images.
     """
     share = min(size.batch_size / 64, 1.0) ** 0.5
     peak, of_weights = (5e-5, "trained weights") if is_trained else (1e-3, "fresh weights")
