@@ -122,9 +122,10 @@ def _dino(config: RunConfig, encoder: ViT) -> Example:
     from lightly.transforms import DINOTransform  # pyright: ignore[reportMissingImports]
 
     settings: Any = config.objective
-    heads = (DINOProjectionHead(encoder.embed_dim, 512, 64, 2048, freeze_last_layer=frozen) for frozen in (1, -1))
-    student = nn.Sequential(encoder.vit, _ClassToken(), next(heads))
-    teacher = nn.Sequential(copy.deepcopy(encoder.vit), _ClassToken(), next(heads)).requires_grad_(False)
+    head = DINOProjectionHead(encoder.embed_dim, 512, 64, 2048, freeze_last_layer=1)
+    teacher_head = DINOProjectionHead(encoder.embed_dim, 512, 64, 2048)
+    student = nn.Sequential(encoder.vit, _ClassToken(), head)
+    teacher = nn.Sequential(copy.deepcopy(encoder.vit), _ClassToken(), teacher_head).requires_grad_(False)
     criterion = DINOLoss(output_dim=2048, warmup_teacher_temp_epochs=EPOCHS // 2)
     optimizer = torch.optim.Adam(student.parameters(), lr=0.001)
 
@@ -134,7 +135,7 @@ def _dino(config: RunConfig, encoder: ViT) -> Example:
         with torch.no_grad():
             targets = [teacher(view) for view in views[:2]]
         loss = criterion(targets, [student(view) for view in views], epoch=epoch)
-        _descend(optimizer, loss, lambda: student[2].cancel_last_layer_gradients(current_epoch=epoch))
+        _descend(optimizer, loss, lambda: head.cancel_last_layer_gradients(current_epoch=epoch))
 
     transform = DINOTransform(
         global_crop_size=pair(encoder.image_size)[0],
