@@ -160,9 +160,9 @@ def run_recipe(recipe: dict[str, Any], seed: int, minutes: float, folder: Path) 
 def _run_rival(job: dict[str, Any], output: Path) -> dict[str, Any]:
     path = output.with_suffix(".job")
     path.write_text(json.dumps(job))
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.rivals", str(path)], cwd=ROOT, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "benchmarks.rivals", str(path)]
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # files of a setting are relative to here
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
     if done.returncode:
         raise ChildProcessError(f"{output}: {job['name']} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
     return json.loads(path.with_suffix(".found").read_text())
