@@ -23,6 +23,7 @@ from ssl_vit.training.optim import OptimConfig
 DEFAULTS = RunConfig(
     objective=DINOv2Config(
         num_prototypes="auto",
+        head_batch_norm="auto",
         teacher_temp="auto",
         teacher_temp_warmup="auto",
         ema_momentum="auto",

@@ -104,6 +104,7 @@ SMALL_DINO = [
     "--optim.base_lr=0.032",
     "--objective.hidden_dim=48",
     "--objective.bottleneck_dim=16",
+    "--objective.head_batch_norm=false",  # under accumulation it would be another loss
     "--objective.num_local_crops=2",
     "--objective.local_crop_size=16",
 ]

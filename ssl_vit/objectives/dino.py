@@ -65,9 +65,10 @@ class DINOConfig(MultiCropConfig, AnchorConfig):
     """Width of the head's hidden layers."""
     bottleneck_dim: int = 256
     """Width of the head's last layer before the prototypes; of its output, with coding_rate."""
-    head_batch_norm: bool = False
-    """Batch norm in the head's hidden layers, over the crops of a micro-batch in all processes: small heads and batches
-    learn sooner. Accumulation then changes what is learned."""
+    head_batch_norm: bool | Auto = False
+    """Batch norm in the head's hidden layers, over the crops of a micro-batch in all processes: narrow heads and small
+    batches learn sooner. Accumulation then changes what is learned. Auto: with prototypes, where `hidden_dim` is below
+    1,024."""
     norm_last_layer: bool = True
     """Of prototypes only: fix their norms at 1: more stable. The paper trains them for ViT-S only."""
     student_temp: float = 0.1
@@ -114,6 +115,11 @@ class DINOConfig(MultiCropConfig, AnchorConfig):
             warmup_teacher_temp=self.warmup_teacher_temp,
             teacher_temp=None if self.teacher_temp == "auto" else self.teacher_temp,
             teacher_images=self.teacher_images if self.has_prototypes else self.coding_teacher_images,
+        )
+        narrow = self.has_prototypes and self.hidden_dim < 1024
+        found["head_batch_norm"] = Resolved(
+            narrow,
+            "a narrow head learns little without it" if narrow else "as published",
         )
         return {name: found[name] for name in self._auto() if name in found}
 
@@ -193,7 +199,7 @@ class DINO(ViewsObjective):
             hidden_dim=config.hidden_dim,
             bottleneck_dim=config.bottleneck_dim,
             norm_last_layer=config.norm_last_layer,
-            batch_norm=config.head_batch_norm,
+            batch_norm=bool(config.head_batch_norm),
         )
 
     def forward(self, batch: Mapping[str, Tensor], progress: float) -> dict[str, Tensor]:

@@ -61,6 +61,10 @@ class Resolved(NamedTuple):
     value: float
     reason: str
 
+    def __str__(self) -> str:
+        value = str(self.value).lower() if isinstance(self.value, bool) else f"{self.value:g}"
+        return f"{value}: {self.reason}"
+
 
 @runtime_checkable
 class ObjectiveConfig(Protocol):

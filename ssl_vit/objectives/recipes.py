@@ -7,9 +7,12 @@ from ssl_vit.objectives.objective import Resolved, RunSize
 _LARGE = 100_000  # from this many images on, the teacher's temperature warms up to the papers' .07
 
 
-def choose_num_prototypes(num_images: int) -> int:
-    """About one prototype per 16 images, from 512 to 65,536."""
-    return min(max(2 ** round(math.log2(num_images / 16)), 512), 65536)
+def choose_num_prototypes(num_images: int, num_seen: float = math.inf) -> int:
+    """About one prototype per 16 images, and per 375 that a run of `num_seen` images sees, from 256 to 65,536.
+
+    The second limit is of short runs, in which each prototype is the nearest one of too few images to move.
+    """
+    return min(max(2 ** round(math.log2(min(num_images / 16, num_seen / 375))), 256), 65536)
 
 
 def resolve_distillation(
@@ -23,6 +26,7 @@ def resolve_distillation(
         teacher_images: number of images that the paper's teacher averages over.
     """
     images, epochs = f"{size.num_samples:,} images", size.epochs
+    seen = size.num_steps * size.batch_size
     span = teacher_images / size.batch_size
     most = size.num_steps / 20
     steps = max(min(span, most), 10)
@@ -33,8 +37,8 @@ def resolve_distillation(
     freeze = min(1 / epochs, 0.1)
     return {
         "num_prototypes": Resolved(
-            choose_num_prototypes(size.num_samples),
-            f"about one for 16 images, from 512 to 65,536, for {images}",
+            choose_num_prototypes(size.num_samples, seen),
+            f"about one for 16 images and for 375 that are seen, from 256 to 65,536, for {images} and {seen:,} seen",
         ),
         "teacher_temp": Resolved(
             temp, f"{images} are few: a sharp teacher all along" if few else f"the papers', for {images}"

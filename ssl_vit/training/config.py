@@ -212,7 +212,7 @@ class RunConfig:
         with section("objective"):
             found = self.objective.resolve(size)
         objective = dataclasses.replace(self.objective, **{name: value.value for name, value in found.items()})
-        reasons = [f"objective.{name} {value.value:g}: {value.reason}" for name, value in found.items()]
+        reasons = [f"objective.{name} {value}" for name, value in found.items()]
         optim, why_optim = self.optim.resolve(size, is_trained=self.encoder.pretrained is not None)
         reasons += why_optim
         if reasons and num_samples is None:

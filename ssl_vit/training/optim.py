@@ -91,7 +91,7 @@ class OptimConfig:
             found["base_lr"] = Resolved(peak.value / self._scale(size.batch_size), peak.reason)
         if self.warmup == "auto":
             found["warmup"] = resolve_warmup(size)
-        reasons = [f"optim.{name} {value.value:g}: {value.reason}" for name, value in found.items()]
+        reasons = [f"optim.{name} {value}" for name, value in found.items()]
         return replace(self, **{name: value.value for name, value in found.items()}), reasons
 
     def peak_lr(self, batch_size: int) -> float:

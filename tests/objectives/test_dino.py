@@ -225,7 +225,7 @@ class TestAuto:
         found = config.resolve(RunSize(num_samples=4495, batch_size=32, num_steps=1700))
         values = {name: found[name].value for name in found}
         assert values == {
-            "num_prototypes": 512,
+            "num_prototypes": 256,
             "teacher_temp": 0.04,
             "ema_momentum": pytest.approx(0.988, abs=1e-3),
             "teacher_temp_warmup": 0.0,
@@ -257,7 +257,23 @@ class TestAuto:
         )
         found = DINOConfig(**auto).resolve(size)
         config = DINOConfig(**{name: value.value for name, value in found.items()})  # which refuses impossible values
-        assert (config.num_prototypes, config.ema_momentum) == (512, 0.9)
+        assert (config.num_prototypes, config.ema_momentum) == (256, 0.9)
+
+    def test_a_long_run_has_prototypes_by_its_images_and_a_short_one_by_what_it_sees(self) -> None:
+        found = [
+            DINOConfig(num_prototypes="auto").resolve(RunSize(50_000, 64, steps))["num_prototypes"].value
+            for steps in (1_500, 6_000, 100_000)
+        ]
+        assert found == [256, 1024, 4096]  # 96,000 and 384,000 images by 375; 50,000 by 16
+
+    @pytest.mark.parametrize(("width", "found"), [(512, True), (2048, False)])
+    def test_narrow_heads_have_batch_norm(self, width: int, found: bool) -> None:
+        config = DINOConfig(head_batch_norm="auto", hidden_dim=width)
+        assert config.resolve(RunSize(50_000, 64, 1_500))["head_batch_norm"].value is found
+
+    def test_the_coding_rate_has_no_batch_norm(self) -> None:
+        config = DINOConfig(loss="coding_rate", head_batch_norm="auto", hidden_dim=512)
+        assert config.resolve(RunSize(50_000, 64, 1_500))["head_batch_norm"].value is False
 
 
 class TestSignsOfCollapse:

@@ -363,9 +363,9 @@ def test_the_teacher_is_what_is_exported_and_drawn(
     finished = (run / "backbone.safetensors").read_bytes()
     assert export_run(run).read_bytes() == finished
     text = capsys.readouterr().out
-    assert "auto       objective.num_prototypes 512: about one for 16 images" in text
+    assert "auto       objective.num_prototypes 256: about one for 16 images" in text
     config = yaml.safe_load((run / "config.yaml").read_text())
-    assert config["objective"]["num_prototypes"] == 512
+    assert config["objective"]["num_prototypes"] == 256
     assert config["objective"]["ema_momentum"] == 0.9
 
 
@@ -378,7 +378,7 @@ def test_what_auto_became_stays_when_the_run_goes_on(
         1e-3 * 32 / 8**0.5
     )
     start("--optim.base_lr=auto", objective="dino")
-    with pytest.raises(ValueError, match=r"objective.num_prototypes 512 -> 128"):
+    with pytest.raises(ValueError, match=r"objective.num_prototypes 256 -> 128"):
         start("--objective.num_prototypes=128", objective="dino")
     with pytest.raises(ValueError, match=r"steps 6 -> 12"):
         start(objective="dino", steps=12)
