@@ -24,6 +24,7 @@ DEFAULTS = RunConfig(
     objective=DINOConfig(
         num_prototypes="auto",
         head_batch_norm="auto",
+        centering="auto",
         teacher_temp="auto",
         teacher_temp_warmup="auto",
         ema_momentum="auto",

@@ -104,12 +104,14 @@ SMALL_DINO = [
     "--optim.base_lr=0.032",
     "--objective.hidden_dim=48",
     "--objective.bottleneck_dim=16",
-    "--objective.head_batch_norm=false",  # under accumulation it would be another loss
+    "--objective.head_batch_norm=false",  # under accumulation it would be another loss, and so would Sinkhorn-Knopp
+    "--objective.centering=center",
+    "--objective.teacher_temp=0.04",
     "--objective.num_local_crops=2",
     "--objective.local_crop_size=16",
 ]
 # LayerScale's 1e-5 would leave all class tokens the same for a dozen steps, and KoLeo with nothing but rounding errors.
-SMALL_DINOV2 = [*SMALL_DINO, "--optim.base_lr=0.01", "--encoder.layer_scale=1.0"]
+SMALL_DINOV2 = [*SMALL_DINO, "--objective.centering=sinkhorn", "--optim.base_lr=0.01", "--encoder.layer_scale=1.0"]
 SMALL_CONVNEXT = [
     "--encoder.arch=convnextv2_atto",
     "--encoder.image_size=64",

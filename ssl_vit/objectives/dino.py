@@ -35,7 +35,7 @@ from ssl_vit.objectives.teacher import Teacher
 from ssl_vit.objectives.views import ViewsObjective, by_size
 
 Auto = Literal["auto"]
-OF_PROTOTYPES = ("num_prototypes", "teacher_temp", "teacher_temp_warmup", "freeze_last_layer")
+OF_PROTOTYPES = ("num_prototypes", "teacher_temp", "teacher_temp_warmup", "centering", "freeze_last_layer")
 """Settings that may be `auto` and have no effect with another loss."""
 
 
@@ -80,8 +80,8 @@ class DINOConfig(MultiCropConfig, AnchorConfig):
     """Of prototypes only: temperature of the teacher's softmax at the start."""
     teacher_temp_warmup: float | Auto = 0.3
     """Of prototypes only: share of the run over which the teacher's temperature rises to `teacher_temp`, or auto."""
-    centering: Centering = "center"
-    """Of prototypes only: centring against collapse: a moving centre (DINO), Sinkhorn-Knopp (DINOv2), or none."""
+    centering: Centering | Auto = "center"
+    """Of prototypes only: centring against collapse: a moving centre (DINO), Sinkhorn-Knopp (DINOv2), none, or auto."""
     sinkhorn_iterations: int = 3
     """Of prototypes only: rounds of Sinkhorn-Knopp."""
     center_momentum: float = 0.9
@@ -261,6 +261,7 @@ class DINO(ViewsObjective):
     ) -> Float[Tensor, "v b k"]:
         """The teacher's probabilities, centred by `centering`; Sinkhorn-Knopp runs over all views together."""
         config, rows = self.config, rearrange(logits, "v b k -> (v b) k")
+        assert config.centering != "auto", "resolved before the objective is built"
         probs = centered_probs(rows, center, temp, config.centering, config.sinkhorn_iterations)
         return probs.reshape(logits.shape)
 

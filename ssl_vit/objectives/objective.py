@@ -58,12 +58,12 @@ class RunSize:
 class Resolved(NamedTuple):
     """The value of an `auto` setting, and the reason for it."""
 
-    value: float
+    value: float | str
     reason: str
 
     def __str__(self) -> str:
-        value = str(self.value).lower() if isinstance(self.value, bool) else f"{self.value:g}"
-        return f"{value}: {self.reason}"
+        is_text = isinstance(self.value, bool | str)
+        return f"{str(self.value).lower() if is_text else format(self.value, 'g')}: {self.reason}"
 
 
 @runtime_checkable

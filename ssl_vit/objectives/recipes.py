@@ -5,6 +5,8 @@ import math
 from ssl_vit.objectives.objective import Resolved, RunSize
 
 _LARGE = 100_000  # from this many images on, the teacher's temperature warms up to the papers' .07
+_SEEN = 375  # images that a run sees for each prototype
+_SHORT = 1024 * _SEEN  # runs that see fewer images have no time for a moving centre and soft targets
 
 
 def choose_num_prototypes(num_images: int, num_seen: float = math.inf) -> int:
@@ -12,13 +14,13 @@ def choose_num_prototypes(num_images: int, num_seen: float = math.inf) -> int:
 
     The second limit is of short runs, in which each prototype is the nearest one of too few images to move.
     """
-    return min(max(2 ** round(math.log2(min(num_images / 16, num_seen / 375))), 256), 65536)
+    return min(max(2 ** round(math.log2(min(num_images / 16, num_seen / _SEEN))), 256), 65536)
 
 
 def resolve_distillation(
     size: RunSize, *, warmup_teacher_temp: float, teacher_temp: float | None, teacher_images: int
 ) -> dict[str, Resolved]:
-    """Resolve the number of prototypes, the teacher's temperature and momentum, and the freezing of the last layer.
+    """Resolve the prototypes' number and centring, the teacher's temperature and momentum, and the last layer's freeze.
 
     Args:
         warmup_teacher_temp: the teacher's temperature at the start.
@@ -32,7 +34,8 @@ def resolve_distillation(
     steps = max(min(span, most), 10)
     momentum = max(round(1 - 1 / steps, 5), 0.5)
     few = size.num_samples < _LARGE
-    temp = min(warmup_teacher_temp, 0.04) if few else 0.07
+    short, sees = seen < _SHORT, f"the run sees {seen:,} images, which are few"
+    temp = min(warmup_teacher_temp, 0.02 if short else 0.04) if short or few else 0.07
     rises = (temp if teacher_temp is None else teacher_temp) > warmup_teacher_temp
     freeze = min(1 / epochs, 0.1)
     return {
@@ -41,7 +44,13 @@ def resolve_distillation(
             f"about one for 16 images and for 375 that are seen, from 256 to 65,536, for {images} and {seen:,} seen",
         ),
         "teacher_temp": Resolved(
-            temp, f"{images} are few: a sharp teacher all along" if few else f"the papers', for {images}"
+            temp,
+            f"{sees if short else f'{images} are few'}: a sharp teacher all along"
+            if short or few
+            else f"the papers', for {images}",
+        ),
+        "centering": Resolved(
+            "sinkhorn" if short else "center", f"{sees} for a moving centre" if short else "the paper's"
         ),
         "teacher_temp_warmup": Resolved(
             0.3 if rises else 0.0, "30 of 100 epochs, as the papers" if rises else "the temperature does not rise"

@@ -221,12 +221,19 @@ class TestAuto:
         }
 
     def test_small_data_and_short_runs_get_a_sharp_and_quick_teacher(self) -> None:
-        config = DINOConfig(num_prototypes="auto", teacher_temp="auto", ema_momentum="auto", teacher_temp_warmup="auto")
+        config = DINOConfig(
+            num_prototypes="auto",
+            teacher_temp="auto",
+            ema_momentum="auto",
+            teacher_temp_warmup="auto",
+            centering="auto",
+        )
         found = config.resolve(RunSize(num_samples=4495, batch_size=32, num_steps=1700))
         values = {name: found[name].value for name in found}
         assert values == {
             "num_prototypes": 256,
-            "teacher_temp": 0.04,
+            "teacher_temp": 0.02,
+            "centering": "sinkhorn",
             "ema_momentum": pytest.approx(0.988, abs=1e-3),
             "teacher_temp_warmup": 0.0,
         }
@@ -265,6 +272,10 @@ class TestAuto:
             for steps in (1_500, 6_000, 100_000)
         ]
         assert found == [256, 1024, 4096]  # 96,000 and 384,000 images by 375; 50,000 by 16
+
+    def test_a_long_run_on_few_images_has_a_moving_centre(self) -> None:
+        found = DINOConfig(teacher_temp="auto", centering="auto").resolve(RunSize(5_000, 256, 2_000))
+        assert {name: found[name].value for name in found} == {"teacher_temp": 0.04, "centering": "center"}
 
     @pytest.mark.parametrize(("width", "found"), [(512, True), (2048, False)])
     def test_narrow_heads_have_batch_norm(self, width: int, found: bool) -> None:
