@@ -196,6 +196,13 @@ class ConvNeXt(Hierarchical):
 
     @classmethod
     def arguments(cls, config: "EncoderConfig") -> dict[str, Any]:
+        for name in ("depths", "dims"):
+            given = config.model_args.get(name)
+            if isinstance(given, list) and len(given) != 4:
+                raise ValueError(
+                    f"model_args={{{name!r}: {given!r}}}: {config.arch} has four stages, not {len(given)}, such as "
+                    f"{cls.example}"
+                )
         return {"head_hidden_size": None}  # a hidden layer behind the pooling belongs to a classifier
 
     @property

@@ -59,6 +59,7 @@ def test_other_architectures_are_refused_with_the_nearest(arch: str, said: str) 
         ({"model_args": {"embed_dim": 65_536}}, "would be .* billion parameters, and 25 billion"),
         ({"model_args": {"depths": [900] * 4}}, "depths.*is larger than that of any backbone"),
         ({"model_args": {"depths": [1] * 2_000}}, "a list of 2000 values"),
+        ({"arch": "convnext_atto", "model_args": {"dims": [16, 32, 64]}}, "dims.*has four stages, not 3, such as"),
     ],
 )
 def test_settings_of_hierarchical_encoders_that_cannot_work_are_named(settings: dict, said: str) -> None:
