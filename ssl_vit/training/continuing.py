@@ -98,7 +98,7 @@ def check_run_folder(config: RunConfig) -> None:
 def go_on_as_before(config: RunConfig, num_samples: int | None) -> tuple[RunConfig, int | None]:
     """Take over what an existing run in the folder has decided.
 
-    A run that is or was lengthened keeps the numbers of its `auto` settings.
+    It keeps what its `auto` settings became, also where it was lengthened, or begun by a version with other rules.
 
     Returns:
         The settings; if the run is lengthened now, the number of steps that it had, else None.
@@ -112,8 +112,6 @@ def go_on_as_before(config: RunConfig, num_samples: int | None) -> tuple[RunConf
     saved = _read_config(path, config)
     extended = tuple((step, length) for step, length in saved.get("extended") or ())
     config = replace(config, extended=extended)
-    if not (config.extend or extended):
-        return config, None
     for name in ("objective", "optim", "data"):
         section = getattr(config, name)
         known = {key: saved[name][key] for key in vars(section) if vars(section)[key] == "auto" and key in saved[name]}
