@@ -81,7 +81,8 @@ class DINOConfig(MultiCropConfig, AnchorConfig):
     teacher_temp_warmup: float | Auto = 0.3
     """Of prototypes only: share of the run over which the teacher's temperature rises to `teacher_temp`, or auto."""
     centering: Centering | Auto = "center"
-    """Of prototypes only: centring against collapse: a moving centre (DINO), Sinkhorn-Knopp (DINOv2), none, or auto."""
+    """Of prototypes only: centring against collapse: a moving centre (DINO), Sinkhorn-Knopp (DINOv2), or none.
+    Auto: Sinkhorn-Knopp in runs that see fewer than 384,000 images."""
     sinkhorn_iterations: int = 3
     """Of prototypes only: rounds of Sinkhorn-Knopp."""
     center_momentum: float = 0.9

@@ -12,7 +12,7 @@ _SHORT = 1024 * _SEEN  # runs that see fewer images have no time for a moving ce
 def choose_num_prototypes(num_images: int, num_seen: float = math.inf) -> int:
     """About one prototype per 16 images, and per 375 that a run of `num_seen` images sees, from 256 to 65,536.
 
-    The second limit is of short runs, in which each prototype is the nearest one of too few images to move.
+    The second limit is for short runs, where too few images come to each prototype to move it.
     """
     return min(max(2 ** round(math.log2(min(num_images / 16, num_seen / _SEEN))), 256), 65536)
 
