@@ -117,8 +117,9 @@ def warnings_of_run(config: RunConfig, encoder: Encoder, images: Images, num_ima
     if at_once < least:
         yield (
             "micro-batch: the loss takes a statistic over the images that are computed at once on all devices, "
-            f"{at_once} on one device, and {least} are the fewest that it was published with; raise batch.size and "
-            "batch.per_device (a smaller encoder or fewer local crops need less memory), or use more devices"
+            f"{at_once} on one device, and {least} are the fewest with which it is known to learn; raise "
+            "batch.size and batch.per_device (a smaller encoder or fewer local crops need less memory), or use more "
+            "devices"
         )
     yield from _warnings_of_sizes(images, encoder)
     if config.data.tile_size is None:

@@ -15,7 +15,8 @@ from ssl_vit.objectives.recipes import choose_num_prototypes
 RECIPE_LR = {"linear": 5e-4, "sqrt": 4e-3}
 """optim.base_lr of DINO and of DINOv2, by optim.lr_scaling."""
 LEAST_AT_ONCE = 64
-"""Images of a micro-batch of all processes, the fewest that the losses with a statistic over it were published with."""
+"""Images of a micro-batch of all processes: the fewest with which losses that take a statistic over it are known to
+learn."""
 _SMALL_AT_ONCE = f"batch.size {{}} is small: {LEAST_AT_ONCE} or more, without accumulation."
 
 

@@ -117,10 +117,9 @@ class DINOConfig(MultiCropConfig, AnchorConfig):
             teacher_temp=None if self.teacher_temp == "auto" else self.teacher_temp,
             teacher_images=self.teacher_images if self.has_prototypes else self.coding_teacher_images,
         )
-        narrow = self.has_prototypes and self.hidden_dim < 1024
         found["head_batch_norm"] = Resolved(
-            narrow,
-            "a narrow head learns little without it" if narrow else "as published",
+            self._has_narrow_head,
+            "a narrow head learns little without it" if self._has_narrow_head else "as published",
         )
         return {name: found[name] for name in self._auto() if name in found}
 
@@ -131,8 +130,13 @@ class DINOConfig(MultiCropConfig, AnchorConfig):
 
     @property
     def least_at_once(self) -> int:
-        """Images of a micro-batch of all processes that the loss needs."""
-        return 0 if self.has_prototypes else LEAST_AT_ONCE
+        """Images of a micro-batch of all processes that the loss, or batch norm in the head, needs."""
+        has_norm = self._has_narrow_head if self.head_batch_norm == "auto" else self.head_batch_norm
+        return LEAST_AT_ONCE if has_norm or not self.has_prototypes else 0
+
+    @property
+    def _has_narrow_head(self) -> bool:
+        return self.has_prototypes and self.hidden_dim < 1024
 
     def check_resolved(self) -> None:
         """Refuse a setting that is still `auto`."""
