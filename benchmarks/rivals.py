@@ -1,10 +1,11 @@
-"""lightly's examples of MAE and DINO on our images and backbone, judged as our runs are (extra `bench`).
+"""lightly's examples of MAE, DINO and DINOv2 on our images and backbone, judged as our runs are (extra `bench`).
 
 python -m benchmarks.rivals JOB.json    trains one of them; `benchmark.py recipes` writes the job
 
 What the examples fix stays: heads, decoder, losses, temperatures, optimizer, rate, batch and the views' colours
-(lightly 1.5, examples/pytorch/mae.py and dino.py). Sizes are ours: the images', the crops' and the backbone's, for
-which the examples take a ViT-B/32 or a ResNet-18 at 224 pixels. Images are decoded beforehand.
+(lightly 1.5, examples/pytorch/mae.py, dino.py and dinov2.py). Sizes are ours: the images', the crops' and the
+backbone's, for which the examples take larger ones at 224 pixels. Images are decoded beforehand. One setting is not
+the example's: DINOv2 has 2,048 prototypes, as DINO does, since its 65,536 would take most of a CPU's time.
 """
 
 import copy
@@ -33,9 +34,9 @@ from ssl_vit.models.vit import ViT
 from ssl_vit.training.config import RunConfig, parse_run
 from ssl_vit.training.ending import open_test_source
 
-RIVALS = {"lightly_mae": "mae", "lightly_dino": "dino"}
+RIVALS = {"lightly_mae": "mae", "lightly_dino": "dino", "lightly_dinov2": "dinov2"}
 """Examples by name, each with the objective whose settings name images, backbone and judge."""
-EPOCHS = 10  # of both examples
+EPOCHS = 10  # of the examples of MAE and DINO
 
 
 def train_rival(job: dict[str, Any]) -> dict[str, Any]:
@@ -49,7 +50,8 @@ def train_rival(job: dict[str, Any]) -> dict[str, Any]:
     source, test = open_source(config.data), open_test_source(config)
     encoder = config.encoder.build()
     assert isinstance(encoder, ViT), "the examples know Vision Transformers"
-    batch, transform, step = (_mae if job["name"] == "lightly_mae" else _dino)(config, encoder)
+    example = {"lightly_mae": _mae, "lightly_dino": _dino, "lightly_dinov2": _dinov2}[job["name"]]
+    batch, transform, step = example(config, encoder)
     images = _Views(source, transform)
     device = torch.device("cpu")
     dtype = autocast_dtype(resolve_precision(config.precision, device))
@@ -140,6 +142,56 @@ def _dino(config: RunConfig, encoder: ViT) -> Example:
     transform = DINOTransform(
         global_crop_size=pair(encoder.image_size)[0],
         local_crop_size=pair(settings.local_crop_size)[0],
+        normalize={"mean": config.data.mean, "std": config.data.std},
+    )
+    return 64, transform, step
+
+
+def _dinov2(config: RunConfig, encoder: ViT) -> Example:
+    from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss  # pyright: ignore[reportMissingImports]
+    from lightly.models.modules import DINOv2ProjectionHead, MaskedVisionTransformerTIMM  # pyright: ignore[reportMissingImports]
+    from lightly.models.utils import random_block_mask, update_drop_path_rate, update_momentum  # pyright: ignore[reportMissingImports]
+    from lightly.transforms import DINOTransform  # pyright: ignore[reportMissingImports]
+    from lightly.utils.scheduler import cosine_schedule, linear_warmup_schedule  # pyright: ignore[reportMissingImports]
+
+    settings: Any = config.objective
+    student = MaskedVisionTransformerTIMM(vit=encoder.vit, antialias=False, pos_embed_initialization="skip")
+    teacher = copy.deepcopy(student).requires_grad_(False).eval()
+    update_drop_path_rate(student.vit, drop_path_rate=0.1, mode="uniform")
+    head = DINOv2ProjectionHead(encoder.embed_dim, output_dim=2048)
+    teacher_head = DINOv2ProjectionHead(encoder.embed_dim, output_dim=2048).requires_grad_(False).eval()
+    dino, ibot, koleo = DINOLoss(output_dim=2048), IBOTPatchLoss(output_dim=2048), KoLeoLoss()
+    optimizer = torch.optim.AdamW([*student.parameters(), *head.parameters()], lr=0.001)
+
+    def step(views: list[Tensor], progress: float) -> None:
+        images = torch.cat(views[:2])
+        block_mask = random_block_mask((len(images), *encoder.grid_size))
+        mask = nn.functional.pad(block_mask.flatten(1), (1, 0))  # the class token stays
+        temperature = linear_warmup_schedule(
+            step=round(1000 * progress), warmup_steps=600, start_value=0.04, end_value=0.07
+        )
+        with torch.no_grad():
+            features = teacher.encode(images)
+            targets, masked_targets = teacher_head(features[:, 0]), teacher_head(features[mask])
+        features = student.encode(images, mask=mask)
+        tokens = features[:, 0]
+        outputs = torch.cat([head(tokens), head(student.encode(torch.cat(views[2:]))[:, 0])])
+        loss = dino(targets.chunk(2), outputs.chunk(len(views)), teacher_temp=temperature)
+        loss = loss + ibot(masked_targets, head(features[mask]), mask=block_mask, teacher_temp=temperature)
+        loss = loss + 0.1 * sum(koleo(part) for part in tokens.chunk(2))
+        for group in optimizer.param_groups:
+            group["weight_decay"] = cosine_schedule(round(1000 * progress), 1000, 0.04, 0.4)
+        _descend(optimizer, loss)
+        momentum = cosine_schedule(round(1000 * progress), 1000, 0.992, 1.0)
+        update_momentum(student, teacher, m=momentum)
+        update_momentum(head, teacher_head, m=momentum)
+
+    transform = DINOTransform(
+        global_crop_size=pair(encoder.image_size)[0],
+        global_crop_scale=(0.32, 1),
+        local_crop_size=pair(settings.local_crop_size)[0],
+        local_crop_scale=(0.05, 0.32),
+        n_local_views=8,
         normalize={"mean": config.data.mean, "std": config.data.std},
     )
     return 64, transform, step
