@@ -54,7 +54,7 @@ def split_sources(
     seed: int = 0,
     setting: str = "evaluation.source",
 ) -> Split:
-    """Choose labelled images to learn from and to test on; of variants of one image only the first.
+    """Choose labelled images to learn from and to test on; of pages or tiles of one file only the first.
 
     Test labels are those of the training source; see `align_classes`.
 

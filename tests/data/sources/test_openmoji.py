@@ -1,6 +1,6 @@
 import io
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
@@ -41,16 +41,11 @@ def _points(code: str) -> tuple[int, ...]:
     return tuple(int(point, 16) for point in code.split("-"))
 
 
-def _has_tone(code: str) -> bool:
-    return any(0x1F3FB <= point <= 0x1F3FF for point in _points(code))
-
-
 def test_counts_of_openmoji_17(rows):
-    assert len(rows) == 4495
-    pairs = zip(rows["code"], rows["label"], strict=True)
-    plain = Counter(label for code, label in pairs if not _has_tone(code))
-    unlabelled = plain.pop(-1)
-    assert {openmoji.GROUP_NAMES[label]: count for label, count in plain.items()} == {
+    assert len(rows) == 2460
+    counts = Counter(rows["label"])
+    unlabelled = counts.pop(-1)
+    assert {openmoji.GROUP_NAMES[label]: count for label, count in counts.items()} == {
         "Smileys & Emotion": 171,
         "People & Body": 388,
         "Animals & Nature": 160,
@@ -61,8 +56,9 @@ def test_counts_of_openmoji_17(rows):
         "Symbols": 224,
         "Flags": 270,
     }
-    assert sum(plain.values()) == 1914  # all that Unicode 17 lists without a skin tone
+    assert sum(counts.values()) == 1914  # all that Unicode 17 lists without a skin tone
     assert unlabelled == 546
+    assert not any(0x1F3FB <= point <= 0x1F3FF for code in rows["code"] for point in _points(code))
 
 
 @pytest.mark.parametrize(
@@ -81,42 +77,13 @@ def test_counts_of_openmoji_17(rows):
         ("1F3F3-FE0F-200D-1F7E5", None),
         ("1F431-200D-1F4BB", None),
         ("1F468-200D-1F4BB", "People & Body"),
-        ("1F469-1F3FD-200D-1FAA9", None),
         ("1F1EB", None),  # half a flag
-        ("1F3FB", None),  # a skin tone alone
         ("E000", None),
         ("30", None),
     ],
 )
 def test_group_of_a_sequence(code: str, group: str | None):
     assert openmoji.unicode_group(_points(code)) == group
-
-
-@pytest.mark.parametrize(
-    ("variant", "base"),
-    [
-        ("1F44D-1F3FE", "1F44D"),
-        ("26F9-1F3FB-200D-2640-FE0F", "26F9-FE0F-200D-2640-FE0F"),
-        ("1FAF1-1F3FB-200D-1FAF2-1F3FF", "1F91D"),
-        ("1F468-1F3FB-200D-1F91D-200D-1F468-1F3FF", "1F46C"),
-        ("1F9D1-1F3FB-200D-2764-FE0F-200D-1F9D1-1F3FF", "1F491"),
-    ],
-)
-def test_base_of_a_skin_tone_variant(variant: str, base: str):
-    assert openmoji.base_code(_points(variant)) == openmoji.base_code(_points(base))
-
-
-def test_skin_tone_variants_share_group_and_label_with_their_base(rows):
-    members = defaultdict(list)
-    for code, label, group in zip(rows["code"], rows["label"], rows["group"], strict=True):
-        members[group].append((code, label))
-    assert len(members) == 2460 + 5  # images without a tone, and the five tones themselves
-    for variants in members.values():
-        assert len({label for _, label in variants}) == 1
-        is_tone_alone = len(variants) == 1 and "-" not in variants[0][0]
-        assert is_tone_alone or sum(not _has_tone(code) for code, _ in variants) == 1
-    # None; five tones; five tones and twenty pairs of different ones, whose spelling differs from the base's.
-    assert Counter(map(len, members.values())) == {1: 2135, 6: 311, 26: 19}
 
 
 def test_rows_are_in_the_order_of_code_points(rows):
@@ -141,14 +108,13 @@ def test_no_image_is_blank(rows):
 
 
 def test_open_source(source):
-    assert len(source) == 4495
+    assert len(source) == 2460
     assert source.image(17, 3).shape == (3, 96, 96)
     assert source.class_names == openmoji.GROUP_NAMES
     assert source.labels is not None
     assert source.labels.dtype == np.int64
-    assert int((source.labels >= 0).sum()) == 1914 + 2030
-    assert source.groups is not None
-    assert len(np.unique(source.groups)) == 2465
+    assert int((source.labels >= 0).sum()) == 1914
+    assert source.groups is None
     assert source.attribution is not None
     assert "CC BY-SA 4.0 (https://openmoji.org)" in source.attribution
 
@@ -176,7 +142,7 @@ def _caches(folder) -> int:
 def test_cache_depends_on_version_size_and_format(rows, cache, monkeypatch):
     monkeypatch.setattr(openmoji, "_open_font", lambda path, size: ([(65,)], ImageFont.load_default()))
     before = _caches(cache)
-    assert len(openmoji.load()) == 4495  # not drawn again
+    assert len(openmoji.load()) == 2460  # not drawn again
     assert _caches(cache) == before
     assert len(openmoji.load(size=48)) == 1
     assert _caches(cache) == before + 1
