@@ -29,6 +29,7 @@ DEFAULTS = RunConfig(
         teacher_temp_warmup="auto",
         ema_momentum="auto",
         freeze_last_layer="auto",
+        blur_sigma="auto",
     ),
     epochs=100,
     encoder=EncoderConfig(arch="vit_small_patch16_224", drop_path_rate=0.1),

@@ -29,6 +29,7 @@ DEFAULTS = RunConfig(
         ema_momentum="auto",
         freeze_last_layer="auto",
         koleo_weight="auto",
+        blur_sigma="auto",
     ),
     epochs=100,
     encoder=EncoderConfig(

@@ -21,7 +21,7 @@ from ssl_vit.training.optim import OptimConfig
 
 # VISReg's recipe for Imagenette: a rate of 1e-3 for batches of 128, and a thousandth of it at the end.
 DEFAULTS = RunConfig(
-    objective=LeJEPAConfig(),
+    objective=LeJEPAConfig(blur_sigma="auto"),
     epochs=200,
     encoder=EncoderConfig("vit_small_patch16_224"),
     batch=BatchConfig(size=128),

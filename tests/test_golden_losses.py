@@ -13,12 +13,13 @@ import torch
 from tests.conftest import GOLDEN, loss_tolerance, losses, machine
 
 FILE = GOLDEN / "losses.json"
+BLUR = "--objective.blur_sigma=[0.1,2.0]"
 FLAGS = {
     "mae": [],
-    "dino": ["--objective.num_prototypes=64"],
-    "dinov2": ["--objective.num_prototypes=64", "--batch.per_device=4"],
-    "simdino": [],
-    "simdinov2": [],
+    "dino": ["--objective.num_prototypes=64", BLUR],
+    "dinov2": ["--objective.num_prototypes=64", "--batch.per_device=4", BLUR],
+    "simdino": [BLUR],
+    "simdinov2": [BLUR],
 }
 
 

@@ -30,7 +30,7 @@ from ssl_vit.objectives.collapse import (
 from ssl_vit.objectives.heads import DINOHead
 from ssl_vit.objectives.objective import ParamGroup, Resolved, RunSize, Taken
 from ssl_vit.objectives.prototype_loss import cross_entropy, dino_prototype_loss, num_terms
-from ssl_vit.objectives.recipes import resolve_distillation
+from ssl_vit.objectives.recipes import resolve_blur, resolve_distillation
 from ssl_vit.objectives.teacher import Teacher
 from ssl_vit.objectives.views import ViewsObjective, by_size
 
@@ -117,6 +117,7 @@ class DINOConfig(MultiCropConfig, AnchorConfig):
             teacher_temp=None if self.teacher_temp == "auto" else self.teacher_temp,
             teacher_images=self.teacher_images if self.has_prototypes else self.coding_teacher_images,
         )
+        found["blur_sigma"] = resolve_blur(size)
         found["head_batch_norm"] = Resolved(
             self._has_narrow_head,
             "a narrow head learns little without it" if self._has_narrow_head else "as published",

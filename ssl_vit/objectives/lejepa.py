@@ -20,6 +20,7 @@ from ssl_vit.objectives.anchor import AnchorConfig
 from ssl_vit.objectives.collapse import LEAST_AT_ONCE, diagnose_views, feature_std, rankme
 from ssl_vit.objectives.heads import BatchNorm
 from ssl_vit.objectives.objective import Resolved, RunSize
+from ssl_vit.objectives.recipes import resolve_blur
 from ssl_vit.objectives.views import ViewsObjective, by_size
 
 PUBLISHED_WEIGHTS = {"visreg": 0.6, "sigreg": 0.05}
@@ -60,9 +61,10 @@ class LeJEPAConfig(MultiCropConfig, AnchorConfig):
         return PUBLISHED_WEIGHTS[self.regulariser] if self.weight == "auto" else self.weight
 
     def resolve(self, size: RunSize) -> dict[str, Resolved]:
-        """The weight, if it is `auto`."""
-        reason = f"the published one of {self.regulariser}"
-        return {"weight": Resolved(self.resolved_weight, reason)} if self.weight == "auto" else {}
+        """Values of the `auto` settings, by name, each with its reason."""
+        weight = Resolved(self.resolved_weight, f"the published one of {self.regulariser}")
+        found = {"weight": weight, "blur_sigma": resolve_blur(size)}
+        return {name: value for name, value in found.items() if getattr(self, name) == "auto"}
 
     def build(self, encoder: Encoder) -> "LeJEPA":
         """Build the objective on an encoder."""

@@ -48,22 +48,31 @@ class RunSize:
     """Optimizer steps of the whole run."""
     num_classes: int = 0
     """Classes of the source, 0 where it has none."""
+    image_size: tuple[int, int] = (224, 224)
+    """Height and width in pixels that the encoder takes."""
+
+    @property
+    def num_seen(self) -> int:
+        """Images that the run sees, one as often as it is seen."""
+        return self.num_steps * self.batch_size
 
     @property
     def epochs(self) -> float:
         """Passes over the data."""
-        return self.num_steps * self.batch_size / self.num_samples
+        return self.num_seen / self.num_samples
 
 
 class Resolved(NamedTuple):
     """The value of an `auto` setting, and the reason for it."""
 
-    value: float | str
+    value: float | str | tuple[float, ...]
     reason: str
 
     def __str__(self) -> str:
-        is_text = isinstance(self.value, bool | str)
-        return f"{str(self.value).lower() if is_text else format(self.value, 'g')}: {self.reason}"
+        value = self.value
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        text = format(value, "g") if is_number else str(list(value) if isinstance(value, tuple) else value).lower()
+        return f"{text}: {self.reason}"
 
 
 @runtime_checkable

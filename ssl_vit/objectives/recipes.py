@@ -1,4 +1,4 @@
-"""Settings of self-distillation that follow from the data, the batch and the length of a run."""
+"""Settings that follow from the data, the batch, the size of images and the length of a run."""
 
 import math
 
@@ -28,7 +28,7 @@ def resolve_distillation(
         teacher_images: number of images that the paper's teacher averages over.
     """
     images, epochs = f"{size.num_samples:,} images", size.epochs
-    seen = size.num_steps * size.batch_size
+    seen = size.num_seen
     span = teacher_images / size.batch_size
     most = size.num_steps / 20
     steps = max(min(span, most), 10)
@@ -64,6 +64,15 @@ def resolve_distillation(
             round(freeze, 4), "one epoch, as the paper" if epochs >= 10 else "a tenth of the run, which is short"
         ),
     }
+
+
+def resolve_blur(size: RunSize) -> Resolved:
+    """Smallest and largest deviation of the blur: the papers' .1 and 2 pixels at 224, less for smaller images."""
+    side = min(size.image_size)
+    if side >= 224:
+        return Resolved((0.1, 2.0), "the papers'")
+    widest = max(round(2 * side / 224, 2), 0.1)
+    return Resolved((0.1, widest), f"2 pixels of the papers' 224 are as much as {widest:g} of {side}")
 
 
 def resolve_warmup(size: RunSize) -> Resolved:

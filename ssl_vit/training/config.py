@@ -208,7 +208,8 @@ class RunConfig:
             The settings, and a line for each number that says why.
         """
         num_steps = self.num_steps(num_samples)
-        size = RunSize(num_samples or num_steps * self.batch.size, self.batch.size, num_steps, num_classes)
+        images, sides = num_samples or num_steps * self.batch.size, pair(self.encoder.image_size)
+        size = RunSize(images, self.batch.size, num_steps, num_classes, sides)
         with section("objective"):
             found = self.objective.resolve(size)
         objective = dataclasses.replace(self.objective, **{name: value.value for name, value in found.items()})

@@ -88,7 +88,8 @@ class OptimConfig:
         found = {}
         if self.base_lr == "auto":
             peak = resolve_peak_lr(size, is_trained=is_trained)
-            found["base_lr"] = Resolved(float(peak.value) / self._scale(size.batch_size), peak.reason)
+            assert isinstance(peak.value, float)
+            found["base_lr"] = Resolved(peak.value / self._scale(size.batch_size), peak.reason)
         if self.warmup == "auto":
             found["warmup"] = resolve_warmup(size)
         reasons = [f"optim.{name} {value}" for name, value in found.items()]

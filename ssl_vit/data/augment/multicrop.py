@@ -57,8 +57,9 @@ class MultiCropConfig(OrientationConfig):
     """Probability of blur for the first global crop, the second, and local crops, or a preset: dino = [1, .1, .5];
     dinov2 = [0, .9, .5], with which its released models were trained by an oversight, and its kernel of 9 pixels, which
     truncates the widest blurs."""
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """Smallest and largest standard deviation of the blur in pixels."""
+    blur_sigma: tuple[float, float] | Literal["auto"] = (0.1, 2.0)
+    """Smallest and largest standard deviation of the blur in pixels. auto: the papers', .1 and 2, for images of 224
+    pixels and larger, and in proportion for smaller ones."""
     solarize_prob: tuple[float, float, float] = (0.0, 0.2, 0.0)
     """Probability of solarisation for the first global crop, the second, and local crops."""
 
@@ -69,7 +70,7 @@ class MultiCropConfig(OrientationConfig):
         check_ranges(self, num_local_crops="[0, inf)", **dict.fromkeys(probs, "[0, 1]"))
         if min(self.color_jitter) < 0 or self.color_jitter[3] > 0.5:
             raise ValueError(f"color_jitter={self.color_jitter!r}: must be at least 0, and hue at most 0.5")
-        if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
+        if self.blur_sigma != "auto" and not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
             raise ValueError(f"blur_sigma={self.blur_sigma!r}: needs 0 < smallest <= largest")
 
     @property
@@ -86,8 +87,13 @@ class MultiCropConfig(OrientationConfig):
         """Global crops as `spec` says, and local crops of `local_crop_size` pixels.
 
         Raises:
-            ValueError: the stride does not divide the local crops, or these are larger than the global ones.
+            ValueError: `blur_sigma` is still `auto`; the stride does not divide the local crops, or they are larger
+                than the global ones.
         """
+        if self.blur_sigma == "auto":
+            raise ValueError(
+                "blur_sigma='auto': follows from the image size; use RunConfig.resolve or give two numbers"
+            )
         if self.num_local_crops:
             check_divisible(f"local_crop_size={self.local_crop_size!r}", self.local_size, spec.stride)
         if self.num_local_crops and any(map(operator.gt, self.local_size, spec.image_size)):
@@ -107,7 +113,8 @@ class MultiCropTransform:
     """
 
     def __init__(self, config: MultiCropConfig, spec: InputSpec) -> None:
-        self.config, self.spec = config, spec
+        assert config.blur_sigma != "auto"
+        self.config, self.spec, self.blur_sigma = config, spec, config.blur_sigma
 
     def __call__(self, image: UInt8[Tensor, "c h w"], rng: np.random.Generator) -> dict[str, Tensor]:
         config = self.config
@@ -141,7 +148,7 @@ class MultiCropTransform:
                 row[_ORDER] = rng.integers(len(JITTER_ORDERS))
             row[_GREY] = rng.random() < config.grey_prob
             if rng.random() < config.blur_probs[kind]:
-                row[_SIGMA] = rng.uniform(*config.blur_sigma)
+                row[_SIGMA] = rng.uniform(*self.blur_sigma)
             row[_SOLARIZE] = rng.random() < config.solarize_prob[kind]
         return torch.from_numpy(params)
 
@@ -164,6 +171,6 @@ class MultiCropTransform:
         if self.config.blur_prob == "dinov2":
             images = gaussian_blur(images, params[:, _SIGMA], _DINOV2_RADIUS, "reflect")
         else:
-            images = gaussian_blur(images, params[:, _SIGMA], radius=math.ceil(3 * self.config.blur_sigma[1]))
+            images = gaussian_blur(images, params[:, _SIGMA], radius=math.ceil(3 * self.blur_sigma[1]))
         images = solarize(images, params[:, _SOLARIZE].bool())
         return normalize(images, self.spec.normalization)
