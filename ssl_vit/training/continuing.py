@@ -115,6 +115,8 @@ def go_on_as_before(config: RunConfig, num_samples: int | None) -> tuple[RunConf
     for name in ("objective", "optim", "data"):
         section = getattr(config, name)
         known = {key: saved[name][key] for key in vars(section) if vars(section)[key] == "auto" and key in saved[name]}
+        # YAML gives lists, settings are tuples.
+        known = {key: tuple(value) if isinstance(value, list) else value for key, value in known.items()}
         config = replace(config, **{name: replace(section, **known)})
     before = replace(config, steps=saved["steps"], epochs=saved["epochs"]).num_steps(num_samples)
     after = config.num_steps(num_samples)
