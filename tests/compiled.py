@@ -59,7 +59,8 @@ def main(kind: str, device: str = "cpu") -> None:
             with graphs.active():
                 found += loss_and_gradients(objective, batch)
     for own, other in zip(found, wanted * (len(found) // len(wanted)), strict=True):
-        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+        # Rounding alone: with AVX-512 one gradient of a hybrid, near 6, differs by 1.2e-4 of itself.
+        torch.testing.assert_close(own, other, rtol=3e-4, atol=1e-5)
     with torch.compiler.set_stance("force_eager"):
         assert torch.equal(loss_and_gradients(objective, batch)[0], wanted[0])
 
