@@ -69,10 +69,9 @@ class Resolved(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        value = self.value
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        text = format(value, "g") if is_number else str(list(value) if isinstance(value, tuple) else value).lower()
-        return f"{text}: {self.reason}"
+        value = list(self.value) if isinstance(self.value, tuple) else self.value
+        is_text = isinstance(value, bool | str | list)
+        return f"{str(value).lower() if is_text else format(value, 'g')}: {self.reason}"
 
 
 @runtime_checkable
