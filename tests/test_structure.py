@@ -31,7 +31,7 @@ def test_a_pre_training_loads_nothing_that_it_does_not_use() -> None:
     others = ("ssl_vit.doctor", "ssl_vit.export", "benchmarks", "ssl_vit.objectives.dino", "ssl_vit.evaluation.command")
     assert not [name for name in loaded if name.startswith(others)]
     packages = {".".join(file.parent.relative_to(ROOT).parts) for file in (ROOT / "ssl_vit").rglob("__init__.py")}
-    assert len(set(loaded) - packages) <= 98  # a new one is a decision; packages' own files hold a docstring alone
+    assert len(set(loaded) - packages) <= 99  # a new one is a decision; packages' own files hold a docstring alone
 
 
 @pytest.mark.parametrize("front", FRONTS)

@@ -46,6 +46,10 @@ def runs(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         add(f"{objective}_ddp", objective, *flags)
         add(f"{objective}_fsdp", objective, *flags, fsdp2=True)
         add(f"{objective}_nan", objective, *flags, plant=["nan", 1, [2]])
+    for kind in ("ddp", "fsdp"):
+        muon = ["--optim.optimizer=muon", "--optim.clip_grad=0.5", "--batch.per_device=2"]
+        add(f"muon_{kind}", "dino", *muon, fsdp2=kind == "fsdp")
+        add(f"muon_{kind}_nan", "dino", *muon, fsdp2=kind == "fsdp", plant=["nan", 1, [2]])
     flags = ["--optim.clip_grad=0.5", "--batch.per_device=2", "--optim.clip_over=parameter"]
     for fsdp2, limit in ((False, [ONE_STEP]), (True, [ONE_STEP]), (False, [])):
         add("switched", "dino", *flags, *limit, fsdp2=fsdp2)
@@ -70,7 +74,9 @@ def runs(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return {job["name"]: (desk / job["name"], code) for job, code in zip(jobs, codes, strict=True)}
 
 
-@pytest.mark.parametrize("name", ["mae_nan", "dino_nan", "dinov2_nan", "fsdp_nan", "inf"])
+@pytest.mark.parametrize(
+    "name", ["mae_nan", "dino_nan", "dinov2_nan", "fsdp_nan", "muon_ddp_nan", "muon_fsdp_nan", "inf"]
+)
 def test_what_is_not_finite_in_one_process_skips_the_step_in_both(
     runs: dict[str, tuple[Path, int | str]], name: str
 ) -> None:
@@ -94,10 +100,10 @@ def test_a_run_that_stops_lists_the_samples_of_both(runs: dict[str, tuple[Path, 
     assert [sample["row"] for entry in entries[2:] for sample in entry["samples"]] == [key.index for key in keys]
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_fsdp2_learns_what_ddp_learns(runs: dict[str, tuple[Path, int | str]], objective: str) -> None:
+@pytest.mark.parametrize("name", [*OBJECTIVES, "muon"])
+def test_fsdp2_learns_what_ddp_learns(runs: dict[str, tuple[Path, int | str]], name: str) -> None:
     """With accumulation, clipping, a teacher, weight norm and a layer that has no moments yet."""
-    (ddp, _), (fsdp, code) = runs[f"{objective}_ddp"], runs[f"{objective}_fsdp"]
+    (ddp, _), (fsdp, code) = runs[f"{name}_ddp"], runs[f"{name}_fsdp"]
     assert code == 0
     assert losses(fsdp) == pytest.approx(losses(ddp), rel=1e-4)
     expected, found = state_at(ddp, STEPS), state_at(fsdp, STEPS)

@@ -168,7 +168,7 @@ def _examine_run(
         epochs=num_steps * config.batch.size / len(learned),
         device=device_name(device),
         cores=num_cpus(),
-        memory_mib=model_memory(objective),
+        memory_mib=model_memory(objective, config.optim),
     )
     if not images.num_readable:
         return run, problems, []

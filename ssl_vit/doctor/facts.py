@@ -193,7 +193,7 @@ class RunFacts:
         held = f"parameters {memory.parameters:,.0f}{teacher} + gradients {memory.gradients:,.0f}"
         return [
             *lines,
-            ("memory", f"{memory.total:,.0f} MiB = {held} + AdamW {memory.optimizer:,.0f}"),
+            ("memory", f"{memory.total:,.0f} MiB = {held} + optimizer {memory.optimizer:,.0f}"),
             ("", f"and activations, {activations}"),
         ]
 

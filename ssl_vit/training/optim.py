@@ -1,4 +1,4 @@
-"""AdamW over an objective's parameter groups; learning rate and decay are set from progress before every step."""
+"""An optimizer over an objective's parameter groups; rate and decay are set from progress before every step."""
 
 import math
 from dataclasses import dataclass, replace
@@ -13,12 +13,16 @@ from ssl_vit.core.schedules import cosine, warmup_cosine, warmup_drop, warmup_li
 from ssl_vit.core.settings import check_ranges
 from ssl_vit.objectives.objective import Objective, ParamGroup, Resolved, RunSize
 from ssl_vit.objectives.recipes import resolve_peak_lr, resolve_warmup
+from ssl_vit.training.muon import Muon
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW (Loshchilov & Hutter 2019) with warm-up and cosine decay, both per step."""
+    """The optimizer, with warm-up and cosine decay, both per step."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw (Loshchilov & Hutter 2019), or muon (Jordan et al. 2024): for the weight matrices of blocks, with adamw at
+    the same rate for all else."""
     base_lr: float | Literal["auto"] = 1.5e-4
     """Learning rate for a global batch of 256; see lr_scaling. auto: what gives a peak rate of 1e-3, less in batches of
     fewer than 64 images, and a twentieth of it from trained weights; for pre-training on one or a few devices."""
@@ -124,22 +128,45 @@ class OptimConfig:
 
 
 def build_optimizer(objective: Objective, config: OptimConfig, precision: str = "no") -> torch.optim.AdamW:
-    """AdamW with one group for each of the objective's parameter groups."""
-    groups = [
-        {
-            "params": [parameter for _, parameter in group.params],
-            "lr_scale": group.lr_scale,
-            "weight_decay_scale": group.weight_decay_scale,
-            "freeze_until": group.freeze_until,
-            "unfreeze_ramp": group.unfreeze_ramp,
-        }
-        for group in parameter_groups(objective, config)
-        if group.params
-    ]
+    """The optimizer with one group for each of the objective's parameter groups, or two: Muon's and AdamW's."""
     # lr and weight_decay are those of progress 0; set_schedule writes both before every step.
     # Under fp16 the fused kernel would skip an overflowed step by itself, and the teacher would not know that it must.
-    fused = precision != "fp16"
-    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=fused)
+    settings: dict[str, Any] = {
+        "lr": 0.0,
+        "betas": config.betas,
+        "weight_decay": config.weight_decay,
+        "fused": precision != "fp16",
+    }
+    groups = parameter_groups(objective, config)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW([_as_torch(group) for group in groups if group.params], **settings)
+    split = []
+    for group in groups:
+        parts: tuple[list[Any], list[Any]] = ([], [])
+        for name, parameter in group.params:
+            parts[is_matrix_of_block(name, parameter)].append((name, parameter))
+        for use_muon, params in enumerate(parts):
+            if params:
+                split.append(_as_torch(replace(group, params=params)) | {"use_muon": bool(use_muon)})
+    return Muon(split, dtype=torch.bfloat16 if precision == "bf16" else torch.float32, **settings)
+
+
+def _as_torch(group: ParamGroup) -> dict[str, Any]:
+    return {
+        "params": [parameter for _, parameter in group.params],
+        "lr_scale": group.lr_scale,
+        "weight_decay_scale": group.weight_decay_scale,
+        "freeze_until": group.freeze_until,
+        "unfreeze_ramp": group.unfreeze_ramp,
+    }
+
+
+def is_matrix_of_block(name: str, parameter: Tensor) -> bool:
+    """Whether Muon trains it: the weight of a layer in a list named `blocks` or `..._blocks` that mixes channels.
+
+    Depthwise convolutions, tables of positions, first layers and heads are AdamW's.
+    """
+    return "blocks." in name and name.endswith(".weight") and parameter.ndim > 1 and parameter.shape[1] > 1
 
 
 def parameter_groups(objective: Objective, config: OptimConfig) -> list[ParamGroup]:

@@ -54,7 +54,7 @@ def test_it_is_outside_of_parameters_state_optimizer_and_modules() -> None:
     optimizer = build_optimizer(learner, OptimConfig())
     known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     assert not known & {id(parameter) for parameter in model.parameters()}
-    held = model_memory(learner)
+    held = model_memory(learner, OptimConfig())
     assert held.teacher == pytest.approx(sum(parameter.nbytes for parameter in model.parameters()) / 2**20)
     assert held.gradients == pytest.approx(held.parameters - held.teacher)
 

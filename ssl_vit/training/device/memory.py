@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ssl_vit.core.settings import section
 from ssl_vit.objectives.objective import Objective
 from ssl_vit.training.config import RunConfig
+from ssl_vit.training.optim import OptimConfig, is_matrix_of_block
 
 _MIB = 2**20
 _LIKELY_IMAGES = 10_000  # where settings are checked before it is known how many there are
@@ -47,18 +48,21 @@ class Memory:
     """The teacher's among them."""
     gradients: float
     optimizer: float
-    """AdamW's two moments."""
+    """AdamW's two moments of each parameter; Muon has one."""
     total: float
 
 
-def model_memory(objective: Objective) -> Memory:
+def model_memory(objective: Objective, config: OptimConfig) -> Memory:
     """Memory of parameters and what belongs to each of them; the objective may be on the meta device."""
     named = list(objective.named_parameters())
     frozen = sum(model.num_bytes for model in objective.frozen)
     held = (frozen + sum(parameter.nbytes for _, parameter in named)) / _MIB
     teacher = (frozen + sum(parameter.nbytes for name, parameter in named if name.startswith("teacher_"))) / _MIB
-    learns = sum(parameter.nbytes for _, parameter in named if parameter.requires_grad) / _MIB
-    return Memory(held, teacher, gradients=learns, optimizer=2 * learns, total=held + 3 * learns)
+    learned = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    gradients = sum(parameter.nbytes for _, parameter in learned) / _MIB
+    by_muon = [p.nbytes for name, p in learned if config.optimizer == "muon" and is_matrix_of_block(name, p)]
+    optimizer = 2 * gradients - sum(by_muon) / _MIB
+    return Memory(held, teacher, gradients, optimizer, total=held + gradients + optimizer)
 
 
 def saved_for_backward(module: nn.Module, forward_backward: Callable[[], None]) -> float:

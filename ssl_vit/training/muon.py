@@ -1,0 +1,87 @@
+"""Muon for the weight matrices of blocks, AdamW for all else, in one optimizer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+MOMENTUM = 0.95
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_NUM_STEPS = 5
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, except for the parameters of groups with `use_muon`: those take steps of Muon.
+
+    Such a step is the momentum of the gradients, looked ahead as Nesterov's and made orthogonal (Jordan et al. 2024,
+    "Muon"). It is scaled by .2 times the root of the matrix's longer side (Liu et al. 2025, arXiv 2502.16982, eq. 4),
+    which makes it as large as AdamW's, so that both share learning rate and weight decay.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, dtype: torch.dtype, **settings: Any) -> None:
+        """
+        Args:
+            groups: as for AdamW, each with `use_muon`; where it is true, of weights of two or more dimensions.
+            dtype: the one in which matrices are made orthogonal.
+            settings: AdamW's.
+        """
+        super().__init__(groups, **settings)
+        self._dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take a step, unless `found_inf` says that a gradient is not finite; no gradient of a matrix is left."""
+        for group in self.param_groups:
+            for parameter in group["params"] if group["use_muon"] else ():
+                if parameter.grad is not None:
+                    self._descend(parameter, parameter.grad, group["lr"], group["weight_decay"])
+                    parameter.grad = None  # so that AdamW passes it by
+        return super().step(closure)
+
+    def _descend(self, parameter: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)  # which AdamW expects of every state it loads
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        momentum = state["momentum_buffer"].lerp(gradient, 1 - MOMENTUM)
+        direction = orthogonal(gradient.lerp(momentum, MOMENTUM), self._dtype)
+        scale = 0.2 * max(parameter.shape[0], parameter[0].numel()) ** 0.5
+        after = parameter * (1 - lr * weight_decay) - direction * (lr * scale)
+        is_bad = getattr(self, "found_inf", None)  # on the device, as for AdamW's fused kernel
+        for old, new in (
+            (state["step"], state["step"] + 1),
+            (state["momentum_buffer"], momentum),
+            (parameter, after),
+        ):
+            held, found = _local(old), _local(new)
+            held.copy_(found if is_bad is None else torch.where(is_bad > 0, held, found))
+
+
+def orthogonal(matrix: Float[Tensor, "m n *rest"], dtype: torch.dtype) -> Float[Tensor, "m n *rest"]:
+    """Nearly U V^T of a matrix U S V^T, by five steps of a Newton-Schulz iteration in `dtype`.
+
+    Further dimensions are counted among the columns. Singular values end between .7 and 1.2, but for very small ones.
+    Shards are gathered first, every process computes the whole, and each keeps its shard.
+    """
+    whole = matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
+    x = whole.flatten(1).to(dtype)
+    is_tall = x.shape[0] > x.shape[1]
+    x = x.T if is_tall else x
+    x = x / x.norm().clamp(min=1e-7)
+    a, b, c = _COEFFICIENTS
+    for _ in range(_NUM_STEPS):
+        square = x @ x.T
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    found = (x.T if is_tall else x).reshape(whole.shape).to(whole.dtype)
+    if isinstance(matrix, DTensor):
+        everywhere = DTensor.from_local(found, matrix.device_mesh, [Replicate()] * matrix.device_mesh.ndim)
+        return everywhere.redistribute(placements=matrix.placements)
+    return found
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's shard of a tensor, in the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
