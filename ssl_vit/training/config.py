@@ -157,8 +157,9 @@ class RunConfig:
         for name in ("layer_decay", "patch_embed_lr"):
             if getattr(self.optim, name) != 1 and hasattr(self.objective, name):
                 raise ValueError(f"optim.{name}={getattr(self.optim, name)!r}: this objective has objective.{name}")
-        if self.optim.base_lr == "auto" and hasattr(self.objective, "num_classes"):
-            raise ValueError("optim.base_lr='auto': is for learning without labels; give a number, such as 5e-4")
+        for name, example in (("base_lr", "a number, such as 5e-4"), ("optimizer", "adamw or muon")):
+            if getattr(self.optim, name) == "auto" and hasattr(self.objective, "num_classes"):
+                raise ValueError(f"optim.{name}='auto': is for learning without labels; give {example}")
         if self.optim.freeze_backbone_until and self.encoder.pretrained is None:
             raise ValueError(
                 f"optim.freeze_backbone_until={self.optim.freeze_backbone_until!r}: fixes the weights that a run "

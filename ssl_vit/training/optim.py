@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from ssl_vit.core.schedules import cosine, warmup_cosine, warmup_drop, warmup_linear
 from ssl_vit.core.settings import check_ranges
 from ssl_vit.objectives.objective import Objective, ParamGroup, Resolved, RunSize
-from ssl_vit.objectives.recipes import resolve_peak_lr, resolve_warmup
+from ssl_vit.objectives.recipes import resolve_optimizer, resolve_peak_lr, resolve_warmup
 from ssl_vit.training.muon import Muon
 
 
@@ -20,12 +20,12 @@ from ssl_vit.training.muon import Muon
 class OptimConfig:
     """The optimizer, with warm-up and cosine decay, both per step."""
 
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw (Loshchilov & Hutter 2019), or muon (Jordan et al. 2024): for the weight matrices of blocks, with adamw at
-    the same rate for all else."""
+    optimizer: Literal["adamw", "muon", "auto"] = "adamw"
+    """adamw (Loshchilov & Hutter 2019); muon (Jordan et al. 2024) for the weight matrices of blocks, with adamw at the
+    same rate for all else; or auto: muon from fresh weights, adamw from trained ones; for pre-training."""
     base_lr: float | Literal["auto"] = 1.5e-4
-    """Learning rate for a global batch of 256; see lr_scaling. auto: what gives a peak rate of 1e-3, less in batches of
-    fewer than 64 images, and a twentieth of it from trained weights; for pre-training on one or a few devices."""
+    """Learning rate for a global batch of 256; see lr_scaling. auto: what gives a peak rate of 1e-3 (muon 2e-3), less
+    in batches of fewer than 64 images, and 5e-5 from trained weights; for pre-training on one or a few devices."""
     lr_scaling: Literal["linear", "sqrt"] = "linear"
     """Peak rate: base_lr x batch / 256 (linear), or base_lr x sqrt(batch / 1024) (sqrt, DINOv2)."""
     min_lr: float = 0.0
@@ -89,15 +89,20 @@ class OptimConfig:
         Returns:
             The settings, and a line for each number that says why.
         """
-        found = {}
+        found: dict[str, Resolved] = {}
+        optimizer = self.optimizer
+        if optimizer == "auto":
+            found["optimizer"] = resolve_optimizer(is_trained=is_trained)
+            optimizer = str(found["optimizer"].value)
         if self.base_lr == "auto":
-            peak = resolve_peak_lr(size, is_trained=is_trained)
+            peak = resolve_peak_lr(size, is_trained=is_trained, optimizer=optimizer)
             assert isinstance(peak.value, float)
             found["base_lr"] = Resolved(peak.value / self._scale(size.batch_size), peak.reason)
         if self.warmup == "auto":
             found["warmup"] = resolve_warmup(size)
         reasons = [f"optim.{name} {value}" for name, value in found.items()]
-        return replace(self, **{name: value.value for name, value in found.items()}), reasons
+        values: dict[str, Any] = {name: value.value for name, value in found.items()}
+        return replace(self, **values), reasons
 
     def peak_lr(self, batch_size: int) -> float:
         """Learning rate after warm-up for a global batch of `batch_size` images.
@@ -128,7 +133,13 @@ class OptimConfig:
 
 
 def build_optimizer(objective: Objective, config: OptimConfig, precision: str = "no") -> torch.optim.AdamW:
-    """The optimizer with one group for each of the objective's parameter groups, or two: Muon's and AdamW's."""
+    """The optimizer with one group for each of the objective's parameter groups, or two: Muon's and AdamW's.
+
+    Raises:
+        ValueError: `optimizer` is still `auto`.
+    """
+    if config.optimizer == "auto":
+        raise ValueError("optim.optimizer='auto': follows from a run; use RunConfig.resolve or name one")
     # lr and weight_decay are those of progress 0; set_schedule writes both before every step.
     # Under fp16 the fused kernel would skip an overflowed step by itself, and the teacher would not know that it must.
     settings: dict[str, Any] = {

@@ -9,6 +9,7 @@ from ssl_vit.models.vit import ViT
 from ssl_vit.objectives.dino import DINO, DINOConfig
 from ssl_vit.objectives.mae import MAE, MAEConfig
 from ssl_vit.objectives.objective import Objective, ParamGroup, RunSize
+from ssl_vit.training.muon import Muon
 from ssl_vit.training.optim import (
     OptimConfig,
     build_optimizer,
@@ -191,6 +192,21 @@ def test_the_peak_rate_that_auto_chooses(lr_scaling: Literal["linear", "sqrt"], 
     assert trained.peak_lr(batch_size) == pytest.approx(peak / 20)
     assert "trained weights" in reason
     assert fresh.resolve(size, is_trained=True) == (fresh, [])
+
+
+def test_auto_takes_muon_at_twice_the_rate_from_fresh_weights_and_adamw_from_trained_ones(objective: MAE) -> None:
+    config = OptimConfig(optimizer="auto", base_lr="auto")
+    size = RunSize(num_samples=5_000, batch_size=64, num_steps=100)
+    with pytest.raises(ValueError, match=r"optim\.optimizer='auto'"):
+        build_optimizer(objective, config)
+    fresh, reasons = config.resolve(size, is_trained=False)
+    assert (fresh.optimizer, fresh.peak_lr(64)) == ("muon", pytest.approx(2e-3))
+    assert isinstance(build_optimizer(objective, fresh), Muon)
+    assert [reason.split(":")[0] for reason in reasons] == ["optim.optimizer muon", "optim.base_lr 0.008"]
+    trained, _ = config.resolve(size, is_trained=True)
+    assert (trained.optimizer, trained.peak_lr(64)) == ("adamw", pytest.approx(5e-5))
+    named, _ = OptimConfig(optimizer="muon", base_lr="auto").resolve(size, is_trained=False)
+    assert named.peak_lr(64) == pytest.approx(2e-3)
 
 
 @pytest.mark.parametrize(
