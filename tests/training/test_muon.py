@@ -1,5 +1,6 @@
 """Muon: beside torch's, on the right weights, and through kills, skipped steps, freezing and accumulation."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from ssl_vit.models.vit import ViT
 from ssl_vit.objectives.lejepa import LeJEPAConfig
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.training.muon import Muon, orthogonal
-from ssl_vit.training.optim import OptimConfig, build_optimizer, set_schedule
+from ssl_vit.training.optim import OptimConfig, build_optimizer, is_matrix_of_block, set_schedule
 from tests.conftest import last_weights, losses
 from tests.families import FAMILIES
 from tests.interrupted import killed_after
@@ -73,6 +74,16 @@ def test_of_a_convnext_it_takes_what_mixes_channels() -> None:
     mixing = (".mlp.fc1.weight", ".mlp.fc2.weight")
     expected = {id(parameter) for name, parameter in objective.named_parameters() if name.endswith(mixing)}
     assert {id(parameter) for parameter in muon["params"]} == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_matrices_in_each_block_and_no_table_of_positions_is_one(family: str) -> None:
+    encoder = FAMILIES[family].build()
+    found = [name for name, parameter in encoder.named_parameters() if is_matrix_of_block(name, parameter)]
+    blocks = {match[0] for name, _ in encoder.named_parameters() if (match := re.match(r".*?blocks\.\d+\.", name))}
+    assert blocks
+    assert all(any(name.startswith(block) for name in found) for block in blocks)
+    assert not [name for name in found if re.search("conv_dw|norm|table|token|pos_embed|patch_embed|stem", name)]
 
 
 def test_rate_decay_and_freezing_are_those_of_the_groups(tiny_encoder: ViT) -> None:
