@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -35,51 +34,63 @@ class Muon(torch.optim.AdamW):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take a step, unless `found_inf` says that a gradient is not finite; no gradient of a matrix is left."""
         for group in self.param_groups:
+            alike: dict[torch.Size, list[Tensor]] = {}
             for parameter in group["params"] if group["use_muon"] else ():
                 if parameter.grad is not None:
-                    self._descend(parameter, parameter.grad, group["lr"], group["weight_decay"])
-                    parameter.grad = None  # so that AdamW passes it by
+                    alike.setdefault(parameter.shape, []).append(parameter)
+            for parameters in alike.values():
+                self._descend(parameters, group["lr"], group["weight_decay"])
         return super().step(closure)
 
-    def _descend(self, parameter: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), device=parameter.device)  # which AdamW expects of every state it loads
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        momentum = state["momentum_buffer"].lerp(gradient, 1 - MOMENTUM)
-        direction = orthogonal(gradient.lerp(momentum, MOMENTUM), self._dtype)
-        scale = 0.2 * max(parameter.shape[0], parameter[0].numel()) ** 0.5
-        after = parameter * (1 - lr * weight_decay) - direction * (lr * scale)
+    def _descend(self, parameters: list[Tensor], lr: float, weight_decay: float) -> None:
+        """Step parameters of one shape."""
+        momenta, aims = [], []
+        for parameter in parameters:
+            assert parameter.grad is not None
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), device=parameter.device)  # which AdamW expects of every state it loads
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            momenta.append(state["momentum_buffer"].lerp(parameter.grad, 1 - MOMENTUM))
+            aims.append(parameter.grad.lerp(momenta[-1], MOMENTUM))
+            parameter.grad = None  # so that AdamW passes it by
+        scale = lr * 0.2 * max(parameters[0].shape[0], parameters[0][0].numel()) ** 0.5
         is_bad = getattr(self, "found_inf", None)  # on the device, as for AdamW's fused kernel
-        for old, new in (
-            (state["step"], state["step"] + 1),
-            (state["momentum_buffer"], momentum),
-            (parameter, after),
-        ):
-            held, found = _local(old), _local(new)
-            held.copy_(found if is_bad is None else torch.where(is_bad > 0, held, found))
+        for parameter, momentum, direction in zip(parameters, momenta, orthogonal(aims, self._dtype), strict=True):
+            state, after = self.state[parameter], parameter * (1 - lr * weight_decay) - direction * scale
+            for old, new in (
+                (state["step"], state["step"] + 1),
+                (state["momentum_buffer"], momentum),
+                (parameter, after),
+            ):
+                held, found = _local(old), _local(new)
+                held.copy_(found if is_bad is None else torch.where(is_bad > 0, held, found))
 
 
-def orthogonal(matrix: Float[Tensor, "m n *rest"], dtype: torch.dtype) -> Float[Tensor, "m n *rest"]:
-    """Nearly U V^T of a matrix U S V^T, by five steps of a Newton-Schulz iteration in `dtype`.
+def orthogonal(matrices: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Nearly U V^T of matrices U S V^T of one shape, by five steps of a Newton-Schulz iteration in `dtype`.
 
     Further dimensions are counted among the columns. Singular values end between .7 and 1.2, but for very small ones.
     Shards are gathered first, every process computes the whole, and each keeps its shard.
     """
-    whole = matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
-    x = whole.flatten(1).to(dtype)
-    is_tall = x.shape[0] > x.shape[1]
-    x = x.T if is_tall else x
-    x = x / x.norm().clamp(min=1e-7)
+    whole = [matrix.full_tensor() if isinstance(matrix, DTensor) else matrix for matrix in matrices]
+    x = torch.stack(whole).flatten(2).to(dtype)
+    is_tall = x.shape[1] > x.shape[2]
+    x = x.mT if is_tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     a, b, c = _COEFFICIENTS
     for _ in range(_NUM_STEPS):
-        square = x @ x.T
-        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    found = (x.T if is_tall else x).reshape(whole.shape).to(whole.dtype)
-    if isinstance(matrix, DTensor):
-        everywhere = DTensor.from_local(found, matrix.device_mesh, [Replicate()] * matrix.device_mesh.ndim)
-        return everywhere.redistribute(placements=matrix.placements)
-    return found
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    found = (x.mT if is_tall else x).reshape(len(whole), *whole[0].shape).to(whole[0].dtype)
+    return [_sharded_as(matrix, part) for matrix, part in zip(matrices, found, strict=True)]
+
+
+def _sharded_as(matrix: Tensor, whole: Tensor) -> Tensor:
+    if not isinstance(matrix, DTensor):
+        return whole
+    everywhere = DTensor.from_local(whole, matrix.device_mesh, [Replicate()] * matrix.device_mesh.ndim)
+    return everywhere.redistribute(placements=matrix.placements)
 
 
 def _local(tensor: Tensor) -> Tensor:
