@@ -16,6 +16,7 @@ from ssl_vit.objectives.dinov2 import DINOv2
 from ssl_vit.objectives.mae import MAE
 from ssl_vit.runs.checkpoint import checkpoint_folder, list_checkpoints
 from ssl_vit.training.faults import Faults, SpikeWatch, spike_threshold
+from ssl_vit.training.muon import Muon
 from ssl_vit.training.step import poison_nonfinite, take_step
 from tests.conftest import last_weights, losses
 
@@ -95,12 +96,13 @@ def test_a_finite_loss_keeps_every_bit() -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("use_muon", [False, True])
 @pytest.mark.usefixtures("_fresh_state")
-def test_with_fp16_the_scaler_skips_and_lowers_its_scale() -> None:
+def test_with_fp16_the_scaler_skips_and_lowers_its_scale(use_muon: bool) -> None:
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    weight = torch.nn.Parameter(torch.ones(2))
-    inner = torch.optim.AdamW([weight], lr=0.1, fused=False)
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    inner = Muon([{"params": [weight], "use_muon": use_muon}], dtype=torch.float32, lr=0.1, fused=False)
     optimizer = AcceleratedOptimizer(inner, scaler=accelerator.scaler)
     accelerator._optimizers.append(optimizer)
     for factor, taken in ((float("inf"), False), (1.0, True)):
