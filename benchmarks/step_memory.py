@@ -61,7 +61,7 @@ def measure_step_memory(config: RunConfig, batch: int, device: torch.device) -> 
         `held`: parameters, gradients and the optimizer's moments. `rest`: activations and what else comes and goes;
         None where the batch does not fit. `measured_at`: the batches.
     """
-    held = model_memory(build_on_meta(config)).total
+    held = model_memory(build_on_meta(config), config.optim).total
     if device.type != "cuda":
         small = {size: _peak(config, size, device) for size in SMALL_BATCHES}
         (few, low), (more, high) = small.items()
