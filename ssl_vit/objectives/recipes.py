@@ -84,10 +84,10 @@ def resolve_warmup(size: RunSize) -> Resolved:
 
 
 def resolve_optimizer(*, is_trained: bool) -> Resolved:
-    """AdamW for trained weights, which it has made; Muon for fresh ones."""
+    """AdamW for trained weights, Muon for fresh ones."""
     if is_trained:
-        return Resolved("adamw", "trained weights go on as they were made")
-    return Resolved("muon", "from fresh weights it learns more in the same time")
+        return Resolved("adamw", "for trained weights; muon was not tried on them")
+    return Resolved("muon", "for fresh weights, which learn more with it in the same time")
 
 
 def resolve_peak_lr(size: RunSize, *, is_trained: bool, optimizer: str = "adamw") -> Resolved:

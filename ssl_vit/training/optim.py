@@ -22,7 +22,7 @@ class OptimConfig:
 
     optimizer: Literal["adamw", "muon", "auto"] = "adamw"
     """adamw (Loshchilov & Hutter 2019); muon (Jordan et al. 2024) for the weight matrices of blocks, with adamw at the
-    same rate for all else; or auto: muon from fresh weights, adamw from trained ones; for pre-training."""
+    same rate for all else; or auto: muon for fresh weights, adamw for trained ones; for pre-training."""
     base_lr: float | Literal["auto"] = 1.5e-4
     """Learning rate for a global batch of 256; see lr_scaling. auto: what gives a peak rate of 1e-3 (muon 2e-3), less
     in batches of fewer than 64 images, and 5e-5 from trained weights; for pre-training on one or a few devices."""
@@ -136,7 +136,7 @@ def build_optimizer(objective: Objective, config: OptimConfig, precision: str = 
     """The optimizer with one group for each of the objective's parameter groups, or two: Muon's and AdamW's.
 
     Raises:
-        ValueError: `optimizer` is still `auto`.
+        ValueError: `optimizer` is still `auto`, or muon where no matrix of a block is trained.
     """
     if config.optimizer == "auto":
         raise ValueError("optim.optimizer='auto': follows from a run; use RunConfig.resolve or name one")
@@ -159,6 +159,8 @@ def build_optimizer(objective: Objective, config: OptimConfig, precision: str = 
         for use_muon, params in enumerate(parts):
             if params:
                 split.append(_as_torch(replace(group, params=params)) | {"use_muon": bool(use_muon)})
+    if not any(group["use_muon"] for group in split):
+        raise ValueError("optim.optimizer='muon': no weight matrix of a block is trained in this run; use adamw")
     return Muon(split, dtype=torch.bfloat16 if precision == "bf16" else torch.float32, **settings)
 
 

@@ -149,3 +149,9 @@ def test_a_run_does_not_change_its_optimizer(start: Callable[..., int]) -> None:
     start(steps=2)
     with pytest.raises(ValueError, match=r"optim.optimizer 'adamw' -> 'muon'"):
         start(MUON, steps=2)
+
+
+def test_muon_is_refused_where_no_matrix_of_a_block_is_trained(tiny_encoder: ViT) -> None:
+    objective = LeJEPAConfig(hidden_dim=32, projection_dim=8).build(tiny_encoder.requires_grad_(False))
+    with pytest.raises(ValueError, match=r"optim.optimizer='muon': no weight matrix of a block is trained.*use adamw"):
+        build_optimizer(objective, OptimConfig(optimizer="muon"))
