@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from benchmarks.processes import ROOT, measure_run
 from benchmarks.rivals import RIVALS
 from benchmarks.rounds import machine
 from ssl_vit.core.front import FlagParser
+from ssl_vit.core.writing import replace_json
 
 HELP = "train a list of settings for equal CPU time, and judge them alike"
 OBJECTIVES = ("mae", "simmim", "fcmae", "dino", "dinov2", "lejepa", *RIVALS)
@@ -114,6 +116,8 @@ def run_recipe(recipe: dict[str, Any], seed: int, minutes: float, folder: Path) 
     output = folder / f"seed{seed}"
     kept = output.with_suffix(".json")
     asked = {"recipe": recipe, "minutes": minutes, "seed": seed}
+    if "config" in recipe:
+        asked["config"] = Path(recipe["config"]).read_text()  # another one by the same name is another recipe
     found = json.loads(kept.read_text()) if kept.exists() else {}
     if found.get("asked") == asked and "scores" in found:
         return found
@@ -123,7 +127,7 @@ def run_recipe(recipe: dict[str, Any], seed: int, minutes: float, folder: Path) 
     if objective in RIVALS:
         folder.mkdir(parents=True, exist_ok=True)
         found = {"asked": asked, **_run_rival({"name": objective, "settings": flags, "seconds": 60 * minutes}, output)}
-        kept.write_text(json.dumps(found, indent=2) + "\n")
+        replace_json(kept, found)
         return found
     if found.get("asked") != asked:
         with tempfile.TemporaryDirectory() as desk:
@@ -138,9 +142,9 @@ def run_recipe(recipe: dict[str, Any], seed: int, minutes: float, folder: Path) 
             "cpu_seconds_per_step": timed["cpu_seconds"] / TIMED_STEPS,
         }
         folder.mkdir(parents=True, exist_ok=True)
-        if output.exists():
-            flags.append("--fresh")  # it was asked for something else
-        kept.write_text(json.dumps(found, indent=2) + "\n")  # so a killed run resumes with as many steps
+        if output.exists():  # it was asked for something else
+            output.rename(output.with_name(f"{output.name}-before-{datetime.now():%Y%m%d-%H%M%S}"))
+        replace_json(kept, found)  # so a killed run resumes with as many steps
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, str(ROOT / "scripts" / f"pretrain_{objective}.py"), *flags]
     command += [f"--steps={found['steps']}", "--epochs=null", f"--output_dir={output}"]
@@ -153,7 +157,7 @@ def run_recipe(recipe: dict[str, Any], seed: int, minutes: float, folder: Path) 
         raise ChildProcessError(f"{output}: no scores: the comparison needs labelled images (evaluation.source)")
     found["cpu_seconds_with_scores"] = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     found |= results
-    kept.write_text(json.dumps(found, indent=2) + "\n")
+    replace_json(kept, found)
     return found
 
 

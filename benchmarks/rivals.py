@@ -3,7 +3,7 @@
 python -m benchmarks.rivals JOB.json    trains one of them; `benchmark.py recipes` writes the job
 
 What the examples fix stays: heads, decoder, losses, temperatures, optimizer, rate, batch and the views' colours
-(lightly 1.5, examples/pytorch/mae.py, dino.py and dinov2.py). Sizes are ours: the images', the crops' and the
+(lightly 1.6, examples/pytorch/mae.py, dino.py and dinov2.py). Sizes are ours: the images', the crops' and the
 backbone's, for which the examples take larger ones at 224 pixels. Images are decoded beforehand. One setting is not
 the example's: DINOv2 has 2,048 prototypes, as DINO does, since its 65,536 would take most of a CPU's time.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import set_seed
 from PIL import Image
 from torch import Tensor, nn
 
@@ -31,8 +32,8 @@ from ssl_vit.evaluation.scores import scores_to_json
 from ssl_vit.models.config import EncoderConfig
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.vit import ViT
+from ssl_vit.training import ending
 from ssl_vit.training.config import RunConfig, parse_run
-from ssl_vit.training.ending import open_test_source
 
 RIVALS = {"lightly_mae": "mae", "lightly_dino": "dino", "lightly_dinov2": "dinov2"}
 """Examples by name, each with the objective whose settings name images, backbone and judge."""
@@ -46,8 +47,11 @@ def train_rival(job: dict[str, Any]) -> dict[str, Any]:
         job: `name` in `RIVALS`, `settings` of our script, `seconds`.
     """
     config = parse_run(defaults_of(RIVALS[job["name"]]), job["settings"])
-    torch.manual_seed(config.seed)
-    source, test = open_source(config.data), open_test_source(config)
+    set_seed(config.seed)  # numpy's too, from which lightly's views draw
+    source, labelled = ending.prepare(config, open_source(config.data))
+    assert isinstance(source, Source)
+    if labelled is None:
+        raise ValueError("no labelled images to judge it by: set evaluation.source")
     encoder = config.encoder.build()
     assert isinstance(encoder, ViT), "the examples know Vision Transformers"
     example = {"lightly_mae": _mae, "lightly_dino": _dino, "lightly_dinov2": _dinov2}[job["name"]]
@@ -55,7 +59,7 @@ def train_rival(job: dict[str, Any]) -> dict[str, Any]:
     images = _Views(source, transform)
     device = torch.device("cpu")
     dtype = autocast_dtype(resolve_precision(config.precision, device))
-    steps, start = 0, _cpu_seconds()
+    steps, seen, start = 0, 0, _cpu_seconds()
     for views in _batches(images, batch):
         used = _cpu_seconds() - start
         if used >= job["seconds"]:
@@ -63,11 +67,11 @@ def train_rival(job: dict[str, Any]) -> dict[str, Any]:
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
             step(views, used / job["seconds"])
         steps += 1
+        seen += len(views[0])
     used = _cpu_seconds() - start
     scores = evaluate_encoder(
         _as_ours(encoder, config.encoder),
-        source,
-        test,
+        *labelled,
         config.evaluation,
         EvalTransform(encoder.image_size, config.data.normalization, config.evaluation.crop_pct),
         EncodeSettings(config.evaluation.batch_size, device, 0, dtype),
@@ -75,7 +79,7 @@ def train_rival(job: dict[str, Any]) -> dict[str, Any]:
     )
     return {
         "steps": steps,
-        "images": steps * batch,
+        "images": seen,
         "cpu_seconds_per_step": used / steps,
         "scores": scores_to_json({"trained": scores}),
     }
@@ -122,6 +126,7 @@ def _dino(config: RunConfig, encoder: ViT) -> Example:
     from lightly.models.modules import DINOProjectionHead  # pyright: ignore[reportMissingImports]
     from lightly.models.utils import update_momentum  # pyright: ignore[reportMissingImports]
     from lightly.transforms import DINOTransform  # pyright: ignore[reportMissingImports]
+    from lightly.utils.scheduler import cosine_schedule  # pyright: ignore[reportMissingImports]
 
     settings: Any = config.objective
     head = DINOProjectionHead(encoder.embed_dim, 512, 64, 2048, freeze_last_layer=1)
@@ -133,7 +138,7 @@ def _dino(config: RunConfig, encoder: ViT) -> Example:
 
     def step(views: list[Tensor], progress: float) -> None:
         epoch = int(progress * EPOCHS)
-        update_momentum(student, teacher, m=0.99)
+        update_momentum(student, teacher, m=cosine_schedule(epoch, EPOCHS, 0.996, 1))
         with torch.no_grad():
             targets = [teacher(view) for view in views[:2]]
         loss = criterion(targets, [student(view) for view in views], epoch=epoch)

@@ -24,8 +24,14 @@ SIDE = 64
 
 
 def write_parts(table: Path, folder: Path) -> None:
-    """The first rows of a table, as files of their own."""
+    """The first rows of a table, as files of their own.
+
+    Raises:
+        ValueError: it has fewer rows than the largest part.
+    """
     rows = Dataset.from_parquet(str(table))
+    if len(rows) < max(PARTS):
+        raise ValueError(f"--cifar10 {table}: has {len(rows):,} rows; the parts need {max(PARTS):,}")
     for count in PARTS:
         rows.select(range(count)).to_parquet(folder / f"first_{count}.parquet")
 
@@ -39,10 +45,17 @@ def write_grey_emoji(path: Path) -> None:
 
 
 def write_halves(photos: Path, folder: Path) -> None:
-    """Random squares from the left and the right of each photograph, whose label is its place in the list of names."""
+    """Random squares from the left and the right of each photograph, whose label is its place in the list of names.
+
+    Raises:
+        ValueError: the folder has no JPEG.
+    """
+    paths = sorted(path for path in photos.glob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    if not paths:
+        raise ValueError(f"--photos {photos}: has no file NAME.jpg")
     generator = np.random.default_rng(0)
     rows: dict[str, list[tuple[Image.Image, int]]] = {name: [] for name in CROPS}
-    for label, path in enumerate(sorted(photos.glob("*.jpg"))):
+    for label, path in enumerate(paths):
         with Image.open(path) as opened:
             photo = ImageOps.exif_transpose(opened).convert("RGB")
         border = int(photo.width * LEFT)
@@ -73,12 +86,12 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, help="folder of JPEG photographs: makes their halves in auto/")
     args = parser.parse_args()
     Path("auto").mkdir(exist_ok=True)
-    write_grey_emoji(Path("auto/openmoji_grey.parquet"))
     if args.cifar10:
         Path("cifar10_parts").mkdir(exist_ok=True)
         write_parts(args.cifar10, Path("cifar10_parts"))
     if args.photos:
         write_halves(args.photos, Path("auto"))
+    write_grey_emoji(Path("auto/openmoji_grey.parquet"))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def resolve_distillation(
     span = teacher_images / size.batch_size
     most = size.num_steps / 20
     steps = max(min(span, most), 10)
-    momentum = max(round(1 - 1 / steps, 5), 0.5)
+    momentum = round(1 - 1 / steps, 5)
     few = size.num_samples < _LARGE
     short, sees = seen < _SHORT, f"the run sees {seen:,} images, which are few"
     temp = min(warmup_teacher_temp, 0.02 if short else 0.04) if short or few else 0.07
@@ -58,7 +58,11 @@ def resolve_distillation(
         "ema_momentum": Resolved(
             momentum,
             f"the teacher averages over {steps:,.0f} steps: "
-            + (f"{teacher_images:,} images, as in the paper" if span <= most else "a twentieth of this short run"),
+            + (
+                f"{teacher_images:,} images, as in the paper"
+                if span <= most
+                else "a twentieth of this short run, or 10"
+            ),
         ),
         "freeze_last_layer": Resolved(
             round(freeze, 4), "one epoch, as the paper" if epochs >= 10 else "a tenth of the run, which is short"

@@ -130,6 +130,8 @@ def save_checkpoint(
     optimizer_state = cast("dict[str, Any]", get_optimizer_state_dict(model, optimizer, options=options))
     if untouched:
         optimizer.state.clear()  # torch created moments and counted a step in order to save them
+        for slots in optimizer_state["state"].values():
+            slots["step"] = torch.zeros_like(slots["step"])
     folder = checkpoint_folder(run, step)
 
     def write() -> None:

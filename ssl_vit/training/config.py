@@ -215,7 +215,8 @@ class RunConfig:
             found = self.objective.resolve(size)
         objective = dataclasses.replace(self.objective, **{name: value.value for name, value in found.items()})
         reasons = [f"objective.{name} {value}" for name, value in found.items()]
-        optim, why_optim = self.optim.resolve(size, is_trained=self.encoder.pretrained is not None)
+        with section("optim"):
+            optim, why_optim = self.optim.resolve(size, is_trained=self.encoder.pretrained is not None)
         reasons += why_optim
         if reasons and num_samples is None:
             reasons.append(f"assuming one pass over {size.num_samples:,} images; set --data.num_samples to be exact")

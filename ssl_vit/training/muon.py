@@ -10,6 +10,8 @@ from torch.distributed.tensor import DTensor, Replicate
 MOMENTUM = 0.95
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _NUM_STEPS = 5
+_AT_ONCE = 2**26
+"""Elements of matrices that are stepped together: where they are shards, each process holds them whole meanwhile."""
 
 
 class Muon(torch.optim.AdamW):
@@ -38,8 +40,10 @@ class Muon(torch.optim.AdamW):
             for parameter in group["params"] if group["use_muon"] else ():
                 if parameter.grad is not None:
                     alike.setdefault(parameter.shape, []).append(parameter)
-            for parameters in alike.values():
-                self._descend(parameters, group["lr"], group["weight_decay"])
+            for shape, parameters in alike.items():
+                count = max(1, _AT_ONCE // shape.numel())
+                for start in range(0, len(parameters), count):
+                    self._descend(parameters[start : start + count], group["lr"], group["weight_decay"])
         return super().step(closure)
 
     def _descend(self, parameters: list[Tensor], lr: float, weight_decay: float) -> None:
@@ -54,7 +58,8 @@ class Muon(torch.optim.AdamW):
             momenta.append(state["momentum_buffer"].lerp(parameter.grad, 1 - MOMENTUM))
             aims.append(parameter.grad.lerp(momenta[-1], MOMENTUM))
             parameter.grad = None  # so that AdamW passes it by
-        scale = lr * 0.2 * max(parameters[0].shape[0], parameters[0][0].numel()) ** 0.5
+        shape = parameters[0].shape  # of the whole, also where each process has a shard
+        scale = lr * 0.2 * max(shape[0], shape.numel() // shape[0]) ** 0.5
         is_bad = getattr(self, "found_inf", None)  # on the device, as for AdamW's fused kernel
         for parameter, momentum, direction in zip(parameters, momenta, orthogonal(aims, self._dtype), strict=True):
             state, after = self.state[parameter], parameter * (1 - lr * weight_decay) - direction * scale

@@ -148,11 +148,21 @@ def build_optimizer(objective: Objective, config: OptimConfig, precision: str = 
         "weight_decay": config.weight_decay,
         "fused": precision != "fp16",
     }
-    groups = parameter_groups(objective, config)
     if config.optimizer == "adamw":
+        groups = parameter_groups(objective, config)
         return torch.optim.AdamW([_as_torch(group) for group in groups if group.params], **settings)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return Muon(split_for_muon(objective, config), dtype=dtype, **settings)
+
+
+def split_for_muon(objective: Objective, config: OptimConfig) -> list[dict[str, Any]]:
+    """The parameter groups, each in two: what Muon trains, and AdamW.
+
+    Raises:
+        ValueError: no matrix of a block is trained.
+    """
     split = []
-    for group in groups:
+    for group in parameter_groups(objective, config):
         parts: tuple[list[Any], list[Any]] = ([], [])
         for name, parameter in group.params:
             parts[is_matrix_of_block(name, parameter)].append((name, parameter))
@@ -161,7 +171,7 @@ def build_optimizer(objective: Objective, config: OptimConfig, precision: str = 
                 split.append(_as_torch(replace(group, params=params)) | {"use_muon": bool(use_muon)})
     if not any(group["use_muon"] for group in split):
         raise ValueError("optim.optimizer='muon': no weight matrix of a block is trained in this run; use adamw")
-    return Muon(split, dtype=torch.bfloat16 if precision == "bf16" else torch.float32, **settings)
+    return split
 
 
 def _as_torch(group: ParamGroup) -> dict[str, Any]:
@@ -177,9 +187,10 @@ def _as_torch(group: ParamGroup) -> dict[str, Any]:
 def is_matrix_of_block(name: str, parameter: Tensor) -> bool:
     """Whether Muon trains it: the weight of a layer in a list named `blocks` or `..._blocks` that mixes channels.
 
-    Depthwise convolutions, tables of positions, first layers and heads are AdamW's.
+    Depthwise convolutions, first layers, heads and what makes positions (tables, Swin V2's `cpb_mlp`) are AdamW's.
     """
-    return "blocks." in name and name.endswith(".weight") and parameter.ndim > 1 and parameter.shape[1] > 1
+    is_weight = "blocks." in name and name.endswith(".weight") and "cpb_mlp" not in name
+    return is_weight and parameter.ndim > 1 and parameter.shape[1] > 1
 
 
 def parameter_groups(objective: Objective, config: OptimConfig) -> list[ParamGroup]:

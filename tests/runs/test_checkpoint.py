@@ -58,6 +58,18 @@ def test_a_loaded_checkpoint_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert [group["weight_decay"] for group in other_optimizer.param_groups] == [0.01, 0.0]
 
 
+def test_a_checkpoint_before_any_step_that_was_taken_counts_none(tmp_path: Path) -> None:
+    """As after steps that fp16's scaler skipped."""
+    model, optimizer = build()
+    folder = save_checkpoint(tmp_path, 1, model, optimizer, {})
+    step(model, optimizer, 2)
+    other, other_optimizer = build(seed=1)
+    load_checkpoint(folder, other, other_optimizer)
+    step(other, other_optimizer, 2)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
 def test_only_safetensors_and_json_are_written(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     assert sorted(path.name for path in folder.iterdir()) == [

@@ -10,6 +10,7 @@ import torch
 from ssl_vit.models.vit import ViT
 from ssl_vit.objectives.lejepa import LeJEPAConfig
 from ssl_vit.objectives.mae import MAEConfig
+from ssl_vit.training import muon
 from ssl_vit.training.muon import Muon, orthogonal
 from ssl_vit.training.optim import OptimConfig, build_optimizer, is_matrix_of_block, set_schedule
 from tests.conftest import last_weights, losses
@@ -35,6 +36,21 @@ def test_a_step_is_that_of_torch_scaled_to_the_size_of_adamw(shape: tuple[int, i
         reference.step()
     torch.testing.assert_close(own, other, rtol=0, atol=1e-6)
     assert (own - 1).abs().max() > 1e-3
+
+
+def test_matrices_are_stepped_in_parts_where_they_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for at_once in (2**26, 2 * 24 + 1, 1):
+        monkeypatch.setattr(muon, "_AT_ONCE", at_once)
+        weights = [torch.nn.Parameter(torch.ones(4, 6)) for _ in range(5)]
+        optimizer = Muon([{"params": weights, "use_muon": True}], dtype=torch.float32, lr=1e-2)
+        for number, weight in enumerate(weights):
+            weight.grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(number))
+        optimizer.step()
+        found.append(torch.stack([weight.detach() for weight in weights]))
+    assert (found[0] != 1).all()
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(found[2], found[0], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -84,7 +100,8 @@ def test_every_family_has_matrices_in_each_block_and_no_table_of_positions_is_on
     blocks = {match[0] for name, _ in encoder.named_parameters() if (match := re.match(r".*?blocks\.\d+\.", name))}
     assert blocks
     assert all(any(name.startswith(block) for name in found) for block in blocks)
-    assert not [name for name in found if re.search("conv_dw|norm|table|token|pos_embed|patch_embed|stem", name)]
+    others = "conv_dw|norm|table|token|pos_embed|cpb_mlp|patch_embed|stem"
+    assert not [name for name in found if re.search(others, name)]
 
 
 def test_rate_decay_and_freezing_are_those_of_the_groups(tiny_encoder: ViT) -> None:

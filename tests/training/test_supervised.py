@@ -23,6 +23,7 @@ from ssl_vit.models.config import EncoderConfig
 from ssl_vit.training import supervised
 from ssl_vit.training.config import RunConfig, parse_run
 from ssl_vit.training.loop import main
+from ssl_vit.training.setup import set_up
 from tests.conftest import ROOT, TINY
 from tests.families import FAMILIES
 from tests.processes import Launch, finish, kill_at
@@ -132,6 +133,17 @@ def test_an_attentive_probe_picks_its_head_on_images_that_are_not_tested(
         assert torch.equal(tensors[f"encoder.vit.{name}"], value)
     with pytest.raises(ValueError, match="is an attentive probe"):
         export_run(run)
+
+
+def test_muon_is_refused_for_a_frozen_encoder_before_the_folder_is_taken(
+    backbone: Path, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    command = words("attentive_probe", backbone, photo_folder, run, "--optim.optimizer=muon")
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(ValueError, match="no weight matrix of a block is trained"):
+        set_up(parse_run(defaults("attentive_probe"), command[1:]), supervised)
+    assert not run.exists()
 
 
 def test_what_is_learned_picked_and_tested_does_not_overlap(backbone: Path, photo_folder: Path) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ssl_vit.core.settings import section
 from ssl_vit.objectives.objective import Objective
 from ssl_vit.training.config import RunConfig
-from ssl_vit.training.optim import OptimConfig, is_matrix_of_block
+from ssl_vit.training.optim import OptimConfig, is_matrix_of_block, split_for_muon
 
 _MIB = 2**20
 _LIKELY_IMAGES = 10_000  # where settings are checked before it is known how many there are
@@ -29,13 +29,16 @@ def build_on_meta(config: RunConfig) -> Objective:
 
 
 def check_pair(config: RunConfig) -> None:
-    """Refuse an encoder and an objective that cannot work together, before any image is read.
+    """Refuse an encoder, an objective and an optimizer that cannot work together, before any image is read.
 
     Raises:
         ValueError: settings that do not fit each other.
     """
     likely, _ = config.resolve(_LIKELY_IMAGES, num_classes=2)
-    likely.build_transform(build_on_meta(likely).encoder)
+    objective = build_on_meta(likely)
+    likely.build_transform(objective.encoder)
+    if likely.optim.optimizer == "muon":
+        split_for_muon(objective, likely.optim)
 
 
 @dataclass(frozen=True)
