@@ -33,6 +33,7 @@ from benchmarks.processes import ROOT, measure_run
 from benchmarks.rivals import RIVALS
 from benchmarks.rounds import machine
 from ssl_vit.core.front import FlagParser
+from ssl_vit.core.shipped import find_config
 from ssl_vit.core.writing import replace_json
 
 HELP = "train a list of settings for equal CPU time, and judge them alike"
@@ -117,7 +118,8 @@ def run_recipe(recipe: dict[str, Any], seed: int, minutes: float, folder: Path) 
     kept = output.with_suffix(".json")
     asked = {"recipe": recipe, "minutes": minutes, "seed": seed}
     if "config" in recipe:
-        asked["config"] = Path(recipe["config"]).read_text()  # another one by the same name is another recipe
+        file = find_config(recipe["config"])
+        asked["config"] = file.read_text() if file.is_file() else None  # an edited file is another recipe
     found = json.loads(kept.read_text()) if kept.exists() else {}
     if found.get("asked") == asked and "scores" in found:
         return found

@@ -27,8 +27,10 @@ def write_parts(table: Path, folder: Path) -> None:
     """The first rows of a table, as files of their own.
 
     Raises:
-        ValueError: it has fewer rows than the largest part.
+        ValueError: it is missing, or has fewer rows than the largest part.
     """
+    if not table.is_file():
+        raise ValueError(f"--cifar10 {table}: no such file")
     rows = Dataset.from_parquet(str(table))
     if len(rows) < max(PARTS):
         raise ValueError(f"--cifar10 {table}: has {len(rows):,} rows; the parts need {max(PARTS):,}")
@@ -86,12 +88,15 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, help="folder of JPEG photographs: makes their halves in auto/")
     args = parser.parse_args()
     Path("auto").mkdir(exist_ok=True)
-    if args.cifar10:
-        Path("cifar10_parts").mkdir(exist_ok=True)
-        write_parts(args.cifar10, Path("cifar10_parts"))
-    if args.photos:
-        write_halves(args.photos, Path("auto"))
-    write_grey_emoji(Path("auto/openmoji_grey.parquet"))
+    try:
+        if args.cifar10:
+            Path("cifar10_parts").mkdir(exist_ok=True)
+            write_parts(args.cifar10, Path("cifar10_parts"))
+        if args.photos:
+            write_halves(args.photos, Path("auto"))
+        write_grey_emoji(Path("auto/openmoji_grey.parquet"))
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ MOMENTUM = 0.95
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _NUM_STEPS = 5
 _AT_ONCE = 2**26
-"""Elements of matrices that are stepped together: where they are shards, each process holds them whole meanwhile."""
+"""Most elements of matrices that are stepped together; where they are shards, each process gathers all of these."""
 
 
 class Muon(torch.optim.AdamW):

@@ -156,7 +156,7 @@ def build_optimizer(objective: Objective, config: OptimConfig, precision: str = 
 
 
 def split_for_muon(objective: Objective, config: OptimConfig) -> list[dict[str, Any]]:
-    """The parameter groups, each in two: what Muon trains, and AdamW.
+    """The parameter groups, each in two: what Muon trains and what AdamW trains.
 
     Raises:
         ValueError: no matrix of a block is trained.

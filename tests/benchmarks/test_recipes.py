@@ -108,6 +108,12 @@ def test_several_seeds_are_averaged() -> None:
     assert lines[1].split()[-2:] == ["16", "2"]
 
 
+@pytest.mark.parametrize(("config", "reason"), [("nowhere.yaml", "nowhere.yaml"), ("quickstart_mea", "quickstart_mae")])
+def test_a_config_that_is_not_there_is_named(config: str, reason: str, photo_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises((ChildProcessError, ValueError), match=reason):
+        recipes.run_recipe({"objective": "mae", "config": config, **small_flags(photo_folder)}, 0, 0.001, tmp_path)
+
+
 def test_a_run_that_fails_is_named(photo_folder: Path, tmp_path: Path) -> None:
     flags = {"objective": "mae", **small_flags(photo_folder), "encoder.patch_size": 7}
     with pytest.raises(ChildProcessError, match="no multiple of 7"):

@@ -50,6 +50,8 @@ def test_parts_are_the_first_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_what_cannot_be_made_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--photos .*: has no file NAME.jpg"):
         sets.write_halves(tmp_path, tmp_path)
+    with pytest.raises(ValueError, match=r"--cifar10 .*: no such file"):
+        sets.write_parts(tmp_path / "all.parquet", tmp_path)
     Dataset.from_dict({"label": [4]}).to_parquet(tmp_path / "all.parquet")
     with pytest.raises(ValueError, match=r"--cifar10 .*: has 1 rows; the parts need 20,000"):
         sets.write_parts(tmp_path / "all.parquet", tmp_path)

@@ -4,11 +4,13 @@ from typing import Literal
 import pytest
 import torch
 
+from scripts.pretrain_mae import DEFAULTS
 from ssl_vit.models.config import EncoderConfig
 from ssl_vit.models.vit import ViT
 from ssl_vit.objectives.dino import DINO, DINOConfig
 from ssl_vit.objectives.mae import MAE, MAEConfig
 from ssl_vit.objectives.objective import Objective, ParamGroup, RunSize
+from ssl_vit.training.config import parse_run
 from ssl_vit.training.muon import Muon
 from ssl_vit.training.optim import (
     OptimConfig,
@@ -233,5 +235,7 @@ def test_settings_that_cannot_work_are_named(settings: dict, message: str) -> No
 def test_a_rate_cannot_drop_before_it_has_risen() -> None:
     with pytest.raises(ValueError, match=r"^drop_at=0.1: must be above warmup=0.2"):
         OptimConfig(warmup=0.2, drop_at=0.1)
+    with pytest.raises(ValueError, match=r"^optim.drop_at=0.05: must be above warmup=0.1"):
+        parse_run(DEFAULTS, ["--optim.warmup=auto", "--optim.drop_at=0.05", "--steps=100"]).resolve(1000)
     dropping = OptimConfig(base_lr=1.0, warmup=0.0, drop_at=0.875, min_lr=0.5)
     assert [dropping.lr_at(progress, 256) for progress in (0.5, 0.9)] == pytest.approx([1.0, 0.1])
