@@ -143,8 +143,9 @@ def causes(settings: Mapping[str, Any], *, is_uniform: bool) -> list[str]:
             momentum = f"objective.{name} {_number(objective, name):g}"
             found.append(f"{momentum} makes the teacher a copy of the student: {remedy}.")
     base_lr, recipe = _number(optim, "base_lr"), RECIPE_LR.get(optim.get("lr_scaling", ""), math.nan)
-    # Smaller batches tolerate more, by the square root for Adam; quickstart_dino.yaml uses 16 times the recipe's.
-    if base_lr > min(4.5 * max(1.0, (512 / batch) ** 0.5), 18.0) * recipe:
+    # Smaller batches tolerate more, by the square root for Adam, and Muon twice as much as Adam.
+    most = min(4.5 * max(1.0, (512 / batch) ** 0.5), 18.0) * (2 if optim.get("optimizer") == "muon" else 1)
+    if base_lr > most * recipe:
         found.append(f"optim.base_lr {base_lr:g} is {base_lr / recipe:.3g} times the recipe's {recipe:g}: lower it.")
     has_prototypes = objective.get("loss") != "coding_rate"
     if has_prototypes:

@@ -107,6 +107,14 @@ def test_the_recipes_explain_no_collapse(defaults: RunConfig, is_uniform: bool) 
     assert causes({}, is_uniform=is_uniform) == []
 
 
+@pytest.mark.parametrize("batch", [64, 128, 1024])
+@pytest.mark.parametrize("defaults", [DINO, DINOV2])
+def test_nor_do_the_optimizer_and_rate_of_auto(defaults: RunConfig, batch: int) -> None:
+    chosen = settings(defaults, "--optim.optimizer=auto", "--optim.base_lr=auto", f"--batch.size={batch}")
+    assert chosen["optim"]["optimizer"] == "muon"
+    assert causes(chosen, is_uniform=False) == []
+
+
 @pytest.mark.parametrize("name", ["dino_vits16_imagenet1k", "dino_vitb16_imagenet1k", "dinov2_vitl16_imagenet1k"])
 def test_nor_do_the_configs(name: str) -> None:
     defaults = DINOV2 if name.startswith("dinov2") else DINO
