@@ -2,7 +2,7 @@
 
     import ssl_vit
 
-    run = ssl_vit.pretrain("mae", "my_images", output_dir="runs/mine", epochs=100)
+    run = ssl_vit.pretrain("lejepa", "my_images", output_dir="runs/mine", epochs=100)
     features = ssl_vit.embed(["cat.jpg", "dog.jpg"], run.folder)
 
 Settings are those of the scripts: `epochs=100`, `encoder={"image_size": 96}`; errors are ValueErrors of the same line.

@@ -307,7 +307,7 @@ def test_commands_and_code_run(desk: Path) -> None:
     assert len(code) > 3
     run([sys.executable, "-c", "\n".join(code)], desk)
     assert (desk / "runs" / "lejepa_vit_tiny_r_s16_p8_224_openmoji" / "backbone.safetensors").exists()
-    exported = ["onnx", "timm", "torch_export", "torchvision", "transformers", "transformers_mae"]
+    exported = ["onnx", "timm", "torch_export", "torchvision", "transformers"]
     assert sorted(path.name for path in (desk / "exported").iterdir()) == exported
     for name in ("knn", "linear", "retrieval", "segmentation"):
         assert (desk / "runs" / "mine" / f"{name}.json").exists()
