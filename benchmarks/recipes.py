@@ -103,6 +103,11 @@ def read_list(path: Path) -> dict[str, dict[str, Any]]:
     for name, recipe in recipes.items():
         if recipe["objective"] not in OBJECTIVES:
             raise ValueError(f"{path}: {name}: objective={recipe['objective']}: use {', '.join(OBJECTIVES)}")
+        if "config" in recipe:
+            try:
+                find_config(recipe["config"])
+            except ValueError as error:
+                raise ValueError(f"{path}: {name}: {error}") from error
         if wrong := {"steps", "epochs", "seed", "output_dir"} & set(recipe):
             raise ValueError(f"{path}: {name}: {min(wrong)} is set by the comparison; leave it out")
     return recipes

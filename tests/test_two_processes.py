@@ -56,6 +56,7 @@ def runs(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     add("fsdp_nan", "dino", *flags, fsdp2=True, plant=["nan", 1, [2]])
     add("fsdp_checkpointing", "dino", *flags, "--encoder.grad_checkpointing=true", fsdp2=True)
     add("inf", "mae", plant=["inf", 1, [2]])
+    add("all_skipped", "mae", ONE_STEP, plant=["inf", 1, [0]])
     add("stopped", "mae", "--max_skipped_steps=2", plant=["inf", 1, [2, 3]])
     add("jump", "dino", "--rewind_on_spike=2", plant=["jump", 1, [2]])
     for fsdp2 in (False, True):
@@ -88,6 +89,14 @@ def test_what_is_not_finite_in_one_process_skips_the_step_in_both(
     assert all(value.isfinite().all() for value in state_at(run, 4).values())
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [record["skipped_steps"] for record in records] == [0, 0, 1, 1]
+
+
+def test_a_run_is_saved_where_no_step_was_taken_yet(runs: dict[str, tuple[Path, int | str]]) -> None:
+    run, code = runs["all_skipped"]
+    assert code == 75  # of max_hours
+    saved = load_file(checkpoint_folder(run, 1) / "optimizer.safetensors")
+    steps = {name: value.item() for name, value in saved.items() if name.endswith("/step")}
+    assert set(steps.values()) == {0}
 
 
 def test_a_run_that_stops_lists_the_samples_of_both(runs: dict[str, tuple[Path, int | str]]) -> None:

@@ -69,10 +69,11 @@ def measure_step(config: RunConfig, device: torch.device) -> StepCost:
     On a CPU the micro-batch of a large model is small, since the time of an image depends little on it there.
     Elsewhere it is the config's, halved until it fits.
     """
-    # Weights to start from take as long as fresh ones.
-    config = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, pretrained=None))
+    # A backbone that rests at first is measured as it trains later.
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, freeze_backbone_until=0.0))
     precision = resolve_precision(config.precision, device)
-    objective = config.build_objective().to(device)
+    # Weights to start from take as long as fresh ones, so they are not read.
+    objective = config.objective.build(config.encoder.build()).to(device)
     size = config.batch.size // config.batch.num_micro(1)
     if device.type == "cpu":
         work = objective.encoder.num_patches * sum(parameter.numel() for parameter in objective.parameters())

@@ -137,7 +137,7 @@ def _warnings_of_going_on(config: RunConfig, num_images: int) -> Iterator[str]:
     """What spoils weights that a run starts from; docs/continue.md says why, and what was measured."""
     if config.encoder.pretrained is None or not isinstance(config.objective, AnchorConfig):
         return
-    peak = config.optim.peak_lr(config.batch.size)
+    peak = 0.0 if config.optim.base_lr == "auto" else config.optim.peak_lr(config.batch.size)  # auto's suits them
     if peak >= _RATE_OF_FRESH_WEIGHTS:
         yield (
             f"continuing: a peak rate of {peak:.1e} suits fresh weights, and undoes what trained ones know; a tenth of "

@@ -130,13 +130,14 @@ def save_checkpoint(
     optimizer_state = cast("dict[str, Any]", get_optimizer_state_dict(model, optimizer, options=options))
     if untouched:
         optimizer.state.clear()  # torch created moments and counted a step in order to save them
-        for slots in optimizer_state["state"].values():
-            slots["step"] = torch.zeros_like(slots["step"])
     folder = checkpoint_folder(run, step)
 
     def write() -> None:
         if folder.exists() and find_damage(folder) is None:
             return
+        if untouched:
+            for slots in optimizer_state["state"].values():
+                slots["step"] = torch.zeros_like(slots["step"])
         optimizer_tensors = {
             f"{name}/{slot}": value for name, slots in optimizer_state["state"].items() for slot, value in slots.items()
         }

@@ -157,7 +157,7 @@ class RunConfig:
         for name in ("layer_decay", "patch_embed_lr"):
             if getattr(self.optim, name) != 1 and hasattr(self.objective, name):
                 raise ValueError(f"optim.{name}={getattr(self.optim, name)!r}: this objective has objective.{name}")
-        for name, example in (("base_lr", "a number, such as 5e-4"), ("optimizer", "adamw or muon")):
+        for name, example in (("base_lr", "a number, such as 5e-4"), ("optimizer", "adamw")):
             if getattr(self.optim, name) == "auto" and hasattr(self.objective, "num_classes"):
                 raise ValueError(f"optim.{name}='auto': is for learning without labels; give {example}")
         if self.optim.freeze_backbone_until and self.encoder.pretrained is None:

@@ -46,6 +46,9 @@ FREE_SETTINGS = (
     "evaluation.",
 )
 
+DECIDED = ("objective.", "optim.", "data.")
+"""Sections whose `auto` settings become numbers, which a run keeps."""
+
 
 def check_run_folder(config: RunConfig) -> None:
     """Refuse to go on with a run under other settings.
@@ -84,7 +87,7 @@ def check_run_folder(config: RunConfig) -> None:
         if key not in length
         and (key in bound or not _is_free(key))
         and not (key == "data.cache" and "none" not in values)  # memory and disk hold the same
-        and values[1] != "auto"  # not yet known; checked again once it is
+        and not (values[1] == "auto" and key.startswith(DECIDED))  # not yet known; checked again once it is
     }
     if changed:
         listed = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changed.items())
@@ -95,34 +98,36 @@ def check_run_folder(config: RunConfig) -> None:
         )
 
 
-def go_on_as_before(config: RunConfig, num_samples: int | None) -> tuple[RunConfig, int | None]:
+def go_on_as_before(config: RunConfig, num_samples: int | None) -> tuple[RunConfig, int | None, list[str]]:
     """Take over what an existing run in the folder has decided.
 
     It keeps what its `auto` settings became, also where it was lengthened, or begun by a version with other rules.
 
     Returns:
-        The settings; if the run is lengthened now, the number of steps that it had, else None.
+        The settings; if the run is lengthened now, the number of steps that it had, else None; a line for each `auto`
+        setting that was taken over.
 
     Raises:
         ValueError: `extend` with fewer steps than it has.
     """
     path = Path(config.output_dir) / CONFIG_FILE
     if config.fresh or not path.exists():
-        return config, None
+        return config, None, []
     saved = _read_config(path, config)
     extended = tuple((step, length) for step, length in saved.get("extended") or ())
-    config = replace(config, extended=extended)
-    for name in ("objective", "optim", "data"):
+    config, reasons = replace(config, extended=extended), []
+    for name in (section.removesuffix(".") for section in DECIDED):
         section = getattr(config, name)
         known = {key: saved[name][key] for key in vars(section) if vars(section)[key] == "auto" and key in saved[name]}
         # YAML gives lists, settings are tuples.
         known = {key: tuple(value) if isinstance(value, list) else value for key, value in known.items()}
         config = replace(config, **{name: replace(section, **known)})
+        reasons += [f"{name}.{key} {value}: as this run has it" for key, value in known.items() if value != "auto"]
     before = replace(config, steps=saved["steps"], epochs=saved["epochs"]).num_steps(num_samples)
     after = config.num_steps(num_samples)
     if config.extend and after < before:
         raise ValueError(f"extend=True: {after:,} steps are fewer than the {before:,} that the run has; give more")
-    return config, before if config.extend and after > before else None
+    return config, before if config.extend and after > before else None, reasons
 
 
 def _is_free(key: str) -> bool:

@@ -143,9 +143,10 @@ def _set_up(config: RunConfig, ending: Ending) -> Run:
     with accelerator.main_process_first():  # the main process fills the caches
         source, eval_data = ending.prepare(config, open_images(config.data))
         source = cut_into_tiles(source, config.data) if isinstance(source, Source) else source
-    config, lengthened = go_on_as_before(config, source.num_samples)
+    config, lengthened, kept = go_on_as_before(config, source.num_samples)
     num_steps = config.num_steps(source.num_samples)
     config, reasons = config.resolve(source.num_samples, len(source.class_names))
+    reasons = [*kept, *reasons]
     check_run_folder(config)
     if config.batch.auto:
         config, reason = choose_micro_batch(config, accelerator, precision)

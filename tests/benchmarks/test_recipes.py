@@ -32,6 +32,7 @@ def small_flags(source: Path) -> dict[str, object]:
         ({"settings": {"a": {}}}, "a: objective=None: use mae"),
         ({"objective": "mae", "settings": {"a": {"objective": "moco"}}}, "a: objective=moco: use mae"),
         ({"objective": "mae", "settings": {"a": {"steps": 3}}}, "a: steps is set by the comparison"),
+        ({"objective": "mae", "settings": {"a": {"config": "quickstart_mea"}}}, "a: .*quickstart_mae"),
     ],
 )
 def test_a_list_that_cannot_be_compared_is_refused(content: dict, reason: str, tmp_path: Path) -> None:

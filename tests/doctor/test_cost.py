@@ -1,5 +1,6 @@
 """The measured step and its workers; no test looks at a rate."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,19 @@ def test_a_step_is_measured(defaults: Any, settings: list[str], monkeypatch: pyt
     assert cost.num_images == 8
     assert cost.activations > 0
     assert cost.rate > 0
+
+
+def test_the_step_of_a_run_that_goes_on_is_measured_without_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssl_vit.doctor.cost._SECONDS", 0.0)
+    fresh, _ = parse_run(DINO_DEFAULTS, [*SMALL_DINO, "--data.source=x", "--steps=10"]).resolve(100)
+    config = replace(
+        fresh,
+        encoder=replace(fresh.encoder, pretrained="weights.safetensors"),
+        optim=replace(fresh.optim, freeze_backbone_until=0.9),
+        objective=replace(fresh.objective, anchor="gram"),
+    )
+    frozen = measure_step(config, torch.device("cpu"))
+    assert frozen.activations > measure_step(fresh, torch.device("cpu")).activations  # of the anchor
 
 
 def test_a_micro_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,6 +127,7 @@ def test_what_spoils_trained_weights_is_named(photo_folder: Path) -> None:
     assert rate.startswith("a peak rate of 3.2e-02 suits fresh weights")
     assert "--optim.freeze_backbone_until 0.1 --optim.unfreeze_ramp 0.02" in heads
     assert "--objective.anchor gram" in few
+    assert len(found(dataclasses.replace(started, optim=dataclasses.replace(started.optim, base_lr="auto")))) == 2
     careful = dataclasses.replace(
         started,
         optim=dataclasses.replace(started.optim, base_lr=5e-5, freeze_backbone_until=0.1),

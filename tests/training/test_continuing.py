@@ -10,7 +10,8 @@ from ssl_vit.data.config import DataConfig
 from ssl_vit.data.decode.bounds import MAX_IMAGE_BYTES
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.training.config import RunConfig
-from ssl_vit.training.continuing import check_run_folder, open_run_folder
+from ssl_vit.training.continuing import check_run_folder, go_on_as_before, open_run_folder
+from ssl_vit.training.optim import OptimConfig
 from tests.processes import SERVER
 from tests.runs.test_lock import hold
 
@@ -77,6 +78,23 @@ def test_settings_are_only_written_where_they_changed(tmp_path: Path) -> None:
     open_run_folder(config(run, log_every=7))
     assert (run / "config.yaml").stat().st_ino != before.st_ino
     assert "pid" in json.loads((run / "run.lock").read_text())
+
+
+def test_a_precision_that_was_given_is_not_left_to_the_machine_later(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    open_run_folder(config(run, precision="no"))
+    with pytest.raises(ValueError, match=r"precision 'no' -> 'auto'"):
+        check_run_folder(config(run))
+
+
+def test_auto_is_what_a_run_began_with_and_is_told(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    open_run_folder(config(run, optim=OptimConfig(base_lr=1e-4)))
+    asked = config(run, optim=OptimConfig(optimizer="auto", base_lr="auto"))
+    check_run_folder(asked)
+    kept, _, reasons = go_on_as_before(asked, 100)
+    assert (kept.optim.optimizer, kept.optim.base_lr) == ("adamw", 1e-4)
+    assert reasons == ["optim.optimizer adamw: as this run has it", "optim.base_lr 0.0001: as this run has it"]
 
 
 def test_a_run_with_a_limit_of_pixels_goes_on_with_one_of_bytes(tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ def test_pre_training_goes_on_from_a_backbone(backbone: Path) -> None:
         (["--evaluation.source=x"], "evaluation.source='x': a run with labels learns from data.source"),
         (["--data.label_column=none"], "has no labels"),
         (["--optim.base_lr=auto"], "optim.base_lr='auto': is for learning without labels; give a number"),
-        (["--optim.optimizer=auto"], "optim.optimizer='auto': is for learning without labels; give adamw or muon"),
+        (["--optim.optimizer=auto"], "optim.optimizer='auto': is for learning without labels; give adamw"),
         (["--objective.num_classes=1"], "objective.num_classes=1: the source has 2 classes; give at least that number"),
         (["--evaluation.test_source=/nowhere"], "no such file or folder"),
     ],
