@@ -1,6 +1,7 @@
 """Runs that are lengthened: what their schedules do, and that it follows from what is stored."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -135,3 +136,27 @@ def test_a_run_of_epochs_is_lengthened_by_epochs_and_keeps_what_auto_became(star
     assert (before["objective"], before["optim"]) == (after["objective"], after["optim"])
     assert (after["epochs"], after["extended"]) == (1.0, [[2, 2]])
     assert len(losses(run)) == 5
+
+
+def test_images_that_come_or_go_change_no_length(
+    start: Start, photo_folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: Patch
+) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(photo_folder, images)
+    flags = ("--steps=null", "--epochs=0.8", f"--data.source={images}")
+    with monkeypatch.context() as patched:
+        stop_at(patched, 2)
+        assert start(*flags) == 143
+    first = sorted(images.rglob("*.png"))[:20]
+    for path in first:
+        path.with_name(f"again_{path.name}").write_bytes(path.read_bytes())
+    capsys.readouterr()
+    assert start(*flags) == 0
+    assert "images came or went: 0.8 epochs are 6 steps now, and the run keeps its own" in capsys.readouterr().out
+    assert len(losses(tmp_path / "run")) == 4
+    assert start("--extend=true", *flags) == 0
+    assert len(losses(tmp_path / "run")) == 6
+    for path in first:
+        path.with_name(f"again_{path.name}").unlink()
+    with pytest.raises(ValueError, match="are 4 steps of today's images, fewer than the 6"):
+        start("--extend=true", *flags)

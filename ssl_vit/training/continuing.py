@@ -177,3 +177,24 @@ def _read_config(path: Path, config: RunConfig) -> dict[str, Any]:
     if isinstance(data, dict) and isinstance(data.get("max_pixels"), int):
         data |= {"max_pixels": None, "max_image_bytes": bytes_of_pixels(data["max_pixels"])}
     return saved
+
+
+def length_of(config: RunConfig, checkpoint: Path, num_steps: int) -> int:
+    """Steps of a run that goes on: those it began with, although its epochs are others since images came or went.
+
+    Args:
+        config: as `open_run_folder` returned it.
+        num_steps: the length by the settings and today's images.
+
+    Raises:
+        ValueError: the run is lengthened to fewer steps than it has done.
+    """
+    state = read_json(checkpoint / STATE_FILE)
+    step, own = state["step"], state.get("num_steps", num_steps)
+    was_lengthened = bool(config.extended) and config.extended[-1][0] >= step
+    if not config.extend and not was_lengthened:
+        return own
+    if num_steps < step:
+        of_today = f"epochs={config.epochs}: are {num_steps:,} steps of today's images"
+        raise ValueError(f"{of_today}, fewer than the {step:,} that the run has done; give more")
+    return num_steps

@@ -32,7 +32,7 @@ from ssl_vit.runs.folder import State, end_of_start, write_heartbeat
 from ssl_vit.runs.provenance import facts, note_session
 from ssl_vit.training import ending as pretraining
 from ssl_vit.training.config import RunConfig
-from ssl_vit.training.continuing import check_run_folder, go_on_as_before, open_run_folder
+from ssl_vit.training.continuing import check_run_folder, go_on_as_before, length_of, open_run_folder
 from ssl_vit.training.device import prepare
 from ssl_vit.training.device.cuda_graphs import BlockGraphs, resolve_cuda_graphs
 from ssl_vit.training.device.memory import check_pair
@@ -143,23 +143,22 @@ def _set_up(config: RunConfig, ending: Ending) -> Run:
     with accelerator.main_process_first():  # the main process fills the caches
         source, eval_data = ending.prepare(config, open_images(config.data))
         source = cut_into_tiles(source, config.data) if isinstance(source, Source) else source
-    config, lengthened, kept = go_on_as_before(config, source.num_samples)
+    config, lengthened, reasons = go_on_as_before(config, source.num_samples)
     num_steps = config.num_steps(source.num_samples)
-    config, reasons = config.resolve(source.num_samples, len(source.class_names))
-    reasons = [*kept, *reasons]
+    config, why = config.resolve(source.num_samples, len(source.class_names))
     check_run_folder(config)
     if config.batch.auto:
         config, reason = choose_micro_batch(config, accelerator, precision)
-        reasons.append(reason)
+        why.append(reason)
     objective = config.build_objective()
     check_keep_best(config.checkpoint, objective, has_labels=eval_data is not None)
     choose_attention(objective, objective.encoder.attention_length, accelerator.device, precision)
     images = _open_decoded(source, config, objective.encoder.in_chans)
     accelerator.wait_for_everyone()  # no process may check a folder while it is created
     config, checkpoint = on_main_process(lambda: open_run_folder(config, lengthened, objective.frozen))
+    num_steps = num_steps if checkpoint is None else length_of(config, checkpoint, num_steps)
     if accelerator.is_main_process:
-        done = 0 if checkpoint is None else step_of(checkpoint)
-        write_heartbeat(Path(config.output_dir), "starting", done, num_steps)
+        write_heartbeat(Path(config.output_dir), "starting", step_of(checkpoint) if checkpoint else 0, num_steps)
     is_plain = objective.encoder.has_plain_blocks
     compiled = resolve_compile(config.compile, accelerator.device, num_steps, accelerator.is_fsdp2, is_plain)
     run = Run(
@@ -191,7 +190,7 @@ def _set_up(config: RunConfig, ending: Ending) -> Run:
             num_micro=run.train_step.num_micro,
             precision=precision,
         )
-    accelerator.print("".join(f"auto       {plain(reason)}\n" for reason in reasons), end="")
+    accelerator.print("".join(f"auto       {plain(reason)}\n" for reason in (*reasons, *why)), end="")
     return run
 
 
@@ -271,6 +270,8 @@ def describe(run: Run, precision: str, checkpoint: Path | None) -> None:
         + f"\nfolder     {plain(run.folder)}"
     )
     notes = [*config.notes(num_samples), *run.source.notes]
+    if run.num_steps != (now := config.num_steps(num_samples)):
+        notes.append(f"images came or went: {config.epochs:g} epochs are {now:,} steps now, and the run keeps its own")
     notes += run.stream_loader.notes() if run.stream_loader is not None else ()
     if accelerator.is_main_process and isinstance(run.source, Source):
         notes += [note for note in (run.source.note_of_dropped(run.objective.encoder.in_chans),) if note]
@@ -373,10 +374,11 @@ def save(run: Run, *, is_last: bool) -> Path | None:
     """
     if not run.saves:
         return None
-    accelerator, config = run.accelerator, run.config.checkpoint
+    accelerator, config, objective = run.accelerator, run.config.checkpoint, run.objective
     state: dict[str, Any] = {
-        **facts(run.objective, run.source, accelerator.device, accelerator.num_processes),
-        "backbone": backbone_prefix(run.objective),
+        **facts(objective, run.source, accelerator.device, accelerator.num_processes),
+        # Prefix of the backbone's parameters: with it an export needs no objective.
+        "backbone": next(f"{name}." for name, part in objective.named_modules() if part is objective.backbone()),
         "class_names": list(run.source.class_names),
         "num_steps": run.num_steps,
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
@@ -394,8 +396,3 @@ def save(run: Run, *, is_last: bool) -> Path | None:
         folder = save_checkpoint(run.folder, run.step, run.train_step.model, run.train_step.optimizer, state)
     on_main_process(lambda: tidy(run.folder, config))
     return folder
-
-
-def backbone_prefix(objective: Objective) -> str:
-    """Prefix of the backbone's parameters among the objective's; with it an export needs no objective."""
-    return next(f"{name}." for name, module in objective.named_modules() if module is objective.backbone())
