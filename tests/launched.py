@@ -36,7 +36,8 @@ def shard_on_cpus(accelerator: Accelerator) -> None:
 
 
 def plant(kind: Any, what: str, process: int, steps: list[int], num_steps: int) -> Any:
-    """A forward in some steps of one process: its input `nan`, or its loss `inf` or 100 more with equal gradients."""
+    """A forward in some steps of one process: its input `nan`, or its loss `inf` or 100 more with equal gradients; or
+    no `memory` for the gradient of more than two images in any."""
     forward = kind.forward
 
     def broken(self: Any, batch: dict, progress: float) -> dict[str, torch.Tensor]:
@@ -46,10 +47,16 @@ def plant(kind: Any, what: str, process: int, steps: list[int], num_steps: int) 
                 name: value * float("nan") if value.is_floating_point() else value for name, value in batch.items()
             }
         parts = forward(self, batch, progress)
+        if what == "memory" and len(batch["images"]) > 2:
+            parts["loss"].register_hook(no_memory)
         more = {"inf": float("inf"), "jump": 100.0}.get(what, 0.0) if hit else 0.0
         return {**parts, "loss": parts["loss"] + more}
 
     return mock.patch.object(kind, "forward", broken)
+
+
+def no_memory(_: torch.Tensor) -> None:
+    raise torch.OutOfMemoryError
 
 
 def out_of_memory_above(*limits: int) -> Callable[..., Step]:
@@ -92,7 +99,7 @@ def work(job: dict) -> int | str:
             run = set_up(config)
             assert run.accelerator.num_processes == 2
             return train(run)
-        except FloatingPointError as error:
+        except (FloatingPointError, ValueError) as error:
             return str(error)
 
 

@@ -125,6 +125,10 @@ def test_what_cannot_be_lengthened_is_refused(start: Start, tmp_path: Path) -> N
         start("--extend=true", "--fresh", steps=3)
     with pytest.raises(ValueError, match=r"extended=.*: is written by --extend"):
         start("--extended=[[5,3]]", steps=6, name="other")
+    with pytest.raises(ValueError, match=r"extend=True: steps=2 wins over epochs=9\.0; give more steps"):
+        start("--extend=true", "--epochs=9", steps=2)
+    with pytest.raises(ValueError, match=r"lengthened at step 3, and this one has 3; give it more"):
+        start("--extended=[[3,3]]", steps=3, name="other")  # as in the config.yaml of a lengthened run
 
 
 def test_a_run_of_epochs_is_lengthened_by_epochs_and_keeps_what_auto_became(start: Start, tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def runs(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     add("fsdp_checkpointing", "dino", *flags, "--encoder.grad_checkpointing=true", fsdp2=True)
     add("inf", "mae", plant=["inf", 1, [2]])
     add("all_skipped", "mae", ONE_STEP, plant=["inf", 1, [0]])
+    add("no_memory", "mae", plant=["memory", 1, [2]])
     add("stopped", "mae", "--max_skipped_steps=2", plant=["inf", 1, [2, 3]])
     add("jump", "dino", "--rewind_on_spike=2", plant=["jump", 1, [2]])
     for fsdp2 in (False, True):
@@ -130,6 +131,11 @@ def test_fsdp2_learns_what_ddp_learns_in_bf16(runs: dict[str, tuple[Path, int | 
     assert losses(fsdp)[:3] == pytest.approx(losses(ddp)[:3], rel=1e-4)
     assert losses(fsdp) == pytest.approx(losses(ddp), rel=1e-2)  # a last bit, such as that of a norm, grows in bf16
     assert losses(ddp) != pytest.approx(losses(runs["dino_ddp"][0]), rel=1e-6)  # it is bf16
+
+
+def test_memory_that_does_not_suffice_backward_is_explained(runs: dict[str, tuple[Path, int | str]]) -> None:
+    """The objective is tried alone, although DDP had its hooks on it."""
+    assert str(runs["no_memory"][1]).endswith("As tried, 2 fit: --batch.per_device 2; the batch of a step stays 8")
 
 
 def test_a_jump_in_one_process_takes_both_back(runs: dict[str, tuple[Path, int | str]]) -> None:

@@ -11,7 +11,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ssl_vit.core.distributed import mean_over_processes
+from ssl_vit.core.distributed import gather_with_gradient
 from ssl_vit.core.schedules import cosine, warmup_linear
 from ssl_vit.core.settings import check_ranges
 from ssl_vit.data.augment.multicrop import MultiCropConfig
@@ -287,16 +287,17 @@ class DINO(ViewsObjective):
             self._teacher_sums.move(self.center, self.config.center_momentum, taken)
 
     def diagnostics(self) -> dict[str, Tensor]:
-        views = torch.cat(self._teacher_cls, dim=1)
+        # Of the rows of all processes together: the rank of a part of them is lower.
+        views = [gather_with_gradient(view) for view in torch.cat(self._teacher_cls, dim=1)]
         # One view only: a second view of the same images adds nothing.
         found = {
-            "feature_std": mean_over_processes(torch.stack([feature_std(view) for view in views]).mean()),
-            "rankme": mean_over_processes(rankme(views[0])),
+            "feature_std": torch.stack([feature_std(view) for view in views]).mean(),
+            "rankme": rankme(views[0]),
         }
         if self._projections is None:
             return {**found, "prototypes_used": self._prototype_use.read()}
-        share = rankme(self._projections) / min(self._projections.shape)
-        return {**found, "projection_rank": mean_over_processes(share)}
+        projections = gather_with_gradient(self._projections)
+        return {**found, "projection_rank": rankme(projections) / min(projections.shape)}
 
     def diagnose(self, values: Mapping[str, float], run: Mapping[str, Any] | None = None) -> str | None:
         if self.config.has_prototypes:

@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_vit.core.distributed import gather_with_gradient, mean_over_processes, process_index
+from ssl_vit.core.distributed import gather_with_gradient, process_index
 from ssl_vit.core.settings import check_interval, check_ranges
 from ssl_vit.data.augment.crops import OrientationConfig
 from ssl_vit.data.augment.device import renormalize
@@ -255,8 +255,8 @@ class Distill(ViewsObjective):
 
     def diagnostics(self) -> dict[str, Tensor]:
         assert self._last_cls is not None, "nothing was seen"
-        found = {"feature_std": feature_std(self._last_cls), "rankme": rankme(self._last_cls)}
-        return {name: mean_over_processes(value) for name, value in found.items()}
+        cls = gather_with_gradient(self._last_cls)  # the rank of a part of the rows is lower
+        return {"feature_std": feature_std(cls), "rankme": rankme(cls)}
 
     def diagnose(self, values: Mapping[str, float], run: Mapping[str, Any] | None = None) -> str | None:
         if values["feature_std"] >= 0.05:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_vit.core.distributed import gather_with_gradient, mean_over_processes, world_size
+from ssl_vit.core.distributed import gather_with_gradient, world_size
 from ssl_vit.core.settings import check_ranges
 from ssl_vit.data.augment.multicrop import MultiCropConfig
 from ssl_vit.models.encoder import Encoder
@@ -130,13 +130,12 @@ class LeJEPA(ViewsObjective):
 
     def diagnostics(self) -> dict[str, Tensor]:
         assert self._last is not None, "nothing was seen"
-        cls, projections = self._last
-        found = {
+        cls, projections = map(gather_with_gradient, self._last)  # the rank of a part of the rows is lower
+        return {
             "feature_std": feature_std(cls),
             "rankme": rankme(cls),
             "projection_rank": rankme(projections) / min(projections.shape),
         }
-        return {name: mean_over_processes(value) for name, value in found.items()}
 
     def diagnose(self, values: Mapping[str, float], run: Mapping[str, Any] | None = None) -> str | None:
         return diagnose_views(values, run)

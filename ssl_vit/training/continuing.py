@@ -63,7 +63,16 @@ def check_run_folder(config: RunConfig) -> None:
     folder = Path(config.output_dir)
     if config.extend and not (folder / CONFIG_FILE).exists():
         raise ValueError(f"extend=True: output_dir={config.output_dir!r} holds no run to lengthen; name its folder")
-    if config.fresh or not folder.exists():
+    if not folder.exists():
+        return
+    if config.fresh:
+        teacher = getattr(config.objective, "teacher", None)
+        for name, path in (("encoder.pretrained", config.encoder.pretrained), ("objective.teacher", teacher)):
+            if path is not None and Path(path).resolve().is_relative_to(folder.resolve()):
+                raise ValueError(
+                    f"fresh=True: would move away output_dir={config.output_dir!r}, and {name}={path!r} is read from "
+                    "there; choose another --output_dir"
+                )
         return
     if not folder.is_dir():
         raise ValueError(f"output_dir={config.output_dir!r}: is a file; name a folder")
@@ -77,6 +86,11 @@ def check_run_folder(config: RunConfig) -> None:
         return
     bound = getattr(config.objective, "decides_data", ())
     before, after = _read_config(saved, config), as_plain(config)
+    if any(not isinstance(before.get(section), dict) for section in ("encoder", *(section for section, _ in PATHS))):
+        raise ValueError(
+            f"output_dir={config.output_dir!r}: its {CONFIG_FILE} was written by no run; choose another --output_dir, "
+            "or --fresh to move it aside"
+        )
     for section, name in PATHS:
         if name in after[section] and is_same(before[section].get(name), after[section][name]):
             before[section][name] = after[section][name]
@@ -108,10 +122,15 @@ def go_on_as_before(config: RunConfig, num_samples: int | None) -> tuple[RunConf
         setting that was taken over.
 
     Raises:
-        ValueError: `extend` with fewer steps than it has.
+        ValueError: `extend` with fewer steps than it has, or a length that cannot be.
     """
     path = Path(config.output_dir) / CONFIG_FILE
     if config.fresh or not path.exists():
+        if config.extended and (steps := config.num_steps(num_samples)) <= config.extended[-1][0]:
+            raise ValueError(
+                f"extended={config.extended!r}: is of a run that was lengthened at step {config.extended[-1][0]:,}, "
+                f"and this one has {steps:,}; give it more, or leave this setting out"
+            )
         return config, None, []
     saved = _read_config(path, config)
     extended = tuple((step, length) for step, length in saved.get("extended") or ())
@@ -127,6 +146,10 @@ def go_on_as_before(config: RunConfig, num_samples: int | None) -> tuple[RunConf
     after = config.num_steps(num_samples)
     if config.extend and after < before:
         raise ValueError(f"extend=True: {after:,} steps are fewer than the {before:,} that the run has; give more")
+    if config.extend and config.steps == saved["steps"] is not None and config.epochs != saved["epochs"]:
+        raise ValueError(
+            f"extend=True: steps={config.steps} wins over epochs={config.epochs}; give more steps"
+        )
     return config, before if config.extend and after > before else None, reasons
 
 

@@ -1,10 +1,10 @@
 """The training loop, the same for every objective, read from top to bottom."""
 
 import sys
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -20,6 +20,7 @@ from ssl_vit.runs.checkpoint import load_checkpoint, newest_checkpoint
 from ssl_vit.runs.folder import RESULTS_FILE, is_finished, write_heartbeat
 from ssl_vit.training import ending as pretraining
 from ssl_vit.training.config import RunConfig, parse_run
+from ssl_vit.training.device import prepare
 from ssl_vit.training.device.micro_batch import explain_out_of_memory
 from ssl_vit.training.faults import by_product
 from ssl_vit.training.observe.metrics import MetricLog
@@ -99,7 +100,8 @@ def train(run: Run) -> int:
             while (code := train_steps(run, stop)) is None:
                 pass  # the run went back to a checkpoint and continues from there
         if code == 0:
-            finish(run, nothing_done)
+            with scoring(run):
+                finish(run, nothing_done)
         return code
     except torch.OutOfMemoryError:
         heartbeat(run, "failed")  # explained below, after the tensors of the step are freed
@@ -112,6 +114,7 @@ def train(run: Run) -> int:
     step, device, num_processes = run.train_step, run.accelerator.device, run.accelerator.num_processes
     step.graphs.clear()
     step.optimizer.state.clear()
+    prepare.release_reducer(step.model)
     with eager(run):
         why = explain_out_of_memory(run.config, run.objective, device, run.per_device, num_processes)
     raise ValueError(why + ("; --cuda_graphs false needs less" if step.graphs.enabled else ""))
@@ -136,8 +139,7 @@ def train_steps(run: Run, stop: StopSignal) -> int | None:
             draw_figure(run, monitor)
             progress = run.progress
             losses = run.train_step.forward_backward(batches, run.step, progress)
-            if monitor.sees_spike(losses):
-                go_back(run, log)
+            if monitor.sees_spike(losses) and go_back(run, log):
                 return None
             settings, taken = run.train_step.update(losses, progress)
             monitor.note_step(losses, taken)
@@ -163,7 +165,7 @@ def evaluate(run: Run, monitor: Monitor) -> None:
     config, by = run.config, run.config.checkpoint.keep_best
     if not is_evaluation_due(run) or on_main_process(lambda: monitor.log.is_scored(run.step)):
         return
-    with monitor.paused():
+    with monitor.paused(), scoring(run):
         heartbeat(run, "evaluating")
         run.train_step.graphs.clear()  # the memory of a step, which the evaluation may need
         objective = unsharded(run)
@@ -171,6 +173,22 @@ def evaluate(run: Run, monitor: Monitor) -> None:
             run.ending.evaluate_in_training(config, run.accelerator, objective, run.eval_data, run.step, monitor.log)
         if run.step and by in SCORES and on_main_process(lambda: is_best_yet(run.folder, by, run.step)):
             save(run, is_last=False)
+
+
+@contextmanager
+def scoring(run: Run) -> Iterator[None]:
+    """Tell memory that does not suffice here from that of a step.
+
+    Raises:
+        ValueError: it did not suffice.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        size = run.config.evaluation.batch_size
+        raise ValueError(
+            f"out of memory while scoring, with {size} images at once; lower --evaluation.batch_size"
+        ) from error
 
 
 def is_evaluation_due(run: Run) -> bool:
@@ -208,15 +226,20 @@ def stopped(run: Run, folder: Path | None, signal_number: int) -> int:
     return EXIT_STOPPED[signal_number]
 
 
-def go_back(run: Run, log: MetricLog) -> None:
+def go_back(run: Run, log: MetricLog) -> bool:
     """Put a run whose loss jumped in its present step behind that step, with the weights of its newest checkpoint.
 
     Nothing is learned from the samples since that checkpoint. The run is saved at once, so that a kill does not take it
     back before the jump.
+
+    Returns:
+        Whether there was a checkpoint.
     """
     faults, step = run.faults, run.step
-    # A checkpoint exists since `SpikeWatch.begins`.
-    checkpoint = cast(Path, on_main_process(lambda: newest_checkpoint(run.folder)))
+    checkpoint = on_main_process(lambda: newest_checkpoint(run.folder))
+    if checkpoint is None:  # none could be written
+        log.report(f"WARNING: the loss jumped in step {step + 1:,}, and no checkpoint is there to go back to.")
+        return False
     run.train_step.optimizer.zero_grad()
     run.train_step.optimizer.state.clear()
     resume(run, checkpoint)
@@ -227,7 +250,8 @@ def go_back(run: Run, log: MetricLog) -> None:
     log.write({"step": step + 1, "rewound_to": run.step})
     run.step = step + 1
     run.faults = replace(faults, rewinds=faults.rewinds + 1, recent_losses=run.faults.recent_losses)
-    save(run, is_last=True)
+    save(run, is_last=False)
+    return True
 
 
 def finish(run: Run, nothing_done: bool) -> None:
@@ -257,7 +281,8 @@ def load_best(run: Run) -> Best | None:
     if best is None or best.step == run.step:
         return None
     run.accelerator.print(f"best       {best}: its weights are exported and scored, not those of step {run.step:,}")
-    load_checkpoint(best.folder, run.train_step.model, run.train_step.optimizer)
+    state = load_checkpoint(best.folder, run.train_step.model, run.train_step.optimizer)
+    run.faults = replace(run.faults, collapse=state.get("faults", {}).get("collapse", ""))  # that of these weights
     return best
 
 

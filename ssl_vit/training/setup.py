@@ -207,6 +207,7 @@ def _start(config: RunConfig) -> tuple[Accelerator, str]:
     )
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = config.tf32  # of convolutions
     with section("batch"):
         config.batch.num_micro(accelerator.num_processes)
     return accelerator, precision

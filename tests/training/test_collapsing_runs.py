@@ -9,6 +9,7 @@ import pytest
 from ssl_vit.export.card import write_card
 from ssl_vit.export.run import export_run
 from ssl_vit.objectives.mae import MAE
+from ssl_vit.runs.best import Best
 from ssl_vit.runs.checkpoint import list_checkpoints
 from ssl_vit.runs.trained import open_trained
 from tests.conftest import losses
@@ -67,6 +68,19 @@ def test_a_collapse_that_is_over_is_not_told_at_the_end(
     text = capsys.readouterr().out
     assert text.count("collapse at step 4. All alike.") == 1
     assert "no sign of collapse in the last 10 log intervals" in text
+    assert "collapse" not in json.loads((tmp_path / "run" / "results.json").read_text())
+
+
+def test_a_collapse_after_the_best_step_is_not_that_of_what_is_exported(
+    start: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(MAE, "diagnose", lambda self, values, run: "All alike." if values["step"] > 2 else None)
+    monkeypatch.setattr(
+        "ssl_vit.training.loop.best_checkpoint", lambda run, _: Best(list_checkpoints(run)[0], "loss", 0)
+    )
+    assert start("--checkpoint.keep_best=loss", "--checkpoint.every_steps=1", "--checkpoint.keep=9", steps=9) == 0
+    assert "collapse at step 5. All alike." in (text := capsys.readouterr().out)
+    assert "features of this backbone collapsed" not in text
     assert "collapse" not in json.loads((tmp_path / "run" / "results.json").read_text())
 
 

@@ -8,6 +8,7 @@ import pytest
 from ssl_vit.core.writing import UNFINISHED
 from ssl_vit.data.config import DataConfig
 from ssl_vit.data.decode.bounds import MAX_IMAGE_BYTES
+from ssl_vit.models.config import EncoderConfig
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.training.config import RunConfig
 from ssl_vit.training.continuing import check_run_folder, go_on_as_before, open_run_folder
@@ -110,3 +111,18 @@ def test_a_run_with_a_limit_of_pixels_goes_on_with_one_of_bytes(tmp_path: Path) 
     with pytest.raises(ValueError, match=r"data.max_image_bytes 3002 -> 536870912"):
         check_run_folder(config(run))
     check_run_folder(config(run, data=DataConfig(max_pixels=1000)))
+
+
+def test_a_folder_that_is_read_later_is_not_moved_away(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    open_run_folder(config(run))
+    for path in (run, run / "backbone.safetensors"):
+        with pytest.raises(ValueError, match=r"fresh=True: would move away .*encoder.pretrained=.* is read from there"):
+            check_run_folder(config(run, fresh=True, encoder=EncoderConfig(pretrained=str(path))))
+    check_run_folder(config(run, fresh=True, encoder=EncoderConfig(pretrained="vit_tiny_patch16_224")))
+
+
+def test_settings_that_no_run_wrote_are_told_from_a_run_of_other_settings(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("steps: 3\ndata: {source: images}\n")
+    with pytest.raises(ValueError, match=r"its config.yaml was written by no run; choose another --output_dir"):
+        check_run_folder(config(tmp_path))

@@ -200,3 +200,14 @@ def test_a_spike_takes_the_run_back_and_past_it(
         expected = load_file(run / "backbone.safetensors")
         assert start(*flags, steps=20) == 0
         assert same(load_file(run / "backbone.safetensors"), expected)
+
+
+def test_a_spike_before_any_checkpoint_is_told_and_gone_past(
+    start: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where the disk was full when one was due."""
+    monkeypatch.setattr("ssl_vit.training.faults.LEAST", 5)
+    monkeypatch.setattr("ssl_vit.training.loop.newest_checkpoint", lambda _: None)
+    break_steps(monkeypatch, "mae", {14}, num_steps=16, factor=1e3)
+    assert start("--rewind_on_spike=1", "--batch.size=4", "--objective.norm_pix_loss=false", steps=16) == 0
+    assert "WARNING: the loss jumped in step 15, and no checkpoint is there" in capsys.readouterr().out

@@ -38,7 +38,8 @@ def prove_equal(
     images = torch.randn(2, encoder.in_chans, *encoder.image_size, generator=generator).to(device)
     fused = [module.fused_attn for module in encoder.modules() if hasattr(module, "fused_attn")]
     set_fused_attention(loaded.to(device).eval(), all(fused))  # two kernels round differently
-    with eval_mode(trained):
+    exact = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)
+    with eval_mode(trained), exact:  # TF32 would round a convolution, and not the equal matrix product
         expected, found = compute(images), loaded(images)
     for pair in zip(expected, [found] if isinstance(found, Tensor) else found, strict=True):
         largest_difference(*pair, what=what, tolerance=tolerance)

@@ -1,5 +1,6 @@
 """What is done to a model before its first step: Accelerate's preparation, shards (FSDP2), compiled blocks."""
 
+import gc
 import importlib.util
 import warnings
 from typing import Any, Literal, cast
@@ -44,6 +45,14 @@ def prepare(
     # Buffers are not sharded, and fully_shard leaves them where they are.
     objective.to(accelerator.device)
     return accelerator.prepare(objective, optimizer)
+
+
+def release_reducer(model: nn.Module) -> None:
+    """Take DDP's hooks off the parameters of a model that trains no more, so that its objective can be called alone."""
+    for name in ("reducer", "logger"):
+        if hasattr(model, name):
+            delattr(model, name)
+    gc.collect()  # the hooks go with the reducer
 
 
 def is_sharded(model: nn.Module) -> bool:
