@@ -121,7 +121,7 @@ def warnings_of_run(config: RunConfig, encoder: Encoder, images: Images, num_ima
             "batch.size and batch.per_device (a smaller encoder or fewer local crops need less memory), or use more "
             "devices"
         )
-    yield from _warnings_of_sizes(images, encoder)
+    yield from _warnings_of_sizes(images, encoder, is_trained=config.encoder.pretrained is not None)
     if config.data.tile_size is None:
         yield from _warnings_of_large(images, encoder)
     yield from _warnings_of_local_crops(config, images, encoder)
@@ -135,7 +135,7 @@ def warnings_of_run(config: RunConfig, encoder: Encoder, images: Images, num_ima
 
 def _warnings_of_going_on(config: RunConfig, num_images: int) -> Iterator[str]:
     """What spoils weights that a run starts from; docs/continue.md says why, and what was measured."""
-    if config.encoder.pretrained is None or not isinstance(config.objective, AnchorConfig):
+    if config.encoder.pretrained is None:
         return
     peak = 0.0 if config.optim.base_lr == "auto" else config.optim.peak_lr(config.batch.size)  # auto's suits them
     if peak >= _RATE_OF_FRESH_WEIGHTS:
@@ -145,10 +145,10 @@ def _warnings_of_going_on(config: RunConfig, num_images: int) -> Iterator[str]:
         )
     if not config.optim.freeze_backbone_until:
         yield (
-            "continuing: the heads are fresh, and their first gradients mean nothing to trained weights: "
+            "continuing: heads and decoders are fresh, and their first gradients mean nothing to trained weights: "
             "--optim.freeze_backbone_until 0.1 --optim.unfreeze_ramp 0.02 lets them learn first"
         )
-    if config.objective.anchor == "none" and num_images < _FEW_TO_GO_ON:
+    if isinstance(config.objective, AnchorConfig) and config.objective.anchor == "none" and num_images < _FEW_TO_GO_ON:
         yield (
             f"continuing: {num_images:,} images teach little and may undo much: --objective.anchor gram keeps the "
             "backbone near to its start, and evaluation.every_steps shows whether it gains"
@@ -175,14 +175,17 @@ def _warnings_of_backbone(config: RunConfig, encoder: Encoder, num_images: int) 
         )
 
 
-def _warnings_of_sizes(images: Images, encoder: Encoder) -> Iterator[str]:
+def _warnings_of_sizes(images: Images, encoder: Encoder, *, is_trained: bool) -> Iterator[str]:
     sizes, (height, width) = np.array(images.sizes), encoder.image_size
     small = int((sizes < (height, width)).any(axis=1).sum())
     if small > _MANY_SMALL * len(sizes):
         side = int(np.median(sizes.min(axis=1)))
         patch = next((patch for patch in (16, 8, 4, 2) if side // patch >= 8), None)
         hint = "larger images would suit it better"
-        if patch is not None and side // patch * patch < max(height, width):
+        if is_trained:  # its patches are given
+            stride = max(encoder.stride)
+            hint = f"encoder.image_size {max(side // stride, 4) * stride} costs less"
+        elif patch is not None and side // patch * patch < max(height, width):
             arch = " in a Vision Transformer" if "patch_size" in encoder.other_settings else ""
             hint = f"encoder.image_size {side // patch * patch} with encoder.patch_size {patch}{arch} would suit them"
         yield (
@@ -228,7 +231,7 @@ def _warnings_of_local_crops(config: RunConfig, images: Images, encoder: Encoder
     enlarged = (size[0] * size[1] / area) ** 0.5
     if enlarged > _MOST_ENLARGED:
         yield (
-            f"local crops: the smallest of a image of median size have {area:,.0f} pixels and are enlarged "
+            f"local crops: the smallest of an image of median size have {area:,.0f} pixels and are enlarged "
             f"{enlarged:.1f} times, to {_pixels(size)}; raise the lower end of objective.local_crop_scale, which is "
             f"{share:g}, or lower objective.local_crop_size"
         )

@@ -147,9 +147,7 @@ def go_on_as_before(config: RunConfig, num_samples: int | None) -> tuple[RunConf
     if config.extend and after < before:
         raise ValueError(f"extend=True: {after:,} steps are fewer than the {before:,} that the run has; give more")
     if config.extend and config.steps == saved["steps"] is not None and config.epochs != saved["epochs"]:
-        raise ValueError(
-            f"extend=True: steps={config.steps} wins over epochs={config.epochs}; give more steps"
-        )
+        raise ValueError(f"extend=True: steps={config.steps} wins over epochs={config.epochs}; give more steps")
     return config, before if config.extend and after > before else None, reasons
 
 

@@ -75,11 +75,11 @@ def prepare(config: RunConfig, source: Source | Stream) -> tuple[Source, EvalSpl
     train = source.subset(np.flatnonzero(source.labels >= 0))
     name = ""
     if test is None:
-        train, test = _hold_out(train, TEST_FOLDS, seed)
+        train, test = _hold_out(train, TEST_FOLDS, seed, "for a test; give evaluation.test_source")
         name = f"a held-out {len(test) / (len(train) + len(test)):.0%} of {source.name}"
     pick = None
     if len(getattr(config.objective, "lr_scales", ())) > 1:
-        train, pick = _hold_out(train, PICK_FOLDS, seed + 1)
+        train, pick = _hold_out(train, PICK_FOLDS, seed + 1, "to choose among objective.lr_scales; give one")
     assert test.labels is not None
     rows = independent_rows(test.labels, test.groups)
     if settings.max_images is not None and len(rows) > settings.max_images:
@@ -87,11 +87,11 @@ def prepare(config: RunConfig, source: Source | Stream) -> tuple[Source, EvalSpl
     return train, EvalSplit(test.subset(rows), pick, name or test.name)
 
 
-def _hold_out(source: Source, folds: int, seed: int) -> tuple[Source, Source]:
+def _hold_out(source: Source, folds: int, seed: int, why: str) -> tuple[Source, Source]:
     assert source.labels is not None
     held_out = held_out_rows(source.labels, source.groups, folds, seed)
     if not held_out.any():
-        raise ValueError(f"data.source={source.name!r}: too few images of each class to hold some out for a test")
+        raise ValueError(f"data.source={source.name!r}: too few images of each class to hold some out {why}")
     return source.subset(np.flatnonzero(~held_out)), source.subset(np.flatnonzero(held_out))
 
 

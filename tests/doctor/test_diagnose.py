@@ -112,6 +112,17 @@ def test_more_than_one_percent_unreadable_is_a_problem(tmp_path: Path) -> None:
     assert "unreadable" not in kinds(facts.warnings)
 
 
+def test_trained_weights_keep_their_patches_whatever_the_size_of_the_images(photo_folder: Path) -> None:
+    fresh = parse_run(pretrain_dino.DEFAULTS, [*SMALL_DINO, f"--data.source={photo_folder}", "--encoder.image_size=64"])
+    images = read_images(open_source(fresh.data), np.arange(3), 3)
+    started = dataclasses.replace(fresh, encoder=dataclasses.replace(fresh.encoder, pretrained="x"))
+    encoder = fresh.encoder.build()
+    assert any("with encoder.patch_size" in text for text in warnings_of_run(fresh, encoder, images, 40))
+    hints = [text for text in warnings_of_run(started, encoder, images, 40) if text.startswith("small images")]
+    assert len(hints) == 1
+    assert "encoder.image_size 40 costs less" in hints[0]
+
+
 def test_what_spoils_trained_weights_is_named(photo_folder: Path) -> None:
     fresh = parse_run(pretrain_dino.DEFAULTS, [*SMALL_DINO, f"--data.source={photo_folder}", "--batch.size=256"])
     images = read_images(open_source(fresh.data), np.arange(3), 3)
