@@ -11,7 +11,7 @@ from PIL import Image
 from ssl_vit.data.bad_images import LOOKED_AT, BadImages, leave_out_bad, look_beforehand
 from ssl_vit.data.config import DataConfig
 from ssl_vit.data.decode import decode
-from ssl_vit.data.decoded import open_decoded
+from ssl_vit.data.decoded import DecodedSource, open_decoded
 from ssl_vit.data.loader import Batches, TransformedSource
 from ssl_vit.data.sampler import SampleKey, StepSampler
 from ssl_vit.data.sources import images as sources
@@ -240,3 +240,15 @@ def test_what_was_decoded_beforehand_is_known_to_the_last(many: Callable[..., So
     decoded = open_decoded(source, config, 3)
     with pytest.raises(ValueError, match=r"20 of the source's 300 images cannot .*cut off"):
         look_beforehand(decoded, config, 3)
+
+
+@pytest.mark.parametrize("num_bad", [20, LOOKED_AT + 30])
+def test_what_can_be_decoded_by_now_is_not_bad(many: Callable[..., Source], tmp_path: Path, num_bad: int) -> None:
+    source, config = many(300, num_bad), DataConfig("x", max_bad_share=0.05, cache="ram", cache_side=8)
+    decoded = open_decoded(source, config, 3)
+    assert isinstance(decoded, DecodedSource)
+    assert (decoded.decoded.table[:, 0] < 0).sum() == num_bad
+    files = sorted((tmp_path / "many").iterdir())
+    for file in files[:num_bad]:
+        file.write_bytes(files[-1].read_bytes())
+    look_beforehand(decoded, config, 3)

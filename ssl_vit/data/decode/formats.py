@@ -4,7 +4,8 @@ import io
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -117,6 +118,15 @@ class Contents(NamedTuple):
         if self.bits > 8:
             found.append(f"{self.bits} bits a channel, which are rounded to 8")
         return found
+
+
+def optional_decoders() -> dict[str, str]:
+    """Version of each library that is installed to decode further formats; with others other files can be decoded."""
+    versions = {}
+    for name in ("tifffile", "imagecodecs", "pillow_heif"):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def hint_for(suffix: str) -> str:
