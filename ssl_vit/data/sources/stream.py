@@ -80,6 +80,10 @@ class Stream:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"data.source={self.name!r}: {self.shards[shard]} cannot be read: {reason}") from error
 
+    def where(self, shard: int, row: int, path: str | None = None) -> str:
+        """The beginning of an error about an image: source, shard, row and, if any, path."""
+        return f"data.source={self.name!r}: {self.shards[shard]}, row {row}" + (f" ({path})" if path else "")
+
     def decode(
         self, shard: int, row: int, stored: dict[str, Any], num_channels: int
     ) -> UInt8[Tensor, "{num_channels} h w"]:
@@ -88,13 +92,11 @@ class Stream:
         Raises:
             ValueError: it cannot be decoded; names the source, the shard, the row and, if any, the path.
         """
-        path = stored.get("path")
         try:
             data = find_stored(stored, self.roots, self.max_image_bytes)
             return decode(data, num_channels, self.max_image_bytes, self.pages)
         except (ValueError, OSError) as error:
-            where = f"row {row}" + (f" ({path})" if path else "")
-            raise ValueError(f"data.source={self.name!r}: {self.shards[shard]}, {where}: {error}") from error
+            raise ValueError(f"{self.where(shard, row, stored.get('path'))}: {error}") from error
 
     def first_images(self, count: int, num_channels: int) -> list[UInt8[Tensor, "{num_channels} h w"]]:
         """The first images that can be decoded, up to `count`, of the first shard that has any."""
