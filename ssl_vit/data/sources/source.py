@@ -43,18 +43,19 @@ def open_source(config: DataConfig, *, may_lack: Collection[str] = ()) -> Source
     if config.streaming:
         raise setting_error(config, "streaming", "images are needed here in any order; leave this setting out")
     opened = _open_mixture(config) if isinstance(config.source, dict) else _open(config, may_lack)
+    opened = replace(opened, max_image_bytes=config.max_image_bytes)
     if config.pages == "images":
         opened = _with_row_for_each_page(opened)
     elif config.pages == "channels":
         opened = replace(opened, pages="channels")
-    return replace(opened, max_image_bytes=config.max_image_bytes)
+    return opened
 
 
 def _with_row_for_each_page(source: Source) -> Source:
     """The source with each page or frame of its files as an image; pages of one file are one group."""
     numbers = []
     for row in tqdm(range(len(source)), desc="counting pages", unit="file", leave=False, disable=None):
-        numbers.append(page_numbers(source._file_or_none(row) or b""))
+        numbers.append(page_numbers(source._file_or_none(row) or b"", source.max_image_bytes))
     rows = np.repeat(np.arange(len(source)), [len(pages) for pages in numbers])
     note = f"{len(source):,} files hold {len(rows):,} pages or frames, each of which is an image"
     notes = (*source.notes, note) if len(rows) > len(source) else source.notes
