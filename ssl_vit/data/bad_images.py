@@ -144,10 +144,11 @@ def look_beforehand(source: Source | Stream, config: DataConfig, num_channels: i
         problems = [problem for row in tried if (problem := _decoding_problem(source, row, num_channels)) is not None]
         bad = problems[:1] * round(len(rows) * len(problems) / max(1, len(tried)))
     elif isinstance(source, Stream):
-        for row, stored in islice(source.read(0), MAX_TRIES):
+        images = ((shard, *read) for shard in range(len(source.shards)) for read in source.read(shard))
+        for shard, row, stored in islice(images, MAX_TRIES):
             num_seen += 1
             try:
-                source.decode(0, row, stored, num_channels)
+                source.decode(shard, row, stored, num_channels)
             except ValueError as error:
                 bad.append(str(error))
     else:

@@ -17,8 +17,10 @@ from ssl_vit.data.sampler import SampleKey, StepSampler
 from ssl_vit.data.sources import images as sources
 from ssl_vit.data.sources.images import MAX_TRIES, Source
 from ssl_vit.data.sources.source import open_source
+from ssl_vit.data.sources.stream import open_stream
 from ssl_vit.objectives.mae import MAEConfig
 from tests.data.broken import broken_files, noise
+from tests.data.shards import write_parquet
 from tests.specs import spec
 
 CPU = torch.device("cpu")
@@ -252,3 +254,18 @@ def test_what_can_be_decoded_by_now_is_not_bad(many: Callable[..., Source], tmp_
     for file in files[:num_bad]:
         file.write_bytes(files[-1].read_bytes())
     look_beforehand(decoded, config, 3)
+
+
+def test_a_small_bad_shard_says_little_of_a_stream(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_parquet(tmp_path, [2, 100], bad=(0, 1))
+    config = DataConfig(source, streaming=True)
+    look_beforehand(open_stream(config), config, 3)
+    assert f"note       2 of {MAX_TRIES} images looked at cannot be decoded" in capsys.readouterr().out
+    everything = DataConfig(write_parquet(tmp_path / "small", [2, 3], bad=(0, 1)), streaming=True)
+    with pytest.raises(ValueError, match="2 of the source's 5 images cannot be decoded"):
+        look_beforehand(open_stream(everything), everything, 3)
+
+
+def test_a_source_of_one_bad_image_has_no_next_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"row 0 \(.*\): the PNG file is cut off$"):
+        folder_of(tmp_path, num_good=0, bad=(0,)).next_image(0, 3)

@@ -215,12 +215,14 @@ def decode_first(
     Raises:
         ValueError: none of `MAX_TRIES` can be decoded. Names the first.
     """
-    first = None
+    first, tried = None, 0
     for candidate in islice(candidates, MAX_TRIES):
+        tried += 1
         try:
             return decode(candidate), candidate
         except ValueError as error:
             first = first or error
             if skipped is not None:
                 skipped(candidate, error)
-    raise ValueError(f"{first}; nor can any of the next {MAX_TRIES - 1} be decoded") from first
+    others = f"; nor can any of the next {tried - 1} be decoded" if tried > 1 else ""
+    raise ValueError(f"{first}{others}") from first
