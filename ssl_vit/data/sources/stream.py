@@ -32,7 +32,7 @@ from ssl_vit.data.sources.tables import (
     read_footers,
     read_parquet,
 )
-from ssl_vit.data.sources.tars import count_samples, read_tar, wanted_kinds
+from ssl_vit.data.sources.tars import SUFFIXES, count_samples, read_tar, wanted_kinds
 
 _READ_ROWS = 32  # rows taken from a shard at once
 
@@ -148,7 +148,7 @@ def _open_files(config: DataConfig) -> Stream:
     if config.split != "train":
         raise setting_error(config, "split", "streamed files are the split 'train', and are not sliced")
     files = find_files(config)
-    if any(file.lower().endswith(".tar") for file in files):
+    if any(file.lower().endswith(SUFFIXES) for file in files):
         counts, notes = count_samples(files, config)
         images, roots = partial(read_tar, tuple(files), wanted_kinds(config), config.max_image_bytes), None
     else:
