@@ -39,8 +39,9 @@ class StreamLoader:
     """The readers of a process, and how far they have come by the last batch that was taken.
 
     Sample n of the run belongs to reader n % num_readers, and that reader to process n % num_processes and to one of
-    its workers. So neither number changes what a step learns from, and a run goes on with any number of processes that
-    divides its number of readers.
+    its workers. So with the same number of readers neither number changes what a step learns from, and a run goes on
+    with any number of processes that divides it. A run with another number of processes may begin with other readers,
+    see `choose_num_readers`.
     """
 
     schedule: ShardSchedule
