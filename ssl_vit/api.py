@@ -242,5 +242,8 @@ def _text(value: Any) -> str:
     """A value as a flag takes it."""
     if isinstance(value, str | Path):
         return str(value)
+    if isinstance(value, Mapping):  # a mixture
+        weights = [weight.item() if isinstance(weight, np.generic) else weight for weight in value.values()]
+        value = dict(zip(map(str, value), weights, strict=True))
     value = value.item() if isinstance(value, np.generic) else list(value) if isinstance(value, tuple) else value
     return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n...\n").strip()

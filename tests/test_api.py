@@ -180,6 +180,12 @@ def test_images_in_memory_are_stored_once_with_their_classes(photo_folder: Path,
     assert set(result.scores) == {"raw pixels", "untrained", "trained"}
 
 
+def test_a_mixture_may_name_paths(photo_folder: Path, tmp_path: Path) -> None:
+    mixture = {photo_folder / "disc": np.float64(1), photo_folder / "square": 2}
+    settings = {**SMALL, "data": {"label_column": "none"}}
+    assert ssl_vit.pretrain("mae", mixture, output_dir=tmp_path / "run", steps=1, **settings).finished
+
+
 def test_a_run_distils_into_another_backbone(run: ssl_vit.Result, photo_folder: Path, tmp_path: Path) -> None:
     small = {name: value for name, value in SMALL.items() if name != "objective"}
     encoder = {**SMALL["encoder"], "embed_dim": 16}

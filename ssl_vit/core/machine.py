@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 from pathlib import Path
 
 import torch
@@ -22,7 +23,8 @@ def use_all_cpus(device: torch.device) -> None:
 
     `accelerate launch` and `torchrun` set OMP_NUM_THREADS=1 unasked; a larger number is the user's and stays.
     """
-    if device.type == "cpu" and int(os.environ.get("OMP_NUM_THREADS", "1")) <= 1:
+    asked = re.match(r"\s*(\d+)", os.environ.get("OMP_NUM_THREADS", ""))  # of "4,2" the first counts
+    if device.type == "cpu" and (asked is None or int(asked[1]) <= 1):
         torch.set_num_threads(max(1, num_cpus() // num_local_processes()))
 
 

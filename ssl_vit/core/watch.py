@@ -18,8 +18,8 @@ EVERY = 5.0
 SILENT = 60.0
 """Seconds without a sign after which other processes warn; they warn again after each such period."""
 MAX_WAIT = 240.0
-GO_ON = "The same command goes on from the newest checkpoint, or begins anew where there is none."
 """Minutes without a sign after which the other processes end."""
+GO_ON = "The same command goes on from the newest checkpoint, or begins anew where there is none."
 _WATCHED = 32
 """Processes that each process watches; a bound spares the store of thousands of processes."""
 _GONE = 2**40  # added to the count of a process that ended normally

@@ -128,7 +128,8 @@ def describe_bad(source: Source, row: int, num_channels: int) -> dict[str, objec
 def look_beforehand(source: Source | Stream, config: DataConfig, num_channels: int) -> None:
     """Check a seeded sample of a source by its headers, and by decoding where headers do not tell, before a run begins.
 
-    All images that were decoded beforehand are known; of a stream the first few are decoded.
+    Images that were decoded beforehand are known, and bad ones of them tried again; of a stream the first few are
+    decoded.
 
     Raises:
         ValueError: none can be decoded, such as with another number of channels than the encoder has; or so many
@@ -138,12 +139,16 @@ def look_beforehand(source: Source | Stream, config: DataConfig, num_channels: i
     if isinstance(source, DecodedSource):
         num_seen = len(source)
         rows = np.flatnonzero(source.decoded.table[:, 0] < 0).tolist()
-        bad = [_find_problem(source, row, num_channels) or "" for row in rows[:1]] * len(rows)
+        tried = rows[:: -(-len(rows) // LOOKED_AT) or 1]
+        # Some may only have been out of reach when all were decoded.
+        problems = [problem for row in tried if (problem := _decoding_problem(source, row, num_channels)) is not None]
+        bad = problems[:1] * round(len(rows) * len(problems) / max(1, len(tried)))
     elif isinstance(source, Stream):
-        for row, stored in islice(source.read(0), MAX_TRIES):
+        images = ((shard, *read) for shard in range(len(source.shards)) for read in source.read(shard))
+        for shard, row, stored in islice(images, MAX_TRIES):
             num_seen += 1
             try:
-                source.decode(0, row, stored, num_channels)
+                source.decode(shard, row, stored, num_channels)
             except ValueError as error:
                 bad.append(str(error))
     else:
@@ -188,6 +193,10 @@ def _find_problem(source: Source, row: int, num_channels: int) -> str | None:
                 return check_size(jpeg.height, jpeg.width, jpeg.bytes_a_pixel, source.max_image_bytes)
     except Exception:
         pass  # the full error follows
+    return _decoding_problem(source, row, num_channels)
+
+
+def _decoding_problem(source: Source, row: int, num_channels: int) -> str | None:
     try:
         source.image(row, num_channels)
     except ValueError as error:
@@ -208,8 +217,4 @@ def leave_out_bad(source: Source, num_channels: int, num_workers: int) -> Source
 
 
 def _is_good(source: Source, num_channels: int, row: int) -> bool:
-    try:
-        source.image(row, num_channels)
-    except ValueError:
-        return False
-    return True
+    return _decoding_problem(source, row, num_channels) is None

@@ -111,14 +111,16 @@ def leave_out_copies(source: Source, config: DataConfig) -> Source:
     Reads all images, with all CPUs, and keeps the list of copies in `data.cache_dir` for the next start.
 
     Raises:
-        ValueError: the library for near-duplicates is missing, or all images of a part of a mixture are copies.
+        ValueError: the library for near-duplicates is missing, or a part of a mixture would never be drawn.
     """
     if imagehash is None:
         raise setting_error(config, "drop_duplicates", f"near-duplicates are found by ImageHash: {INSTALL}")
     about = [fingerprint(source, np.arange(len(source))), len(config.mean), source.max_image_bytes, _FORMAT]
     file = cache_folder(config) / f"copies-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]}.json"
     try:
-        copies = {kind: entry(read_json(file), kind, list[int], file) for kind in ("exact", "near")}
+        copies = {kind: entry(read_json(file), kind, list[int], file) for kind in ("exact", "near", "unread")}
+        if any(_print_of(source, len(config.mean), row) is not None for row in copies["unread"]):
+            raise ValueError("images could not be read before")
     except (OSError, ValueError):
         copies = _find_all(source, len(config.mean))
         with suppress(OSError):  # then the next start searches again
@@ -129,21 +131,26 @@ def leave_out_copies(source: Source, config: DataConfig) -> Source:
         for number, name in enumerate(source.mixture.names):
             if not (source.mixture.origin[kept] == number).any():
                 raise setting_error(config, "drop_duplicates", f"all images of {name!r} are copies; leave it out")
+        for name, count in zip(source.mixture.names, source.mixture.subset(kept).draws(), strict=True):
+            if count == 0:
+                what = f"without copies {name!r} would never be drawn; give it more weight in data.source"
+                raise setting_error(config, "drop_duplicates", what)
     counts = f"{len(copies['exact']):,} byte for byte the same as another, {len(copies['near']):,} nearly so"
     note = f"data.drop_duplicates: {len(source) - len(kept):,} of {len(source):,} images are left out ({counts})"
     return replace(source.subset(kept), notes=(*source.notes, note))
 
 
 def _find_all(source: Source, num_channels: int) -> dict[str, list[int]]:
-    """Rows that are copies, by kind."""
-
-    copies, kinds = Copies(source, num_channels), {"exact": [], "near": []}
+    """Rows that are copies, by kind, and those that cannot be read."""
+    copies, kinds = Copies(source, num_channels), {"exact": [], "near": [], "unread": []}
     with in_workers(
         partial(_print_of, source, num_channels), range(len(source)), source.where, doing="looking for copies"
     ) as prints:
         for row, image in enumerate(prints):
             copy = None if image is None else copies.find(row, image)
-            if copy is not None:
+            if image is None:
+                kinds["unread"].append(row)
+            elif copy is not None:
                 kinds["exact" if copy.is_exact else "near"].append(row)
     return kinds
 

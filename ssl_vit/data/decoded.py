@@ -33,6 +33,7 @@ from ssl_vit.core.manifest import hash_file, hash_of
 from ssl_vit.core.paths import as_path
 from ssl_vit.core.reading import open_regular, read_json
 from ssl_vit.core.writing import UNFINISHED, flush, fresh_folder, mark, replace_json
+from ssl_vit.data.decode.formats import optional_decoders
 from ssl_vit.data.sources.fingerprint import fingerprint
 from ssl_vit.data.sources.source import DataConfig, Source
 from ssl_vit.data.workers import in_workers
@@ -149,7 +150,12 @@ def _find_or_build(source: Source, config: DataConfig, num_channels: int, side: 
         "side": side,
         "max_image_bytes": source.max_image_bytes,
         # Decoders differ in their last bit from version to version.
-        "libraries": {"torch": torch.__version__, "torchvision": torchvision.__version__, "Pillow": PIL.__version__},
+        "libraries": {
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "Pillow": PIL.__version__,
+            **optional_decoders(),
+        },
     }
     name = hash_of(about)
     done = folder / name

@@ -65,12 +65,14 @@ def plain_errors() -> Iterator[None]:
         raise ValueError(text.rpartition("\nValueError: ")[2].strip()) from None
 
 
-def read_batches(loader: DataLoader) -> Iterator[Any]:
-    """The batches of a loader, with `plain_errors`; its workers end with the iteration, also after an error."""
+@contextmanager
+def reading(loader: DataLoader, current: CurrentRows, where: Callable[[int], str]) -> Iterator[Iterator[Any]]:
+    """The batches of a loader, with `plain_errors` and `naming_killed_workers`; its workers end with the context."""
     iterator = iter(loader)
+    current.watch(iterator)
     try:
-        with plain_errors():
-            yield from iterator
+        with naming_killed_workers(current, where), plain_errors():
+            yield iterator
     finally:
         shut_down(iterator)
 

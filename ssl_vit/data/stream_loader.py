@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,12 +16,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from ssl_vit.data.config import DataConfig
-from ssl_vit.data.loader import read_batches
+from ssl_vit.data.loader import reading
 from ssl_vit.data.sampler import sample_rng
 from ssl_vit.data.sources.images import decode_first
 from ssl_vit.data.sources.stream import BadSample, ReaderState, Sample, ShardSchedule, Stream, choose_num_readers
 from ssl_vit.data.transform import Transform
-from ssl_vit.data.workers import leave_signals_to_the_main_process
+from ssl_vit.data.workers import CurrentRows, leave_signals_to_the_main_process
+
+_MOST_ROWS = 2**40  # of a shard, to note shard and row as one number
 
 
 class Chunk(NamedTuple):
@@ -36,8 +39,9 @@ class StreamLoader:
     """The readers of a process, and how far they have come by the last batch that was taken.
 
     Sample n of the run belongs to reader n % num_readers, and that reader to process n % num_processes and to one of
-    its workers. So neither number changes what a step learns from, and a run goes on with any number of processes that
-    divides its number of readers.
+    its workers. So with the same number of readers neither number changes what a step learns from, and a run goes on
+    with any number of processes that divides it. A run with another number of processes may begin with other readers,
+    see `choose_num_readers`.
     """
 
     schedule: ShardSchedule
@@ -140,6 +144,7 @@ class StreamLoader:
             num_chunks=(num_steps - start_step) * num_micro,
             chunk_size=size // parts,
             skip_bad=note_bad is not None,
+            current=CurrentRows(fitting),
         )
         loader = DataLoader(
             chunks,
@@ -149,19 +154,29 @@ class StreamLoader:
             prefetch_factor=4 if fitting else None,
             worker_init_fn=leave_signals_to_the_main_process,
         )
-        read: Iterator[Chunk] = read_batches(loader)
-        while taken := list(itertools.islice(read, parts)):
-            for worker, chunk in enumerate(taken):
-                self.states[worker::parts] = chunk.states.numpy()
-            if note_bad is not None:
-                note_bad([bad for chunk in taken for bad in chunk.bad])
-            batch = {
-                name: rearrange([chunk.samples[name] for chunk in taken], "w s ... -> (s w) ...")
-                for name in taken[0].samples
-            }
-            if device.type == "cuda":
-                batch = {name: values.pin_memory() for name, values in batch.items()}
-            yield transform.on_device(batch, device)
+        with reading(loader, chunks.current, chunks.where) as read:
+            while taken := list(itertools.islice(read, parts)):
+                for worker, chunk in enumerate(taken):
+                    self.states[worker::parts] = chunk.states.numpy()
+                if note_bad is not None:
+                    note_bad([bad for chunk in taken for bad in chunk.bad])
+                batch = {
+                    name: rearrange([chunk.samples[name] for chunk in taken], "w s ... -> (s w) ...")
+                    for name in taken[0].samples
+                }
+                if device.type == "cuda":
+                    batch = {name: values.pin_memory() for name, values in batch.items()}
+                yield transform.on_device(batch, device)
+
+
+@contextmanager
+def passing_errors_on(batches: Generator[Any, None, None]) -> Iterator[Any]:
+    """Close `batches` at the end, and let them name a killed worker of theirs whose news torch raises in between."""
+    with closing(batches):
+        try:
+            yield batches
+        except (RuntimeError, OSError, EOFError) as error:
+            batches.throw(error)
 
 
 def _unchanged(chunk: Any) -> Chunk:
@@ -180,6 +195,11 @@ class _Chunks(IterableDataset[Chunk]):
     num_chunks: int
     chunk_size: int
     skip_bad: bool
+    current: CurrentRows
+
+    def where(self, number: int) -> str:
+        """The beginning of an error about an image, by the number that `current` holds."""
+        return self.loader.schedule.stream.where(*divmod(number, _MOST_ROWS))
 
     def __iter__(self) -> Iterator[Chunk]:
         info = get_worker_info()
@@ -208,6 +228,7 @@ class _Chunks(IterableDataset[Chunk]):
 
         def decode(read: tuple[Sample, ReaderState]) -> Tensor:
             sample = read[0]
+            self.current.note(sample.shard * _MOST_ROWS + sample.row)
             return stream.decode(sample.shard, sample.row, sample.stored, self.num_channels)
 
         def note(read: tuple[Sample, ReaderState], error: ValueError) -> None:

@@ -35,7 +35,7 @@ def cut_into_tiles(source: Source, config: DataConfig) -> Source:
     boxes = [boxes_of(height, width) for height, width in sizes.tolist()]
     images = np.repeat(np.arange(len(source)), list(map(len, boxes)))
     tiles = np.concatenate([images[:, None].astype(np.int32), np.concatenate(boxes)], axis=1)
-    num_small = int((sizes < size).all(axis=1).sum())
+    num_small = int(((sizes > 0) & (sizes < size)).all(axis=1).sum())
     note = (
         f"{len(source):,} images are cut into {len(tiles):,} tiles of {size[1]} x {size[0]} pixels, each of which "
         f"counts as an image" + (f" ({num_small:,} smaller than a tile, used whole)" if num_small else "")
@@ -68,13 +68,16 @@ def _read_sizes(source: Source, config: DataConfig) -> Int64[np.ndarray, "n 2"]:
     """Height and width of each image, upright; zeros where the header cannot be read."""
     about = [fingerprint(source, np.arange(len(source))), len(config.mean), source.max_image_bytes, _FORMAT]
     file = cache_folder(config) / f"sizes-{hash_of(about)}.npy"
+    sizes = np.zeros((len(source), 2), dtype=np.int64)
     with suppress(OSError, ValueError, EOFError):
-        sizes = np.load(file, allow_pickle=False)
-        if (sizes.shape, sizes.dtype) == ((len(source), 2), np.int64):
-            return sizes
+        kept = np.load(file, allow_pickle=False)
+        sizes = kept if (kept.shape, kept.dtype) == (sizes.shape, sizes.dtype) else sizes
+    missing = np.flatnonzero(~sizes.all(axis=1))  # also those that could not be read before
     work = partial(_size_of, source, len(config.mean))
-    with in_workers(work, range(len(source)), source.where, doing="reading sizes") as found:
-        sizes = np.array(list(found), dtype=np.int64).reshape(-1, 2)
+    with in_workers(work, missing.tolist(), source.where, doing="reading sizes") as found:
+        sizes[missing] = np.array(list(found), dtype=np.int64).reshape(-1, 2)
+    if not sizes[missing].any():
+        return sizes
     with suppress(OSError):  # then the next start reads them again
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as unfinished, unfinished.open("wb") as stream:

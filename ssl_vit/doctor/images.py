@@ -127,7 +127,7 @@ def _pixels(count: int, sums: list[int], squares: list[int]) -> Pixels:
 
 def _contents(source: Source, data: bytes | None) -> Contents:
     """What a file holds, as one page where each page is an image; `data` None: the file could not be read."""
-    held = Contents(file_format(None)) if data is None else contents(data)
+    held = Contents(file_format(None)) if data is None else contents(data, source.max_image_bytes)
     return held if isinstance(source.pages, str) else held._replace(pages=1)
 
 

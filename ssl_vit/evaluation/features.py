@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from ssl_vit.core.distributed import gather_with_gradient, process_index, world_size
 from ssl_vit.data.augment.evaluation import EvalTransform
-from ssl_vit.data.loader import read_batches
+from ssl_vit.data.loader import reading
 from ssl_vit.data.sources.source import Source
 from ssl_vit.data.transform import Normalization
-from ssl_vit.data.workers import leave_signals_to_the_main_process
+from ssl_vit.data.workers import CurrentRows, leave_signals_to_the_main_process
 from ssl_vit.evaluation.left_out import without_bad
 from ssl_vit.models.encoder import Encoder, eval_mode
 
@@ -171,13 +171,17 @@ def stream(
         compute: turns normalised images on the device into tensors with a row for each image.
         module: what `compute` uses; it is in eval mode meanwhile.
     """
-    images = _Images(source, indices, num_channels, transform, skip_bad)
+    images = _Images(source, indices, num_channels, transform, skip_bad, settings.num_workers)
     loader = _loader(images, settings.batch_size, settings.num_workers, world_size())
     loader.pin_memory = settings.device.type == "cuda"
     left, device, dtype = len(indices), settings.device, settings.autocast_dtype
     hidden = process_index() != 0 or not sys.stderr.isatty()
-    with eval_mode(module), tqdm(total=left, desc="features", unit="image", leave=False, disable=hidden) as bar:
-        for pixels, good in read_batches(loader):
+    with (
+        eval_mode(module),
+        reading(loader, images.current, source.where) as batches,
+        tqdm(total=left, desc="features", unit="image", leave=False, disable=hidden) as bar,
+    ):
+        for pixels, good in batches:
             with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
                 found = compute(transform.on_device(pixels, device))
                 found["good"] = good.to(device, torch.uint8)
@@ -210,27 +214,35 @@ def pixel_features(
         ValueError: no rows, or images that cannot be decoded; see `extract_features`.
     """
     transform = EvalTransform((size, size), Normalization((0.0,) * num_channels, (1.0,) * num_channels), crop_pct)
-    loader = _loader(_Images(source, indices, num_channels, transform, max_bad_share is not None), 256, num_workers, 1)
-    batches = ({"mean": images.flatten(1).float() / 255, "good": good} for images, good in read_batches(loader))
-    return without_bad(batches, source, indices, num_channels, max_bad_share)
+    chosen = _Images(source, indices, num_channels, transform, max_bad_share is not None, num_workers)
+    with reading(_loader(chosen, 256, num_workers, 1), chosen.current, source.where) as read:
+        batches = ({"mean": images.flatten(1).float() / 255, "good": good} for images, good in read)
+        return without_bad(batches, source, indices, num_channels, max_bad_share)
 
 
 class _Images(Dataset):
     """Chosen rows of a source at the encoder's size, each with a flag: False for a blank, undecodable image."""
 
     def __init__(
-        self, source: Source, indices: np.ndarray, num_channels: int, transform: EvalTransform, skip_bad: bool
+        self,
+        source: Source,
+        indices: np.ndarray,
+        num_channels: int,
+        transform: EvalTransform,
+        skip_bad: bool,
+        num_workers: int,
     ) -> None:
         if len(indices) == 0:
             raise ValueError(f"source={source.name!r}: no rows were chosen, so there is nothing to encode")
         self.source, self.indices, self.num_channels, self.transform = source, indices, num_channels, transform
-        self.skip_bad = skip_bad
+        self.skip_bad, self.current = skip_bad, CurrentRows(num_workers)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, position: int) -> tuple[UInt8[Tensor, "c h w"], bool]:
         row = int(self.indices[position])
+        self.current.note(row)
         try:
             image = self.source.image(row, self.num_channels)
         except ValueError:

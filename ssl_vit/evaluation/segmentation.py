@@ -23,9 +23,9 @@ from ssl_vit.core.schedules import warmup_cosine
 from ssl_vit.core.settings import check_given, check_ranges
 from ssl_vit.core.text import plain
 from ssl_vit.data.augment.evaluation import EvalTransform
-from ssl_vit.data.loader import read_batches
+from ssl_vit.data.loader import reading
 from ssl_vit.data.sampler import SampleKey, StepSampler, sample_rng
-from ssl_vit.data.workers import leave_signals_to_the_main_process
+from ssl_vit.data.workers import CurrentRows, in_workers, leave_signals_to_the_main_process
 from ssl_vit.evaluation.command import (
     Backbone,
     PicturesConfig,
@@ -171,17 +171,19 @@ def train_heads(
     sampler = StepSampler(
         num_samples=len(source), batch_size=config.batch_size, num_steps=config.steps, seed=config.seed
     )
-    loader = _loader(_Pairs(source, backbone, config.seed), backbone.settings, batch_sampler=sampler)
-    for step, (images, masks) in enumerate(read_batches(loader)):
-        tokens, grid = _tokens(backbone, images, config.num_layers)
-        masks = masks.to(device, non_blocking=True)
-        losses = [_loss(_enlarge(head(tokens, grid), backbone.transform), masks) for head in heads]
-        for group in optimizer.param_groups:
-            group["lr"] = warmup_cosine(step / config.steps, 0.1, group["base_lr"], 0.0)
-        optimizer.zero_grad()
-        torch.stack(losses).sum().backward()
-        optimizer.step()
-        on_step()
+    pairs = _Pairs(source, backbone, config.seed)
+    loader = _loader(pairs, backbone.settings, batch_sampler=sampler)
+    with reading(loader, pairs.current, source.images.where) as batches:
+        for step, (images, masks) in enumerate(batches):
+            tokens, grid = _tokens(backbone, images, config.num_layers)
+            masks = masks.to(device, non_blocking=True)
+            losses = [_loss(_enlarge(head(tokens, grid), backbone.transform), masks) for head in heads]
+            for group in optimizer.param_groups:
+                group["lr"] = warmup_cosine(step / config.steps, 0.1, group["base_lr"], 0.0)
+            optimizer.zero_grad()
+            torch.stack(losses).sum().backward()
+            optimizer.step()
+            on_step()
     return heads
 
 
@@ -195,14 +197,16 @@ def segment(
 ) -> list[Int64[Tensor, "n 3 classes"]]:
     """Return for each head the pixel counts of each image: all that the scores need, and small for many classes."""
     found: list[list[Tensor]] = [[] for _ in heads]
-    loader = _loader(_Pairs(source, backbone, None), backbone.settings)
+    pairs = _Pairs(source, backbone, None)
+    loader = _loader(pairs, backbone.settings)
     for head in heads:
         head.eval()
-    for images, masks in read_batches(loader):
-        tokens, grid = _tokens(backbone, images, config.num_layers)
-        for head, counts in zip(heads, found, strict=True):
-            predictions = _enlarge(head(tokens, grid), backbone.transform).argmax(dim=1).cpu()
-            counts += [pixel_counts(*pair, num_classes) for pair in zip(predictions, masks, strict=True)]
+    with reading(loader, pairs.current, source.images.where) as batches:
+        for images, masks in batches:
+            tokens, grid = _tokens(backbone, images, config.num_layers)
+            for head, counts in zip(heads, found, strict=True):
+                predictions = _enlarge(head(tokens, grid), backbone.transform).argmax(dim=1).cpu()
+                counts += [pixel_counts(*pair, num_classes) for pair in zip(predictions, masks, strict=True)]
     return [torch.stack(counts) for counts in found]
 
 
@@ -213,15 +217,18 @@ class _Pairs(Dataset):
         # Not the backbone itself: loader processes get a copy of what is kept here.
         self.source, self.num_channels = source, backbone.encoder.in_chans
         self.transform, self.seed = backbone.transform, seed
+        self.current = CurrentRows(backbone.settings.num_workers)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, key: SampleKey | int) -> tuple[Tensor, Tensor]:
         if isinstance(key, SampleKey) and self.seed is not None:
+            self.current.note(key.index)
             pair = self.source.pair(key.index, self.num_channels)
             return random_pair(*pair, self.transform.size, sample_rng(self.seed, key))
         assert isinstance(key, int)
+        self.current.note(key)
         pair = self.source.pair(key, self.num_channels)
         return centre_pair(*pair, self.transform.size, self.transform.crop_pct)
 
@@ -349,9 +356,9 @@ def _readable(
     tell_notes(source.images, source.masks)
     if config.on_bad_image == "raise":
         return source
-    loader = _loader(Problems(source, backbone.encoder.in_chans), backbone.settings)
-    loader.collate_fn = list
-    reasons: list[str | None] = [reason for batch in loader for reason in batch]
+    work, num_workers = Problems(source, backbone.encoder.in_chans).__getitem__, backbone.settings.num_workers
+    with in_workers(work, range(len(source)), source.images.where, num_workers=num_workers) as found:
+        reasons: list[str | None] = list(found)
     rows = [row for row, reason in enumerate(reasons) if reason is not None]
     if rows:
         refuse(len(rows), len(source), config.max_bad_share, str(reasons[rows[0]]))

@@ -315,7 +315,8 @@ def prepare(config: RunConfig, source: Source | Stream) -> tuple[Source | Stream
     if settings.source is not None:
         setting = "evaluation.source"
         with renamed_settings({"data.source": setting}):
-            labelled = open_source(_judging(config, settings.source))
+            may_lack = ("split", "columns") if settings.source != config.data.source else ()
+            labelled = open_source(_judging(config, settings.source), may_lack=may_lack)
     assert isinstance(labelled, Source)
     try:
         split_sources(labelled, test, settings.max_images, config.seed, setting)
@@ -335,10 +336,14 @@ def open_test_source(config: RunConfig) -> Source | None:
         return None
     data = _judging(config, settings.test_source or config.data.source)
     names = {"source": settings.test_source, "split": settings.test_split}
+    may_lack = ("split", "columns") if settings.test_source not in (None, config.data.source) else ()
+    if settings.test_split is not None:
+        may_lack = may_lack[1:]
     with renamed_settings(
         {f"data.{name}": f"evaluation.test_{name}" for name, given in names.items() if given is not None}
     ):
-        return open_source(dataclasses.replace(data, split=settings.test_split or data.split))
+        data = dataclasses.replace(data, split=settings.test_split or data.split)
+        return open_source(data, may_lack=may_lack)
 
 
 def _judging(config: RunConfig, source: str | dict[str, float]) -> DataConfig:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -21,7 +21,7 @@ from ssl_vit.data.loader import Batches
 from ssl_vit.data.sampler import StepSampler
 from ssl_vit.data.sources.source import Source
 from ssl_vit.data.sources.stream import Stream, open_images
-from ssl_vit.data.stream_loader import StreamLoader
+from ssl_vit.data.stream_loader import StreamLoader, passing_errors_on
 from ssl_vit.data.tiles import cut_into_tiles
 from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.models.vit import choose_attention
@@ -342,7 +342,7 @@ def open_batches(
             device=device,
             note_bad=note_bad,
         )
-    return closing(
+    return passing_errors_on(
         run.stream_loader.batches(
             transform,
             batch_size=run.config.batch.size,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ssl_vit.core.distributed import process_index, world_size
+from ssl_vit.core.distributed import note_progress, process_index, world_size
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 OUT_OF_TIME = 100  # used like a signal number; larger than any
@@ -72,4 +72,5 @@ class StopSignal:
             return self.received
         flag = torch.tensor(self.received)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        note_progress()  # all have answered, so a store that does not answer ends no run
         return int(flag)

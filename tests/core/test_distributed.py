@@ -25,7 +25,7 @@ def test_fp16_needs_cuda() -> None:
         resolve_precision("fp16", CPU)
 
 
-@pytest.mark.parametrize(("launcher", "threads"), [("1", 8), ("3", 5)])
+@pytest.mark.parametrize(("launcher", "threads"), [("1", 8), ("3", 5), ("4,2", 5), ("", 8), ("1,4", 8)])
 def test_launchers_do_not_take_the_cores_away(monkeypatch: pytest.MonkeyPatch, launcher: str, threads: int) -> None:
     before = torch.get_num_threads()
     monkeypatch.setenv("OMP_NUM_THREADS", launcher)

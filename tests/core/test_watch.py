@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from ssl_vit.core import watch
+from ssl_vit.core import distributed, watch
+from ssl_vit.core.distributed import end_processes, start_processes
 from ssl_vit.core.watch import EVERY, GO_ON, SILENT, Watch
 from ssl_vit.training.config import parse_run
+from ssl_vit.training.signals import StopSignal
 from tests.conftest import OBJECTIVES, SMALL_RUN
-from tests.processes import Launch
+from tests.processes import Launch, run_two
 
 TURNS = int(SILENT / EVERY)
 
@@ -111,6 +113,21 @@ def test_as_long_as_it_gets_on_nothing_is_waited_for(
         others.all[1].progress += 1
         others.pass_turns(1, stopped=(0,), deaf=(1,))
     assert lines(capsys) == []
+
+
+def _count_agreements(environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    start_processes()
+    watched, stop = distributed._watch, StopSignal()
+    assert watched is not None
+    for _ in range(3):
+        assert stop.agreed() == 0
+    assert watched.progress == 3
+    end_processes()
+
+
+def test_each_step_on_which_the_processes_agree_is_progress() -> None:
+    run_two(_count_agreements)
 
 
 def test_one_that_ended_well_is_not_waited_for(

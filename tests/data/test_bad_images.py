@@ -11,14 +11,16 @@ from PIL import Image
 from ssl_vit.data.bad_images import LOOKED_AT, BadImages, leave_out_bad, look_beforehand
 from ssl_vit.data.config import DataConfig
 from ssl_vit.data.decode import decode
-from ssl_vit.data.decoded import open_decoded
+from ssl_vit.data.decoded import DecodedSource, open_decoded
 from ssl_vit.data.loader import Batches, TransformedSource
 from ssl_vit.data.sampler import SampleKey, StepSampler
 from ssl_vit.data.sources import images as sources
 from ssl_vit.data.sources.images import MAX_TRIES, Source
 from ssl_vit.data.sources.source import open_source
+from ssl_vit.data.sources.stream import open_stream
 from ssl_vit.objectives.mae import MAEConfig
 from tests.data.broken import broken_files, noise
+from tests.data.shards import write_parquet
 from tests.specs import spec
 
 CPU = torch.device("cpu")
@@ -240,3 +242,30 @@ def test_what_was_decoded_beforehand_is_known_to_the_last(many: Callable[..., So
     decoded = open_decoded(source, config, 3)
     with pytest.raises(ValueError, match=r"20 of the source's 300 images cannot .*cut off"):
         look_beforehand(decoded, config, 3)
+
+
+@pytest.mark.parametrize("num_bad", [20, LOOKED_AT + 30])
+def test_what_can_be_decoded_by_now_is_not_bad(many: Callable[..., Source], tmp_path: Path, num_bad: int) -> None:
+    source, config = many(300, num_bad), DataConfig("x", max_bad_share=0.05, cache="ram", cache_side=8)
+    decoded = open_decoded(source, config, 3)
+    assert isinstance(decoded, DecodedSource)
+    assert (decoded.decoded.table[:, 0] < 0).sum() == num_bad
+    files = sorted((tmp_path / "many").iterdir())
+    for file in files[:num_bad]:
+        file.write_bytes(files[-1].read_bytes())
+    look_beforehand(decoded, config, 3)
+
+
+def test_a_small_bad_shard_says_little_of_a_stream(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_parquet(tmp_path, [2, 100], bad=(0, 1))
+    config = DataConfig(source, streaming=True)
+    look_beforehand(open_stream(config), config, 3)
+    assert f"note       2 of {MAX_TRIES} images looked at cannot be decoded" in capsys.readouterr().out
+    everything = DataConfig(write_parquet(tmp_path / "small", [2, 3], bad=(0, 1)), streaming=True)
+    with pytest.raises(ValueError, match="2 of the source's 5 images cannot be decoded"):
+        look_beforehand(open_stream(everything), everything, 3)
+
+
+def test_a_source_of_one_bad_image_has_no_next_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"row 0 \(.*\): the PNG file is cut off$"):
+        folder_of(tmp_path, num_good=0, bad=(0,)).next_image(0, 3)

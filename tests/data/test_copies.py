@@ -124,6 +124,17 @@ def test_copies_are_left_out_of_training(folder: Path, tmp_path: Path, monkeypat
         open_images(config)
 
 
+def test_an_image_that_could_not_be_read_is_compared_when_it_can_be(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(folder, tmp_path)
+    with monkeypatch.context() as patch:
+        own = copies._print_of
+        patch.setattr(copies, "_print_of", lambda source, *rest: None if rest[-1] == 3 else own(source, *rest))
+        assert "b/0.png" in names(open_images(config))
+    assert "b/0.png" not in names(open_images(config))
+
+
 def test_a_folder_that_cannot_be_written_costs_the_cache_alone(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     assert len(open_images(config_of(folder, tmp_path))) == 5
@@ -140,6 +151,17 @@ def test_a_mixture_keeps_its_weights_and_no_part_becomes_empty(folder: Path, tmp
         (folder / name).unlink()
     with pytest.raises(ValueError, match=r"data.drop_duplicates=True: all images of '.*/b' are copies; leave it out"):
         open_images(config_of(parts, tmp_path))
+
+
+def test_a_part_of_a_mixture_that_would_not_be_drawn_without_its_copies_is_refused(tmp_path: Path) -> None:
+    for name, seeds in {"a": [0] * 9 + [1], "b": [2]}.items():
+        (tmp_path / name).mkdir()
+        for number, seed in enumerate(seeds):
+            (tmp_path / name / f"{number}.png").write_bytes(saved(scene(seed)))
+    config = config_of({str(tmp_path / "a"): 0.9, str(tmp_path / "b"): 0.1}, tmp_path)
+    assert len(open_source(config)) == 11
+    with pytest.raises(ValueError, match=r"without copies '.*/b' would never be drawn; give it more weight"):
+        open_images(config)
 
 
 def test_what_cannot_be_done_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,6 +141,13 @@ def test_rows_with_bytes_of_their_own_are_kept_apart_by_their_data_set(tmp_path:
         assert (open_decoded(open_source(config), config, 3).image(0, 3) == value).all()
 
 
+def test_with_another_decoder_all_are_decoded_again(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = opened(photos).decoded.folder
+    assert opened(photos).decoded.folder == first
+    monkeypatch.setattr(decoded, "optional_decoders", lambda: {"pillow_heif": "1"})
+    assert opened(photos).decoded.folder != first
+
+
 def test_a_source_of_bad_images_alone_is_kept_too(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one.jpg").write_bytes(b"no image")

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ssl_vit.data import tiles
+from ssl_vit.data import tiles, workers
 from ssl_vit.data.config import DataConfig
 from ssl_vit.data.decoded import open_decoded
 from ssl_vit.data.sampler import StepSampler
@@ -178,6 +178,20 @@ def test_sizes_are_read_once_and_again_after_a_change(folder: Path, monkeypatch:
     for file in (folder.parent / "cache").iterdir():
         file.write_bytes(file.read_bytes()[:50])  # damaged
     assert len(cut(folder)) == len(before) + 9
+
+
+def test_a_size_that_could_not_be_read_is_read_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tiles._size_of
+    with monkeypatch.context() as patch:
+        patch.setattr(tiles, "_size_of", lambda *given: (0, 0) if given[-1] == 0 else own(*given))
+        found = cut(folder)
+        assert len(found) == 17 - 11
+        assert found.notes[-1].endswith("counts as an image")
+    rows = []
+    monkeypatch.setattr(tiles, "_size_of", lambda *given: rows.append(given[-1]) or own(*given))
+    monkeypatch.setattr(workers, "num_cpus", lambda: 1)
+    assert (len(cut(folder)), rows) == (17, [0])
+    assert (len(cut(folder)), rows) == (17, [0])
 
 
 def test_nothing_is_lost_where_sizes_cannot_be_kept(folder: Path) -> None:

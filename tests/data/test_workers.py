@@ -21,6 +21,7 @@ from ssl_vit.data.sources import images as sources
 from ssl_vit.data.sources.source import DataConfig, Source, open_source
 from ssl_vit.data.transform import Transform
 from ssl_vit.data.workers import check_num_workers, choose_num_workers
+from ssl_vit.evaluation.features import pixel_features
 from ssl_vit.objectives.mae import MAEConfig
 from ssl_vit.training.config import parse_run
 from tests.data.broken import noise
@@ -155,6 +156,27 @@ def test_a_killed_worker_is_found_after_others_have_waited_for_it(photo_folder: 
             raise ConnectionResetError
 
 
+def _crash_at(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let decoding a file kill a loader worker."""
+    decode, process = sources.decode, os.getpid()
+
+    def crash(data: Path, *args: Any) -> Tensor:
+        if data.name == name and os.getpid() != process:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return decode(data, *args)
+
+    monkeypatch.setattr(sources, "decode", crash)
+
+
+def test_a_worker_of_an_evaluation_that_is_killed_names_the_image(
+    photo_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _crash_at("07.png", monkeypatch)
+    source = open_source(DataConfig(source=str(photo_folder)))
+    with pytest.raises(ValueError, match=r"07.png\): the loader worker at this image was killed \(Killed\)"):
+        pixel_features(source, np.arange(len(source)), 3, num_workers=1)
+
+
 def test_an_error_that_no_worker_died_of_is_left_alone(photo_folder: Path) -> None:
     source = open_source(DataConfig(source=str(photo_folder)))
 
@@ -171,14 +193,7 @@ def test_an_error_that_no_worker_died_of_is_left_alone(photo_folder: Path) -> No
 def test_a_run_whose_worker_is_killed_ends_in_one_line_and_code_1(
     photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    decode, process = sources.decode, os.getpid()
-
-    def crash(data: Path, *args: Any) -> Tensor:
-        if data.name == "07.png" and os.getpid() != process:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return decode(data, *args)
-
-    monkeypatch.setattr(sources, "decode", crash)
+    _crash_at("07.png", monkeypatch)
     given = [f"--data.source={photo_folder}", f"--output_dir={tmp_path / 'run'}", "--steps=12", "--data.num_workers=1"]
     assert run(*given, "--data.label_column=none") == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

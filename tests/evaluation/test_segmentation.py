@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 from pathlib import Path
 
 import datasets
@@ -8,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from sklearn.metrics import accuracy_score, jaccard_score
+from torch import Tensor
 
 from ssl_vit.data.augment.evaluation import EvalTransform
 from ssl_vit.evaluation import command
+from ssl_vit.evaluation.masks import MaskedSource
 from ssl_vit.evaluation.segmentation import (
     SegmentationConfig,
     _enlarge,
@@ -248,3 +252,24 @@ def test_pairs_that_cannot_be_decoded_are_left_out(
     listed = list(map(json.loads, (tmp_path / "bad.parquet.bad_images.jsonl").read_text().splitlines()))
     assert [item["row"] for item in listed] == [3, 8]
     assert run(backbone, f"--source={bad}", *flags, "--on_bad_image=raise") == 2
+
+
+@pytest.mark.parametrize("on_bad_image", ["skip", "raise"])
+def test_a_worker_that_is_killed_names_the_image_it_was_at(
+    on_bad_image: str,
+    backbone: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    own, process = MaskedSource.pair, os.getpid()
+
+    def crash(source: MaskedSource, index: int, num_channels: int) -> tuple[Tensor, Tensor]:
+        if "row 3 " in f"{source.images.where(index)} " and os.getpid() != process:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return own(source, index, num_channels)
+
+    monkeypatch.setattr(MaskedSource, "pair", crash)
+    source = write(tmp_path / "train.parquet", 20)
+    assert run(backbone, f"--source={source}", "--num_workers=1", f"--on_bad_image={on_bad_image}") == 2
+    assert "row 3: the loader worker at this image was killed (Killed)" in capsys.readouterr().err

@@ -100,7 +100,7 @@ def _decode(data: bytes, num_channels: int, max_image_bytes: int, pages: Pages) 
     number = pages if isinstance(pages, int) else 0
     if data.startswith(TIFF_SIGNATURES):
         pixels = _decode_tiff(data, num_channels, max_image_bytes, pages)
-    elif pages == "channels" and not data.startswith(JPEG_SIGNATURE) and len(page_numbers(data)) > 1:
+    elif pages == "channels" and not data.startswith(JPEG_SIGNATURE) and len(page_numbers(data, max_image_bytes)) > 1:
         raise ValueError("several frames, and data.pages='channels': only a TIFF's pages are channels; take 'first'")
     elif data.startswith(NPY_SIGNATURE):
         pixels = decode_npy(data, num_channels, max_image_bytes)

@@ -4,7 +4,8 @@ import io
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,6 +120,15 @@ class Contents(NamedTuple):
         return found
 
 
+def optional_decoders() -> dict[str, str]:
+    """Version of each library that is installed to decode further formats; with others other files can be decoded."""
+    versions = {}
+    for name in ("tifffile", "imagecodecs", "pillow_heif"):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
 def hint_for(suffix: str) -> str:
     """How to use files of a suffix (lower case, no dot) that is not in `IMAGE_SUFFIXES`; "" for most suffixes."""
     return "" if suffix in IMAGE_SUFFIXES else _HINTS.get(suffix, "")
@@ -168,21 +178,21 @@ def file_format(data: bytes | None) -> str:
     return "SVG" if b"<svg" in text else "unknown"
 
 
-def contents(data: bytes | str | Path) -> Contents:
+def contents(data: bytes | str | Path, max_image_bytes: int = MAX_IMAGE_BYTES) -> Contents:
     """What a file holds, by its header alone.
 
     Raises:
         OSError: the path cannot be read.
         ValueError: the file is larger than any image.
     """
-    data = data if isinstance(data, bytes) else read_file(Path(data), MAX_IMAGE_BYTES)
+    data = data if isinstance(data, bytes) else read_file(Path(data), max_image_bytes)
     kind = file_format(data[:4096])
     try:
         if kind == "npy":
             return _contents_of_npy(data)
         if kind == "TIFF":
             return _contents_of_tiff(data)
-        with open_image(data) as image:
+        with open_image(data, max_image_bytes) as image:
             return _contents_of(image, data[:4096], image.format or kind if kind == "unknown" else kind)
     except Exception:  # a damaged header raises anything
         return Contents(kind)
@@ -261,26 +271,28 @@ def _turned(size: tuple[int, int], orientation: int) -> tuple[int, int]:
     return (size[1], size[0]) if orientation in (5, 6, 7, 8) else size
 
 
-def page_numbers(data: bytes | str | Path) -> list[int]:
+def page_numbers(data: bytes | str | Path, max_image_bytes: int = MAX_IMAGE_BYTES) -> list[int]:
     """Numbers, from 0, of the pages or frames that are images of their own; [0] where the file cannot be read."""
     try:
-        data = data if isinstance(data, bytes) else read_file(Path(data), MAX_IMAGE_BYTES)
+        data = data if isinstance(data, bytes) else read_file(Path(data), max_image_bytes)
         if data.startswith(TIFF_SIGNATURES):
             return [number for number, _ in full_pages(data)] or [0]
-        with open_image(data) as image:
+        with open_image(data, max_image_bytes) as image:
             count = getattr(image, "n_frames", 1)
             return list(range(count if count <= min(MAX_PAGES, len(data)) else 1))  # no file holds more
     except Exception:  # damaged, gone or no image: reported when it is decoded
         return [0]
 
 
-def note_of_dropped(files: Iterable[bytes | str | Path], num_channels: int, pages: str) -> str | None:
+def note_of_dropped(
+    files: Iterable[bytes | str | Path], num_channels: int, pages: str, max_image_bytes: int = MAX_IMAGE_BYTES
+) -> str | None:
     """A sentence on what a run leaves unused of these files; None where it uses everything."""
     found, looked_at = Counter(), 0
     for file in files:
         looked_at += 1
         try:
-            found.update(contents(file).dropped(num_channels, pages))
+            found.update(contents(file, max_image_bytes).dropped(num_channels, pages))
         except (OSError, ValueError):
             continue
     if not found:

@@ -78,11 +78,19 @@ def read_jpeg(data: bytes) -> JPEGHeader | None:
             elif marker == 0xE2 and data.startswith(b"ICC_PROFILE\0", start):
                 profile[data[start + 12]] = data[start + 14 : end]
             elif marker == 0xE1 and data.startswith(b"Exif\0", start):
-                exif = True
+                exif = _has_orientation(data[start + 6 : end])
             elif marker == 0xE1 and data.startswith(b"http://ns.adobe.com/xap/1.0/", start):
                 xmp = data.find(b"tiff:Orientation", start, end) >= 0
             position = end
     return None
+
+
+def _has_orientation(exif: bytes) -> bool:
+    """Whether EXIF data says how an image is turned; else XMP data may."""
+    order = "little" if exif.startswith(b"II") else "big"
+    first = int.from_bytes(exif[4:8], order) + 2
+    count = int.from_bytes(exif[first - 2 : first], order)
+    return any(int.from_bytes(exif[at : at + 2], order) == 0x0112 for at in range(first, first + 12 * count, 12))
 
 
 def _check_scans(data: bytes, position: int) -> None:

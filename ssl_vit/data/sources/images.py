@@ -99,7 +99,7 @@ class Source:
 
     def file(self, index: int) -> bytes | Path:
         """The encoded image of a row, or its file; errors hold the reason alone, see `find_stored`."""
-        return find_stored(self.rows[index][self.image_column], self.roots[self.part(index)])
+        return find_stored(self.rows[index][self.image_column], self.roots[self.part(index)], self.max_image_bytes)
 
     def encoded(self, index: int) -> bytes:
         """The encoded image of a row, read from its file if it has one."""
@@ -141,7 +141,8 @@ class Source:
         if not isinstance(self.pages, str):
             return None
         rows = np.unique(np.linspace(0, len(self) - 1, _LOOKED_AT).astype(int)).tolist()
-        return note_of_dropped(filter(None, map(self._file_or_none, rows)), num_channels, self.pages)
+        files = filter(None, map(self._file_or_none, rows))
+        return note_of_dropped(files, num_channels, self.pages, self.max_image_bytes)
 
     def _file_or_none(self, index: int) -> bytes | Path | None:
         try:
@@ -214,12 +215,14 @@ def decode_first(
     Raises:
         ValueError: none of `MAX_TRIES` can be decoded. Names the first.
     """
-    first = None
+    first, tried = None, 0
     for candidate in islice(candidates, MAX_TRIES):
+        tried += 1
         try:
             return decode(candidate), candidate
         except ValueError as error:
             first = first or error
             if skipped is not None:
                 skipped(candidate, error)
-    raise ValueError(f"{first}; nor can any of the next {MAX_TRIES - 1} be decoded") from first
+    others = f"; nor can any of the next {tried - 1} be decoded" if tried > 1 else ""
+    raise ValueError(f"{first}{others}") from first

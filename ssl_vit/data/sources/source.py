@@ -1,6 +1,7 @@
 """Every kind of source as an indexable set of undecoded images."""
 
 import glob
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -29,27 +30,32 @@ from ssl_vit.data.sources.stored import Roots
 from ssl_vit.data.sources.tables import check_cache, is_saved_dataset, load_from_hub, load_parquet, load_saved
 
 
-def open_source(config: DataConfig) -> Source:
+def open_source(config: DataConfig, *, may_lack: Collection[str] = ()) -> Source:
     """Open the images that `config` names, without decoding any.
+
+    Args:
+        may_lack: "split", "columns": what `config` says of these was said of another source, and holds where this one
+            has them.
 
     Raises:
         ValueError: there are no usable images. The text begins with the setting at fault: `data.source='...': ...`.
     """
     if config.streaming:
         raise setting_error(config, "streaming", "images are needed here in any order; leave this setting out")
-    opened = _open_mixture(config) if isinstance(config.source, dict) else _open(config)
+    opened = _open_mixture(config) if isinstance(config.source, dict) else _open(config, may_lack)
+    opened = replace(opened, max_image_bytes=config.max_image_bytes)
     if config.pages == "images":
         opened = _with_row_for_each_page(opened)
     elif config.pages == "channels":
         opened = replace(opened, pages="channels")
-    return replace(opened, max_image_bytes=config.max_image_bytes)
+    return opened
 
 
 def _with_row_for_each_page(source: Source) -> Source:
     """The source with each page or frame of its files as an image; pages of one file are one group."""
     numbers = []
     for row in tqdm(range(len(source)), desc="counting pages", unit="file", leave=False, disable=None):
-        numbers.append(page_numbers(source._file_or_none(row) or b""))
+        numbers.append(page_numbers(source._file_or_none(row) or b"", source.max_image_bytes))
     rows = np.repeat(np.arange(len(source)), [len(pages) for pages in numbers])
     note = f"{len(source):,} files hold {len(rows):,} pages or frames, each of which is an image"
     notes = (*source.notes, note) if len(rows) > len(source) else source.notes
@@ -60,7 +66,7 @@ def _with_row_for_each_page(source: Source) -> Source:
 def _open_mixture(config: DataConfig) -> Source:
     """The sources of a mixture as one, their rows one after another."""
     weights = cast("dict[str, float]", config.source)
-    parts = [_open(_own_settings(config, name), in_mixture=True) for name in weights]
+    parts = [_open(_own_settings(config, name), may_lack=("split",)) for name in weights]
     mixture = Mixture(tuple(weights), tuple(weights.values()), np.repeat(np.arange(len(parts)), list(map(len, parts))))
     for name, count in zip(weights, mixture.draws(), strict=True):
         if count == 0:
@@ -106,24 +112,33 @@ def _labels_among(class_names: tuple[str, ...], part: Source) -> Int64[np.ndarra
     return np.array(numbers, dtype=np.int64)[part.labels]
 
 
-def _open(config: DataConfig, in_mixture: bool = False) -> Source:
-    assert isinstance(config.source, str)
-    if not config.source:
+def _open(config: DataConfig, may_lack: Collection[str] = ()) -> Source:
+    name = config.source
+    assert isinstance(name, str)
+    if not name:
         raise setting_error(config, "source", f"name the images: {KINDS}")
-    if config.source == "openmoji":
+    if "columns" in may_lack:
+        own = _own_settings(config, name)
+        split = own.split.partition("[")[0] if as_path(name).is_dir() else own.split  # rows are not sliced there
+        config = replace(own, split=split if "split" in may_lack else config.split)
+    if name == "openmoji":
         return _open_openmoji(config)
     try:
-        path = as_path(config.source)
+        path = as_path(name)
         if path.is_dir():
             if not is_saved_dataset(path):
-                return _open_folder(path, config, split_may_be_missing=in_mixture)
+                return _open_folder(path, config, split_may_be_missing="split" in may_lack)
             rows, roots = load_saved(path, config)
-        elif path.exists() or glob.has_magic(config.source):
+        elif path.exists() or glob.has_magic(name):
             rows, roots = load_parquet(config)
         else:
             rows, roots = load_from_hub(config)
     except (OSError, RuntimeError) as error:
         raise setting_error(config, "source", f"cannot be read: {error}") from error
+    if "columns" in may_lack:
+        known = {None, "none", *rows.features}
+        lacking = {name: None for name in ("image_column", "label_column") if getattr(config, name) not in known}
+        config = replace(config, **lacking)
     return open_rows(rows, config, roots)
 
 

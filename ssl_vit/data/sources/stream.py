@@ -32,7 +32,7 @@ from ssl_vit.data.sources.tables import (
     read_footers,
     read_parquet,
 )
-from ssl_vit.data.sources.tars import count_samples, read_tar, wanted_kinds
+from ssl_vit.data.sources.tars import SUFFIXES, count_samples, read_tar, wanted_kinds
 
 _READ_ROWS = 32  # rows taken from a shard at once
 
@@ -80,6 +80,10 @@ class Stream:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"data.source={self.name!r}: {self.shards[shard]} cannot be read: {reason}") from error
 
+    def where(self, shard: int, row: int, path: str | None = None) -> str:
+        """The beginning of an error about an image: source, shard, row and, if any, path."""
+        return f"data.source={self.name!r}: {self.shards[shard]}, row {row}" + (f" ({path})" if path else "")
+
     def decode(
         self, shard: int, row: int, stored: dict[str, Any], num_channels: int
     ) -> UInt8[Tensor, "{num_channels} h w"]:
@@ -88,13 +92,11 @@ class Stream:
         Raises:
             ValueError: it cannot be decoded; names the source, the shard, the row and, if any, the path.
         """
-        path = stored.get("path")
         try:
             data = find_stored(stored, self.roots, self.max_image_bytes)
             return decode(data, num_channels, self.max_image_bytes, self.pages)
         except (ValueError, OSError) as error:
-            where = f"row {row}" + (f" ({path})" if path else "")
-            raise ValueError(f"data.source={self.name!r}: {self.shards[shard]}, {where}: {error}") from error
+            raise ValueError(f"{self.where(shard, row, stored.get('path'))}: {error}") from error
 
     def first_images(self, count: int, num_channels: int) -> list[UInt8[Tensor, "{num_channels} h w"]]:
         """The first images that can be decoded, up to `count`, of the first shard that has any."""
@@ -146,7 +148,7 @@ def _open_files(config: DataConfig) -> Stream:
     if config.split != "train":
         raise setting_error(config, "split", "streamed files are the split 'train', and are not sliced")
     files = find_files(config)
-    if any(file.lower().endswith(".tar") for file in files):
+    if any(file.lower().endswith(SUFFIXES) for file in files):
         counts, notes = count_samples(files, config)
         images, roots = partial(read_tar, tuple(files), wanted_kinds(config), config.max_image_bytes), None
     else:

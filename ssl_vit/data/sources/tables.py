@@ -30,8 +30,8 @@ from ssl_vit.data.sources.stored import Roots, is_of_hub
 _READ_ROWS = 32  # rows taken from a streamed file at once
 _ARCHIVE = "unpack it and name the folder"
 _TABLE = (
-    "write a parquet file with the images' paths or bytes in one column and the classes in another, as "
-    "pandas.DataFrame.to_parquet does"
+    "write a parquet file with the bytes of the images in one column and the classes in another, as "
+    "pandas.DataFrame.to_parquet does; or name the images' folder"
 )
 _VIDEO = "write its frames into a folder, as `ffmpeg -i VIDEO FOLDER/%06d.png` does, and name that"
 _ARRAYS = "save each image as a .npy file, all in one folder, and name that"

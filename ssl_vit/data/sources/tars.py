@@ -22,6 +22,8 @@ _MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # members of a sample share 
 _NAMED = 20  # most kinds of members that an error names
 _LONGEST_NAME, _LONGEST_HEADER = 4096, 2**20  # bytes
 _MOST_INFLATED = 100  # most bytes that a byte of a compressed tar may become; images are compressed already
+SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+"""Ends of names of tars."""
 _COMPRESSED = {b"\x1f\x8b": gzip.GzipFile, b"BZh": bz2.BZ2File, b"\xfd7zXZ\0": lzma.LZMAFile}
 
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from ssl_vit.data.decode.decode import decode
+from ssl_vit.data.decode.formats import upright_size
 from tests.data.broken import encoded, npy, png_chunk
 from tests.data.decode.pixels import RNG, SIZES, check, drawn, eighths, tiff, write_png
 
@@ -273,6 +274,19 @@ def check_turned(kind: str, orientation: int) -> None:
         }.get(kind, {})
         data, tolerance = encoded(image, kind, exif=exif(orientation), **options), 0 if kind in ("PNG", "WEBP") else 12
     check(data, expected, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_orientation_in_xmp_data_beside_exif_data_of_other_tags(order: str):
+    blocks = np.repeat(np.repeat(drawn(2, 3, 3) // 2 + 40, 16, axis=0), 16, axis=1)
+    other = Image.Exif()
+    other.endian = order
+    other[0x010F] = "a camera"
+    data = encoded(
+        Image.fromarray(blocks), "JPEG", exif=other, xmp=b'<x tiff:Orientation="6"/>', quality=98, subsampling=0
+    )
+    check(data, TURNS[6](blocks.astype(np.int64)), tolerance=12)
+    assert upright_size(data, 3) == (48, 32)
 
 
 # Other formats

@@ -1,6 +1,7 @@
 """What can be streamed, what is refused, and what a stream knows before it is read."""
 
 import gzip
+import io
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,16 @@ def test_plain_bytes_are_images_as_elsewhere(tmp_path: Path) -> None:
     assert number_of(stream.decode(0, 0, first, 3)) == 3
     with pytest.raises(ValueError, match="row 1: the row holds no image"):
         stream.decode(0, 1, second, 3)
+
+
+@pytest.mark.parametrize(("suffix", "mode"), [("tar.gz", "gz"), ("tgz", "gz"), ("TAR.BZ2", "bz2"), ("tar.xz", "xz")])
+def test_compressed_tars_have_their_usual_names(tmp_path: Path, suffix: str, mode: str) -> None:
+    with tarfile.open(tmp_path / f"a.{suffix}", f"w:{mode}") as tar:
+        info = tarfile.TarInfo("0.png")
+        info.size = len(numbered_png(300))
+        tar.addfile(info, io.BytesIO(numbered_png(300)))
+    stream = open_stream(config(str(tmp_path / f"a.{suffix}")))
+    assert [number_of(stream.decode(0, *read, 3)) for read in stream.read(0)] == [300]
 
 
 @pytest.mark.parametrize(

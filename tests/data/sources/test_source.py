@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ssl_vit.data.decode import formats
 from ssl_vit.data.sources import source as sources
 from ssl_vit.data.sources import tables
 from ssl_vit.data.sources.source import DataConfig, open_source
@@ -303,3 +304,16 @@ def test_row_without_an_image(tmp_path):
     for index in (1, 2):
         with pytest.raises(ValueError, match=rf"^data\.source='{path}': row {index}: the row holds no image"):
             source.image(index, 3)
+
+
+def test_pages_are_counted_within_the_limit_that_is_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "MAX_IMAGE_BYTES", 10_000)
+    for function in (formats.page_numbers, formats.contents):
+        monkeypatch.setattr(function, "__defaults__", (10_000,))
+    frames = [Image.effect_noise((120, 120), number + 9) for number in range(3)]
+    frames[0].save(tmp_path / "a.tif", save_all=True, append_images=frames[1:])
+    assert len(_open(tmp_path, pages="images", max_image_bytes=2**20)) == 3
+    note = _open(tmp_path, max_image_bytes=2**20).note_of_dropped(3)
+    assert note is not None
+    assert "3 pages or frames" in note
+    assert len(_open(tmp_path, pages="images", max_image_bytes=2**10)) == 1

@@ -1,4 +1,6 @@
+import os
 import signal
+import time
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -13,7 +15,7 @@ from torch import Tensor
 from ssl_vit.data.config import DataConfig
 from ssl_vit.data.sources import stream as streams
 from ssl_vit.data.sources.stream import BadSample, ReaderState, ShardSchedule, choose_num_readers, open_stream
-from ssl_vit.data.stream_loader import StreamLoader
+from ssl_vit.data.stream_loader import StreamLoader, passing_errors_on
 from tests.data.shards import number_of, write_parquet, write_tars
 
 CPU = torch.device("cpu")
@@ -203,6 +205,34 @@ def test_workers_that_are_ahead_do_not_move_the_place_that_is_saved(tmp_path: Pa
     next(batches)
     assert [place[4] - old[4] for place, old in zip(loader.state()["places"], before["places"], strict=True)] == [1] * 4
     batches.close()
+
+
+class Deadly(Numbers):
+    """A transform that kills its own process at one image, as a decoder's crash does."""
+
+    def __call__(self, image: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
+        if number_of(image) == 13:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(image, rng)
+
+
+@pytest.mark.parametrize("in_a_step", [False, True])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_worker_that_is_killed_names_the_image_it_was_at(tmp_path: Path, in_a_step: bool) -> None:
+    given = config(write_parquet(tmp_path, [10] * 4))
+    (loader,) = loaders(given)
+    batches = loader.batches(
+        Deadly(), batch_size=4, num_steps=50, start_step=0, num_micro=1, num_channels=3, num_workers=1, device=CPU
+    )
+
+    def train() -> None:
+        with passing_errors_on(batches) as read:
+            for _ in read:
+                if in_a_step:
+                    time.sleep(10)  # until the news comes by a signal
+
+    with pytest.raises(ValueError, match=r"^data.source=.*1.parquet, row 3: the loader worker .* was killed \(Killed"):
+        train()
 
 
 def test_other_processes_or_shards_are_refused_with_what_would_work(tmp_path: Path) -> None:

@@ -73,8 +73,8 @@ def test_a_path_that_exists_is_a_path(tmp_path: Path, name: str, monkeypatch: py
     ("name", "advice"),
     [
         ("x.zip", "unpack it and name the folder"),
-        ("x.TAR.GZ", "unpack it and name the folder"),
-        ("x.csv", "write a parquet file"),
+        ("x.TAR.ZST", "unpack it and name the folder"),
+        ("x.csv", "write a parquet file with the bytes of the images"),
         ("x.json", "write a parquet file"),
         ("x.npz", "save each image as a .npy file"),
         ("x.mp4", "write its frames into a folder"),
