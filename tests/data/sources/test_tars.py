@@ -1,4 +1,3 @@
-import gzip
 import io
 import tarfile
 from pathlib import Path
@@ -124,13 +123,6 @@ def test_samples_that_are_not_counted_are_still_looked_for(tmp_path: Path) -> No
     assert (opened.counts, opened.num_samples, opened.notes) == (None, 3, ())
     with pytest.raises(ValueError, match=r"^data.image_column='pngg': .* did you mean 'png'\? there are: txt, png$"):
         stream(tmp_path / "*.tar", num_samples=3, image_column="pngg")
-
-
-def test_a_compressed_tar_says_what_to_do(tmp_path: Path) -> None:
-    path = tmp_path / "x.tar.gz"
-    path.write_bytes(gzip.compress(Path(tar_of(tmp_path / "x.tar", MIXED)).read_bytes()))
-    with pytest.raises(ValueError, match=r"x.tar.gz is not a parquet file; unpack it and name the folder$"):
-        stream(path)
 
 
 def test_tars_of_the_hub_are_read_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
