@@ -1,9 +1,11 @@
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ssl_vit.core.writing import UNFINISHED
 from ssl_vit.data.config import DataConfig
@@ -110,3 +112,20 @@ def test_a_run_with_a_limit_of_pixels_goes_on_with_one_of_bytes(tmp_path: Path) 
     with pytest.raises(ValueError, match=r"data.max_image_bytes 3002 -> 536870912"):
         check_run_folder(config(run))
     check_run_folder(config(run, data=DataConfig(max_pixels=1000)))
+
+
+def test_a_finished_run_keeps_the_settings_that_it_was_scored_with(
+    start: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def max_images() -> int:
+        return yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["evaluation"]["max_images"]
+
+    assert start("--evaluation.max_images=30", steps=1) == 0
+    capsys.readouterr()
+    assert start("--evaluation.max_images=20", "--log_every=2", steps=1) == 0
+    text = capsys.readouterr().out
+    assert "these are not applied: evaluation.max_images 30 -> 20; `ssl-vit probe` scores it" in text
+    assert max_images() == 30
+    assert start("--evaluation.max_images=20", "--extend=true", steps=2) == 0
+    assert "not applied" not in capsys.readouterr().out
+    assert max_images() == 20
