@@ -16,19 +16,19 @@ from ssl_vit.data.sources.source import DataConfig
 from ssl_vit.data.transform import Normalization
 from ssl_vit.models.config import EncoderConfig
 from ssl_vit.models.encoder import Encoder
+from ssl_vit.models.weights.backbone import CONFIG_FILE as CONFIG_JSON
 from ssl_vit.models.weights.backbone import (
-    BACKBONE_FILE,
     WEIGHTS_HASH,
     check_asked,
     check_sizes,
     describe,
     load_backbone,
     load_strictly,
+    own_file,
     place_of,
     read_config,
     read_normalisation,
 )
-from ssl_vit.models.weights.backbone import CONFIG_FILE as CONFIG_JSON
 from ssl_vit.models.weights.pretrained import load_pretrained, open_pretrained
 from ssl_vit.objectives.objective import Pooled, Reconstructs
 from ssl_vit.objectives.stored import config_class, with_traits
@@ -109,7 +109,7 @@ def open_trained(path: str | Path, weights: str | None = None) -> Trained:
         backbone = settings["encoder"].get("pretrained")
         raise ValueError(f"{folder}: is an attentive probe, which does not change its backbone; use {backbone}")
     if state["leaves"] == "classifier":
-        raise ValueError(f"{folder}: is a fine-tuned classifier; export it as a timm model, --to timm")
+        raise ValueError(f"{path}: is a fine-tuned classifier; `ssl-vit export {folder} --to timm` writes its newest")
     tensors = average([checkpoint / MODEL_FILE for checkpoint in checkpoints])
     prefix, file = _prefix(state, choice, folder), checkpoints[-1] / MODEL_FILE
     encoder_tensors = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -276,8 +276,8 @@ def _open_exported(path: Path, weights: str | None) -> Trained:
         raise ValueError(
             f"weights={weights!r}: {path} is one backbone; name the folder of the run, whose checkpoints hold both"
         )
-    file = path / BACKBONE_FILE if path.is_dir() else path
-    if file.name != BACKBONE_FILE or not file.is_file():
+    file = own_file(path)
+    if file is None:
         return _open_published(str(path))
     encoder = load_backbone(file)
     described = read_config(file.parent)
@@ -294,4 +294,7 @@ def _open_published(name: str) -> Trained:
     encoder = found.config.build()
     load_pretrained(encoder, name)
     normalization = found.normalization or DataConfig().normalization
-    return Trained(encoder.eval(), normalization, found.crop_pct or CROP_PCT, {"pretrained": name}, Path(name))
+    known = {"pretrained": name}
+    if name.endswith(".mae") and not Path(name).exists():  # timm's tag; no loss of MAE's trains the class token
+        known["pooled"] = "mean"
+    return Trained(encoder.eval(), normalization, found.crop_pct or CROP_PCT, known, Path(name))

@@ -18,6 +18,9 @@ from ssl_vit.evaluation.probes import KNNConfig, evaluate_knn
 from ssl_vit.export import load_backbone
 from ssl_vit.export.run import export_run
 from ssl_vit.models.config import EncoderConfig
+from ssl_vit.models.weights.backbone import backbone_file
+from ssl_vit.models.weights.pretrained import Pretrained
+from ssl_vit.runs import trained
 from ssl_vit.runs.trained import open_trained
 from ssl_vit.training.loop import main
 from tests.conftest import SMALL_DINO, SMALL_RUN, nearest_mean
@@ -112,6 +115,31 @@ def test_an_exported_backbone_leaves_again(dino_run: Path) -> None:
     assert all(torch.equal(value, expected[name]) for name, value in trained.encoder.state_dict().items())
     with pytest.raises(ValueError, match=r"weights='student': .* is one backbone; name the folder of the run"):
         open_trained(dino_run / "backbone.safetensors", "student")
+
+
+def test_an_export_to_timm_leaves_and_is_read_as_the_backbone(mae_run: Path, tmp_path: Path) -> None:
+    assert script.main([str(mae_run), "--to", "timm", "--out", str(tmp_path)]) == 0
+    folder = tmp_path / "timm"
+    for path in (folder, folder / "model.safetensors"):
+        assert script.main([str(path), "--to", "timm", "--out", str(tmp_path / "again"), "--overwrite"]) == 0
+        first, again = (json.loads((at / "timm" / "config.json").read_text()) for at in (tmp_path, tmp_path / "again"))
+        assert again["global_pool"] == first["global_pool"] == "avg"
+        assert again["ssl_vit"] == first["ssl_vit"]
+    assert backbone_file(folder) == folder / "model.safetensors"
+    encoder = load_backbone(folder)
+    assert all(torch.equal(value, load_backbone(mae_run).state_dict()[n]) for n, value in encoder.state_dict().items())
+    with pytest.raises(ValueError, match=r"backbone.safetensors: no such file; name .*model.safetensors, which holds"):
+        load_backbone(folder / "backbone.safetensors")
+
+
+@pytest.mark.parametrize(("tag", "pooled"), [("mae", "mean"), ("dino", "cls")])
+def test_published_weights_of_mae_are_pooled_by_the_mean(
+    monkeypatch: pytest.MonkeyPatch, tag: str, pooled: str
+) -> None:
+    config = EncoderConfig(arch="vit_tiny_patch16_224", image_size=32, depth=1)
+    monkeypatch.setattr(trained, "open_pretrained", lambda name: Pretrained(name, config, dict))
+    monkeypatch.setattr(trained, "load_pretrained", lambda encoder, name: None)
+    assert open_trained(f"vit_base_patch16_224.{tag}").feature == pooled
 
 
 def test_a_damaged_checkpoint_that_is_named_is_refused(mae_run: Path, tmp_path: Path) -> None:
