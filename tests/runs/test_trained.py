@@ -217,6 +217,19 @@ def test_the_script_goes_on_after_a_refusal(
     assert [path.name for path in (run / "exported").iterdir()] == ["timm"]
 
 
+def test_transformers_without_a_decoder_is_no_error(
+    tmp_path: Path, photo_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*SMALL_RUN, "--encoder.image_size=[16,32]"]
+    run = train(pretrain_mae.DEFAULTS, flags, photo_folder, tmp_path / "run", "--steps=1")
+    code, text = call(capsys, run / "checkpoints" / "step-00000001", "--to", "transformers")
+    assert code == 0
+    assert "note       without its decoder: transformers' ViTMAEForPreTraining cannot be this MAE" in text
+    assert [path.name for path in (run / "exported").iterdir()] == ["transformers"]  # no checkpoint's, which may go
+    code, text = call(capsys, run, "--to", "transformers_mae")
+    assert (code, "error: --to transformers_mae" in text) == (2, True)
+
+
 def test_the_script_without_a_library_writes_the_backbone(dino_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, text = call(capsys, dino_run, "--weights", "student")
     assert code == 0
@@ -230,6 +243,8 @@ def test_the_script_without_a_library_writes_the_backbone(dino_run: Path, capsys
     ("words", "message"),
     [
         (["--to", "tensorflow"], "--to tensorflow: no such library; choose of timm"),
+        (["--license", "mit"], "--license mit: has no effect without --to; leave it out"),
+        (["--images", "photos"], "--images photos: has no effect without --to; leave it out"),
         (["--push_to_hub", "me/mine"], "--push_to_hub me/mine: name the library with --to"),
         (["--to", "timm", "onnx", "--push_to_hub", "me/mine"], "takes one library, not timm onnx"),
     ],
