@@ -30,6 +30,7 @@ from ssl_vit.evaluation.command import Backbone, PicturesConfig
 from ssl_vit.evaluation.features import check_feature, extract_features, num_layers_for, select_feature
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.weights.backbone import BACKBONE_FILE, load_backbone
+from ssl_vit.runs.folder import RESULTS_FILE
 from ssl_vit.runs.record import RunData, read_run
 from ssl_vit.training import ending as pretraining
 from ssl_vit.training import supervised
@@ -53,7 +54,10 @@ class Result:
 
     @property
     def backbone(self) -> Path:
-        """The exported backbone, which timm and `ssl_vit.load_backbone` load; there once the run has finished."""
+        """The exported backbone, which timm and `ssl_vit.load_backbone` load; there once the run has finished.
+
+        A fine-tuning has none: its classifier is `model.safetensors` in the run's folder, which timm loads.
+        """
         return self.folder / BACKBONE_FILE
 
     @cached_property
@@ -63,14 +67,22 @@ class Result:
 
     @property
     def scores(self) -> dict[str, dict[str, float]]:
-        """Accuracies in [0, 1] by row (`trained`, `untrained`, `raw pixels`) and column (`knn`, `linear`)."""
+        """Accuracies in [0, 1] of the run's end, by row (`trained`, `untrained`, ...) and column (`knn`, `linear`).
+
+        Of a fine-tuning the row is `fine-tuned`, the column `test`. Scores of later evaluations are in `record.scores`.
+        """
         found: dict[str, dict[str, float]] = {}
-        for _, row, column, value, _ in self.record.scores:
-            found.setdefault(row, {})[column] = value
+        for file, row, column, value, _ in self.record.scores:
+            if file == RESULTS_FILE:
+                found.setdefault(row, {})[column] = value
         return found
 
     def encoder(self) -> Encoder:
-        """The trained encoder, in eval mode on the CPU."""
+        """The trained encoder, in eval mode on the CPU.
+
+        Raises:
+            ValueError: the run has not finished, or is a fine-tuning, which has a classifier.
+        """
         return load_backbone(self.backbone)
 
     def figure(self) -> Image.Image | None:

@@ -87,6 +87,10 @@ def test_a_result_tells_scores_weights_and_figure(run: ssl_vit.Result) -> None:
     stored = json.loads((run.folder / "results.json").read_text())["scores"]
     assert run.scores["trained"]["knn"] == stored["trained"]["knn"]["accuracy"]
     assert set(run.scores) == {"raw pixels", "untrained", "trained"}
+    score = {"accuracy": 0.5, "low": 0.25, "high": 0.75, "n": 40}
+    (run.folder / "knn.json").write_text(json.dumps({"backbone": {"k=20": score}, "trained": {"knn": score}}))
+    assert ssl_vit.Result(run.folder, 0).scores == run.scores  # those of an evaluation are no scores of its end
+    (run.folder / "knn.json").unlink()
     assert run.encoder().embed_dim == 32
     figure = run.figure()
     assert figure is not None

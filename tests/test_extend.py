@@ -11,6 +11,9 @@ import yaml
 from accelerate.state import AcceleratorState
 
 from ssl_vit.core.schedules import progress_at
+from ssl_vit.export.card import write_card
+from ssl_vit.runs.record import read_run
+from ssl_vit.runs.trained import open_trained
 from ssl_vit.training.config import parse_run
 from ssl_vit.training.loop import set_up, train
 from ssl_vit.training.signals import StopSignal
@@ -95,6 +98,36 @@ def test_a_lengthened_run_is_killed_goes_on_and_is_repeated_by_its_config(
     for run in (killed, tmp_path / "again"):
         assert losses(run) == losses(whole)
         assert all(torch.equal(value, last_weights(run)[name]) for name, value in last_weights(whole).items())
+
+
+@pytest.mark.parametrize(
+    ("length", "longer"),
+    [(("--steps=3",), ("--steps=7",)), (("--steps=null", "--epochs=.6"), ("--steps=null", "--epochs=1.4"))],
+)
+@pytest.mark.usefixtures("quick_scores")
+def test_a_lengthened_run_has_no_scores_until_its_new_end(
+    start: Start, tmp_path: Path, monkeypatch: Patch, length: tuple[str, ...], longer: tuple[str, ...]
+) -> None:
+    def card(path: Path) -> str:
+        trained = open_trained(path)
+        return write_card(
+            trained, library="timm", loading_code="", difference=0.0, proved_on="images", license="unknown"
+        )
+
+    run = tmp_path / "run"
+    assert start(*length, labels=True) == 0
+    assert read_run(run).results is not None
+    assert read_run(run).scores
+    assert "| results.json |" in card(run)
+    with monkeypatch.context() as patched:
+        stop_at(patched, 2)
+        assert start("--extend=true", *longer, labels=True) == 143
+    found = read_run(run)
+    assert (found.results, found.scores) == (None, [])
+    assert open_trained(run).provenance["steps"] == 5
+    assert "| results.json |" not in card(run)
+    assert "Left out, since of other weights: results.json." in card(run)
+    assert "| results.json |" in card(run / "checkpoints" / "step-00000003")
 
 
 def test_a_run_lengthened_again_before_it_took_a_step_has_a_new_end_alone(

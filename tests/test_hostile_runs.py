@@ -168,7 +168,7 @@ def test_another_name_of_a_log_keeps_what_it_has(run: Path, outside: Path) -> No
 READERS: dict[str, list[Callable[[Path], object]]] = {
     "config.yaml": [read_run, open_trained, lambda run: check_run_folder(config(run))],
     "metrics.jsonl": [read_run, lambda run: last_value(run / "metrics.jsonl", "loss"), open_trained],
-    "results.json": [read_run, lambda run: is_finished(run, 3)],
+    "results.json": [read_run, lambda run: is_finished(run, 3), open_trained],
     "knn.json": [read_run],
     "config.json": [read_run, load_backbone, lambda run: open_trained(run / "backbone.safetensors")],
     "backbone.safetensors": [load_backbone],

@@ -1,7 +1,7 @@
 """The model card of an export: what the backbone is, where it comes from, how good it is, and how to load it."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from ssl_vit.core.text import cell, code, plain
 from ssl_vit.data.sampler import as_text
 from ssl_vit.export.graph import is_channels_last
 from ssl_vit.models.encoder import Encoder
-from ssl_vit.runs.folder import METRICS_FILE
+from ssl_vit.models.weights.backbone import read_config
+from ssl_vit.runs.folder import CONFIG_FILE as SETTINGS_FILE
+from ssl_vit.runs.folder import METRICS_FILE, RESULTS_FILE
 from ssl_vit.runs.record import found_scores, training_hours
 from ssl_vit.runs.trained import Trained
 
@@ -62,7 +64,9 @@ def write_card(
         licence += f". Of the images: {cell(known['attribution'])}"
     rows = [*_describe(trained), ("licence", licence)]
     table = "\n".join(f"| {key} | {value} |" for key, value in rows if value is not None)
-    scores = list(_scores(trained.folder))
+    left_out = _of_other_weights(trained)
+    told = f"Left out, since of other weights: {', '.join(left_out)}." if left_out else ""
+    scores = "\n\n".join(part for part in ("\n".join(_scores(trained.folder, left_out)), told) if part)
     text = [
         f"---\n{header.to_yaml()}\n---",
         f"# {cell(name)}",
@@ -72,7 +76,7 @@ def write_card(
         f"```python\n{loading_code.rstrip()}\n```",
         f"| | |\n|---|---|\n{table}",
         *(_pyramid(trained.encoder) if library == "timm" else []),
-        "## Scores\n\n" + ("\n".join(scores) if scores else "None were found beside it."),
+        "## Scores\n\n" + (scores or "None were found beside it."),
         f"## Proof\n\nLoaded through {library} after it was written; largest difference of a feature from the trained "
         f"backbone's: {difference:.1e}, on {proved_on}.",
     ]
@@ -149,10 +153,41 @@ def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else cell(value)
 
 
-def _scores(folder: Path) -> Iterator[str]:
-    """The lines of a table of all scores in a backbone's folder."""
+def _of_other_weights(trained: Trained) -> list[str]:
+    """Files with scores of other weights of the run than these: of another step, or of teacher, student or a mean."""
+    if not (trained.folder / SETTINGS_FILE).is_file() or trained.provenance.get("steps") is None:
+        return []
+    found = []
+    for name in dict.fromkeys(name for name, *_ in found_scores(trained.folder)):
+        if name == RESULTS_FILE:
+            results = read_json(trained.folder / name)
+            best = results.get("best")
+            scored = {"steps": (best if isinstance(best, dict) else results).get("step")}
+        else:  # of the backbone that lies there
+            scored = _read_known(trained.folder)
+        if _identity(scored) != _identity(trained.provenance):
+            found.append(name)
+    return found
+
+
+def _identity(known: dict[str, Any]) -> tuple[Any, Any]:
+    weights = known.get("weights")
+    return known.get("steps"), None if weights in ("teacher", "best") else weights
+
+
+def _read_known(folder: Path) -> dict[str, Any]:
+    try:
+        return read_config(folder)["ssl_vit"]
+    except ValueError:
+        return {}
+
+
+def _scores(folder: Path, left_out: Collection[str] = ()) -> Iterator[str]:
+    """The lines of a table of all scores in a backbone's folder, but for those of some files."""
     heading = "| file | features | score | value | 95 % interval | measured on |\n|---|---|---|---|---|---|"
     for name, row, column, value, interval in found_scores(folder):
+        if name in left_out:
+            continue
         if heading:
             yield heading
             heading = ""

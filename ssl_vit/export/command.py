@@ -1,14 +1,17 @@
 """The command of scripts/export.py."""
 
 import argparse
+import os
 from pathlib import Path
 
 from ssl_vit.core.text import plain
 from ssl_vit.core.writing import FAULTS, report_error
 from ssl_vit.export.run import export_distilled_run, export_fine_tuned, export_run
 from ssl_vit.export.targets import TARGETS, export_to, proof_images, push
-from ssl_vit.export.transformers import has_plain_decoder
-from ssl_vit.runs.trained import is_fine_tuned, open_trained
+from ssl_vit.export.transformers import check_mae
+from ssl_vit.objectives.mae import MAE
+from ssl_vit.runs.checkpoint import STATE_FILE
+from ssl_vit.runs.trained import Trained, is_fine_tuned, open_trained
 
 
 def export(args: argparse.Namespace) -> int:
@@ -27,6 +30,7 @@ def _export(args: argparse.Namespace) -> int:
     if args.to is None:
         if args.push_to_hub:
             raise ValueError(f"--push_to_hub {args.push_to_hub}: name the library with --to")
+        _refuse(args, "without --to", "images", "license")
         print(f"Wrote {export_run(args.path, args.weights, args.out)} (+ config.json)")
         return 0
     targets = list(dict.fromkeys(args.to))
@@ -39,12 +43,14 @@ def _export(args: argparse.Namespace) -> int:
     if out is None:
         if not args.path.exists():
             raise ValueError(f"{args.path}: name the folder to write to with --out")
-        out = (args.path.parent if args.path.is_file() else args.path) / "exported"
+        folder = args.path.parent if args.path.is_file() else args.path
+        is_checkpoint = (folder / STATE_FILE).is_file()  # which is deleted as the run goes on
+        out = (folder.parent.parent if is_checkpoint else folder) / "exported"
     if is_fine_tuned(args.path):
         return _export_fine_tuned(args, targets, out)
     trained = open_trained(args.path, args.weights)
-    if "transformers" in targets and has_plain_decoder(trained) and not args.push_to_hub:
-        targets.append("transformers_mae")
+    if "transformers" in targets and isinstance(trained.objective, MAE) and not args.push_to_hub:
+        targets += _with_decoder(trained)
     proof = proof_images(trained, args.images, asked=args.open_source)
     reason = f", since none of its own can be read: {proof.why}; name others with --images" if proof.why else ""
     print(f"Comparing on {plain(proof.name + reason)}.")
@@ -61,13 +67,33 @@ def _export(args: argparse.Namespace) -> int:
     return code
 
 
+def _refuse(args: argparse.Namespace, why: str, *names: str) -> None:
+    """Refuse flags that would change nothing."""
+    for name in names:
+        if (value := getattr(args, name)) not in (None, "unknown"):
+            raise ValueError(f"--{name} {value}: has no effect {why}; leave it out")
+
+
+def _with_decoder(trained: Trained) -> list[str]:
+    """The library that takes a run of MAE with its decoder, where it takes this one."""
+    try:
+        check_mae(trained)
+    except ValueError as error:
+        print(f"note       without its decoder: {plain(error)}")
+        return []
+    return ["transformers_mae"]
+
+
 def _export_fine_tuned(args: argparse.Namespace, targets: list[str], out: Path) -> int:
     if not set(targets) <= {"timm", "transformers"} or args.push_to_hub:
         raise ValueError(
             f"--to {' '.join(targets)}: {args.path} is a fine-tuned classifier, which leaves as timm's alone, and a "
             "distilled DeiT as transformers' too"
         )
+    _refuse(args, "on a fine-tuned classifier", "weights", "images", "license")
     for target in targets:
+        if os.path.lexists(out / target) and not args.overwrite:
+            raise ValueError(f"{out / target}: is there already; choose another --out, or --overwrite it")
         if target == "timm":
             folder = export_fine_tuned(args.path, out / target).parent
         else:

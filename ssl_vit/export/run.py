@@ -29,6 +29,8 @@ def export_run(path: Path, weights: str | None = None, out: Path | None = None) 
     if out is None and not (path / CONFIG_FILE).is_file():
         raise ValueError(f"{path}: holds no run ({CONFIG_FILE} is missing); name the folder to write to with --out")
     if is_fine_tuned(path):
+        if weights is not None:
+            raise ValueError(f"weights={weights!r}: {path} is a fine-tuned classifier, whose newest weights leave")
         return export_fine_tuned(path, out or path)
     trained = open_trained(path, weights)
     return export_backbone(

@@ -122,15 +122,8 @@ def write_mae(trained: Trained, folder: Path) -> str:
     Raises:
         ValueError: this is no run of MAE, or ViTMAEForPreTraining has no such architecture.
     """
-    mae, encoder = trained.objective, trained.encoder
-    if not isinstance(mae, MAE):
-        raise ValueError(f"{trained.folder}: only a run of MAE has a decoder to export; use --to transformers")
-    shape = plain_shape(encoder.model)
-    if shape.num_registers or shape.has_swiglu or not _is_square(encoder) or not has_plain_decoder(trained):
-        raise ValueError(
-            "transformers' ViTMAEForPreTraining cannot be this MAE: it takes square images and patches, a ViT "
-            "without registers or SwiGLU, and a decoder of self-attention"
-        )
+    encoder = trained.encoder
+    mae, shape = check_mae(trained)
     config = {
         "architectures": ["ViTMAEForPreTraining"],
         "model_type": "vit_mae",
@@ -153,9 +146,22 @@ def write_mae(trained: Trained, folder: Path) -> str:
     return MAE_LOADING_CODE
 
 
-def has_plain_decoder(trained: Trained) -> bool:
-    """Whether this is a run of MAE whose decoder ViTMAEForPreTraining has too: of self-attention."""
-    return isinstance(trained.objective, MAE) and trained.objective.config.decoder == "self"
+def check_mae(trained: Trained) -> tuple[MAE, Shape]:
+    """The objective and the shape of an MAE that ViTMAEForPreTraining can be.
+
+    Raises:
+        ValueError: this is no run of MAE, or ViTMAEForPreTraining has no such architecture.
+    """
+    mae, encoder = trained.objective, trained.encoder
+    if not isinstance(mae, MAE):
+        raise ValueError(f"{trained.folder}: only a run of MAE has a decoder to export; use --to transformers")
+    shape = plain_shape(encoder.model)
+    if shape.num_registers or shape.has_swiglu or not _is_square(encoder) or mae.config.decoder != "self":
+        raise ValueError(
+            "transformers' ViTMAEForPreTraining cannot be this MAE: it takes square images and patches, a ViT "
+            "without registers or SwiGLU, and a decoder of self-attention"
+        )
+    return mae, shape
 
 
 def load(folder: Path) -> Callable[[Tensor], Features]:

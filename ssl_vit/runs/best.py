@@ -13,7 +13,7 @@ from ssl_vit.runs.checkpoint import (
     prune_checkpoints,
     step_of,
 )
-from ssl_vit.runs.folder import METRICS_FILE
+from ssl_vit.runs.folder import METRICS_FILE, read_results
 
 NAMES = {"knn": "eval_knn", "linear": "eval_linear", "rankme": "rankme", "loss": "loss"}
 """What metrics.jsonl calls that by which a checkpoint is the best."""
@@ -55,6 +55,19 @@ def ranked(run: Path, by: KeepBest) -> list[Best]:
 def best_checkpoint(run: Path, by: KeepBest) -> Best | None:
     """The best undamaged checkpoint; None where none was scored."""
     return next((best for best in ranked(run, by) if find_damage(best.folder) is None), None)
+
+
+def ended_with(run: Path, settings: dict[str, Any]) -> Best | None:
+    """The best checkpoint, where a finished run exported and scored its weights and not the last.
+
+    Args:
+        settings: the run's config.yaml.
+    """
+    noted = (read_results(run, settings) or {}).get("best")
+    if not isinstance(noted, dict) or noted.get("by") not in list(NAMES):
+        return None
+    best = best_checkpoint(run, noted["by"])
+    return best if best is not None and best.step == noted.get("step") else None
 
 
 def is_best_yet(run: Path, by: KeepBest, step: int) -> bool:

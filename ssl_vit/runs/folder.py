@@ -58,6 +58,25 @@ def is_finished(folder: Path, num_steps: int) -> bool:
         return False
 
 
+def read_results(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """results.json of a finished run; None while it trains, also where it was lengthened since it had finished.
+
+    Args:
+        settings: the run's config.yaml.
+    """
+    try:
+        results = read_json(folder / RESULTS_FILE)
+    except (OSError, ValueError):
+        return None
+    step, length, extended = results.get("step"), settings.get("steps"), settings.get("extended")
+    if not isinstance(step, int) or (isinstance(length, int) and length != step):
+        return None
+    # A length in epochs is not known here, but where the run was lengthened is.
+    last = extended[-1] if isinstance(extended, list) and extended else None
+    was_lengthened = isinstance(last, list) and bool(last) and isinstance(last[0], int) and last[0] >= step
+    return None if was_lengthened else results
+
+
 def holds_anything(folder: Path) -> bool:
     """Whether a folder holds more than the leftovers of a run that was killed before it wrote its settings."""
     names = (path.name for path in folder.iterdir())

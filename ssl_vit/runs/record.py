@@ -9,7 +9,7 @@ from ssl_vit.core.reading import read_json, read_metrics
 from ssl_vit.core.writing import own_folder
 from ssl_vit.models.weights.backbone import CONFIG_FILE as EXPORT_FILE
 from ssl_vit.runs.checkpoint import STATE_FILE, newest_checkpoint
-from ssl_vit.runs.folder import CONFIG_FILE, METRICS_FILE, PICTURES_FOLDER, RESULTS_FILE
+from ssl_vit.runs.folder import CONFIG_FILE, METRICS_FILE, PICTURES_FOLDER, RESULTS_FILE, read_results
 from ssl_vit.runs.provenance import PROVENANCE_FILE
 from ssl_vit.runs.trained import read_settings
 
@@ -36,9 +36,10 @@ class RunData:
     evaluations: list[dict[str, Any]]
     """The other lines: scores during training, shares of 1."""
     results: dict[str, Any] | None
-    """results.json; None while the run goes on."""
+    """results.json; None while the run goes on, also where it was lengthened."""
     scores: list[tuple[str, str, str, float, str]]
-    """(file, row, column, share of 1, interval as text) of every score in the folder."""
+    """(file, row, column, share of 1, interval as text) of every score in the folder; of results.json only once the run
+    has finished."""
     provenance: dict[str, Any] = field(default_factory=dict)
     fingerprint: str | None = None
     """Hash of the training images; None if it was not recorded."""
@@ -75,14 +76,15 @@ def read_run(folder: Path) -> RunData:
         raise ValueError(f"{folder}: holds no run ({CONFIG_FILE} is missing)")
     settings = read_settings(folder)
     lines = read_metrics(folder / METRICS_FILE)
+    results = read_results(folder, settings)
     figures = [folder / name for name in ("reconstructions.png", "attention.png", "pca.png", "figure.png")]
     return RunData(
         name=folder.resolve().name,
         settings=settings,
         records=[line for line in lines if "loss" in line],
         evaluations=[line for line in lines if "loss" not in line],
-        results=_read_json(folder / RESULTS_FILE),
-        scores=list(found_scores(folder)),
+        results=results,
+        scores=[score for score in found_scores(folder) if results is not None or score[0] != RESULTS_FILE],
         provenance=_provenance(folder),
         fingerprint=_fingerprint(folder),
         frames=list_frames(folder),

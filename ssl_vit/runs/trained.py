@@ -16,24 +16,32 @@ from ssl_vit.data.sources.source import DataConfig
 from ssl_vit.data.transform import Normalization
 from ssl_vit.models.config import EncoderConfig
 from ssl_vit.models.encoder import Encoder
+from ssl_vit.models.weights.backbone import CONFIG_FILE as CONFIG_JSON
 from ssl_vit.models.weights.backbone import (
-    BACKBONE_FILE,
     WEIGHTS_HASH,
     check_asked,
     check_sizes,
     describe,
     load_backbone,
     load_strictly,
+    own_file,
     place_of,
     read_config,
     read_normalisation,
 )
-from ssl_vit.models.weights.backbone import CONFIG_FILE as CONFIG_JSON
 from ssl_vit.models.weights.pretrained import load_pretrained, open_pretrained
 from ssl_vit.objectives.objective import Pooled, Reconstructs
 from ssl_vit.objectives.stored import config_class, with_traits
-from ssl_vit.runs.best import best_checkpoint
-from ssl_vit.runs.checkpoint import MODEL_FILE, STATE_FILE, KeepBest, find_damage, list_checkpoints, newest_checkpoint
+from ssl_vit.runs.best import Best, best_checkpoint, ended_with
+from ssl_vit.runs.checkpoint import (
+    MODEL_FILE,
+    STATE_FILE,
+    KeepBest,
+    find_damage,
+    list_checkpoints,
+    newest_checkpoint,
+    step_of,
+)
 from ssl_vit.runs.folder import CONFIG_FILE
 from ssl_vit.runs.provenance import provenance
 
@@ -77,7 +85,9 @@ class Trained:
 
 
 def open_trained(path: str | Path, weights: str | None = None) -> Trained:
-    """Read a backbone from a run's newest checkpoint, from one checkpoint, from an export or from published weights.
+    """Read a backbone from a run, from one of its checkpoints, from an export or from published weights.
+
+    Of a run it is the newest checkpoint; once the run has finished with its best one, that one.
 
     Args:
         path: folder of a run, checkpoint or export, or anything else that `encoder.pretrained` takes, such as the name
@@ -92,13 +102,14 @@ def open_trained(path: str | Path, weights: str | None = None) -> Trained:
     folder, checkpoint = (path.parent.parent, path) if (path / STATE_FILE).is_file() else (path, None)
     if not (folder / CONFIG_FILE).is_file():
         return _open_exported(path, weights)
-    checkpoints, choice = _choose_checkpoints(folder, checkpoint, weights)
-    settings, state = read_settings(folder), read_state(checkpoints[-1])
+    settings = read_settings(folder)
+    checkpoints, choice, best = _choose_checkpoints(folder, settings, checkpoint, weights)
+    state = read_state(checkpoints[-1])
     if state["leaves"] == "nothing":
         backbone = settings["encoder"].get("pretrained")
         raise ValueError(f"{folder}: is an attentive probe, which does not change its backbone; use {backbone}")
     if state["leaves"] == "classifier":
-        raise ValueError(f"{folder}: is a fine-tuned classifier; export it as a timm model, --to timm")
+        raise ValueError(f"{path}: is a fine-tuned classifier; `ssl-vit export {folder} --to timm` writes its newest")
     tensors = average([checkpoint / MODEL_FILE for checkpoint in checkpoints])
     prefix, file = _prefix(state, choice, folder), checkpoints[-1] / MODEL_FILE
     encoder_tensors = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -112,6 +123,8 @@ def open_trained(path: str | Path, weights: str | None = None) -> Trained:
         with section("objective"):
             objective = settings_of(kind, settings["objective"]).build(encoder).eval()
         load_strictly(objective, tensors, file)
+    if best is not None:
+        state["best"] = {**best.to_plain(), "of_steps": step_of(list_checkpoints(folder)[-1])}
     known = provenance(settings, state)
     if weights is not None:
         known["weights"] = weights
@@ -213,25 +226,29 @@ def average(files: Sequence[Path]) -> dict[str, Tensor]:
     return {**newest, **{name: (total / len(files)).to(newest[name].dtype) for name, total in sums.items()}}
 
 
-def _choose_checkpoints(folder: Path, checkpoint: Path | None, weights: str | None) -> tuple[list[Path], str | None]:
-    """The checkpoints to average, oldest first, and the choice between teacher and student."""
+def _choose_checkpoints(
+    folder: Path, settings: dict[str, Any], checkpoint: Path | None, weights: str | None
+) -> tuple[list[Path], str | None, Best | None]:
+    """The checkpoints to average, oldest first; the choice between teacher and student; what it is the best by."""
+    best: Best | None
     if weights == "best":
-        by = entry(read_settings(folder), "checkpoint.keep_best", str, folder / CONFIG_FILE)
-        best = best_checkpoint(folder, cast("KeepBest", by))
+        by = entry(settings, "checkpoint.keep_best", KeepBest, folder / CONFIG_FILE)
+        best = best_checkpoint(folder, by)
         if best is None:
             raise ValueError(
                 f"weights='best': {folder} keeps none (checkpoint.keep_best={by!r}), or none was scored yet"
             )
-        return [best.folder], None
+        return [best.folder], None, best
     if weights is None or not weights.startswith(AVERAGE):
         if weights not in (None, "teacher", "student"):
             raise ValueError(f"weights={weights!r}: choose teacher, student, best or {AVERAGE}K, K checkpoints")
         if checkpoint is not None and (problem := find_damage(checkpoint)) is not None:
             raise ValueError(f"{checkpoint}: is damaged: {problem}")
-        chosen = checkpoint or newest_checkpoint(folder)
+        best = ended_with(folder, settings) if checkpoint is None else None
+        chosen = checkpoint or (newest_checkpoint(folder) if best is None else best.folder)
         if chosen is None:
             raise ValueError(f"{folder}: has no complete checkpoint yet")
-        return [chosen], weights
+        return [chosen], weights, best
     number = weights.removeprefix(AVERAGE)
     if not number.isdecimal() or int(number) < 1:
         raise ValueError(f"weights={weights!r}: K in {AVERAGE}K must be a number of checkpoints, such as {AVERAGE}3")
@@ -242,7 +259,7 @@ def _choose_checkpoints(folder: Path, checkpoint: Path | None, weights: str | No
         raise ValueError(
             f"weights={weights!r}: {folder} has {len(whole)} complete checkpoints; --checkpoint.keep N keeps N"
         )
-    return whole[-int(number) :], None
+    return whole[-int(number) :], None, None
 
 
 def _prefix(state: dict[str, Any], choice: str | None, folder: Path) -> str:
@@ -259,8 +276,8 @@ def _open_exported(path: Path, weights: str | None) -> Trained:
         raise ValueError(
             f"weights={weights!r}: {path} is one backbone; name the folder of the run, whose checkpoints hold both"
         )
-    file = path / BACKBONE_FILE if path.is_dir() else path
-    if file.name != BACKBONE_FILE or not file.is_file():
+    file = own_file(path)
+    if file is None:
         return _open_published(str(path))
     encoder = load_backbone(file)
     described = read_config(file.parent)
@@ -277,4 +294,7 @@ def _open_published(name: str) -> Trained:
     encoder = found.config.build()
     load_pretrained(encoder, name)
     normalization = found.normalization or DataConfig().normalization
-    return Trained(encoder.eval(), normalization, found.crop_pct or CROP_PCT, {"pretrained": name}, Path(name))
+    known = {"pretrained": name}
+    if name.endswith(".mae") and not Path(name).exists():  # timm's tag; no loss of MAE's trains the class token
+        known["pooled"] = "mean"
+    return Trained(encoder.eval(), normalization, found.crop_pct or CROP_PCT, known, Path(name))

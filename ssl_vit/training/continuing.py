@@ -9,11 +9,12 @@ from typing import Any
 from ssl_vit.core.paths import PATHS, is_same, path_to_text
 from ssl_vit.core.reading import read_json, read_yaml, readable
 from ssl_vit.core.settings import as_plain, differences
+from ssl_vit.core.text import plain
 from ssl_vit.core.writing import mark
 from ssl_vit.data.config import bytes_of_pixels
 from ssl_vit.objectives.frozen import Frozen, check_frozen
-from ssl_vit.runs.checkpoint import STATE_FILE, newest_checkpoint
-from ssl_vit.runs.folder import CONFIG_FILE, holds_anything, take_folder
+from ssl_vit.runs.checkpoint import STATE_FILE, newest_checkpoint, step_of
+from ssl_vit.runs.folder import CONFIG_FILE, holds_anything, read_results, take_folder
 from ssl_vit.training.config import RunConfig, write_config
 
 # A run may continue with other values of these (and of all in a section that is named with its dot): they do not change
@@ -181,9 +182,28 @@ def open_run_folder(
         if not extended or extended[-1][0] != state["step"]:
             extended = (*extended, (state["step"], state.get("num_steps", lengthened)))
             config = replace(config, extended=extended)
+    if lengthened is None and checkpoint is not None:
+        config = _as_scored(config, folder, step_of(checkpoint))
     write_config(config, folder / CONFIG_FILE)
     mark(folder)
     return config, checkpoint
+
+
+def _as_scored(config: RunConfig, folder: Path, step: int) -> RunConfig:
+    """Keep the evaluation settings by which a finished run was scored, and name others that were asked for."""
+    saved = _read_config(folder / CONFIG_FILE, config)
+    results = read_results(folder, saved)
+    if results is None or results["step"] != step:
+        return config
+    own, asked = saved["evaluation"], as_plain(config)["evaluation"]
+    kept = {key: own[key] for key in asked if key in own and not is_same(own[key], asked[key])}
+    if not kept:
+        return config
+    listed = ", ".join(f"evaluation.{key} {value!r} -> {asked[key]!r}" for key, value in kept.items())
+    how = "`ssl-vit probe` scores it by others, --fresh starts it anew"
+    print(f"note       this run is finished, so that its scores stay and these are not applied: {plain(listed)}; {how}")
+    kept = {key: tuple(value) if isinstance(value, list) else value for key, value in kept.items()}
+    return replace(config, evaluation=replace(config.evaluation, **kept))
 
 
 def _read_config(path: Path, config: RunConfig) -> dict[str, Any]:

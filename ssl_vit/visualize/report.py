@@ -85,6 +85,8 @@ def write_report(
     Raises:
         ValueError: a folder that holds no run.
     """
+    if num_images < 0:
+        raise ValueError(f"--panel_images {num_images}: give a number of images; 0 leaves the panel out")
     runs = [read_run(folder) for folder in folders]
     panels = []
     if num_images:
@@ -98,7 +100,9 @@ def write_report(
     page = render(runs, panels)
     out.parent.mkdir(parents=True, exist_ok=True)
     replace_text(out, page)
-    return [f"no panel: {panel}" for panel in panels if isinstance(panel, str)]
+    few = [_left_out(run, _FIGURES_BYTES // len(runs)) for run in runs]
+    told = [f"{name}: {text}" for name, text in zip(distinct([run.name for run in runs]), few, strict=True) if text]
+    return [*(f"no panel: {panel}" for panel in panels if isinstance(panel, str)), *told]
 
 
 def _panel(folder: Path, open_inputs: Callable[[Trained], ShownImages], most_bytes: int) -> dict[str, Any] | str:
@@ -171,7 +175,7 @@ def _about(run: RunData, name: str, most_bytes: int) -> dict[str, Any]:
     hours = run.hours
     last = run.records[-1] if run.records else {}
     rates = [record["images_per_second"] for record in run.records if record.get("images_per_second")]
-    step = last.get("step", 0)
+    step, frames = last.get("step", 0), _embed(_fitting(run.frames, most_bytes))
     facts = {
         "objective": run.provenance.get("objective", "-"),
         "architecture": run.settings["encoder"]["arch"],
@@ -202,12 +206,19 @@ def _about(run: RunData, name: str, most_bytes: int) -> dict[str, Any]:
             for file, row, column, value, interval in run.scores
         ],
         "config": yaml.safe_dump(run.settings, sort_keys=False),
-        "picture": None if run.frames or run.picture is None else _shrink(run.picture),
-        "frames": _embed(run.frames, most_bytes),
+        "picture": None if frames or run.picture is None else _shrink(run.picture),
+        "frames": frames,
+        "left_out": _left_out(run, most_bytes),
     }
 
 
-def _embed(frames: Sequence[Frame], most_bytes: int) -> list[dict[str, Any]]:
+def _left_out(run: RunData, most_bytes: int) -> str:
+    """Says that a run has more figures than fit."""
+    shown, number = len(_fitting(run.frames, most_bytes)), len(run.frames)
+    return "" if shown == number else f"{shown} of its {number} figures over time are shown, the others do not fit"
+
+
+def _fitting(frames: Sequence[Frame], most_bytes: int) -> list[Frame]:
     """As many figures, evenly, as fit into so many bytes."""
     number = len(frames)
     while number > 2 and sum(item.path.stat().st_size for item in spread(frames, number)) > most_bytes:
@@ -215,12 +226,16 @@ def _embed(frames: Sequence[Frame], most_bytes: int) -> list[dict[str, Any]]:
     chosen = spread(frames, number) if number else []
     if sum(item.path.stat().st_size for item in chosen) > most_bytes:
         chosen = []
+    return chosen
+
+
+def _embed(frames: Sequence[Frame]) -> list[dict[str, Any]]:
     return [
         {
             "step": item.step,
             "picture": "data:image/webp;base64," + base64.b64encode(_read_frame(item)).decode(),
         }
-        for item in chosen
+        for item in frames
     ]
 
 

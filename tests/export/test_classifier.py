@@ -9,7 +9,9 @@ import torch
 
 from ssl_vit.export.classifier import export_classifier, export_distilled
 from ssl_vit.models.config import EncoderConfig
+from ssl_vit.models.weights.backbone import backbone_file
 from ssl_vit.objectives.finetune import FineTune, FineTuneConfig
+from ssl_vit.runs.trained import open_trained
 from tests.conftest import TINY
 from tests.families import FAMILIES
 from tests.specs import grey
@@ -103,3 +105,11 @@ def test_a_classifier_that_would_load_otherwise_is_refused(tmp_path: Path, monke
     with pytest.raises(RuntimeError, match="logits differ"):
         export_classifier(objective, tmp_path, **SETTINGS)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_classifier_is_not_taken_for_a_backbone(tmp_path: Path) -> None:
+    objective = FineTuneConfig(num_classes=3).build(ENCODERS["square"].build()).eval()
+    export_classifier(objective, tmp_path, **SETTINGS)
+    with pytest.raises(ValueError, match=r"no such file; .*model.safetensors is a fine-tuned classifier, which timm"):
+        backbone_file(tmp_path)
+    assert open_trained(tmp_path).encoder.embed_dim == 32  # without its head, as weights to start from

@@ -18,6 +18,9 @@ from ssl_vit.evaluation.probes import KNNConfig, evaluate_knn
 from ssl_vit.export import load_backbone
 from ssl_vit.export.run import export_run
 from ssl_vit.models.config import EncoderConfig
+from ssl_vit.models.weights.backbone import backbone_file
+from ssl_vit.models.weights.pretrained import Pretrained
+from ssl_vit.runs import trained
 from ssl_vit.runs.trained import open_trained
 from ssl_vit.training.loop import main
 from tests.conftest import SMALL_DINO, SMALL_RUN, nearest_mean
@@ -114,6 +117,31 @@ def test_an_exported_backbone_leaves_again(dino_run: Path) -> None:
         open_trained(dino_run / "backbone.safetensors", "student")
 
 
+def test_an_export_to_timm_leaves_and_is_read_as_the_backbone(mae_run: Path, tmp_path: Path) -> None:
+    assert script.main([str(mae_run), "--to", "timm", "--out", str(tmp_path)]) == 0
+    folder = tmp_path / "timm"
+    for path in (folder, folder / "model.safetensors"):
+        assert script.main([str(path), "--to", "timm", "--out", str(tmp_path / "again"), "--overwrite"]) == 0
+        first, again = (json.loads((at / "timm" / "config.json").read_text()) for at in (tmp_path, tmp_path / "again"))
+        assert again["global_pool"] == first["global_pool"] == "avg"
+        assert again["ssl_vit"] == first["ssl_vit"]
+    assert backbone_file(folder) == folder / "model.safetensors"
+    encoder = load_backbone(folder)
+    assert all(torch.equal(value, load_backbone(mae_run).state_dict()[n]) for n, value in encoder.state_dict().items())
+    with pytest.raises(ValueError, match=r"backbone.safetensors: no such file; name .*model.safetensors, which holds"):
+        load_backbone(folder / "backbone.safetensors")
+
+
+@pytest.mark.parametrize(("tag", "pooled"), [("mae", "mean"), ("dino", "cls")])
+def test_published_weights_of_mae_are_pooled_by_the_mean(
+    monkeypatch: pytest.MonkeyPatch, tag: str, pooled: str
+) -> None:
+    config = EncoderConfig(arch="vit_tiny_patch16_224", image_size=32, depth=1)
+    monkeypatch.setattr(trained, "open_pretrained", lambda name: Pretrained(name, config, dict))
+    monkeypatch.setattr(trained, "load_pretrained", lambda encoder, name: None)
+    assert open_trained(f"vit_base_patch16_224.{tag}").feature == pooled
+
+
 def test_a_damaged_checkpoint_that_is_named_is_refused(mae_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints" / "step-00000006"
     folder.mkdir(parents=True)
@@ -189,6 +217,19 @@ def test_the_script_goes_on_after_a_refusal(
     assert [path.name for path in (run / "exported").iterdir()] == ["timm"]
 
 
+def test_transformers_without_a_decoder_is_no_error(
+    tmp_path: Path, photo_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*SMALL_RUN, "--encoder.image_size=[16,32]"]
+    run = train(pretrain_mae.DEFAULTS, flags, photo_folder, tmp_path / "run", "--steps=1")
+    code, text = call(capsys, run / "checkpoints" / "step-00000001", "--to", "transformers")
+    assert code == 0
+    assert "note       without its decoder: transformers' ViTMAEForPreTraining cannot be this MAE" in text
+    assert [path.name for path in (run / "exported").iterdir()] == ["transformers"]  # no checkpoint's, which may go
+    code, text = call(capsys, run, "--to", "transformers_mae")
+    assert (code, "error: --to transformers_mae" in text) == (2, True)
+
+
 def test_the_script_without_a_library_writes_the_backbone(dino_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, text = call(capsys, dino_run, "--weights", "student")
     assert code == 0
@@ -202,6 +243,8 @@ def test_the_script_without_a_library_writes_the_backbone(dino_run: Path, capsys
     ("words", "message"),
     [
         (["--to", "tensorflow"], "--to tensorflow: no such library; choose of timm"),
+        (["--license", "mit"], "--license mit: has no effect without --to; leave it out"),
+        (["--images", "photos"], "--images photos: has no effect without --to; leave it out"),
         (["--push_to_hub", "me/mine"], "--push_to_hub me/mine: name the library with --to"),
         (["--to", "timm", "onnx", "--push_to_hub", "me/mine"], "takes one library, not timm onnx"),
     ],

@@ -1,9 +1,11 @@
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ssl_vit.core.writing import UNFINISHED
 from ssl_vit.data.config import DataConfig
@@ -126,3 +128,20 @@ def test_settings_that_no_run_wrote_are_told_from_a_run_of_other_settings(tmp_pa
     (tmp_path / "config.yaml").write_text("steps: 3\ndata: {source: images}\n")
     with pytest.raises(ValueError, match=r"its config.yaml was written by no run; choose another --output_dir"):
         check_run_folder(config(tmp_path))
+
+
+def test_a_finished_run_keeps_the_settings_that_it_was_scored_with(
+    start: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def max_images() -> int:
+        return yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["evaluation"]["max_images"]
+
+    assert start("--evaluation.max_images=30", steps=1) == 0
+    capsys.readouterr()
+    assert start("--evaluation.max_images=20", "--log_every=2", steps=1) == 0
+    text = capsys.readouterr().out
+    assert "these are not applied: evaluation.max_images 30 -> 20; `ssl-vit probe` scores it" in text
+    assert max_images() == 30
+    assert start("--evaluation.max_images=20", "--extend=true", steps=2) == 0
+    assert "not applied" not in capsys.readouterr().out
+    assert max_images() == 20

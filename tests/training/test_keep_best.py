@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from scripts.pretrain_mae import DEFAULTS
 from ssl_vit.evaluation.scores import Score
+from ssl_vit.export.run import export_run
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.runs.checkpoint import list_checkpoints
 from ssl_vit.runs.trained import open_trained
@@ -82,7 +83,13 @@ def test_the_best_step_is_exported_and_the_last_goes_on(
     assert results["scores"]["pretrained"]["knn"]["accuracy"] == 0.8
     assert results["scores"]["trained"]["knn"]["accuracy"] == 0.9
     assert open_trained(run, "best").provenance["steps"] == 4
-    assert open_trained(run).provenance["steps"] == 7
+    for weights in ("best", None):
+        trained = open_trained(run, weights).provenance
+        assert (trained["steps"], trained["best"]) == (4, known["best"])
+    assert open_trained(run / "checkpoints/step-00000007").provenance["steps"] == 7
+    before = {name: (run / name).read_bytes() for name in ("backbone.safetensors", "config.json")}
+    export_run(run)
+    assert before == {name: (run / name).read_bytes() for name in before}
 
     scripted += [95]
     assert start(*flags, "--extend=true", steps=9, labels=True) == 0  # from the last weights, not from the best
@@ -90,6 +97,7 @@ def test_the_best_step_is_exported_and_the_last_goes_on(
     results = json.loads((run / "results.json").read_text())
     assert "best" not in results  # they are the last
     assert results["scores"]["trained"]["knn"]["accuracy"] == 0.95
+    assert open_trained(run).provenance["steps"] == 9
 
 
 @pytest.mark.parametrize("done", [1, 5])

@@ -16,6 +16,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from scripts import export
 from ssl_vit.data.sources.source import DataConfig, open_source
 from ssl_vit.export import export_backbone
 from ssl_vit.export.run import export_run
@@ -92,6 +93,21 @@ def test_fine_tuning_ends_with_a_classifier_that_timm_loads(
     assert export_run(tmp_path / "run").read_bytes() == written
     assert call(monkeypatch, command) == 0
     assert "This run is finished" in capsys.readouterr().out
+    run = str(tmp_path / "run")
+    for flags, message in (
+        (["--weights", "best", "--to", "timm"], "--weights best: has no effect on a fine-tuned classifier"),
+        (["--license", "mit", "--to", "timm"], "--license mit: has no effect on a fine-tuned classifier"),
+        (["--images", "photos", "--to", "timm"], "--images photos: has no effect on a fine-tuned classifier"),
+        (["--weights", "best"], "weights='best': RUN is a fine-tuned classifier, whose newest weights leave"),
+        (["--to", "timm"], ""),
+        (["--to", "timm"], "exported/timm: is there already; choose another --out, or --overwrite it"),
+        (["--to", "timm", "--overwrite"], ""),
+    ):
+        assert export.main([run, *flags]) == (2 if message else 0)
+        assert message in capsys.readouterr().err.replace(run, "RUN")
+    assert export.main([f"{run}/checkpoints/step-00000040", "--to", "timm"]) == 2
+    text = capsys.readouterr().err.replace(run, "RUN")
+    assert "step-00000040: is a fine-tuned classifier; `ssl-vit export RUN --to timm` writes its newest" in text
 
 
 @pytest.mark.parametrize("family", ["distilled", "swin"])

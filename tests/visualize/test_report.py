@@ -104,6 +104,25 @@ def test_the_panel_holds_the_attention_and_the_similarity_of_the_model(mae_run: 
     assert data["steps"]["num_kept"] == 4
 
 
+@pytest.mark.parametrize(("most", "number"), [(2.5, 2), (0.5, 0)])
+def test_figures_that_do_not_fit_are_named(
+    mae_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: float, number: int
+) -> None:
+    largest = max(path.stat().st_size for path in (mae_run / "pictures").glob("step-*.webp"))
+    monkeypatch.setattr(report, "_FIGURES_BYTES", int(most * largest))
+    said = f"{number} of its 4 figures over time are shown, the others do not fit"
+    out = tmp_path / "report.html"
+    assert write_report([mae_run], out, num_images=0) == [f"mae: {said}"]
+    assert f"{said}." in out.read_text()
+    assert len(embedded(out)["frames"][0]) == number
+    assert ("makes of a few images at its end" in out.read_text()) is (number == 0)
+
+
+def test_fewer_images_than_none_are_refused(mae_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(mae_run), "--panel_images", "-1", "--out", str(tmp_path / "report.html")]) == 2
+    assert "error: --panel_images -1: give a number of images; 0 leaves" in capsys.readouterr().err
+
+
 def test_what_does_not_fit_into_the_panel_is_left_out_evenly() -> None:
     assert choose_layers(12, 3, 10, 1000) == (list(range(12)), True)
     assert choose_layers(12, 3, 10, 120) == ([2, 5, 8, 11], True)

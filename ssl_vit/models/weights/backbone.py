@@ -32,6 +32,8 @@ from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.weights.proof import prove_equal
 
 BACKBONE_FILE, CONFIG_FILE = "backbone.safetensors", "config.json"
+TIMM_FILE = "model.safetensors"
+"""Weights of a backbone in the folder that timm reads, and of a classifier."""
 WEIGHTS_HASH = "weights_sha256"
 """Key in config.json's section "ssl_vit": SHA-256 of the weights file beside it."""
 
@@ -188,18 +190,41 @@ def check_sizes(build: Callable[[], nn.Module], tensors: dict[str, Tensor], file
 
 
 def backbone_file(path: str | Path) -> Path:
-    """The safetensors file of a backbone, given the file or its folder.
+    """The safetensors file of a backbone, given the file or its folder, which may be an export to timm.
 
     Raises:
         ValueError: there is no such file.
     """
     path = Path(path)
     file = path / BACKBONE_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(
-            f"{file}: no such file; a finished run has one, and `ssl-vit export RUN` writes it at any time"
-        )
-    return file
+    if file.is_file():
+        return file
+    timms = file.with_name(TIMM_FILE)
+    if own_file(timms) is None:
+        why = "a finished pre-training has one, and `ssl-vit export RUN` writes it at any time"
+        if timms.is_file() and _num_classes(file.parent):
+            why = f"{timms} is a fine-tuned classifier, which timm loads: local-dir:{file.parent}"
+        raise ValueError(f"{file}: no such file; {why}")
+    if not path.is_dir():
+        raise ValueError(f"{file}: no such file; name {timms}, which holds the backbone")
+    return timms
+
+
+def own_file(path: Path) -> Path | None:
+    """The weights of a backbone that we exported, also for timm, given the file or its folder; None for all others."""
+    files = [path / BACKBONE_FILE, path / TIMM_FILE] if path.is_dir() else [path]
+    for file in filter(Path.is_file, files):
+        if file.name == BACKBONE_FILE or (file.name == TIMM_FILE and _num_classes(file.parent) == 0):
+            return file
+    return None
+
+
+def _num_classes(folder: Path) -> int | None:
+    """Classes of what we exported to a folder, 0 for a backbone; None where we did not."""
+    try:
+        return entry(read_config(folder), "num_classes", int, folder / CONFIG_FILE)
+    except ValueError:
+        return None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
