@@ -130,6 +130,20 @@ def test_another_split_of_a_folder_is_tested_on(
     assert (result["num_train"], result["num_test"], result["num_classes"]) == (40, 40, 2)
 
 
+def test_one_image_of_each_class_leaves_none_to_choose_a_head(
+    backbone: Path, photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind in ("disc", "square"):
+        (tmp_path / "one" / kind).mkdir(parents=True)
+        file = min((photo_folder / kind).iterdir())
+        shutil.copy(file, tmp_path / "one" / kind / file.name)
+    flags = ["--feature=mean", "--shots=[]", "--probe.base_lrs=[1e-9,0.001,1.0]"]
+    assert run("linear", backbone, f"--source={tmp_path / 'one'}", f"--test_source={photo_folder}", *flags) == 0
+    text = capsys.readouterr().out
+    assert "backbone: nothing was held out to choose a head, so it is mean at base_lr 0.001\n" in text
+    assert "best on the held-out part" not in text
+
+
 @pytest.mark.parametrize(
     ("known", "feature"),
     [
