@@ -39,7 +39,7 @@ from ssl_vit.evaluation.features import EncodeSettings
 from ssl_vit.evaluation.left_out import refuse
 from ssl_vit.evaluation.masks import MaskedSource, Problems, centre_pair, open_masked, random_pair
 from ssl_vit.evaluation.scores import lay_out
-from ssl_vit.evaluation.splits import PICK_FOLDS, TEST_FOLDS
+from ssl_vit.evaluation.splits import PICK_FOLDS, TEST_FOLDS, check_apart
 
 
 @dataclass(frozen=True)
@@ -339,6 +339,7 @@ def _open(
     other = replace(data, source=config.test_source or data.source, split=config.test_split or data.split)
     with naming_test(config):
         test = _readable(open_masked(other, mask_source=config.test_mask_source, **shared), backbone, config, bad)
+    check_apart(train.images, test.images, "--test_")
     return train, test, test.images.name
 
 

@@ -262,6 +262,7 @@ def test_a_labelled_source_can_judge_an_unlabelled_one(
         ("--evaluation.source=/nowhere", "evaluation.source='/nowhere': no such file"),
         ("--evaluation.source=DISC", r"evaluation.source='.*disc': has no labels"),
         ("--evaluation.test_source=DISC", r"evaluation.test_source='.*disc': has no labels"),
+        ("--evaluation.test_split=train", "are learned from.* name others with evaluation.test_source or"),
     ],
 )
 def test_what_cannot_judge_is_found_before_training(
