@@ -125,11 +125,12 @@ def linear_probe(
     settings = {"num_classes": num_classes, "seed": seed, "on_step": on_step}
     held_out = held_out_rows(train_labels, None, config.held_out, seed)
     grid = [(kind, base_lr) for kind in config.features for base_lr in config.base_lrs]
+    found: dict[tuple[str, float], float] = {}
     if len(grid) > 1 and held_out.any() and (~held_out).sum() > 1:
         heads = _train_heads(train, labels, everything[~held_out], grid, config, **settings)
         rows = torch.from_numpy(everything[held_out])
         answers = labels[rows.to(device)]
-        found, losses = {}, {}
+        losses = {}
         for head in heads:
             logits, key = _logits(head, clean, rows, device), (head.feature, head.base_lr)
             found[key] = float((logits.argmax(dim=1) == answers).float().mean())
@@ -137,7 +138,7 @@ def linear_probe(
             losses[key] = float(F.cross_entropy(logits, answers).nan_to_num(nan=torch.inf))
         best = max(found, key=lambda key: (found[key], -losses[key]))
     else:
-        found, best = {}, (config.features[0], sorted(config.base_lrs)[len(config.base_lrs) // 2])
+        best = config.features[0], sorted(config.base_lrs)[len(config.base_lrs) // 2]
     head = _train_heads(train, labels, everything, [best], config, **settings)[0]
     predictions = _logits(head, test, torch.arange(len(test["mean"])), device).argmax(dim=1)
     return LinearProbe(predictions.cpu(), *best, found)
