@@ -173,11 +173,12 @@ def spoil_pixels(png: Path) -> None:
 def test_fine_tuning_passes_over_bad_images_and_is_not_tested_on_them(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "run"
+    run, test = tmp_path / "run", shutil.copytree(photos, tmp_path / "test")
+    shutil.copy(test / "disc" / "00.png", test / "disc" / "more.png")
     flags = [*SMALL_ENCODER, f"--data.source={photos}", f"--output_dir={run}", f"--steps={STEPS}", "--encoder.depth=1"]
     AcceleratorState._reset_state()
-    monkeypatch.setattr("sys.argv", ["finetune.py", *flags, f"--evaluation.test_source={photos}"])
+    monkeypatch.setattr("sys.argv", ["finetune.py", *flags, f"--evaluation.test_source={test}"])
     assert main(FINETUNE, ending=supervised) == 0
-    assert "2 of the 40 test images cannot be decoded" in capsys.readouterr().out
+    assert "2 of the 41 test images cannot be decoded" in capsys.readouterr().out
     assert sorted(record["path"] for record in listed(run)) == [str(photos / name) for name in BAD]
-    assert json.loads((run / "results.json").read_text())["scores"]["fine-tuned"]["test"]["n"] == 38
+    assert json.loads((run / "results.json").read_text())["scores"]["fine-tuned"]["test"]["n"] == 39

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from timm.optim.lars import Lars
 from torch import Tensor, nn
 
@@ -84,7 +84,7 @@ class LinearProbe(NamedTuple):
     feature: str
     base_lr: float
     held_out: dict[tuple[str, float], float]
-    """Accuracy of each feature and learning rate on the held-out part, a share."""
+    """Accuracy of each feature and learning rate on the held-out part, a share; empty if nothing was held out."""
 
 
 def linear_probe(
@@ -101,7 +101,8 @@ def linear_probe(
 ) -> LinearProbe:
     """Train heads on a part of `train`, pick the best on the rest, train it again on all, and classify `test`.
 
-    The same call gives the same result.
+    Of heads with the same accuracy the one of lower loss is picked. Where nothing can be held out, since no class has
+    two images, it is the first kind of feature with the middle learning rate. The same call gives the same result.
 
     Args:
         train: what `extract_features` returned for the training images, once for each view.
@@ -124,19 +125,22 @@ def linear_probe(
     settings = {"num_classes": num_classes, "seed": seed, "on_step": on_step}
     held_out = held_out_rows(train_labels, None, config.held_out, seed)
     grid = [(kind, base_lr) for kind in config.features for base_lr in config.base_lrs]
+    found: dict[tuple[str, float], float] = {}
     if len(grid) > 1 and held_out.any() and (~held_out).sum() > 1:
         heads = _train_heads(train, labels, everything[~held_out], grid, config, **settings)
         rows = torch.from_numpy(everything[held_out])
         answers = labels[rows.to(device)]
-        found = {
-            (head.feature, head.base_lr): float((_predict(head, clean, rows, device) == answers).float().mean())
-            for head in heads
-        }
-        best = max(found, key=lambda key: found[key])  # of equal ones the first
+        losses = {}
+        for head in heads:
+            logits, key = _logits(head, clean, rows, device), (head.feature, head.base_lr)
+            found[key] = float((logits.argmax(dim=1) == answers).float().mean())
+            # A head that diverged has none, and is to win no tie.
+            losses[key] = float(F.cross_entropy(logits, answers).nan_to_num(nan=torch.inf))
+        best = max(found, key=lambda key: (found[key], -losses[key]))
     else:
-        found, best = {}, grid[0]
+        best = config.features[0], sorted(config.base_lrs)[len(config.base_lrs) // 2]
     head = _train_heads(train, labels, everything, [best], config, **settings)[0]
-    predictions = _predict(head, test, torch.arange(len(test["mean"])), device)
+    predictions = _logits(head, test, torch.arange(len(test["mean"])), device).argmax(dim=1)
     return LinearProbe(predictions.cpu(), *best, found)
 
 
@@ -216,12 +220,10 @@ def _optimizer(heads: Sequence[Head], config: LinearProbeConfig) -> torch.optim.
 
 
 @torch.no_grad()
-def _predict(
+def _logits(
     head: Head, pieces: Mapping[str, Tensor], rows: Int[Tensor, " r"], device: torch.device
-) -> Int[Tensor, " r"]:
+) -> Float[Tensor, "r classes"]:
     head.model.eval()
-    parts = [
-        head.model(select_feature(take(pieces, part), head.feature).to(device)).argmax(dim=1)
-        for part in rows.split(16384)
-    ]
-    return torch.cat(parts)
+    return torch.cat(
+        [head.model(select_feature(take(pieces, part), head.feature).to(device)) for part in rows.split(16384)]
+    )

@@ -65,7 +65,14 @@ class MaskedSource:
         mask[values == self.ignore_index] = -1
         if int(mask.max()) >= _MAX_CLASSES:
             raise ValueError(f"{self._name(index)}: holds class {int(mask.max())}; classes are below {_MAX_CLASSES}")
+        if (lowest := int(mask.min())) < -1:
+            hint = f"where it means no data, give --ignore_index {lowest}"
+            raise ValueError(f"{self._name(index)}: holds {lowest}, and classes are numbered from 0; {hint}")
         return mask
+
+    def classes(self, index: int) -> set[int]:
+        """Return the classes in the mask of a row."""
+        return set(self.mask(index).unique().tolist()) - {-1}
 
     def _name(self, index: int) -> str:
         path = (self.masks.rows[index][self.masks.image_column] or {}).get("path")
@@ -180,6 +187,30 @@ def _match(images: Source, masks: Source) -> tuple[Source, Source]:
             raise ValueError(f"mask_source={masks.name!r}: {len(lacking)} {kind}: {shown}; names must be the same")
     row_of = {name: row for row, name in enumerate(mask_names)}
     return images, masks.subset(np.array([row_of[name] for name in image_names], dtype=np.int64))
+
+
+def hold_out(source: MaskedSource, folds: int, seed: int) -> tuple[MaskedSource, MaskedSource]:
+    """Split off one image in so many at random: if possible none without a class, and none of a class that would be
+    missing from the rest, which nothing could learn then."""
+    if len(source) < 2:
+        raise ValueError(f"source={source.images.name!r}: {len(source)} images are too few to hold some out")
+    order = np.random.default_rng(seed).permutation(len(source))
+    cut = max(1, len(source) // folds)
+    # Where none of the first can be spared, the next are tried.
+    turns = (np.roll(order, -start).tolist() for start in range(0, len(order), cut))
+    rows = next(filter(None, (_spared(source, turn, cut) for turn in turns)), order[:cut])
+    return source.subset(np.setdiff1d(order, rows)), source.subset(np.sort(rows))
+
+
+def _spared(source: MaskedSource, order: list[int], cut: int) -> list[int]:
+    """Those of the first rows that hold classes, all of which are in rows behind them too."""
+    classes = {row: source.classes(row) for row in order[:cut]}
+    lacking = set[int]().union(*classes.values())
+    for row in order[cut:]:
+        if not lacking:  # as a rule after a few masks
+            break
+        lacking -= source.classes(row)
+    return [row for row, found in classes.items() if found and not found & lacking]
 
 
 def centre_pair(

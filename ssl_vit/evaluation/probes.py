@@ -150,7 +150,10 @@ def evaluate_linear(path: Path, config: LinearConfig, probe: LinearProbeConfig) 
         if chosen is not None:
             edge = chosen["base_lr"] == max(probe.base_lrs) and len(probe.base_lrs) > 1
             hint = ", the largest of the grid: try larger --probe.base_lrs or more --probe.epochs" if edge else ""
-            print(f"{name}: best on the held-out part is {chosen['feature']} at base_lr {chosen['base_lr']:g}{hint}")
+            why = "best on the held-out part is"
+            if not chosen["held_out"]:
+                why = "nothing was held out to choose a head, so it is"
+            print(f"{name}: {why} {chosen['feature']} at base_lr {chosen['base_lr']:g}{hint}")
     classes = per_class(rows["backbone"]["linear"], task.split.class_names)
     print(f"\n{format_classes(classes)}")
     balanced = rows["backbone"]["linear"].balanced_accuracy
@@ -180,6 +183,8 @@ def _linear(
     split, device = task.split, task.backbone.settings.device
     if name == "pixels":
         probe = replace(probe, features=("mean",), views=0)
+    elif feature in probe.features:  # the first is taken where nothing can be held out
+        probe = replace(probe, features=tuple(dict.fromkeys((feature, *probe.features))))
     chosen: dict[str, Any] | None = None
     clean, views = train[0], list(train[1:]) or [train[0]]
     seed = config.seed

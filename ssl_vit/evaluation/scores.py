@@ -75,8 +75,10 @@ def paired_interval(
     """Difference of two accuracies on the same images, a - b, with its 95 % interval.
 
     Normal approximation of the mean of the per-image differences: images that both get right or both get
-    wrong cancel, so it is narrower than what two separate intervals suggest. Of several b, such as seeds of one
-    network, it is their mean, and how far they lie apart widens the interval.
+    wrong cancel, so it is narrower than what two separate intervals suggest. Half an image is added to each of the
+    four cells (both right, both wrong, only a, only b), so that it is honest for few images too: Agresti and Min,
+    "Simple improved confidence intervals for comparing matched proportions" (2005). Of several b, such as seeds of
+    one network, it is their mean, and how far they lie apart widens the interval.
 
     Args:
         correct_a, correct_b: `Score.correct` of the two, the same images in the same order.
@@ -85,22 +87,24 @@ def paired_interval(
         (difference, low, high)
 
     Raises:
-        ValueError: not the same number of images, or fewer than two.
+        ValueError: not the same number of images, or none.
     """
     lengths = {len(b) for b in correct_b}
-    if lengths != {len(correct_a)} or len(correct_a) < 2:
+    if lengths != {len(correct_a)} or len(correct_a) == 0:
         raise ValueError(
             f"cannot compare {len(correct_a)} images with {', '.join(map(str, sorted(lengths)))}: "
-            "the two scores must be of the same images, at least two of them"
+            "the two scores must be of the same images, at least one of them"
         )
     others = np.stack(correct_b).astype(np.float64)
     differences = correct_a - others.mean(axis=0)
-    difference = float(differences.mean())
-    variance = differences.var(ddof=1) / len(differences)
+    # The added halves: one image on which both are alike, and half a one each way.
+    number = len(differences) + 2
+    centre = differences.sum() / number
+    variance = ((np.square(differences).sum() + 1) / number - centre**2) / number
     if len(others) > 1:
         variance += others.mean(axis=1).var(ddof=1) / len(others)
-    half = _Z95 * float(variance) ** 0.5
-    return difference, max(difference - half, -1.0), min(difference + half, 1.0)
+    half = _Z95 * variance**0.5
+    return float(differences.mean()), max(float(centre - half), -1.0), min(float(centre + half), 1.0)
 
 
 class Gain(NamedTuple):
@@ -117,7 +121,7 @@ class Gain(NamedTuple):
         """The gain over the mean of `others`.
 
         Raises:
-            ValueError: not the same number of images, or fewer than two.
+            ValueError: not the same number of images, or none.
         """
         interval = paired_interval(score.correct, *(other.correct for other in others))
         return cls(*interval, tuple(other.accuracy for other in others))

@@ -37,9 +37,9 @@ from ssl_vit.evaluation.command import (
 )
 from ssl_vit.evaluation.features import EncodeSettings
 from ssl_vit.evaluation.left_out import refuse
-from ssl_vit.evaluation.masks import MaskedSource, Problems, centre_pair, open_masked, random_pair
+from ssl_vit.evaluation.masks import MaskedSource, Problems, centre_pair, hold_out, open_masked, random_pair
 from ssl_vit.evaluation.scores import lay_out
-from ssl_vit.evaluation.splits import PICK_FOLDS, TEST_FOLDS
+from ssl_vit.evaluation.splits import PICK_FOLDS, TEST_FOLDS, check_apart
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,8 @@ class Segmentation(NamedTuple):
     """Learning rate of the head that was picked."""
     held_out: dict[float, float]
     """Mean IoU of each head on the part that it was picked on."""
+    n: int
+    """Images that were tested: those whose crop holds a pixel of a class."""
 
 
 def pixel_counts(
@@ -294,11 +296,11 @@ def evaluate_segmentation(path: Path, config: SegmentationConfig) -> None:
     lines = [["%", "mIoU", "pixel accuracy", "images"]]
     for name, item in rows.items():
         shown = f"{100 * item.miou:.1f} [{100 * item.low:.1f}, {100 * item.high:.1f}]"
-        lines.append([name, shown, f"{100 * item.pixel_accuracy:.1f}", str(len(test))])
+        lines.append([name, shown, f"{100 * item.pixel_accuracy:.1f}", str(item.n)])
     print(f"tested on {plain(test_name)}\n{lay_out(lines)}\n")
     print(lay_out([["class", "IoU, %"], *([str(k), f"{100 * v:.1f}"] for k, v in rows["backbone"].iou.items())]))
     result = {"backbone": str(backbone.file), "test": test_name, "num_classes": num_classes, "num_train": len(train)}
-    result |= {"num_test": len(test), "num_bad": len(bad), "crop_pct": backbone.transform.crop_pct}
+    result |= {"num_test": rows["backbone"].n, "num_bad": len(bad), "crop_pct": backbone.transform.crop_pct}
     result |= {"settings": asdict(config), **{name: item._asdict() for name, item in rows.items()}}
     write_result(backbone.folder / "segmentation.json", config.output, result, bad)
 
@@ -313,22 +315,26 @@ def _evaluate(
 ) -> Segmentation:
     several = len(config.base_lrs) > 1
     held_out: dict[float, float] = {}
-    best = config.base_lrs[0]
+    best = sorted(config.base_lrs)[len(config.base_lrs) // 2]
     total = config.steps * (2 if several else 1)
     with tqdm(total=total, desc=f"segmentation, {name}", unit="step", leave=False, disable=None) as bar:
         if several:
-            fit, pick = _hold_out(train, PICK_FOLDS, config.seed + 1)
+            fit, pick = hold_out(train, PICK_FOLDS, config.seed + 1)
             heads = train_heads(backbone, fit, config.base_lrs, config, num_classes, bar.update)
             found = segment(backbone, heads, pick, config, num_classes)
-            held_out = {lr: mean_iou(counts.sum(dim=0)) for lr, counts in zip(config.base_lrs, found, strict=True)}
-            best = max(held_out, key=lambda lr: held_out[lr])
+            if found[0][:, 1].any():  # else no pixel that a head could be picked by
+                held_out = {lr: mean_iou(counts.sum(dim=0)) for lr, counts in zip(config.base_lrs, found, strict=True)}
+                best = max(held_out, key=lambda lr: held_out[lr])
         heads = train_heads(backbone, train, [best], config, num_classes, bar.update)
     counts = segment(backbone, heads, test, config, num_classes)[0]
+    counts = counts[counts[:, 1].any(dim=1)]  # images without a known pixel test nothing
+    if len(counts) == 0:
+        raise ValueError(f"no mask of {test.images.name!r} holds a pixel of a class in its centre; give --crop_pct 1")
     total_counts = counts.sum(dim=0)
     low, high = bootstrap_interval(counts, config.seed)
     accuracy = float(total_counts[0].sum() / total_counts[1].sum())
     return Segmentation(
-        mean_iou(total_counts), low, high, accuracy, intersection_over_union(total_counts), best, held_out
+        mean_iou(total_counts), low, high, accuracy, intersection_over_union(total_counts), best, held_out, len(counts)
     )
 
 
@@ -341,11 +347,12 @@ def _open(
     with naming_own(config):
         train = _readable(open_masked(data, mask_source=config.mask_source, **shared), backbone, config, bad)
     if config.test_source is None and config.test_split is None:
-        train, test = _hold_out(train, TEST_FOLDS, config.seed)
+        train, test = hold_out(train, TEST_FOLDS, config.seed)
         return train, test, f"a held-out {len(test) / (len(train) + len(test)):.0%} of {train.images.name}"
     other = replace(data, source=config.test_source or data.source, split=config.test_split or data.split)
     with naming_test(config):
         test = _readable(open_masked(other, mask_source=config.test_mask_source, **shared), backbone, config, bad)
+    check_apart(train.images, test.images, "--test_")
     return train, test, test.images.name
 
 
@@ -366,14 +373,6 @@ def _readable(
     return source.subset(np.setdiff1d(np.arange(len(source)), rows)) if rows else source
 
 
-def _hold_out(source: MaskedSource, folds: int, seed: int) -> tuple[MaskedSource, MaskedSource]:
-    if len(source) < 2:
-        raise ValueError(f"source={source.images.name!r}: {len(source)} images are too few to hold some out")
-    order = np.random.default_rng(seed).permutation(len(source))
-    cut = max(1, len(source) // folds)
-    return source.subset(np.sort(order[cut:])), source.subset(np.sort(order[:cut]))
-
-
 def _count_classes(train: MaskedSource, test: MaskedSource) -> int:
     """Return one more than the highest class; all masks are read, so a broken mask stops the run before training."""
     learned, tested = (
@@ -386,7 +385,12 @@ def _count_classes(train: MaskedSource, test: MaskedSource) -> int:
         hint = f"; {train.ignore_index} is taken for pixels of no class: where it is one, give --ignore_index -1"
         hint = hint if ignored else ""
         raise ValueError(f"source={train.images.name!r}: the masks hold {held}; segmentation needs at least two{hint}")
+    if not tested:
+        raise ValueError(f"the test masks of {test.images.name!r} hold no class; name other images with --test_source")
     if tested - learned:
         shown = ", ".join(map(str, sorted(tested - learned)[:10]))
-        raise ValueError(f"the test masks of {test.images.name!r} hold classes that the training masks lack: {shown}")
+        raise ValueError(
+            f"the test masks of {test.images.name!r} hold classes that the training masks lack: {shown}; add images of "
+            "them to the source, or name other test images with --test_source"
+        )
     return int(max(learned)) + 1

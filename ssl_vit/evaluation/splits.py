@@ -10,11 +10,13 @@ from jaxtyping import Bool, Int
 
 from ssl_vit.data.sources.source import Source
 from ssl_vit.evaluation.scores import class_name
+from ssl_vit.runs.provenance import fingerprint
 
 TEST_FOLDS = 5
 """Without a test source one image in so many is tested."""
 PICK_FOLDS = 10
 """One training image in so many picks among several heads."""
+_NUM_COMPARED = 16  # images whose bytes show that two sources are the same
 
 
 class Split(NamedTuple):
@@ -96,6 +98,36 @@ def split_sources(
             "training source, or raise evaluation.max_images where it is set"
         )
     return Split(rows, labels[rows], test_rows, test_labels[test_rows], train_source.class_names)
+
+
+def check_apart(train_source: Source, test_source: Source | None, prefix: str = "evaluation.test_") -> None:
+    """Refuse to test on the very images that are learned from, by whatever names they were given.
+
+    Args:
+        prefix: in front of the settings `source` and `split` that name the test images, for the error.
+
+    Raises:
+        ValueError: both sources have as many images with the same names and sizes, and a few hold the same bytes.
+    """
+    if test_source is None or len(train_source) != len(test_source):
+        return
+    # Uncompressed files that are numbered alike have names and sizes in common, so bytes decide.
+    rows = np.linspace(0, len(train_source) - 1, min(len(train_source), _NUM_COMPARED)).round().astype(int).tolist()
+    if fingerprint(train_source) == fingerprint(test_source) and all(
+        _encoded(train_source, row) == _encoded(test_source, row) for row in rows
+    ):
+        raise ValueError(
+            f"the test images {test_source.name!r} are the images that are learned from, so their score says nothing "
+            f"about others: name others with {prefix}source or {prefix}split, or leave both out, and each image is "
+            "judged by what was learned without it"
+        )
+
+
+def _encoded(source: Source, row: int) -> bytes | None:
+    try:
+        return source.encoded(row)
+    except (ValueError, OSError):
+        return None
 
 
 def align_classes(train_source: Source, test_source: Source) -> Source:

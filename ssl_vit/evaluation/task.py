@@ -27,7 +27,7 @@ from ssl_vit.evaluation.command import (
 )
 from ssl_vit.evaluation.features import check_finite, extract_features, pixel_features
 from ssl_vit.evaluation.left_out import check_bad_share
-from ssl_vit.evaluation.splits import Split, split_sources
+from ssl_vit.evaluation.splits import Split, check_apart, split_sources
 
 
 @dataclass
@@ -57,7 +57,9 @@ class Task:
                 with naming_test(config):
                     test = open_source(replace(data, source=named, split=config.test_split or data.split))
         tell_notes(train, test)
-        return cls(backbone, config, train, test, split_sources(train, test, config.max_images, config.seed))
+        split = split_sources(train, test, config.max_images, config.seed)
+        check_apart(train, test, "--test_")
+        return cls(backbone, config, train, test, split)
 
     def features(
         self, name: str, num_layers: int, views: int = 0

@@ -22,7 +22,7 @@ from ssl_vit.data.workers import choose_num_workers
 from ssl_vit.evaluation.evaluate import evaluate_encoder, evaluate_pixels
 from ssl_vit.evaluation.features import EncodeSettings
 from ssl_vit.evaluation.scores import Gain, Score, format_table, scores_to_json
-from ssl_vit.evaluation.splits import split_sources
+from ssl_vit.evaluation.splits import check_apart, split_sources
 from ssl_vit.evaluation.start import first_fall, what_to_change
 from ssl_vit.evaluation.untrained import untrained_encoder
 from ssl_vit.models.encoder import Encoder, eval_mode
@@ -320,6 +320,7 @@ def prepare(config: RunConfig, source: Source | Stream) -> tuple[Source | Stream
     assert isinstance(labelled, Source)
     try:
         split_sources(labelled, test, settings.max_images, config.seed, setting)
+        check_apart(labelled, test)
     except ValueError as error:
         if named:
             raise

@@ -18,6 +18,7 @@ from ssl_vit.evaluation.splits import (
     PICK_FOLDS,
     TEST_FOLDS,
     align_classes,
+    check_apart,
     held_out_rows,
     independent_rows,
     split_sources,
@@ -69,6 +70,7 @@ def prepare(config: RunConfig, source: Source | Stream) -> tuple[Source, EvalSpl
         test = align_classes(source, test)
     # Only to check the labels: all labelled images are learned from, all pages of one file too.
     split_sources(source, test, None, seed, "data.source")
+    check_apart(source, test)
     if isinstance(config.objective, FineTuneConfig) and config.objective.distils:
         check_class_names(str(config.objective.teacher), source.class_names)
     assert source.labels is not None

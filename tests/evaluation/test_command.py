@@ -100,10 +100,12 @@ def test_images_are_encoded_once_for_a_backbone(
         run(name, *given)
 
 
-def test_red_discs_and_blue_squares_are_told_apart(backbone: Path, photo_folder: Path) -> None:
-    assert run("linear", backbone, f"--source={photo_folder}", f"--test_source={photo_folder}") == 0
+def test_red_discs_and_blue_squares_are_told_apart(backbone: Path, photo_folder: Path, tmp_path: Path) -> None:
+    test = shutil.copytree(photo_folder, tmp_path / "test")
+    (test / "disc" / "00.png").unlink()
+    assert run("linear", backbone, f"--source={photo_folder}", f"--test_source={test}") == 0
     result = json.loads((backbone / "linear.json").read_text())
-    assert result["test_source"] == str(photo_folder)
+    assert result["test_source"] == str(test)
     assert result["pixels"]["linear"]["accuracy"] > 0.9
     assert result["classes"][1]["name"] == "square"
     assert len(result["heads"]["backbone"]["held_out"]) == 65
@@ -123,11 +125,39 @@ def test_another_split_of_a_folder_is_tested_on(
     for split in ("train", "val"):
         (tmp_path / "photos").mkdir(exist_ok=True)
         (tmp_path / "photos" / split).symlink_to(shutil.copytree(photo_folder, tmp_path / split))
+    (tmp_path / "val" / "disc" / "00.png").unlink()
     source = tmp_path / "photos"
     assert run("knn", backbone, f"--source={source}", "--test_split=val", "--ks=[3]") == 0
     assert "note       splits are the folders train, val; images of train are used" in capsys.readouterr().out
     result = json.loads((backbone / "knn.json").read_text())
-    assert (result["num_train"], result["num_test"], result["num_classes"]) == (40, 40, 2)
+    assert (result["num_train"], result["num_test"], result["num_classes"]) == (40, 39, 2)
+
+
+@pytest.mark.parametrize("flags", [["--test_split=train"], ["--test_source=COPY"]])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_images_that_are_learned_from_are_no_test(
+    backbone: Path, photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, flags: list[str]
+) -> None:
+    copy = shutil.copytree(photo_folder, tmp_path / "copy")
+    flags = [flag.replace("COPY", str(copy)) for flag in flags]
+    assert run(name, backbone, f"--source={photo_folder}", *flags) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "are the images that are learned from" in line
+    assert "name others with --test_source or --test_split, or leave both out" in line
+
+
+def test_one_image_of_each_class_leaves_none_to_choose_a_head(
+    backbone: Path, photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind in ("disc", "square"):
+        (tmp_path / "one" / kind).mkdir(parents=True)
+        file = min((photo_folder / kind).iterdir())
+        shutil.copy(file, tmp_path / "one" / kind / file.name)
+    flags = ["--feature=mean", "--shots=[]", "--probe.base_lrs=[1e-9,0.001,1.0]"]
+    assert run("linear", backbone, f"--source={tmp_path / 'one'}", f"--test_source={photo_folder}", *flags) == 0
+    text = capsys.readouterr().out
+    assert "backbone: nothing was held out to choose a head, so it is mean at base_lr 0.001\n" in text
+    assert "best on the held-out part" not in text
 
 
 @pytest.mark.parametrize(
@@ -343,7 +373,7 @@ def test_bad_images_are_left_out_as_if_they_were_not_there(
 def test_a_mixture_is_taken_as_in_training(backbone: Path, photo_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "disc").mkdir()
     (tmp_path / "disc" / "0.png").write_bytes((photo_folder / "disc" / "03.png").read_bytes())
-    given = [f"--source={{{photo_folder}: 3, {tmp_path}: 1}}", f"--test_source={{{photo_folder}: 1, {tmp_path}: 1}}"]
+    given = [f"--source={{{photo_folder}: 3, {tmp_path}: 1}}", f"--test_source={{{tmp_path}: 1, {photo_folder}: 1}}"]
     shutil.copytree(photo_folder / "square", tmp_path / "square")
     assert run("knn", backbone, *given, "--baselines=[]") == 0
     found = json.loads((backbone / "knn.json").read_text())

@@ -116,6 +116,23 @@ def test_views_are_taken_in_turns_and_heads_compared_on_the_centre_crop() -> Non
     assert only_first.held_out["mean", 1.0] >= 0.9
 
 
+def test_a_head_that_hardly_learns_wins_no_tie() -> None:
+    """Of heads that are right about the whole held-out part, the one of the lowest loss is picked."""
+    (train, labels), (test, answers) = toy(40), toy(200, seed=1)
+    config = replace(QUICK, features=("mean",), base_lrs=(0.5, 1.0, 5.0), epochs=50)
+    found = linear_probe([train], labels, test, config, num_classes=4)
+    assert set(found.held_out.values()) == {1.0}
+    assert found.base_lr == 5.0
+    assert (found.predictions.numpy() == answers).all()
+
+
+def test_without_a_held_out_part_the_middle_rate_is_taken() -> None:
+    train, labels = toy(4)  # one image of each class
+    config = replace(QUICK, features=("mean", "cls"), base_lrs=(1e-6, 10.0, 0.1))
+    found = linear_probe([train], labels, train, config, num_classes=4)
+    assert (found.feature, found.base_lr, found.held_out) == ("mean", 0.1, {})
+
+
 def test_a_class_of_one_image_can_be_there() -> None:
     train, labels = toy(41)
     labels[-1] = 4

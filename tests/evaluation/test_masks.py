@@ -199,3 +199,16 @@ def test_a_mask_that_cannot_be_read_is_named(folders: tuple[Path, Path]) -> None
     file.unlink()
     with pytest.raises(ValueError, match=r"mask of row 1 .*2\.png.*No such file"):
         opened.mask(1)
+
+
+def test_negative_values_are_no_classes(tmp_path: Path) -> None:
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    values = np.zeros((8, 8), dtype=np.int32)
+    values[0] = -9999
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "0.png")
+    Image.fromarray(values).save(tmp_path / "masks" / "0.tif")
+    folders = tmp_path / "images", tmp_path / "masks"
+    with pytest.raises(ValueError, match=r"holds -9999, and classes are numbered from 0; .* give --ignore_index -9999"):
+        open_folders(folders).mask(0)
+    assert open_folders(folders, -9999).mask(0)[:2].unique().tolist() == [-1, 0]

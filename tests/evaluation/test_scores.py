@@ -34,10 +34,36 @@ def test_paired_interval_by_hand():
     b = np.array([True] * 50 + [False] * 50)
     difference, low, high = paired_interval(a, b)
     assert difference == pytest.approx(0.1)
-    half = 1.96 * np.sqrt(0.1 * 0.9 / 99)  # 10 differences of 1, 90 of 0
-    assert (low, high) == pytest.approx((0.1 - half, 0.1 + half), abs=1e-4)
-    assert paired_interval(a, a) == (0, 0, 0)
-    assert paired_interval(b, a)[0] == pytest.approx(-0.1)
+    # Agresti and Min: 10.5 differences of 1, 0.5 of -1 and 91 of 0.
+    half = 1.96 * np.sqrt(11 - 10**2 / 102) / 102
+    assert (low, high) == pytest.approx((10 / 102 - half, 10 / 102 + half), abs=1e-4)
+    assert paired_interval(b, a) == pytest.approx((-0.1, -high, -low))
+
+
+def test_a_paired_interval_of_few_images_is_wide():
+    both, none = np.ones(2, bool), np.zeros(2, bool)
+    assert paired_interval(both, none) == pytest.approx((1.0, -0.193, 1.0), abs=1e-3)
+    assert paired_interval(both, both) == pytest.approx((0.0, -0.49, 0.49), abs=1e-3)
+    difference, low, high = paired_interval(both[:1], none[:1])
+    assert (difference, high) == (1.0, 1.0)
+    assert low < -0.4
+    # As narrow as without the added images where there are many.
+    a, b = np.arange(1000) < 600, np.arange(1000) < 500
+    half = 1.96 * np.std(a * 1.0 - b) / np.sqrt(1000)
+    assert paired_interval(a, b)[1:] == pytest.approx((0.1 - half, 0.1 + half), abs=5e-4)
+
+
+@pytest.mark.parametrize("n", [5, 10, 30])
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_a_paired_interval_excludes_no_difference_as_rarely_as_it_says(n: int, share: float):
+    """Without a true difference 0 may lie outside 5 % of the intervals, whatever share of images the two differ on."""
+    rng = np.random.default_rng(0)
+    outside = 0
+    for _ in range(2000):
+        only = rng.choice(3, n, p=[share / 2, share / 2, 1 - share])
+        _, low, high = paired_interval(only == 0, only == 1)
+        outside += not low <= 0 <= high
+    assert outside / 2000 < 0.065
 
 
 def test_the_spread_of_seeds_widens_a_paired_interval():
@@ -45,15 +71,18 @@ def test_the_spread_of_seeds_widens_a_paired_interval():
     seeds = [np.array([True] * right + [False] * (100 - right)) for right in (40, 50, 54)]
     difference, low, high = paired_interval(a, *seeds)
     assert difference == pytest.approx(0.6 - 0.48)
-    within = np.var(a - np.mean(seeds, axis=0), ddof=1) / 100
-    half = 1.96 * np.sqrt(within + np.var([0.4, 0.5, 0.54], ddof=1) / 3)
-    assert (low, high) == pytest.approx((0.12 - half, 0.12 + half), abs=1e-4)
+    values = np.append(a - np.mean(seeds, axis=0), [0, 0])
+    within = (np.square(values).sum() + 1) / 102 - values.mean() ** 2
+    half = 1.96 * np.sqrt(within / 102 + np.var([0.4, 0.5, 0.54], ddof=1) / 3)
+    assert (low, high) == pytest.approx((12 / 102 - half, 12 / 102 + half), abs=1e-4)
     assert paired_interval(a, seeds[1], seeds[1])[1:] == pytest.approx(paired_interval(a, seeds[1])[1:])
 
 
 def test_paired_interval_needs_the_same_images():
     with pytest.raises(ValueError, match="5 images with 4"):
         paired_interval(np.ones(5, bool), np.ones(4, bool))
+    with pytest.raises(ValueError, match="0 images with 0"):
+        paired_interval(np.ones(0, bool), np.ones(0, bool))
 
 
 def test_table_is_aligned_and_numbers_survive_json():

@@ -158,6 +158,57 @@ def test_without_a_test_source_a_fifth_is_held_out_and_the_result_repeats_itself
     assert capsys.readouterr().out == text
 
 
+def masked(file: Path, masks: list[np.ndarray]) -> Path:
+    """Black images with the given masks."""
+    kinds = datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
+    rows = {"image": [Image.new("RGB", (32, 32))] * len(masks), "mask": [Image.fromarray(mask) for mask in masks]}
+    datasets.Dataset.from_dict(rows, kinds).to_parquet(str(file))
+    return file
+
+
+@pytest.mark.parametrize("alone", range(6))
+def test_a_class_of_a_single_image_is_learned_wherever_the_image_lies(
+    backbone: Path, tmp_path: Path, alone: int
+) -> None:
+    masks = [np.eye(32, dtype=np.uint8) for _ in range(6)]
+    masks[alone][0] = 2
+    flags = [*QUICK, "--steps=1", "--baselines=[]"]
+    assert run(backbone, f"--source={masked(tmp_path / 'rare.parquet', masks)}", *flags) == 0
+    found = json.loads((backbone / "segmentation.json").read_text())
+    assert found["num_classes"] == 3
+    assert found["num_train"] + found["num_test"] == 6
+
+
+def test_images_without_a_known_pixel_are_not_tested(
+    backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known, unknown = np.eye(32, dtype=np.uint8), np.full((32, 32), 255, np.uint8)
+    border = unknown.copy()
+    border[:2] = 1  # outside of the centre crop
+    flags = [f"--source={masked(tmp_path / 'train.parquet', [known] * 6)}", *QUICK, "--steps=1", "--baselines=[]"]
+    tests = {
+        name: f"--test_source={masked(tmp_path / f'{name}.parquet', masks)}"
+        for name, masks in {"some": [unknown, known, unknown], "none": [unknown], "border": [border] * 2}.items()
+    }
+    assert run(backbone, *flags, tests["some"]) == 0
+    text = (backbone / "segmentation.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["num_test"] == 1
+    capsys.readouterr()
+    assert run(backbone, *flags, tests["none"]) == 2
+    assert "hold no class; name other images with --test_source" in capsys.readouterr().err
+    assert run(backbone, *flags, tests["border"], "--crop_pct=0.5") == 2
+    assert "holds a pixel of a class in its centre; give --crop_pct 1" in capsys.readouterr().err
+
+
+def test_heads_that_no_pixel_was_held_out_for_are_not_compared(backbone: Path, tmp_path: Path) -> None:
+    known, unknown = np.eye(32, dtype=np.uint8), np.full((32, 32), 255, np.uint8)
+    source = masked(tmp_path / "one.parquet", [unknown, known, unknown, unknown])
+    test = masked(tmp_path / "test.parquet", [known])
+    assert run(backbone, f"--source={source}", f"--test_source={test}", *QUICK, "--steps=1", "--baselines=[]") == 0
+    assert "NaN" not in (backbone / "segmentation.json").read_text()
+
+
 def test_folders_of_images_and_masks_of_any_size(backbone: Path, tmp_path: Path) -> None:
     for kind in ("images", "masks"):
         (tmp_path / kind).mkdir()
@@ -202,7 +253,7 @@ def test_masks_of_0_and_255_are_classes_when_told(
             "num_layers=3: the last 2 blocks of vit_small_patch16_224 share width and grid",
         ),
         (["--mask_column=masks"], "mask_column='masks': no such column; did you mean 'mask'"),
-        (["--test_source=OTHER"], "hold classes that the training masks lack: 2"),
+        (["--test_source=OTHER"], "hold classes that the training masks lack: 2; add images of them to"),
         (["--ignore_index=1"], "the masks hold"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from ssl_vit.data.sources.source import DataConfig, open_source
-from ssl_vit.evaluation.splits import align_classes, held_out_rows, split_sources, stratified_folds
+from ssl_vit.evaluation.splits import align_classes, check_apart, held_out_rows, split_sources, stratified_folds
 from tests.evaluation.test_evaluate import source
 
 
@@ -16,6 +16,20 @@ def test_only_the_first_labelled_row_of_a_group_counts():
     split = split_sources(source(labels, groups=np.repeat(np.arange(40), 3)), None, max_images=None)
     assert np.array_equal(split.rows, np.concatenate([[1], np.arange(3, 120, 3)]))
     assert np.array_equal(split.labels, labels[split.rows])
+
+
+def test_other_bytes_under_the_same_names_and_sizes_are_other_images(tmp_path: Path) -> None:
+    """Uncompressed images that are numbered alike differ in their bytes alone."""
+    for split, level in (("a", 0), ("b", 100), ("c", 0)):
+        for kind in ("x", "y"):
+            (tmp_path / split / kind).mkdir(parents=True)
+            for number in range(3):
+                Image.new("RGB", (8, 8), (level, number, 0)).save(tmp_path / split / kind / f"{number}.bmp")
+    a, b, c = (open_source(DataConfig(str(tmp_path / split))) for split in "abc")
+    check_apart(a, b)
+    check_apart(a, None)
+    with pytest.raises(ValueError, match=r"are learned from.* name others with evaluation.test_source or"):
+        check_apart(a, c)
 
 
 def test_classes_are_matched_however_their_letters_are_composed():

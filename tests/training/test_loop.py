@@ -81,6 +81,20 @@ def test_the_untrained_row_is_the_backbone_of_step_0(start: Callable[..., int], 
     assert difference == pytest.approx(shares[0] - sum(shares) / 3)
 
 
+@pytest.mark.usefixtures("quick_scores")
+def test_a_single_test_image_is_compared(start: Callable[..., int], photo_folder: Path, tmp_path: Path) -> None:
+    image, names = min((photo_folder / "disc").iterdir()), ["disc", "square"]
+    kinds = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    file = tmp_path / "one.parquet"
+    datasets.Dataset.from_dict(
+        {"image": [{"bytes": image.read_bytes(), "path": None}], "label": [0]}, kinds
+    ).to_parquet(str(file))
+    assert start(f"--evaluation.test_source={file}", steps=1, labels=True) == 0
+    gain = json.loads((tmp_path / "run" / "results.json").read_text())["trained_minus_untrained"]["knn"]
+    assert gain["low"] <= gain["difference"] <= gain["high"]
+    assert gain["high"] - gain["low"] > 1
+
+
 def test_the_scripts_give_the_scores_that_the_run_gave(start: Callable[..., int], tmp_path: Path) -> None:
     start("--evaluation.crop_pct=1.0", "--evaluation.feature=cls", "--evaluation.k=5", "--seed=4", labels=True)
     scores = json.loads((tmp_path / "run" / "results.json").read_text())["scores"]
@@ -248,6 +262,7 @@ def test_a_labelled_source_can_judge_an_unlabelled_one(
         ("--evaluation.source=/nowhere", "evaluation.source='/nowhere': no such file"),
         ("--evaluation.source=DISC", r"evaluation.source='.*disc': has no labels"),
         ("--evaluation.test_source=DISC", r"evaluation.test_source='.*disc': has no labels"),
+        ("--evaluation.test_split=train", "are learned from.* name others with evaluation.test_source or"),
     ],
 )
 def test_what_cannot_judge_is_found_before_training(

@@ -246,6 +246,7 @@ def test_pre_training_goes_on_from_a_backbone(backbone: Path) -> None:
         (["--optim.optimizer=auto"], "optim.optimizer='auto': is for learning without labels; give adamw"),
         (["--objective.num_classes=1"], "objective.num_classes=1: the source has 2 classes; give at least that number"),
         (["--evaluation.test_source=/nowhere"], "no such file or folder"),
+        (["--evaluation.test_split=train"], "name others with evaluation.test_source or evaluation.test_split"),
     ],
 )
 def test_what_cannot_work_is_one_line(
@@ -303,7 +304,9 @@ def test_a_run_does_not_go_on_with_other_test_images(
 ) -> None:
     """Without a test source it would be tested on a part of what it has learned from."""
     command = words("finetune", backbone, photo_folder, tmp_path / "run", "--steps=1", "--evaluation.k=5")
-    flag = [f"--evaluation.test_source={photo_folder}"]
+    test = shutil.copytree(photo_folder, tmp_path / "test")
+    (test / "disc" / "00.png").unlink()
+    flag = [f"--evaluation.test_source={test}"]
     assert call(monkeypatch, command + before * flag) == 0
     capsys.readouterr()
     assert call(monkeypatch, command + after * flag) == 2
