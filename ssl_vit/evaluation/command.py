@@ -29,8 +29,8 @@ from ssl_vit.evaluation.left_out import write_bad
 from ssl_vit.evaluation.untrained import objective_of, untrained_encoder
 from ssl_vit.models.encoder import Encoder
 from ssl_vit.models.weights.backbone import (
-    BACKBONE_FILE,
     CONFIG_FILE,
+    backbone_file,
     load_backbone,
     own_source,
     read_config,
@@ -165,7 +165,7 @@ class Backbone:
         Raises:
             ValueError: no whole backbone there, or an image size that does not fit it.
         """
-        file = path / BACKBONE_FILE if path.is_dir() else path
+        file = backbone_file(path)
         encoder = load_backbone(file)
         described = read_config(file.parent)
         device = cast(torch.device, PartialState().device)

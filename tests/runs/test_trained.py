@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from scripts import export as script
 from scripts import pretrain_dino, pretrain_mae
+from ssl_vit.evaluation.command import Backbone
 from ssl_vit.evaluation.command import main as evaluate
 from ssl_vit.evaluation.probes import KNNConfig, evaluate_knn
 from ssl_vit.export import load_backbone
@@ -128,6 +129,7 @@ def test_an_export_to_timm_leaves_and_is_read_as_the_backbone(mae_run: Path, tmp
     assert backbone_file(folder) == folder / "model.safetensors"
     encoder = load_backbone(folder)
     assert all(torch.equal(value, load_backbone(mae_run).state_dict()[n]) for n, value in encoder.state_dict().items())
+    assert Backbone.load(folder, KNNConfig()).feature == Backbone.load(mae_run, KNNConfig()).feature  # as probes do
     with pytest.raises(ValueError, match=r"backbone.safetensors: no such file; name .*model.safetensors, which holds"):
         load_backbone(folder / "backbone.safetensors")
 
