@@ -51,7 +51,7 @@ def backbone(tiny_encoder: ViT, tmp_path: Path) -> Path:
         ("knn", ["--ks=[3,5]"], "k=3"),
         ("retrieval", ["--ks=[1,2]"], "recall@2"),
         ("linear", ["--folds=2", "--shots=[1,3]", "--draws=2", "--probe.base_lrs=[0.001,0.01]"], "linear"),
-        ("linear", ["--folds=2", "--logistic=true", "--shots=[]"], "linear"),
+        ("linear", ["--folds=2", "--logistic=true", "--probe.epochs=100", "--shots=[]"], "linear"),
         pytest.param(
             "linear",
             ["--folds=2", "--probe.views=2", "--probe.features=[cls4+mean]", "--shots=[]"],
@@ -146,6 +146,15 @@ def test_the_images_that_are_learned_from_are_no_test(
     assert "name others with --test_source or --test_split, or leave both out" in line
 
 
+def test_a_logistic_regression_takes_no_settings_of_heads(
+    backbone: Path, photo_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("linear", backbone, f"--source={photo_folder}", "--logistic=true", "--probe.epochs=5") == 2
+    assert "--logistic=True: fits one regression and trains no heads; leave --protocol and --probe.* out" in (
+        capsys.readouterr().err
+    )
+
+
 def test_one_image_of_each_class_leaves_none_to_choose_a_head(
     backbone: Path, photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -185,7 +194,11 @@ def test_another_size(backbone: Path, photo_folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "flags"),
-    [("knn", ["--temperature=0.1"]), ("retrieval", []), ("linear", ["--logistic=true", "--shots=[]", "--folds=3"])],
+    [
+        ("knn", ["--temperature=0.1"]),
+        ("retrieval", []),
+        ("linear", ["--logistic=true", "--probe.epochs=100", "--shots=[]", "--folds=3"]),
+    ],
 )
 def test_a_result_has_its_settings_and_can_go_to_a_file_of_its_own(
     backbone: Path, photo_folder: Path, tmp_path: Path, name: str, flags: list[str]
@@ -198,9 +211,11 @@ def test_a_result_has_its_settings_and_can_go_to_a_file_of_its_own(
     assert (backbone / f"{name}.json").read_text() == written
     first, second = json.loads(written), json.loads(output.read_text())
     assert (first["num_train"], second["num_train"]) == (40, 30)
+    assert first["weights"] == str(backbone / "backbone.safetensors")
+    assert isinstance(first["backbone"], dict)
     assert (first["settings"]["output"], second["settings"]["output"]) == (None, str(output))
     known = {"split": "train", "crop_pct": 0.9, "precision": "no", "max_images": 30, "seed": 0, "baselines": []}
-    known |= {flag[2:].split("=")[0]: json.loads(flag.split("=")[1]) for flag in flags}
+    known |= {flag[2:].split("=")[0]: json.loads(flag.split("=")[1]) for flag in flags if "probe" not in flag}
     assert known.items() <= second["settings"].items()
     assert second["feature"] == "cls"
 
