@@ -153,7 +153,10 @@ class Backbone:
         return self.provenance.get("feature") or self.provenance["pooled"]
 
     def untrained(self, seed: int) -> Encoder:
-        """Build the same architecture with the weights that training starts from; seed 0 gives those of its own run."""
+        """Build the same architecture with fresh weights, initialised as for its training.
+
+        Seed 0 gives those that its own run began with, unless that began with trained ones.
+        """
         own = self.provenance.get("seed") or 0
         objective = objective_of(self.provenance)
         return untrained_encoder(read_encoder_config(self.folder), objective, own + seed).to(self.settings.device)

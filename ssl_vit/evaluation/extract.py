@@ -152,7 +152,8 @@ def _prepare(output: Path, parts: Path, described: dict[str, Any], config: Extra
     """Return the row to resume at, -1 if everything is done; remove parts that cannot be used."""
     if output.exists() and not config.fresh:
         found = read_description(output)
-        if found is not None and _identity(found) == _identity(described):
+        # What is written does not depend on how it was cut into parts.
+        if found is not None and _identity(found, "rows_per_part") == _identity(described, "rows_per_part"):
             remove(parts)  # a kill may have left them
             return -1
         what = "holds something else" if found is None else f"has other settings: {_differences(found, described)}"
@@ -183,8 +184,8 @@ def _prepare(output: Path, parts: Path, described: dict[str, Any], config: Extra
     return min(done * size, described["num_rows"])
 
 
-def _identity(described: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in described.items() if name not in _PROVENANCE}
+def _identity(described: dict[str, Any], *but: str) -> dict[str, Any]:
+    return {name: value for name, value in described.items() if name not in (*_PROVENANCE, *but)}
 
 
 def _differences(found: dict[str, Any], described: dict[str, Any]) -> str:

@@ -129,7 +129,13 @@ def _select(
 
 
 def evaluate_linear(path: Path, config: LinearConfig, probe: LinearProbeConfig) -> None:
-    """Score a backbone by a linear probe and from few labels: tables, and a JSON file."""
+    """Score a backbone by a linear probe and from few labels: tables, and a JSON file.
+
+    Raises:
+        ValueError: settings of heads for a logistic regression, which has none.
+    """
+    if config.logistic and probe != LinearProbeConfig():
+        raise ValueError("logistic=True: fits one regression and trains no heads; leave --protocol and --probe.* out")
     task = Task.open(path, config)
     feature = config.feature or task.backbone.feature
     kinds = [feature] if config.logistic else [feature, *probe.features]

@@ -299,7 +299,7 @@ def evaluate_segmentation(path: Path, config: SegmentationConfig) -> None:
         lines.append([name, shown, f"{100 * item.pixel_accuracy:.1f}", str(item.n)])
     print(f"tested on {plain(test_name)}\n{lay_out(lines)}\n")
     print(lay_out([["class", "IoU, %"], *([str(k), f"{100 * v:.1f}"] for k, v in rows["backbone"].iou.items())]))
-    result = {"backbone": str(backbone.file), "test": test_name, "num_classes": num_classes, "num_train": len(train)}
+    result = {"weights": str(backbone.file), "test": test_name, "num_classes": num_classes, "num_train": len(train)}
     result |= {"num_test": rows["backbone"].n, "num_bad": len(bad), "crop_pct": backbone.transform.crop_pct}
     result |= {"settings": asdict(config), **{name: item._asdict() for name, item in rows.items()}}
     write_result(backbone.folder / "segmentation.json", config.output, result, bad)

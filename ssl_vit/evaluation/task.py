@@ -147,9 +147,9 @@ class Task:
         return encode
 
     def describe(self) -> dict[str, Any]:
-        """Return the backbone, the images and the settings, for the result's JSON."""
+        """Return the weights, the images and the settings, for the result's JSON."""
         return {
-            "backbone": str(self.backbone.file),
+            "weights": str(self.backbone.file),  # "backbone" is a row of the table
             "source": self.train.name,
             "test_source": None if self.test is None else self.test.name,
             "num_train": len(self.split.labels),

@@ -29,6 +29,9 @@ def visualize(args: argparse.Namespace) -> int:
         0; 2 where something named cannot be used or shown.
     """
     try:
+        if len(args.image_size or ()) > 2:
+            shown = " ".join(map(str, args.image_size))
+            raise ValueError(f"--image_size {shown}: give one number, or height and width")
         trained = open_trained(args.path, args.weights)
         what = _chosen(trained, args.what)
         out = args.out or _own_folder(args.path)

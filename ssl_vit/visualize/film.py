@@ -12,6 +12,7 @@ from ssl_vit.runs.folder import PICTURES_FOLDER
 from ssl_vit.runs.record import Frame, list_frames
 
 _HOLD = 5  # times as long as the others that the last figure stays
+_MOST_SECONDS = 130  # for which a GIF can show a figure, the last one so many times as long
 _HEADER = 28  # pixels for the number of the step
 
 
@@ -27,7 +28,7 @@ def write_film(run: Path, out: Path, *, seconds: float = 0.4, width: int = 900, 
         The number of figures that it shows.
 
     Raises:
-        ValueError: the run has no figures, or the suffix is none of these.
+        ValueError: the run has no figures, the suffix is none of these, or a film cannot show a figure for so long.
     """
     frames = list_frames(run)
     if not frames:
@@ -36,6 +37,8 @@ def write_film(run: Path, out: Path, *, seconds: float = 0.4, width: int = 900, 
         )
     if out.suffix not in (".gif", ".webp", ".png"):
         raise ValueError(f"--out {out}: name a .gif or .webp for a film, or a .png for a strip")
+    if not 0 < seconds <= _MOST_SECONDS:
+        raise ValueError(f"--seconds {seconds:g}: must be above 0 and at most {_MOST_SECONDS}")
     chosen = spread(frames, 6 if out.suffix == ".png" else most)
     pages = [_with_step(item, width) for item in chosen]
     out.parent.mkdir(parents=True, exist_ok=True)

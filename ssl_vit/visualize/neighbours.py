@@ -69,7 +69,7 @@ def draw_neighbours(
     with torch.inference_mode():
         found = encoder(inputs.images.to(device))
     queries = (found.cls if trained.pooled == "cls" else found.patches.mean(dim=1)).cpu()
-    own = inputs.source is not None and inputs.source.name == gallery.name and len(inputs.source) == len(gallery)
+    own = _are_rows_of(gallery, inputs)
     # Without groups every row is one of its own.
     groups = np.arange(len(gallery)) if gallery.groups is None else np.asarray(gallery.groups)
     similarity, places = nearest(
@@ -81,7 +81,9 @@ def draw_neighbours(
     )
     panels, cells = [], []
     for query, (values, chosen) in enumerate(zip(similarity.tolist(), rows[places.numpy()], strict=True)):
-        decoded = [centre_crop(gallery.image(int(row), encoder.in_chans), height_width, 1.0) for row in chosen]
+        decoded = [
+            centre_crop(gallery.image(int(row), encoder.in_chans), height_width, trained.crop_pct) for row in chosen
+        ]
         neighbours = normalize(torch.stack(decoded), trained.normalization)
         panels.append(torch.cat([inputs.images[query : query + 1], neighbours]))
         own_row = [inputs.rows[query]] if own else []
@@ -99,6 +101,22 @@ def draw_neighbours(
         caption=f"Cosine similarity of {what}, among {len(rows):,} images of {plain(gallery.name, 200)}.",
         cells=cells,
     )
+
+
+def _are_rows_of(gallery: Source, inputs: ShownImages) -> bool:
+    """Whether the images are those rows of the gallery too, by whatever path either was named."""
+    source = inputs.source
+    if source is None or len(source) != len(gallery):
+        return False
+    return all(_stored(source, row) == _stored(gallery, row) for row in inputs.rows)
+
+
+def _stored(source: Source, row: int) -> bytes | Path | None:
+    try:
+        stored = source.file(row)
+    except ValueError:  # the row holds no image
+        return None
+    return stored if isinstance(stored, bytes) else stored.resolve()
 
 
 def _label(source: Source, row: int) -> str:

@@ -198,6 +198,8 @@ def test_what_is_there_is_not_overwritten_silently(
     written = file.stat().st_mtime_ns
     assert run(backbone, photo_folder, file) == 0
     assert "is finished" in capsys.readouterr().out
+    assert run(backbone, photo_folder, file, "--rows_per_part=7") == 0  # the rows are the same
+    assert "is finished" in capsys.readouterr().out
     assert run(backbone, photo_folder, file, "--feature=mean", "--dtype=float16") == 2
     message = capsys.readouterr().err
     assert "feature 'cls' -> 'mean', dtype 'float32' -> 'float16'" in message

@@ -135,6 +135,7 @@ def test_colours_that_give_the_class_are_found_and_shuffled_masks_are_not(backbo
     assert found["backbone"]["pixel_accuracy"] > 0.85
     assert set(found["backbone"]["held_out"]) == {"0.01", "0.1"}
     assert (found["num_classes"], found["num_train"]) == (2, 40)
+    assert found["weights"] == str(backbone / "backbone.safetensors")
     shuffled = write(tmp_path / "shuffled.parquet", 40, shuffled=True)
     output = tmp_path / "shuffled.json"
     flags += [f"--output={output}", "--base_lrs=[0.1]"]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scripts.visualize import main
+from ssl_vit.data.augment.evaluation import centre_crop
+from ssl_vit.data.sources.source import DataConfig, open_source
 from ssl_vit.runs.trained import open_trained
+from ssl_vit.visualize import neighbours
 from ssl_vit.visualize.film import list_frames
 from ssl_vit.visualize.inputs import open_shown_images
 from ssl_vit.visualize.neighbours import nearest, short_lines
@@ -70,6 +74,8 @@ def test_files_and_an_exported_backbone(
     assert "does not say where its training images lie" in refused(capsys, export, "--what", "similarity")
     assert "config.yaml: cannot be shown" in refused(capsys, mae_run, mae_run / "config.yaml", "--what", "pca")
     assert "no such file" in refused(capsys, mae_run, tmp_path / "nothing.png", "--what", "pca")
+    message = refused(capsys, mae_run, *files, "--what", "pca", "--image_size", 32, 99, 48)
+    assert "--image_size 32 99 48: give one number, or height and width" in message
 
 
 def test_a_mask_given_by_hand_hides_these_patches(
@@ -113,6 +119,23 @@ def test_neighbours_are_ordered_and_no_variant_of_the_query() -> None:
         nearest(gallery[:1], gallery, 4, query_groups=groups[:1], gallery_groups=groups)
 
 
+def test_an_image_is_no_neighbour_of_itself_by_another_path(
+    mae_run: Path, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = replace(open_trained(mae_run), crop_pct=0.8)
+    inputs = open_shown_images(trained, [str(photo_folder)], number=2, seed=0)
+    found, cropped = [], []
+    monkeypatch.setattr(neighbours, "draw_grid", lambda *args, cells, **rest: found.append(cells))
+    monkeypatch.setattr(neighbours, "centre_crop", lambda *args: cropped.append(args[-1]) or centre_crop(*args))
+    monkeypatch.chdir(photo_folder.parent)
+    (tmp_path / "link").symlink_to(photo_folder)
+    for name in (str(photo_folder), photo_folder.name, str(tmp_path / "link")):
+        gallery = open_source(DataConfig(name))
+        neighbours.draw_neighbours(trained, inputs, gallery, tmp_path / "drawn.png", most=100, seed=0, k=3)
+    assert found[0] == found[1] == found[2]
+    assert set(cropped) == {0.8}
+
+
 def test_figures_are_drawn_in_training_at_their_steps(mae_run: Path, dino_run: Path) -> None:
     for run in (mae_run, dino_run):
         assert [frame.step for frame in list_frames(run)] == [0, 2, 4, 6]
@@ -132,6 +155,10 @@ def test_a_film_shows_them_in_their_order(mae_run: Path, tmp_path: Path, capsys:
         assert strip.height == pytest.approx(4 * (28 + (film.height - 28) / 3), abs=4)
     assert "pictures_every_steps N" in refused(capsys, "film", tmp_path)
     assert "name a .gif" in refused(capsys, "film", mae_run, "--out", tmp_path / "film.mp4")
+    for seconds in (-1, 0, 200, "nan"):
+        message = refused(capsys, "film", mae_run, "--out", tmp_path / "film.gif", f"--seconds={seconds}")
+        assert f"--seconds {seconds}: must be above 0 and at most 130" in message
+    draw(capsys, "film", mae_run, "--out", tmp_path / "slow.gif", "--seconds=130")
 
 
 def test_a_tracker_is_given_the_numbers_and_the_figures_of_the_run(mae_run: Path) -> None:
