@@ -263,12 +263,14 @@ def test_the_report(text: str, tmp_path: Path) -> None:
 
 
 @every
+@pytest.mark.parametrize("scored", [True, False])
 @pytest.mark.filterwarnings("ignore")
-def test_the_card(text: str, tmp_path: Path, tiny_encoder: ViT) -> None:
+def test_the_card(text: str, scored: bool, tmp_path: Path, tiny_encoder: ViT) -> None:
     folder = hostile_run(tmp_path / "run", text)
     names = ("objective", "source", "attribution", "pretrained", "feature", "hardware", "collapse", "weights", "steps")
     known = {
         **dict.fromkeys(names, text),
+        **({"steps": 3, "weights": None} if scored else {}),  # those of results.json
         "num_images": text,
         "batch_size": 8,
         "objective_config": {text: text},
@@ -288,8 +290,8 @@ def test_the_card(text: str, tmp_path: Path, tiny_encoder: ViT) -> None:
     assert described["license"] == text
     assert described["library_name"] == "timm"
     tables = [line for line in body.splitlines() if line.startswith("|")]
-    assert {len(re.findall(r"(?<!\\)\|", line.replace(r"\\", ""))) for line in tables} == {3, 7}
-    begin = ("|", "#", "```", "Loaded", "A Vision", "import")
+    assert {len(re.findall(r"(?<!\\)\|", line.replace(r"\\", ""))) for line in tables} == ({3, 7} if scored else {3})
+    begin = ("|", "#", "```", "Loaded", "A Vision", "import", "Left out")
     assert all(line.startswith(begin) for line in body.splitlines() if line)
     outside = re.sub(r"```.*?```|`[^`\n]*`|\\.", "", body, flags=re.DOTALL)
     assert not re.search(r"<\w|</|<!|\]\((?!https://pypi)", outside)
@@ -302,7 +304,9 @@ def test_what_a_run_is_about_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     text = "a\rerror: x\x1b[2J\nnote"
     source = Any(name=text, attribution=text, num_samples=3, num_classes=0, notes=(text,))
     optim = Any(lr_scaling="linear", base_lr=1.0, peak_lr=lambda size: 1.0)
-    config = Any(batch=Any(size=8), optim=optim, encoder=Any(arch="vit"), extended=(), notes=lambda _: ())
+    config = Any(
+        batch=Any(size=8), optim=optim, encoder=Any(arch="vit"), extended=(), notes=lambda _: (), num_steps=lambda _: 3
+    )
     accelerator = Any(num_processes=1, device=Any(type="cpu"), is_main_process=True, print=print)
     objective = Any(parameters=lambda: [], encoder=Any(embed_dim=8, in_chans=3), name="MAE")
     run = Any(
