@@ -183,8 +183,8 @@ def _warnings_of_sizes(images: Images, encoder: Encoder, *, is_trained: bool) ->
         patch = next((patch for patch in (16, 8, 4, 2) if side // patch >= 8), None)
         hint = "larger images would suit it better"
         if is_trained:  # its patches are given
-            stride = max(encoder.stride)
-            hint = f"encoder.image_size {max(side // stride, 4) * stride} costs less"
+            smaller = max(side // max(encoder.stride), 4) * max(encoder.stride)
+            hint = f"encoder.image_size {smaller} costs less" if smaller < max(height, width) else hint
         elif patch is not None and side // patch * patch < max(height, width):
             arch = " in a Vision Transformer" if "patch_size" in encoder.other_settings else ""
             hint = f"encoder.image_size {side // patch * patch} with encoder.patch_size {patch}{arch} would suit them"

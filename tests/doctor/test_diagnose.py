@@ -121,6 +121,8 @@ def test_trained_weights_keep_their_patches_whatever_the_size_of_the_images(phot
     hints = [text for text in warnings_of_run(started, encoder, images, 40) if text.startswith("small images")]
     assert len(hints) == 1
     assert "encoder.image_size 40 costs less" in hints[0]
+    coarse = dataclasses.replace(started.encoder, patch_size=32).build()  # four patches are more pixels than it sees
+    assert any("larger images would suit" in text for text in warnings_of_run(started, coarse, images, 40))
 
 
 def test_what_spoils_trained_weights_is_named(photo_folder: Path) -> None:

@@ -115,12 +115,14 @@ def test_a_run_with_a_limit_of_pixels_goes_on_with_one_of_bytes(tmp_path: Path) 
     check_run_folder(config(run, data=DataConfig(max_pixels=1000)))
 
 
-def test_a_folder_that_is_read_later_is_not_moved_away(tmp_path: Path) -> None:
+def test_a_folder_that_is_read_later_is_not_moved_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     open_run_folder(config(run))
+    (run / "backbone.safetensors").touch()
     for path in (run, run / "backbone.safetensors"):
         with pytest.raises(ValueError, match=r"fresh=True: would move away .*encoder.pretrained=.* is read from there"):
             check_run_folder(config(run, fresh=True, encoder=EncoderConfig(pretrained=str(path))))
+    monkeypatch.chdir(run)  # where the name of published weights looks like a path in the run
     check_run_folder(config(run, fresh=True, encoder=EncoderConfig(pretrained="vit_tiny_patch16_224")))
 
 
