@@ -171,7 +171,7 @@ class StreamLoader:
 
 @contextmanager
 def passing_errors_on(batches: Generator[Any, None, None]) -> Iterator[Any]:
-    """Close `batches` at the end, and let them name a killed worker of theirs whose news torch raises in between."""
+    """Close `batches` at the end, and pass them the errors of the block, so that they name a worker that was killed."""
     with closing(batches):
         try:
             yield batches

@@ -190,8 +190,10 @@ def _match(images: Source, masks: Source) -> tuple[Source, Source]:
 
 
 def hold_out(source: MaskedSource, folds: int, seed: int) -> tuple[MaskedSource, MaskedSource]:
-    """Split off one image in so many at random: if possible none without a class, and none of a class that would be
-    missing from the rest, which nothing could learn then."""
+    """Split off one image in so many at random.
+
+    If possible, images without a class and the only images of a class stay in the part to learn from.
+    """
     if len(source) < 2:
         raise ValueError(f"source={source.images.name!r}: {len(source)} images are too few to hold some out")
     order = np.random.default_rng(seed).permutation(len(source))

@@ -222,7 +222,7 @@ def _read_config(path: Path, config: RunConfig) -> dict[str, Any]:
 
 
 def length_of(config: RunConfig, checkpoint: Path, num_steps: int) -> int:
-    """Steps of a run that goes on: those it began with, although its epochs are others since images came or went.
+    """Steps of a run that goes on: those it began with, also where images came or went since.
 
     Args:
         config: as `open_run_folder` returned it.

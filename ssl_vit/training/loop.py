@@ -177,7 +177,7 @@ def evaluate(run: Run, monitor: Monitor) -> None:
 
 @contextmanager
 def scoring(run: Run) -> Iterator[None]:
-    """Tell memory that does not suffice here from that of a step.
+    """Say that memory was too small for the scores, not for a step.
 
     Raises:
         ValueError: it did not suffice.
