@@ -69,8 +69,9 @@ def check_run_folder(config: RunConfig) -> None:
     if config.fresh:
         teacher = getattr(config.objective, "teacher", None)
         for name, path in (("encoder.pretrained", config.encoder.pretrained), ("objective.teacher", teacher)):
-            is_path = path is not None and Path(path).exists()  # else a name of timm or the hub
-            if is_path and Path(path).resolve().is_relative_to(folder.resolve()):
+            if path is None or not Path(path).exists():  # none, or a name of published weights
+                continue
+            if Path(path).resolve().is_relative_to(folder.resolve()):
                 raise ValueError(
                     f"fresh=True: would move away output_dir={config.output_dir!r}, and {name}={path!r} is read from "
                     "there; choose another --output_dir"
